@@ -1,0 +1,258 @@
+//! Child processes by pidfd: spawning, adopting and reaping them.
+//!
+//! A shim is a child subreaper. Its children are the helpers and runtimes it spawns, the container processes that
+//! those leave to it, and orphans of the container that nobody in it waits for. Only this crate waits for any of
+//! them, so that no two waiters can race for one exit status:
+//!
+//! ```text
+//!  spawn(Command) ──► Child ─── pidfd becomes readable ──► waitid(P_PIDFD) ──► Exit, kept for every Child::wait
+//!  adoption().adopt(pid) ──► Child                                              ▲ under one lock, pid forgotten
+//!  SIGCHLD ──► sweep: waitid(P_ALL, WNOWAIT) ── a known pid? its own watcher reaps it
+//!                                             └─ unknown: reaped and dropped, unless an adoption is open
+//! ```
+//!
+//! A runtime such as runc forks the container's init and leaves it behind as an orphan, which may be dead before its
+//! pid is known here. Hence [`Adoption`]: while one is open the sweep reaps nothing, so such a child stays a zombie,
+//! pid and status intact, until it is adopted.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::SystemTime;
+
+use nix::errno::Errno;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use tokio::sync::{Notify, watch};
+
+/// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
+pub const UNKNOWN_EXIT_CODE: u32 = 255;
+
+/// How and when a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Exit code, or 128 plus the number of the signal that killed it, as shells and containerd count.
+    pub code: u32,
+    /// When the exit was seen.
+    pub at: SystemTime,
+}
+
+/// The one waiter for this process's children. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Reaper {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    children: Mutex<Children>,
+    sweep: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Children {
+    /// Pids with a watcher of their own.
+    known: HashSet<i32>,
+    /// Adoptions that are open now.
+    adoptions: usize,
+}
+
+impl Shared {
+    fn children(&self) -> MutexGuard<'_, Children> {
+        self.children.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Reaper {
+    /// Starts reaping the children of this process. Needs a tokio runtime; it should be the first thing it runs.
+    ///
+    /// # Errors
+    /// When SIGCHLD cannot be listened to.
+    pub fn start() -> io::Result<Self> {
+        let mut sigchld = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::child())?;
+        let reaper = Self { shared: Arc::default() };
+        let shared = Arc::clone(&reaper.shared);
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = sigchld.recv() => {}
+                    () = shared.sweep.notified() => {}
+                }
+                sweep(&shared.children());
+            }
+        });
+        Ok(reaper)
+    }
+
+    /// Spawns `command` and watches it.
+    ///
+    /// # Errors
+    /// What [`Command::spawn`] or `pidfd_open` reports.
+    pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        let adoption = self.adoption();
+        let spawned = command.spawn()?;
+        adoption.adopt(i32::try_from(spawned.id()).map_err(io::Error::other)?)
+    }
+
+    /// Opens an adoption: until it is dropped, no unknown child is reaped.
+    #[must_use]
+    pub fn adoption(&self) -> Adoption {
+        self.shared.children().adoptions += 1;
+        Adoption { reaper: self.clone() }
+    }
+}
+
+/// While this lives, children that nobody knows stay zombies instead of being reaped, so that they can be adopted.
+#[derive(Debug)]
+pub struct Adoption {
+    reaper: Reaper,
+}
+
+impl Adoption {
+    /// Watches the child `pid`, which may be dead already.
+    ///
+    /// # Errors
+    /// When there is no such process: it never was, or it was reaped before this adoption was opened.
+    pub fn adopt(&self, pid: i32) -> io::Result<Child> {
+        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+        let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::NONBLOCK)?;
+        self.reaper.shared.children().known.insert(pid);
+        let pidfd = Arc::new(pidfd);
+        let (exited, exit) = watch::channel(None);
+        let watcher = Watcher { shared: Arc::clone(&self.reaper.shared), pid, pidfd: Arc::clone(&pidfd), exited };
+        tokio::spawn(watcher.run());
+        Ok(Child { pid, pidfd, exit })
+    }
+}
+
+impl Drop for Adoption {
+    fn drop(&mut self) {
+        self.reaper.shared.children().adoptions -= 1;
+        self.reaper.shared.sweep.notify_one();
+    }
+}
+
+/// A watched child. Clones refer to the same process; it is reaped whether or not any of them is left.
+#[derive(Clone, Debug)]
+pub struct Child {
+    pid: i32,
+    pidfd: Arc<OwnedFd>,
+    exit: watch::Receiver<Option<Exit>>,
+}
+
+impl Child {
+    /// Its pid in this process's pid namespace.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// How it ended, or `None` while it runs.
+    #[must_use]
+    pub fn exit(&self) -> Option<Exit> {
+        *self.exit.borrow()
+    }
+
+    /// Waits until it has ended. Any number of callers get the same answer, at any time.
+    pub async fn wait(&self) -> Exit {
+        let mut exit = self.exit.clone();
+        let seen = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        // The watcher only goes away without an answer when the runtime shuts down.
+        seen.unwrap_or(Exit { code: UNKNOWN_EXIT_CODE, at: SystemTime::now() })
+    }
+
+    /// Sends it a signal, by pidfd: never to a later process with the same pid.
+    ///
+    /// # Errors
+    /// `ESRCH` when it has ended.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        Ok(rustix::process::pidfd_send_signal(&self.pidfd, signal)?)
+    }
+}
+
+impl AsFd for Child {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+struct Watcher {
+    shared: Arc<Shared>,
+    pid: i32,
+    pidfd: Arc<OwnedFd>,
+    exited: watch::Sender<Option<Exit>>,
+}
+
+impl Watcher {
+    async fn run(self) {
+        match sys::pollable(Arc::clone(&self.pidfd)) {
+            Ok(readable) => {
+                if let Err(error) = readable.readable().await {
+                    tracing::error!(pid = self.pid, %error, "cannot wait for a pidfd");
+                }
+            }
+            Err(error) => tracing::error!(pid = self.pid, %error, "cannot watch a pidfd"),
+        }
+        let exit = self.reap();
+        self.exited.send_replace(Some(exit));
+        // What hides behind this child in the order of waitid(P_ALL) can be seen now.
+        self.shared.sweep.notify_one();
+    }
+
+    /// Reaping and forgetting the pid are one step under the lock: once reaped, the number may come back as another
+    /// child, which must not be forgotten in its place.
+    fn reap(&self) -> Exit {
+        let mut children = self.shared.children();
+        let status = loop {
+            match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+                Err(Errno::EINTR) => {}
+                other => break other,
+            }
+        };
+        children.known.remove(&self.pid);
+        let code = match status {
+            Ok(WaitStatus::Exited(_, code)) => u32::from(code.to_ne_bytes()[0]),
+            Ok(WaitStatus::Signaled(_, signal, _)) => 128 + signal as u32,
+            Ok(status) => {
+                tracing::error!(pid = self.pid, ?status, "a pidfd was readable before its process ended");
+                UNKNOWN_EXIT_CODE
+            }
+            Err(error) => {
+                tracing::error!(pid = self.pid, %error, "cannot reap a child");
+                UNKNOWN_EXIT_CODE
+            }
+        };
+        Exit { code, at: SystemTime::now() }
+    }
+}
+
+/// Reaps the zombies that nobody knows: orphans that the kernel gave to this subreaper.
+fn sweep(children: &Children) {
+    if children.adoptions > 0 {
+        return;
+    }
+    loop {
+        let peek = waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT);
+        let pid = match peek {
+            Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
+            Err(Errno::EINTR) => continue,
+            // Nothing has ended, or there is no child at all.
+            Ok(_) | Err(_) => return,
+        };
+        if children.known.contains(&pid.as_raw()) {
+            // Its watcher reaps it and sweeps again.
+            return;
+        }
+        if let Err(error) = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+            tracing::debug!(pid = pid.as_raw(), %error, "cannot reap an orphan");
+            return;
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+mod sys;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,90 @@
+use std::io::Read;
+use std::process::Stdio;
+
+use super::*;
+
+fn sh(script: &str) -> Command {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", script]);
+    command
+}
+
+fn is_zombie(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
+}
+
+fn exists(pid: i32) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}")).exists()
+}
+
+/// Polls for something that another process brings about; hangs (and is killed by the harness) if it never comes.
+async fn until(mut condition: impl FnMut() -> bool) {
+    while !condition() {
+        tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+    }
+}
+
+// The tests of one process share its children: sub-reaping and P_ALL are per process, so they run as one.
+#[tokio::test]
+async fn every_exit_is_seen_once_and_by_everyone_who_waits() {
+    rustix::process::set_child_subreaper(Pid::from_raw(1)).unwrap();
+    let reaper = Reaper::start().unwrap();
+
+    exit_codes_and_signals_are_reported(&reaper).await;
+    many_children_ending_at_once_keep_their_codes(&reaper).await;
+    an_orphan_that_nobody_knows_is_reaped(&reaper).await;
+    an_orphan_that_died_early_is_adopted_with_its_status(&reaper).await;
+    a_dead_child_refuses_signals(&reaper).await;
+}
+
+async fn exit_codes_and_signals_are_reported(reaper: &Reaper) {
+    assert_eq!(reaper.spawn(&mut sh("exit 42")).unwrap().wait().await.code, 42);
+    let killed = reaper.spawn(&mut sh("kill -9 $$")).unwrap();
+    assert_eq!(killed.wait().await.code, 137);
+    assert_eq!(killed.clone().wait().await.code, 137, "a second waiter gets the same answer");
+}
+
+async fn many_children_ending_at_once_keep_their_codes(reaper: &Reaper) {
+    let children: Vec<_> =
+        (0..50).map(|code| (code, reaper.spawn(&mut sh(&format!("exit {code}"))).unwrap())).collect();
+    for (code, child) in children {
+        assert_eq!(child.wait().await.code, code);
+    }
+}
+
+/// Spawns a shell that leaves an orphan running `script` and returns the orphan's pid.
+async fn orphan(reaper: &Reaper, script: &str) -> i32 {
+    let (mut read, write) = std::io::pipe().unwrap();
+    let mut command = sh(&format!("({script}) >/dev/null & echo $!"));
+    command.stdout(Stdio::from(write));
+    let parent = reaper.spawn(&mut command).unwrap();
+    drop(command);
+    let mut pid = String::new();
+    read.read_to_string(&mut pid).unwrap();
+    parent.wait().await;
+    pid.trim().parse().unwrap()
+}
+
+async fn an_orphan_that_nobody_knows_is_reaped(reaper: &Reaper) {
+    let pid = orphan(reaper, "exit 3").await;
+    until(|| !exists(pid)).await;
+}
+
+async fn an_orphan_that_died_early_is_adopted_with_its_status(reaper: &Reaper) {
+    let adoption = reaper.adoption();
+    let pid = orphan(reaper, "exit 7").await;
+    until(|| is_zombie(pid)).await;
+    // Another child's SIGCHLD must not take it away.
+    reaper.spawn(&mut sh("exit 0")).unwrap().wait().await;
+    let child = adoption.adopt(pid).unwrap();
+    drop(adoption);
+    assert_eq!(child.wait().await.code, 7);
+    assert!(!exists(pid));
+}
+
+async fn a_dead_child_refuses_signals(reaper: &Reaper) {
+    let child = reaper.spawn(&mut sh("exit 0")).unwrap();
+    child.wait().await;
+    assert_eq!(child.signal(Signal::KILL).unwrap_err().raw_os_error(), Some(3));
+}

@@ -5,11 +5,10 @@
 //! like it (crun, nvidia-container-runtime). Which of them a container has is decided once, when it is created, and
 //! kept in its bundle ([`Choice`]); nothing falls back to the other.
 //!
-//! What the kernel can be asked directly, without a runtime, is in [`cgroup`]: who is in the container, signals to
-//! all of them, its statistics and its out-of-memory events.
+//! What the kernel can be asked directly, without a runtime, is in the crate `cgroup`: who is in the container, signals
+//! to all of them, its statistics and its out-of-memory events.
 
 mod choice;
-pub mod cgroup;
 pub mod command;
 mod error;
 pub mod libcontainer;

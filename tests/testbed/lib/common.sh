@@ -1,0 +1,65 @@
+# shellcheck shell=bash
+# Names and small helpers that both sides of the test bed share (the host, and the inside of the bed).
+
+STATE=${GPUSNAP_TESTBED:-/var/tmp/gpusnap-testbed}
+ROOT=$STATE/root             # the Debian root, as built
+TOOLS=$STATE/tools           # what is compiled: local-bin, containerd-2.4, bed-init
+IMAGES=$STATE/images         # container images, ready to import
+SCRATCH=$STATE/scratch       # what a running bed writes; emptied by `down`
+REPO=$(cd "$TESTBED_DIR/../.." && pwd -P)
+BED_ID=gpusnap-bed-$(cksum <<<"$STATE" | cut -d' ' -f1)   # name of the bed's cgroup
+
+BED_RUN=/run/gpusnap-testbed # inside the bed: its own bookkeeping
+BED_DATA=/var/lib/gpusnap-bed
+BED_PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
+
+say() { echo "testbed: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# Are we inside a bed already?
+inside_bed() { [ -e "$BED_RUN/inside" ]; }
+
+# retry SECONDS CMD...: until CMD succeeds
+retry() {
+  local end=$((SECONDS + $1)); shift
+  until "$@"; do
+    [ "$SECONDS" -lt "$end" ] || return 1
+    sleep 0.05
+  done
+}
+
+# Close every descriptor above 2. One that points into another mount namespace makes criu fail
+# ("Can't lookup mount=N for fd=M"), and one that is inherited keeps locks and pipes alive.
+close_fds() {
+  local fd
+  for fd in /proc/"$BASHPID"/fd/*; do
+    fd=${fd##*/}
+    [ "$fd" -le 2 ] || eval "exec $fd>&-" 2>/dev/null || :
+  done
+}
+
+# locked FILE CMD...: run CMD (a function) in a subshell that holds FILE's lock, without passing the lock on
+locked() {
+  local file=$1; shift
+  (
+    exec {lock_fd}>"$file"
+    flock "$lock_fd"
+    "$@"
+  )
+}
+
+# field22 of /proc/PID/stat: with the pid it names one process for ever
+start_time() {
+  local stat
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  stat=${stat##*) }
+  set -- $stat
+  echo "${20}"
+}
+
+# rm_root DIR: remove a tree that nothing may be mounted in (rm -rf would follow a mount)
+rm_root() {
+  [ -e "$1" ] || return 0
+  ! grep -qF " $1/" /proc/self/mountinfo || die "$1 has something mounted in it"
+  rm -rf --one-file-system "$1"
+}

@@ -1,0 +1,205 @@
+//! What containerd runs the binary for: `start`, `delete`, `-info`, and serving.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use containerd_shim::publisher::RemotePublisher;
+use containerd_shim::util::convert_to_any;
+use containerd_shim::{Config, Error, ExitSignal, Flags, Result, Shim, StartOpts};
+use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
+use reaper::Reaper;
+use runtime::Choice;
+use serde::Deserialize;
+
+use crate::container::Context;
+use crate::error::chain;
+use crate::events::Events;
+use crate::task::{TaskService, timestamp};
+use crate::{options, rootfs};
+
+/// Labels by which containers ask to share a shim, strongest first, as in containerd's Go shim.
+const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
+/// Exit code that containerd's Go shim reports for a container whose shim died: it was killed.
+const KILLED: u32 = 137;
+/// How long the last events may take at the end; containerd's Go shim allows its shutdown as much.
+const LAST_EVENTS: Duration = Duration::from_secs(5);
+/// Type of the features in a RuntimeInfo.
+const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// One run of the binary.
+pub(crate) struct GpusnapShim {
+    flags: Arc<Invocation>,
+    exit: Arc<ExitSignal>,
+    /// Set once the service runs.
+    events: std::sync::OnceLock<Events>,
+}
+
+struct Invocation {
+    namespace: String,
+    id: String,
+    socket: String,
+    bundle: PathBuf,
+}
+
+/// What of a config.json decides which shim a container gets.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Grouping {
+    annotations: BTreeMap<String, String>,
+}
+
+fn failed(message: impl std::fmt::Display) -> Error {
+    Error::Other(message.to_string())
+}
+
+#[async_trait]
+impl Shim for GpusnapShim {
+    type T = TaskService;
+
+    async fn new(_runtime_id: &str, flags: &Flags, _config: &mut Config) -> Self {
+        // containerd runs every action in the bundle; only `delete` may name another.
+        let bundle =
+            if flags.bundle.is_empty() { std::env::current_dir().unwrap_or_default() } else { (&flags.bundle).into() };
+        let flags = Invocation {
+            namespace: flags.namespace.clone(),
+            id: flags.id.clone(),
+            socket: flags.socket.clone(),
+            bundle,
+        };
+        Self { flags: Arc::new(flags), exit: Arc::default(), events: std::sync::OnceLock::new() }
+    }
+
+    async fn start_shim(&mut self, mut opts: StartOpts) -> Result<String> {
+        if opts.namespace.is_empty() || opts.id.is_empty() {
+            return Err(Error::InvalidArgument("start needs -namespace and -id".into()));
+        }
+        // The shim's own cgroup is set where runc's options are understood; so translate what came as TOML.
+        let decoded = options::decode(opts.extensions.first()).map_err(|error| failed(chain(&error)))?;
+        opts.extensions = vec![convert_to_any(Box::new(decoded))?];
+        let group = group(&self.flags.bundle).unwrap_or_else(|| opts.id.clone());
+        let address = containerd_shim::spawn(opts, &group, Vec::new()).await?;
+        std::fs::write(self.flags.bundle.join("address"), &address)
+            .map_err(|err| Error::IoError { context: "write the shim's address".into(), err })?;
+        Ok(address)
+    }
+
+    async fn delete_shim(&mut self) -> Result<DeleteResponse> {
+        let bundle = &self.flags.bundle;
+        let reaper = Reaper::start().map_err(|err| Error::IoError { context: "start reaping".into(), err })?;
+        let choice = Choice::load(bundle)
+            .map_err(|err| Error::IoError { context: format!("read the runtime of {}", self.flags.id), err })?;
+        // Without a choice nothing was ever made; but a mount may have been.
+        if let Some(choice) = choice
+            && let Err(error) = choice.runtime(&reaper).delete(&self.flags.id).await
+        {
+            tracing::error!("{}", chain(&error));
+        }
+        rootfs::unmount(&bundle.join("rootfs"));
+        let pid = std::fs::read_to_string(bundle.join("init.pid")).ok().and_then(|pid| pid.trim().parse().ok());
+        Ok(DeleteResponse {
+            pid: pid.unwrap_or(0),
+            exit_status: KILLED,
+            exited_at: Some(timestamp(SystemTime::now())).into(),
+            ..DeleteResponse::default()
+        })
+    }
+
+    async fn wait(&mut self) {
+        self.exit.wait().await;
+        if let Some(events) = self.events.get() {
+            events.drain(LAST_EVENTS).await;
+        }
+        // The bundle that the address was written into may be gone, and the library then leaves the socket.
+        let path = self.flags.socket.strip_prefix("unix://").unwrap_or(&self.flags.socket);
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::debug!("cannot remove {path}: {error}");
+        }
+    }
+
+    async fn create_task_service(&self, publisher: RemotePublisher) -> TaskService {
+        let events = Events::start(&publisher.address, &self.flags.namespace);
+        // wait() is called after this, once.
+        let _ = self.events.set(events.clone());
+        let reaper = match Reaper::start() {
+            Ok(reaper) => reaper,
+            Err(error) => {
+                tracing::error!("cannot listen for the ends of children: {error}");
+                self.exit.signal();
+                std::future::pending().await
+            }
+        };
+        let context = Context { namespace: self.flags.namespace.clone(), reaper, events };
+        TaskService::new(context, Arc::clone(&self.exit))
+    }
+
+    fn runtime_info(runtime_id: &str, options: Option<&Any>) -> Result<RuntimeInfo> {
+        let decoded = options::decode(options).map_err(|error| failed(chain(&error)))?;
+        let choice = options::choose_runtime(&decoded, "", None);
+        let features = features(choice)?;
+        Ok(RuntimeInfo {
+            name: runtime_id.to_owned(),
+            version: Some(RuntimeVersion {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                ..RuntimeVersion::default()
+            })
+            .into(),
+            options: options.cloned().into(),
+            features: Some(Any { type_url: FEATURES_TYPE.to_owned(), value: features, ..Any::default() }).into(),
+            ..RuntimeInfo::default()
+        })
+    }
+}
+
+/// Asks the runtime for its features, as JSON. The caller is inside a runtime of tokio's and cannot wait in it.
+fn features(choice: Choice) -> Result<Vec<u8>> {
+    let ask = move || {
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+        tokio.block_on(async {
+            let reaper = Reaper::start().map_err(failed)?;
+            let features = choice.runtime(&reaper).features().await.map_err(|error| failed(chain(&error)))?;
+            serde_json::to_vec(&features).map_err(failed)
+        })
+    };
+    std::thread::spawn(ask).join().unwrap_or_else(|_| Err(failed("asking the runtime for its features failed")))
+}
+
+/// The group of the container in `bundle`; none when its config.json says none or cannot be read: Create will say why.
+fn group(bundle: &Path) -> Option<String> {
+    let bytes = std::fs::read(bundle.join("config.json")).ok()?;
+    let grouping: Grouping = serde_json::from_slice(&bytes).ok()?;
+    GROUP_LABELS.iter().find_map(|label| grouping.annotations.get(*label).cloned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group_of(config: &str) -> Option<String> {
+        let bundle = tempfile::tempdir().unwrap();
+        std::fs::write(bundle.path().join("config.json"), config).unwrap();
+        group(bundle.path())
+    }
+
+    #[test]
+    fn containers_of_a_pod_share_a_shim() {
+        let config = r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod1","other":"x"}}"#;
+        assert_eq!(group_of(config).as_deref(), Some("pod1"));
+    }
+
+    #[test]
+    fn the_runc_group_annotation_is_honoured() {
+        let config = r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#;
+        assert_eq!(group_of(config).as_deref(), Some("g"));
+    }
+
+    #[test]
+    fn other_containers_have_a_shim_of_their_own() {
+        assert_eq!(group_of(r#"{"ociVersion":"1.2.0"}"#), None);
+        assert_eq!(group_of("not json"), None);
+    }
+}

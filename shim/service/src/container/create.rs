@@ -1,0 +1,240 @@
+//! Making a container: everything between containerd's request and an actor that owns the result.
+
+use std::collections::BTreeMap;
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+
+use cgroup::Cgroup;
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::shim::oci::Options;
+use reaper::Child;
+use runtime::{CreateRequest, OciRuntime, ProcessIo};
+use rustix::process::Signal;
+use serde::Deserialize;
+
+use super::{Actor, Container, Context, Process};
+use crate::error::{BundleError, TaskError};
+use crate::stdio::{Copies, Owner, Prepared, Stdio};
+use crate::{options, rootfs};
+
+/// containerd limits a spec to its message size of 16 MiB.
+const SPEC_SIZE_LIMIT: u64 = 16 << 20;
+
+/// What of a config.json the shim itself needs; the runtime reads the rest.
+#[derive(Deserialize)]
+struct Spec {
+    linux: Option<Linux>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Linux {
+    cgroups_path: Option<PathBuf>,
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Deserialize)]
+struct Namespace {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    path: String,
+}
+
+impl Spec {
+    fn read(container: &str, bundle: &Path) -> Result<Self, TaskError> {
+        let path = bundle.join("config.json");
+        let unreadable = |source| BundleError::File { action: "read", path: path.clone(), source };
+        let read = || {
+            if std::fs::metadata(&path).map_err(unreadable)?.len() > SPEC_SIZE_LIMIT {
+                return Err(unreadable(std::io::Error::other("larger than 16 MiB")));
+            }
+            let bytes = std::fs::read(&path).map_err(unreadable)?;
+            serde_json::from_slice(&bytes).map_err(|source| BundleError::Spec { path: path.clone(), source })
+        };
+        read().map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
+    }
+
+    /// A pid namespace that the runtime makes, not one that it joins.
+    fn has_private_pids(&self) -> bool {
+        let namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
+        namespaces.into_iter().any(|namespace| namespace.kind == "pid" && namespace.path.is_empty())
+    }
+}
+
+/// Makes the container that `request` describes. On failure nothing is left of it but containerd's own bundle.
+pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Result<Container, TaskError> {
+    if !request.checkpoint.is_empty() {
+        return Err(TaskError::Unsupported("restore from a checkpoint"));
+    }
+    let bundle = PathBuf::from(&request.bundle);
+    let options = options::decode(request.options.as_ref())?;
+    let spec = Spec::read(&request.id, &bundle)?;
+    let cgroups_path = spec.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref());
+    let choice = options::choose_runtime(&options, &context.namespace, cgroups_path);
+    choice.save(&bundle).map_err(|source| TaskError::Bundle {
+        container: request.id.clone(),
+        source: BundleError::File { action: "write the runtime choice into", path: bundle.clone(), source },
+    })?;
+
+    let target = bundle.join("rootfs");
+    rootfs::mount(&request.id, &request.rootfs, &target).await?;
+    let new = NewContainer { context, request: &request, bundle, options, runtime: &*choice.runtime(&context.reaper) };
+    let made = match new.make().await {
+        Ok(made) => made,
+        Err(error) => {
+            if !request.rootfs.is_empty() {
+                rootfs::unmount(&target);
+            }
+            return Err(error);
+        }
+    };
+    let private_pids = spec.has_private_pids();
+    let runtime = choice.runtime(&context.reaper);
+    let NewContainer { bundle, options, .. } = new;
+    let container = Container::start(|mailbox| {
+        let mut init = Process::new(stdio(&request));
+        init.child = Some(made.child.clone());
+        init.copies = Some(made.copies);
+        let actor = Actor {
+            id: request.id.clone(),
+            bundle,
+            context: context.clone(),
+            runtime,
+            owner: owner(context, &request.id, &options),
+            oom_kills: made.cgroup.oom_kills(),
+            cgroup: made.cgroup,
+            private_pids,
+            init,
+            init_ended: None,
+            execs: BTreeMap::new(),
+            mailbox,
+            operations: VecDeque::new(),
+            deleted: false,
+        };
+        // Before the watch: nothing of a container may be told before its creation.
+        tell_created(context, request, made.child.pid().unsigned_abs());
+        actor.watch("", made.child);
+        actor.watch_oom();
+        actor
+    });
+    Ok(container)
+}
+
+fn stdio(request: &CreateTaskRequest) -> Stdio {
+    Stdio {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    }
+}
+
+fn owner(context: &Context, id: &str, options: &Options) -> Owner {
+    Owner { namespace: context.namespace.clone(), id: id.to_owned(), uid: options.io_uid, gid: options.io_gid }
+}
+
+fn tell_created(context: &Context, request: CreateTaskRequest, pid: u32) {
+    let io = TaskIO {
+        stdin: request.stdin,
+        stdout: request.stdout,
+        stderr: request.stderr,
+        terminal: request.terminal,
+        ..TaskIO::default()
+    };
+    context.events.publish(TaskCreate {
+        container_id: request.id,
+        bundle: request.bundle,
+        rootfs: request.rootfs,
+        io: Some(io).into(),
+        checkpoint: request.checkpoint,
+        pid,
+        ..TaskCreate::default()
+    });
+}
+
+struct NewContainer<'a> {
+    context: &'a Context,
+    request: &'a CreateTaskRequest,
+    bundle: PathBuf,
+    options: Options,
+    runtime: &'a dyn OciRuntime,
+}
+
+struct Made {
+    child: Child,
+    copies: Copies,
+    cgroup: Cgroup,
+}
+
+impl NewContainer<'_> {
+    async fn make(&self) -> Result<Made, TaskError> {
+        let id = &self.request.id;
+        let owner = owner(self.context, id, &self.options);
+        let (io, prepared) =
+            stdio(self.request).prepare(&owner, &self.context.reaper).await.map_err(|source| self.stdio(source))?;
+        let child = match self.create(io).await {
+            Ok(child) => child,
+            Err(error) => {
+                prepared.abandon().await;
+                return Err(error);
+            }
+        };
+        match self.finish(&child, prepared).await {
+            Ok((copies, cgroup)) => Ok(Made { child, copies, cgroup }),
+            Err(error) => {
+                self.undo(&child).await;
+                Err(error)
+            }
+        }
+    }
+
+    fn stdio(&self, source: crate::stdio::StdioError) -> TaskError {
+        TaskError::Stdio { process: super::process_name(&self.request.id, ""), source }
+    }
+
+    async fn create(&self, io: ProcessIo) -> Result<Child, TaskError> {
+        let request = CreateRequest {
+            id: self.request.id.clone(),
+            bundle: self.bundle.clone(),
+            io,
+            no_pivot_root: self.options.no_pivot_root,
+            no_new_keyring: self.options.no_new_keyring,
+        };
+        Ok(self.runtime.create(request).await?)
+    }
+
+    async fn finish(&self, child: &Child, prepared: Prepared) -> Result<(Copies, Cgroup), TaskError> {
+        let copies = prepared.connect().await.map_err(|source| self.stdio(source))?;
+        let pid_file = self.bundle.join("init.pid");
+        let ready = std::fs::write(&pid_file, child.pid().to_string())
+            .map_err(|source| TaskError::Bundle {
+                container: self.request.id.clone(),
+                source: BundleError::File { action: "write", path: pid_file, source },
+            })
+            .and_then(|()| {
+                Cgroup::of_process(child.pid()).map_err(|source| TaskError::Cgroup {
+                    action: "find",
+                    container: self.request.id.clone(),
+                    source,
+                })
+            });
+        match ready {
+            Ok(cgroup) => Ok((copies, cgroup)),
+            Err(error) => {
+                copies.shut_down().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn undo(&self, child: &Child) {
+        if let Err(error) = self.runtime.delete(&self.request.id).await {
+            tracing::error!("container {} may be left behind: {}", self.request.id, crate::error::chain(&error));
+            // It may have ended by itself.
+            let _ = child.signal(Signal::KILL);
+        }
+        child.wait().await;
+    }
+}

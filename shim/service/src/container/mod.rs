@@ -1,0 +1,348 @@
+//! A container in the shim: one actor that owns its state.
+//!
+//! ```text
+//!            create                start                  init ends, execs are done
+//!   (none) ─────────► Created ───────────► Running ─────────────────────────────────► Stopped ──► (deleted)
+//!                        │                 │     ▲                                       ▲  delete
+//!                        │           pause ▼     │ resume                                │
+//!                        │                 Paused ───────────────────────────────────────┤
+//!                        └── init is killed ─────────────────────────────────────────────┘
+//!
+//!   exec process: Created (added) ──start──► Running ──► Stopped ──► (deleted)
+//! ```
+//!
+//! What takes time (start, exec, pause, resume, update, delete) is an *operation*. Operations of one container run one
+//! at a time, in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered at
+//! once whatever runs. An operation's future never touches the state; its completion does, in the actor.
+//!
+//! Failure paths. An operation that fails leaves the state as it was. A client that goes away cancels nothing: what
+//! was begun is finished. Exits are reports to the mailbox; one that comes while its process is being started waits
+//! until the start has been told, and init's waits for those of all exec processes, because clients take init's exit
+//! as the last word. When init ends and its pid namespace is not its own, what is left in the cgroup is killed.
+
+mod create;
+mod operations;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::future::{Future, pending};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use cgroup::Cgroup;
+use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
+use oci_spec::runtime::Process as ProcessSpec;
+use reaper::{Child, Exit, Reaper};
+use runtime::OciRuntime;
+use rustix::process::Signal;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub(crate) use self::create::create;
+use crate::error::TaskError;
+use crate::events::Events;
+use crate::stdio::{Copies, Owner, Stdio};
+use crate::task::timestamp;
+
+/// What all containers of one shim share.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    pub(crate) namespace: String,
+    pub(crate) reaper: Reaper,
+    pub(crate) events: Events,
+}
+
+/// Where a process is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Status {
+    Created,
+    Running,
+    Paused,
+    Stopped,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+type Job = Box<dyn FnOnce(&mut Actor) + Send>;
+type Work = Pin<Box<dyn Future<Output = Job> + Send>>;
+type Operation = Box<dyn FnOnce(&mut Actor) -> Option<Work> + Send>;
+
+/// A handle to a container's actor.
+#[derive(Clone)]
+pub(crate) struct Container {
+    id: String,
+    mailbox: mpsc::UnboundedSender<Job>,
+}
+
+impl Container {
+    fn start(actor: impl FnOnce(mpsc::WeakUnboundedSender<Job>) -> Actor) -> Self {
+        let (mailbox, jobs) = mpsc::unbounded_channel();
+        let actor = actor(mailbox.downgrade());
+        let id = actor.id.clone();
+        tokio::spawn(actor.run(jobs));
+        Self { id, mailbox }
+    }
+
+    /// Runs `job` in the actor, at once.
+    pub(crate) async fn ask<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Actor) -> Result<T, TaskError> + Send + 'static,
+    ) -> Result<T, TaskError> {
+        self.send(|reply| {
+            Box::new(move |actor| {
+                // Whoever asked may have gone away.
+                let _ = reply.send(job(actor));
+            })
+        })
+        .await
+    }
+
+    /// Queues an operation: `begin` checks the state and returns what to wait for, whose result is a completion.
+    pub(crate) async fn operate<T, F, C>(
+        &self,
+        begin: impl FnOnce(&mut Actor) -> Result<F, TaskError> + Send + 'static,
+    ) -> Result<T, TaskError>
+    where
+        T: Send + 'static,
+        F: Future<Output = C> + Send + 'static,
+        C: FnOnce(&mut Actor) -> Result<T, TaskError> + Send + 'static,
+    {
+        self.send(|reply| {
+            let operation: Operation = Box::new(move |actor| match begin(actor) {
+                Ok(work) => Some(Box::pin(async move {
+                    let complete = work.await;
+                    Box::new(move |actor: &mut Actor| {
+                        let _ = reply.send(complete(actor));
+                    }) as Job
+                })),
+                Err(error) => {
+                    let _ = reply.send(Err(error));
+                    None
+                }
+            });
+            Box::new(move |actor| actor.operations.push_back(operation))
+        })
+        .await
+    }
+
+    async fn send<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, TaskError>>) -> Job) -> Result<T, TaskError> {
+        let (reply, answer) = oneshot::channel();
+        // The actor ends when its container has been deleted, or with a bug of ours; either way it has no answer.
+        let sent = self.mailbox.send(job(reply)).is_ok();
+        match answer.await {
+            Ok(answer) => answer,
+            Err(_) if sent => Err(TaskError::Gone { container: self.id.clone() }),
+            Err(_) => Err(TaskError::NoContainer { container: self.id.clone() }),
+        }
+    }
+}
+
+/// One process of a container: its init, or an exec.
+pub(crate) struct Process {
+    pub(crate) status: Status,
+    pub(crate) stdio: Stdio,
+    /// None for an exec that was added and not started.
+    pub(crate) child: Option<Child>,
+    pub(crate) exit: watch::Sender<Option<Exit>>,
+    copies: Option<Copies>,
+    /// Its start is under way: an exit must not be told before it.
+    starting: bool,
+    /// What an exec is to run.
+    spec: Option<ProcessSpec>,
+}
+
+impl Process {
+    fn new(stdio: Stdio) -> Self {
+        Self {
+            status: Status::Created,
+            stdio,
+            child: None,
+            exit: watch::Sender::new(None),
+            copies: None,
+            starting: false,
+            spec: None,
+        }
+    }
+
+    /// Pid as containerd counts, 0 for none.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().map_or(0, |child| child.pid().unsigned_abs())
+    }
+
+    fn is_alive(&self) -> bool {
+        self.starting || matches!(self.status, Status::Running | Status::Paused)
+    }
+}
+
+/// The state of one container. Only its own task touches it.
+pub(crate) struct Actor {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    context: Context,
+    runtime: Arc<dyn OciRuntime>,
+    owner: Owner,
+    cgroup: Cgroup,
+    /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
+    private_pids: bool,
+    init: Process,
+    /// How init ended, while that cannot be told yet.
+    init_ended: Option<Exit>,
+    execs: BTreeMap<String, Process>,
+    oom_kills: u64,
+    mailbox: mpsc::WeakUnboundedSender<Job>,
+    operations: VecDeque<Operation>,
+    deleted: bool,
+}
+
+impl Actor {
+    async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
+        let mut work: Option<Work> = None;
+        while !self.deleted {
+            if work.is_none()
+                && let Some(operation) = self.operations.pop_front()
+            {
+                work = operation(&mut self);
+                continue;
+            }
+            let done = async {
+                match &mut work {
+                    Some(work) => work.await,
+                    None => pending().await,
+                }
+            };
+            tokio::select! {
+                job = jobs.recv() => match job {
+                    Some(job) => job(&mut self),
+                    None => return,
+                },
+                complete = done => {
+                    work = None;
+                    complete(&mut self);
+                }
+            }
+        }
+    }
+
+    /// The process that requests name: init when `exec` is empty.
+    pub(crate) fn process(&self, exec: &str) -> Result<&Process, TaskError> {
+        if exec.is_empty() { Ok(&self.init) } else { self.execs.get(exec).ok_or_else(|| self.no_process(exec)) }
+    }
+
+    fn process_mut(&mut self, exec: &str) -> Result<&mut Process, TaskError> {
+        if exec.is_empty() {
+            return Ok(&mut self.init);
+        }
+        let missing = self.no_process(exec);
+        self.execs.get_mut(exec).ok_or(missing)
+    }
+
+    fn no_process(&self, exec: &str) -> TaskError {
+        TaskError::NoProcess { container: self.id.clone(), exec: exec.to_owned() }
+    }
+
+    /// A process's name in messages.
+    fn name(&self, exec: &str) -> String {
+        process_name(&self.id, exec)
+    }
+
+    fn wrong_state(&self, action: &'static str, exec: &str, status: Status) -> TaskError {
+        TaskError::WrongState { action, process: self.name(exec), status }
+    }
+
+    /// Reports the exit of `child` to the mailbox.
+    fn watch(&self, exec: &str, child: Child) {
+        // Held until the process has ended: its exit is never lost, whoever else has let go of the container.
+        let Some(mailbox) = self.mailbox.upgrade() else { return };
+        let exec = exec.to_owned();
+        tokio::spawn(async move {
+            let exit = child.wait().await;
+            // The container may have been deleted meanwhile, with this exit in its answer.
+            let _ = mailbox.send(Box::new(move |actor| actor.ended(&exec, exit)));
+        });
+    }
+
+    /// Reports out-of-memory kills to the mailbox.
+    fn watch_oom(&self) {
+        let mailbox = self.mailbox.clone();
+        match self.cgroup.watch_oom() {
+            Ok(mut watch) => {
+                tokio::spawn(async move {
+                    while watch.next().await.is_some() {
+                        let Some(mailbox) = mailbox.upgrade() else { return };
+                        if mailbox.send(Box::new(Self::tell_oom)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!("container {}: no out-of-memory events: {}", self.id, crate::error::chain(&error));
+            }
+        }
+    }
+
+    fn tell_oom(&mut self) {
+        let kills = self.cgroup.oom_kills();
+        if kills > self.oom_kills {
+            self.oom_kills = kills;
+            self.context.events.publish(TaskOOM { container_id: self.id.clone(), ..TaskOOM::default() });
+        }
+    }
+
+    fn ended(&mut self, exec: &str, exit: Exit) {
+        if exec.is_empty() {
+            // The cgroup forgets its counters when it is removed, and CRI wants the reason before the exit.
+            self.tell_oom();
+            self.init_ended = Some(exit);
+            if !self.private_pids
+                && let Err(error) = self.cgroup.signal_all(Signal::KILL)
+            {
+                tracing::warn!("container {}: processes may be left: {}", self.id, crate::error::chain(&error));
+            }
+        } else if let Some(process) = self.execs.get_mut(exec) {
+            process.status = Status::Stopped;
+            let pid = process.pid();
+            process.exit.send_replace(Some(exit));
+            self.tell_exit(exec, pid, exit);
+        }
+        self.settle_init();
+    }
+
+    /// Tells init's exit, once nothing that must be told before it is left.
+    fn settle_init(&mut self) {
+        let Some(exit) = self.init_ended else { return };
+        if self.init.starting || self.execs.values().any(Process::is_alive) {
+            return;
+        }
+        self.init_ended = None;
+        self.init.status = Status::Stopped;
+        self.init.exit.send_replace(Some(exit));
+        let (id, pid) = (self.id.clone(), self.init.pid());
+        self.tell_exit(&id, pid, exit);
+    }
+
+    fn tell_exit(&self, process: &str, pid: u32, exit: Exit) {
+        self.context.events.publish(TaskExit {
+            container_id: self.id.clone(),
+            id: process.to_owned(),
+            pid,
+            exit_status: exit.code,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..TaskExit::default()
+        });
+    }
+}
+
+/// A process's name in messages.
+pub(crate) fn process_name(container: &str, exec: &str) -> String {
+    if exec.is_empty() { format!("container {container}") } else { format!("exec {exec} of container {container}") }
+}

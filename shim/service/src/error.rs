@@ -1,0 +1,162 @@
+//! What a Task request can fail with, and the one place where that becomes a ttrpc status.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use cgroup::CgroupError;
+use containerd_shim_protos::ttrpc::{self, Code};
+use runtime::RuntimeError;
+
+use crate::container::Status;
+use crate::options::OptionsError;
+
+/// Why a request was not served.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TaskError {
+    #[error("container {container} is not known to this shim")]
+    NoContainer { container: String },
+    #[error("container {container} has no exec process {exec}")]
+    NoProcess { container: String, exec: String },
+    #[error("container {container} exists already")]
+    ContainerExists { container: String },
+    #[error("exec process {exec} of container {container} exists already")]
+    ExecExists { container: String, exec: String },
+    #[error("cannot {action} {process} while it is {status}")]
+    WrongState { action: &'static str, process: String, status: Status },
+    #[error("{process} has finished already")]
+    Finished { process: String },
+    #[error("{0} is not supported by this shim")]
+    Unsupported(&'static str),
+    #[error("request for container {container} carries an unusable {field}: {message}")]
+    BadRequest { container: String, field: &'static str, message: String },
+    #[error("cannot use the bundle of container {container}")]
+    Bundle {
+        container: String,
+        #[source]
+        source: BundleError,
+    },
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    #[error("cannot mount the rootfs of container {container} on {target}")]
+    Mount {
+        container: String,
+        target: PathBuf,
+        #[source]
+        source: containerd_shim::Error,
+    },
+    #[error("cannot connect standard input and output of {process}")]
+    Stdio {
+        process: String,
+        #[source]
+        source: crate::stdio::StdioError,
+    },
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("cannot {action} {process}")]
+    Signal {
+        action: &'static str,
+        process: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot {action} the cgroup of container {container}")]
+    Cgroup {
+        action: &'static str,
+        container: String,
+        #[source]
+        source: CgroupError,
+    },
+    #[error("the shim's work on container {container} was cut off")]
+    Gone { container: String },
+}
+
+/// What was wrong with a bundle.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BundleError {
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} is not a valid OCI runtime configuration")]
+    Spec {
+        path: PathBuf,
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl TaskError {
+    /// The codes that containerd's clients test for; see docs/behaviour.md.
+    fn code(&self) -> Code {
+        match self {
+            Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NOT_FOUND,
+            Self::ContainerExists { .. } | Self::ExecExists { .. } => Code::ALREADY_EXISTS,
+            Self::WrongState { .. } => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::BadRequest { .. } | Self::Options(_) => Code::INVALID_ARGUMENT,
+            Self::Bundle { .. }
+            | Self::Mount { .. }
+            | Self::Stdio { .. }
+            | Self::Runtime(_)
+            | Self::Signal { .. }
+            | Self::Cgroup { .. }
+            | Self::Gone { .. } => Code::UNKNOWN,
+        }
+    }
+}
+
+/// An error and everything under it on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        // Writing to a String cannot fail.
+        let _ = write!(text, ": {error}");
+        source = error.source();
+    }
+    text
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        ttrpc::Error::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_chain_is_told_once() {
+        let error = TaskError::Bundle {
+            container: "c1".into(),
+            source: BundleError::File {
+                action: "read",
+                path: "/b/config.json".into(),
+                source: std::io::Error::from(std::io::ErrorKind::NotFound),
+            },
+        };
+        assert_eq!(
+            chain(&error),
+            "cannot use the bundle of container c1: cannot read /b/config.json: entity not found"
+        );
+    }
+
+    #[test]
+    fn clients_can_tell_errors_apart_by_code() {
+        let code = |error: TaskError| match ttrpc::Error::from(error) {
+            ttrpc::Error::RpcStatus(status) => status.code.enum_value().unwrap(),
+            other => panic!("{other}"),
+        };
+        assert_eq!(code(TaskError::NoContainer { container: "a".into() }), Code::NOT_FOUND);
+        assert_eq!(code(TaskError::Finished { process: "a".into() }), Code::NOT_FOUND);
+        assert_eq!(code(TaskError::ContainerExists { container: "a".into() }), Code::ALREADY_EXISTS);
+        assert_eq!(code(TaskError::Unsupported("Checkpoint")), Code::UNIMPLEMENTED);
+        let wrong = TaskError::WrongState { action: "exec in", process: "a".into(), status: Status::Paused };
+        assert_eq!(code(wrong), Code::FAILED_PRECONDITION);
+    }
+}

@@ -1,0 +1,48 @@
+//! Mounting a container's root filesystem.
+
+use std::path::Path;
+
+use containerd_shim::mount::{mount_rootfs, umount_recursive};
+use containerd_shim_protos::types::mount::Mount;
+
+use crate::error::TaskError;
+
+/// Forced, lazy unmount: nothing that still holds the filesystem may keep the mount (MNT_DETACH).
+const DETACH: i32 = 2;
+
+/// Mounts everything in `mounts`, in order, on `target`; on failure nothing of it stays mounted.
+pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> Result<(), TaskError> {
+    if mounts.is_empty() {
+        return Ok(());
+    }
+    let failed = |source| TaskError::Mount { container: container.to_owned(), target: target.to_owned(), source };
+    let (mounts, folder) = (mounts.to_vec(), target.to_owned());
+    let (done, result) = tokio::sync::oneshot::channel();
+    // containerd-shim changes the working directory of the thread that mounts an overlay with many layers: it gets a
+    // thread of its own.
+    std::thread::spawn(move || {
+        let mounted = std::fs::create_dir_all(&folder)
+            .map_err(|err| containerd_shim::Error::IoError { context: "make the folder".into(), err })
+            .and_then(|()| mounts.iter().try_for_each(|mount| mount_one(mount, &folder)));
+        // Whoever asked has been dropped only with the whole shim.
+        let _ = done.send(mounted);
+    });
+    let mounted = result.await.unwrap_or_else(|_| Err(containerd_shim::Error::Other("the mount was cut off".into())));
+    if mounted.is_err() {
+        unmount(target);
+    }
+    mounted.map_err(failed)
+}
+
+fn mount_one(mount: &Mount, target: &Path) -> containerd_shim::Result<()> {
+    let named = |name: &str| Some(name.to_owned()).filter(|name| !name.is_empty());
+    mount_rootfs(named(&mount.type_).as_deref(), named(&mount.source).as_deref(), &mount.options, target)
+}
+
+/// Unmounts everything at and below `target`. What cannot be is logged: the caller is cleaning up.
+pub(crate) fn unmount(target: &Path) {
+    let Some(path) = target.to_str() else { return };
+    if let Err(error) = umount_recursive(Some(path), DETACH) {
+        tracing::warn!("cannot unmount {path}: {error}");
+    }
+}

@@ -1,0 +1,108 @@
+//! Loggers: programs that read a process's output themselves.
+//!
+//! The protocol is containerd's: the logger gets standard output on descriptor 3, standard error on 4, and closes 5
+//! when it is ready (`binary-v2`: after writing a byte to it). `CONTAINER_ID` and `CONTAINER_NAMESPACE` say whose.
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use reaper::{Child, Reaper};
+use rustix::process::Signal;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+
+use super::target::LoggerUri;
+use super::{Owner, StdioError};
+
+/// How long a logger may take to get ready, as containerd's Go shim allows.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a logger may take to finish by itself once all output has ended.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long it may take after SIGTERM, as containerd's Go shim allows.
+const TERM_TIMEOUT: Duration = Duration::from_secs(12);
+
+/// A running logger.
+pub(super) struct Logger {
+    child: Child,
+}
+
+/// What a logger reads.
+pub(super) struct LoggerPipes {
+    pub(super) stdout: OwnedFd,
+    /// None with a terminal, which has one output.
+    pub(super) stderr: Option<OwnedFd>,
+}
+
+impl Logger {
+    pub(super) async fn start(
+        uri: &LoggerUri,
+        pipes: LoggerPipes,
+        owner: &Owner,
+        reaper: &Reaper,
+    ) -> Result<Self, StdioError> {
+        let failed = |source| StdioError::Logger { path: uri.path.clone(), source };
+        let (ready, ready_write) = io::pipe().map_err(failed)?;
+        let stderr = match pipes.stderr {
+            Some(stderr) => stderr,
+            None => super::null(false)?,
+        };
+        let mut command = Command::new(&uri.path);
+        command
+            .args(&uri.arguments)
+            .env("CONTAINER_ID", &owner.id)
+            .env("CONTAINER_NAMESPACE", &owner.namespace)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        command
+            .fd_mappings(vec![
+                FdMapping { parent_fd: pipes.stdout, child_fd: 3 },
+                FdMapping { parent_fd: stderr, child_fd: 4 },
+                FdMapping { parent_fd: ready_write.into(), child_fd: 5 },
+            ])
+            .map_err(|error| failed(io::Error::other(error)))?;
+        let child = reaper.spawn(&mut command).map_err(failed)?;
+        // The command holds the shim's copies of the descriptors, which would keep the pipes open.
+        drop(command);
+        let logger = Self { child };
+        if let Err(error) = tokio::time::timeout(READY_TIMEOUT, wait_ready(ready, uri.writes_when_ready))
+            .await
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it did not get ready")))
+        {
+            logger.kill().await;
+            return Err(failed(error));
+        }
+        Ok(logger)
+    }
+
+    /// Waits until it has finished with what it has read; a logger that does not is made to.
+    pub(super) async fn stop(self) {
+        if tokio::time::timeout(FINISH_TIMEOUT, self.child.wait()).await.is_ok() {
+            return;
+        }
+        // Already gone is what is wanted.
+        let _ = self.child.signal(Signal::TERM);
+        if tokio::time::timeout(TERM_TIMEOUT, self.child.wait()).await.is_err() {
+            tracing::warn!(pid = self.child.pid(), "a logger does not end, and is killed");
+            self.kill().await;
+        }
+    }
+
+    async fn kill(&self) {
+        let _ = self.child.signal(Signal::KILL);
+        self.child.wait().await;
+    }
+}
+
+/// Ready is the end of the pipe, or its first byte.
+async fn wait_ready(ready: impl Into<OwnedFd> + Read, needs_byte: bool) -> io::Result<()> {
+    let mut byte = [0];
+    let read = pipe::Receiver::from_owned_fd(ready.into())?.read(&mut byte).await?;
+    if read == 0 && needs_byte {
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it gave up before it was ready"));
+    }
+    Ok(())
+}

@@ -1,0 +1,298 @@
+//! Standard input and output of container processes.
+//!
+//! A process never holds what containerd named: it gets pipes, or a terminal, and the shim copies. So a process
+//! survives containerd's restarts, and CRIU finds only pipes and terminals to dump, which it can put back.
+//!
+//! ```text
+//!            ┌──────────── shim ────────────┐
+//!  fifo ───► copy ──► pipe ──► 0 ┐
+//!  fifo ◄─── copy ◄── pipe ◄── 1 ├ process          with a terminal: 0, 1, 2 are its slave, the shim copies the master
+//!  file://   copy ◄── pipe ◄── 2 ┘
+//!  binary:// the logger reads the pipes itself
+//!  (none)    /dev/null
+//! ```
+
+mod console;
+mod logger;
+mod target;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use containerd_shim::io::{IoTasks, Pty};
+use reaper::Reaper;
+use runtime::ProcessIo;
+use rustix::fs::{Gid, Uid};
+use rustix::termios::Winsize;
+use tokio::net::unix::pipe;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::console::ConsoleSocket;
+use self::logger::{Logger, LoggerPipes};
+pub(crate) use self::target::Target;
+
+/// How long a deleted process's output may still be copied to files, as [`IoTasks`] allows for fifos.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a process could not be given its standard input and output.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StdioError {
+    #[error("{uri} is not a place for output: use a fifo's path, file://, binary:// or nothing")]
+    Uri { uri: String },
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot make a pipe")]
+    Pipe(#[source] io::Error),
+    #[error("cannot copy through a fifo")]
+    Fifo(#[source] containerd_shim::Error),
+    #[error("cannot start the logger {path}")]
+    Logger {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the runtime sent no terminal")]
+    NoTerminal(#[source] io::Error),
+}
+
+/// What containerd asked for.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Stdio {
+    pub(crate) stdin: String,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) terminal: bool,
+}
+
+/// Who the process is, for loggers, and who owns its pipes.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner {
+    pub(crate) namespace: String,
+    pub(crate) id: String,
+    /// Owner of the pipes; 0 leaves them root's.
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// The shim's side of a process's standard input and output, before the process exists.
+pub(crate) struct Prepared {
+    streams: Streams,
+    copies: Copies,
+}
+
+enum Streams {
+    Pipes,
+    Terminal { socket: ConsoleSocket, stdin: Option<String>, stdout: Sink },
+}
+
+/// Where a terminal's output goes.
+enum Sink {
+    None,
+    Fifo(String),
+    File(File),
+    Pipe(OwnedFd),
+}
+
+/// The shim's side of a process that runs or has run.
+#[derive(Default)]
+pub(crate) struct Copies {
+    fifos: IoTasks,
+    files: TaskTracker,
+    cancel: CancellationToken,
+    logger: Option<Logger>,
+    console: Option<Pty>,
+}
+
+impl Stdio {
+    /// Makes both sides: what the runtime gives the process, and what the shim copies once it has it.
+    pub(crate) async fn prepare(&self, owner: &Owner, reaper: &Reaper) -> Result<(ProcessIo, Prepared), StdioError> {
+        let stdout = Target::parse(&self.stdout)?;
+        if self.terminal { self.terminal(stdout, owner, reaper).await } else { self.pipes(stdout, owner, reaper).await }
+    }
+
+    async fn terminal(
+        &self,
+        stdout: Target,
+        owner: &Owner,
+        reaper: &Reaper,
+    ) -> Result<(ProcessIo, Prepared), StdioError> {
+        let mut copies = Copies::default();
+        let sink = match stdout {
+            Target::Null => Sink::None,
+            Target::Fifo(path) => Sink::Fifo(path),
+            Target::File(path) => Sink::File(open_log(path)?),
+            Target::Binary(uri) => {
+                let (read, write) = pipe_for(owner)?;
+                copies.logger =
+                    Some(Logger::start(&uri, LoggerPipes { stdout: read, stderr: None }, owner, reaper).await?);
+                Sink::Pipe(write)
+            }
+        };
+        let socket = ConsoleSocket::bind()?;
+        let io = ProcessIo::Terminal { console_socket: socket.path().to_owned() };
+        let stdin = Some(self.stdin.clone()).filter(|path| !path.is_empty());
+        Ok((io, Prepared { streams: Streams::Terminal { socket, stdin, stdout: sink }, copies }))
+    }
+
+    async fn pipes(&self, stdout: Target, owner: &Owner, reaper: &Reaper) -> Result<(ProcessIo, Prepared), StdioError> {
+        let mut copies = Copies::default();
+        let stdin = if self.stdin.is_empty() {
+            null(false)?
+        } else {
+            let (read, write) = pipe_for(owner)?;
+            let to = pipe::Sender::from_owned_fd(write).map_err(StdioError::Pipe)?;
+            copies.fifos.copy_from_fifo(&self.stdin, to).map_err(StdioError::Fifo)?;
+            read
+        };
+        let (stdout, stderr) = match (stdout, Target::parse(&self.stderr)?) {
+            // One logger serves both, whatever is said for stderr: its protocol has a descriptor for each.
+            (Target::Binary(uri), _) | (_, Target::Binary(uri)) => {
+                let (stdout_read, stdout_write) = pipe_for(owner)?;
+                let (stderr_read, stderr_write) = pipe_for(owner)?;
+                let pipes = LoggerPipes { stdout: stdout_read, stderr: Some(stderr_read) };
+                copies.logger = Some(Logger::start(&uri, pipes, owner, reaper).await?);
+                (stdout_write, stderr_write)
+            }
+            (stdout, stderr) => (copies.output(stdout, owner)?, copies.output(stderr, owner)?),
+        };
+        Ok((ProcessIo::Fds { stdin, stdout, stderr }, Prepared { streams: Streams::Pipes, copies }))
+    }
+}
+
+impl Prepared {
+    /// Takes over the terminal, once the runtime has made the process.
+    pub(crate) async fn connect(self) -> Result<Copies, StdioError> {
+        let Self { streams, mut copies } = self;
+        let Streams::Terminal { socket, stdin, stdout } = streams else { return Ok(copies) };
+        let console = Pty::new(socket.receive().await?).map_err(StdioError::Fifo)?;
+        if let Some(path) = stdin {
+            copies.fifos.copy_from_fifo(&path, console.clone()).map_err(StdioError::Fifo)?;
+        }
+        match stdout {
+            // Somebody must read, or the process stops at a full terminal.
+            Sink::None => copies.copy(console.clone(), tokio::io::sink()),
+            Sink::Fifo(path) => copies.fifos.copy_to_fifo(console.clone(), &path).map_err(StdioError::Fifo)?,
+            Sink::File(file) => copies.copy(console.clone(), tokio::fs::File::from_std(file)),
+            Sink::Pipe(write) => {
+                copies.copy(console.clone(), pipe::Sender::from_owned_fd(write).map_err(StdioError::Pipe)?);
+            }
+        }
+        copies.console = Some(console);
+        Ok(copies)
+    }
+
+    /// Lets everything go, when the process did not come to be.
+    pub(crate) async fn abandon(self) {
+        self.copies.close(Duration::ZERO).await;
+    }
+}
+
+impl Copies {
+    fn output(&self, target: Target, owner: &Owner) -> Result<OwnedFd, StdioError> {
+        let file = match target {
+            Target::Null => return null(true),
+            Target::Fifo(path) => {
+                let (read, write) = pipe_for(owner)?;
+                let from = pipe::Receiver::from_owned_fd(read).map_err(StdioError::Pipe)?;
+                self.fifos.copy_to_fifo(from, &path).map_err(StdioError::Fifo)?;
+                return Ok(write);
+            }
+            Target::File(path) => open_log(path)?,
+            // Both callers have taken loggers out before.
+            Target::Binary(uri) => return Err(StdioError::Uri { uri: uri.to_string() }),
+        };
+        let (read, write) = pipe_for(owner)?;
+        let from = pipe::Receiver::from_owned_fd(read).map_err(StdioError::Pipe)?;
+        self.copy(from, tokio::fs::File::from_std(file));
+        Ok(write)
+    }
+
+    fn copy<R, W>(&self, mut from: R, mut to: W)
+    where
+        R: tokio::io::AsyncRead + Send + Unpin + 'static,
+        W: tokio::io::AsyncWrite + Send + Unpin + 'static,
+    {
+        let cancel = self.cancel.clone();
+        self.files.spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                copied = tokio::io::copy(&mut from, &mut to) => {
+                    // A terminal that hangs up ends with EIO; a logger that is gone with EPIPE.
+                    if let Err(error) = copied {
+                        tracing::debug!("output copy ended: {error}");
+                    }
+                    if let Err(error) = tokio::io::AsyncWriteExt::flush(&mut to).await {
+                        tracing::warn!("output is lost: {error}");
+                    }
+                }
+            }
+        });
+    }
+
+    /// The client will write no more: what it wrote is delivered, then the process reads the end.
+    pub(crate) fn close_stdin(&self) {
+        self.fifos.close_input();
+    }
+
+    /// Sets the size of the terminal, in characters; a process without one has none to set.
+    pub(crate) fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
+        let Some(console) = &self.console else { return Ok(()) };
+        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        Ok(rustix::termios::tcsetwinsize(console, size)?)
+    }
+
+    /// Delivers what the process has written, and lets everything go.
+    pub(crate) async fn shut_down(self) {
+        self.close(DRAIN_TIMEOUT).await;
+    }
+
+    async fn close(self, drain: Duration) {
+        let fifos = async { if drain.is_zero() { self.fifos.abort().await } else { self.fifos.shutdown().await } };
+        let files = async {
+            self.files.close();
+            if tokio::time::timeout(drain, self.files.wait()).await.is_err() {
+                self.cancel.cancel();
+                self.files.wait().await;
+            }
+        };
+        let ((), ()) = tokio::join!(fifos, files);
+        if let Some(logger) = self.logger {
+            logger.stop().await;
+        }
+    }
+}
+
+fn null(write: bool) -> Result<OwnedFd, StdioError> {
+    let path = PathBuf::from("/dev/null");
+    match OpenOptions::new().read(!write).write(write).open(&path) {
+        Ok(file) => Ok(file.into()),
+        Err(source) => Err(StdioError::File { action: "open", path, source }),
+    }
+}
+
+/// A log file of the user's choice: made with its folders when it is not there, never truncated.
+fn open_log(path: PathBuf) -> Result<File, StdioError> {
+    let opened = path.parent().map_or(Ok(()), std::fs::create_dir_all);
+    let opened = opened.and_then(|()| OpenOptions::new().create(true).append(true).open(&path));
+    opened.map_err(|source| StdioError::File { action: "open", path, source })
+}
+
+/// A pipe whose ends the process's user may open again through /proc.
+fn pipe_for(owner: &Owner) -> Result<(OwnedFd, OwnedFd), StdioError> {
+    let (read, write) = io::pipe().map_err(StdioError::Pipe)?;
+    if owner.uid != 0 || owner.gid != 0 {
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        rustix::fs::fchown(&read, Some(uid), Some(gid)).map_err(|error| StdioError::Pipe(error.into()))?;
+        rustix::fs::fchown(&write, Some(uid), Some(gid)).map_err(|error| StdioError::Pipe(error.into()))?;
+    }
+    Ok((read.into(), write.into()))
+}

@@ -1,0 +1,259 @@
+//! containerd's Task service.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use containerd_shim::TtrpcContext;
+use containerd_shim::util::convert_to_any;
+use containerd_shim::{ExitSignal, Task};
+use containerd_shim_protos::api::{
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
+    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
+    StatsRequest, StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
+use containerd_shim_protos::shim::oci::ProcessDetails;
+use containerd_shim_protos::ttrpc;
+use serde::de::DeserializeOwned;
+
+use crate::container::{Container, Context, Status, create};
+use crate::error::TaskError;
+use crate::stdio::Stdio;
+
+/// The service: a table of containers; what concerns one of them is its actor's.
+pub(crate) struct TaskService {
+    context: Context,
+    exit: Arc<ExitSignal>,
+    /// None while a container is being made.
+    containers: Arc<Mutex<HashMap<String, Option<Container>>>>,
+}
+
+impl TaskService {
+    pub(crate) fn new(context: Context, exit: Arc<ExitSignal>) -> Self {
+        Self { context, exit, containers: Arc::default() }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Container>>> {
+        lock(&self.containers)
+    }
+
+    fn container(&self, id: &str) -> Result<Container, TaskError> {
+        let missing = || TaskError::NoContainer { container: id.to_owned() };
+        self.containers().get(id).cloned().flatten().ok_or_else(missing)
+    }
+
+    fn reserve(&self, id: &str) -> Result<(), TaskError> {
+        let mut containers = self.containers();
+        if containers.contains_key(id) {
+            return Err(TaskError::ContainerExists { container: id.to_owned() });
+        }
+        containers.insert(id.to_owned(), None);
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// A time as the protocol has it.
+pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
+        ..Timestamp::default()
+    }
+}
+
+/// Decodes the JSON that containerd wraps into an `Any`.
+fn json<T: DeserializeOwned>(container: &str, field: &'static str, any: Option<&Any>) -> Result<T, TaskError> {
+    let bad = |message: String| TaskError::BadRequest { container: container.to_owned(), field, message };
+    let any = any.ok_or_else(|| bad("there is none".into()))?;
+    serde_json::from_slice(&any.value).map_err(|error| bad(error.to_string()))
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn state(&self, _ctx: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let container = self.container(&request.id)?;
+        let response = container.ask(move |actor| {
+            let process = actor.process(&request.exec_id)?;
+            let exit = *process.exit.borrow();
+            let status = match process.status {
+                Status::Created => ApiStatus::CREATED,
+                Status::Running => ApiStatus::RUNNING,
+                Status::Paused => ApiStatus::PAUSED,
+                Status::Stopped => ApiStatus::STOPPED,
+            };
+            Ok(StateResponse {
+                id: actor.id.clone(),
+                bundle: actor.bundle.to_string_lossy().into_owned(),
+                pid: process.pid(),
+                status: status.into(),
+                stdin: process.stdio.stdin.clone(),
+                stdout: process.stdio.stdout.clone(),
+                stderr: process.stdio.stderr.clone(),
+                terminal: process.stdio.terminal,
+                exit_status: exit.map_or(0, |exit| exit.code),
+                exited_at: exit.map(|exit| timestamp(exit.at)).into(),
+                exec_id: request.exec_id,
+                ..StateResponse::default()
+            })
+        });
+        Ok(response.await?)
+    }
+
+    async fn create(&self, _ctx: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        let id = request.id.clone();
+        self.reserve(&id)?;
+        let (context, containers) = (self.context.clone(), Arc::clone(&self.containers));
+        // A task of its own: ttrpc drops a handler whose deadline has passed, and half a container must not be left.
+        let creation = tokio::spawn(async move {
+            let id = request.id.clone();
+            let made = create(&context, request).await;
+            let mut containers = lock(&containers);
+            match made {
+                Ok(container) => {
+                    containers.insert(id, Some(container.clone()));
+                    Ok(container)
+                }
+                Err(error) => {
+                    tracing::error!("cannot create container {id}: {}", crate::error::chain(&error));
+                    containers.remove(&id);
+                    Err(error)
+                }
+            }
+        });
+        let container = creation.await.map_err(|_| TaskError::Gone { container: id })??;
+        let pid = container.ask(|actor| Ok(actor.process("")?.pid())).await?;
+        Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
+    }
+
+    async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.container(&request.id)?;
+        let pid = if request.exec_id.is_empty() {
+            container.operate(|actor| actor.start_init()).await?
+        } else {
+            container.operate(move |actor| actor.start_exec(request.exec_id)).await?
+        };
+        Ok(StartResponse { pid, ..StartResponse::default() })
+    }
+
+    async fn delete(&self, _ctx: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        let container = self.container(&request.id)?;
+        let deleted = if request.exec_id.is_empty() {
+            let deleted = container.operate(|actor| actor.delete_init()).await?;
+            self.containers().remove(&request.id);
+            deleted
+        } else {
+            container.operate(move |actor| actor.delete_exec(request.exec_id)).await?
+        };
+        Ok(DeleteResponse {
+            pid: deleted.pid,
+            exit_status: deleted.exit.code,
+            exited_at: Some(timestamp(deleted.exit.at)).into(),
+            ..DeleteResponse::default()
+        })
+    }
+
+    async fn pids(&self, _ctx: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let pids = self.container(&request.id)?.ask(|actor| actor.pids()).await?;
+        let mut processes = Vec::with_capacity(pids.len());
+        for (pid, exec) in pids {
+            let details = match exec {
+                Some(exec_id) => {
+                    let details = ProcessDetails { exec_id, ..ProcessDetails::default() };
+                    Some(convert_to_any(Box::new(details))?)
+                }
+                None => None,
+            };
+            processes.push(ProcessInfo { pid, info: details.into(), ..ProcessInfo::default() });
+        }
+        Ok(PidsResponse { processes, ..PidsResponse::default() })
+    }
+
+    async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.operate(|actor| actor.pause()).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id)?.operate(|actor| actor.resume()).await?;
+        Ok(Empty::new())
+    }
+
+    async fn kill(&self, _ctx: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        container.ask(move |actor| actor.kill(&request.exec_id, request.signal, request.all)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _ctx: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let mut spec: oci_spec::runtime::Process = json(&request.id, "process", request.spec.as_ref())?;
+        spec.set_terminal(Some(request.terminal));
+        let stdio =
+            Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        container.ask(move |actor| actor.add_exec(request.exec_id, spec, stdio)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn resize_pty(&self, _ctx: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        container.ask(move |actor| actor.resize(&request.exec_id, request.width, request.height)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn close_io(&self, _ctx: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        if request.stdin {
+            container.ask(move |actor| actor.close_stdin(&request.exec_id)).await?;
+        }
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _ctx: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let resources = json(&request.id, "resources", request.resources.as_ref())?;
+        container.operate(move |actor| actor.update(resources)).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait(&self, _ctx: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let container = self.container(&request.id)?;
+        let exec = request.exec_id.clone();
+        let mut exit = container.ask(move |actor| actor.exit_of(&exec)).await?;
+        let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        // The process was deleted before it was ever started.
+        let gone = || TaskError::NoProcess { container: request.id, exec: request.exec_id };
+        let exit = ended.ok_or_else(gone)?;
+        Ok(WaitResponse {
+            exit_status: exit.code,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..WaitResponse::default()
+        })
+    }
+
+    async fn stats(&self, _ctx: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.container(&request.id)?.ask(|actor| actor.metrics()).await?;
+        Ok(StatsResponse { stats: Some(stats).into(), ..StatsResponse::default() })
+    }
+
+    async fn connect(&self, _ctx: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        let task_pid = self.container(&request.id)?.ask(|actor| Ok(actor.process("")?.pid())).await?;
+        Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
+    }
+
+    async fn shutdown(&self, _ctx: &TtrpcContext, _request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // containerd sends it after every container of a pod; only the last one ends the shim.
+        if self.containers().is_empty() {
+            self.exit.signal();
+        }
+        Ok(Empty::new())
+    }
+}

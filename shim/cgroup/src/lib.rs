@@ -1,10 +1,31 @@
 //! A container's cgroup, v1 or v2, asked directly.
+//!
+//! A runtime is slow to ask and can be busy; what the kernel knows by itself is read here: who is in the container, its
+//! statistics, its out-of-memory kills. Signals to everyone in it go from here too.
+//!
+//! On v1 a container has a directory in each hierarchy, and in principle different processes in each. For processes,
+//! signals and freezing, one hierarchy decides, the same for all three ([`Cgroup::pids`]).
+
+mod file;
+mod freezer;
+mod locate;
+mod oom;
+mod process;
+#[allow(unsafe_code)]
+mod sys;
+#[cfg(test)]
+mod tests;
+mod v1;
+mod v2;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use rustix::process::Signal;
+
+use locate::Places;
+pub use oom::OomWatch;
 
 /// What went wrong with a cgroup file.
 #[derive(Debug, thiserror::Error)]
@@ -20,36 +41,119 @@ pub enum CgroupError {
         #[source]
         source: io::Error,
     },
+    /// The process is in no cgroup of its own: only in the root ones, or in such as no mount leads to.
+    #[error("process {pid} has no cgroup of its own")]
+    None {
+        /// The process.
+        pid: i32,
+    },
+    /// The caller is in the cgroup itself, and would have frozen or killed itself.
+    #[error("this process is itself in the cgroup {path}")]
+    Own {
+        /// The cgroup's directory.
+        path: PathBuf,
+    },
+    /// The processes could not all be brought to a halt, or all be signalled: some kept appearing.
+    #[error("cannot {action} every process in {path}")]
+    Unfinished {
+        /// "freeze", "signal"
+        action: &'static str,
+        /// The cgroup's directory.
+        path: PathBuf,
+    },
+    /// The kernel offers no notification of out-of-memory kills here: there is no memory controller.
+    #[error("no memory controller for the cgroup {path}")]
+    NoMemoryController {
+        /// One of the cgroup's directories.
+        path: PathBuf,
+    },
+    /// The metrics could not be put into their message.
+    #[error("cannot encode the metrics of the cgroup {path}")]
+    Encode {
+        /// One of the cgroup's directories.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: containerd_shim_protos::protobuf::Error,
+    },
 }
 
-/// Where the processes of one container are accounted.
+/// Where the processes of one container are accounted. It stays valid when the processes end, and while the cgroup's
+/// directories are there it can be asked.
 #[derive(Clone, Debug)]
-pub struct Cgroup {}
+pub struct Cgroup {
+    hierarchy: Hierarchy,
+}
+
+#[derive(Clone, Debug)]
+enum Hierarchy {
+    V1(v1::Directories),
+    V2(PathBuf),
+}
 
 impl Cgroup {
     /// The cgroup that a process is in now.
     ///
     /// # Errors
-    /// When the process has ended, or /proc cannot be read.
-    pub fn of_process(_pid: i32) -> Result<Self, CgroupError> {
-        Ok(Self {})
+    /// When the process has ended, it has no cgroup but the root, or /proc cannot be read.
+    pub fn of_process(pid: i32) -> Result<Self, CgroupError> {
+        let read = |path: PathBuf| {
+            std::fs::read_to_string(&path).map_err(|source| CgroupError::File { action: "read", path, source })
+        };
+        let cgroup = read(format!("/proc/{pid}/cgroup").into())?;
+        let mountinfo = read("/proc/self/mountinfo".into())?;
+        match locate::places(&cgroup, &mountinfo, Path::is_dir) {
+            Some(Places::V1(controllers)) => Ok(Self { hierarchy: Hierarchy::V1(v1::Directories::new(controllers)) }),
+            Some(Places::V2(directory)) => Ok(Self { hierarchy: Hierarchy::V2(directory) }),
+            None => Err(CgroupError::None { pid }),
+        }
     }
 
-    /// Every process in it and in the cgroups below it.
+    /// Every process in it and in the cgroups below it, in this process's pid namespace.
+    ///
+    /// On v1 this is read from the freezer's hierarchy where there is one: a process that could slip out of that one
+    /// could not be held still either, and killing depends on holding still. Every runtime puts a container into it.
     ///
     /// # Errors
     /// When the cgroup's files cannot be read; a cgroup that is gone has no processes.
     pub fn pids(&self) -> Result<Vec<i32>, CgroupError> {
-        Ok(vec![])
+        process::pids(self.directory())
     }
 
     /// Sends every process in it a signal. With SIGKILL none that is forking can get away, and a frozen cgroup is
-    /// thawed, so that they die.
+    /// thawed, so that they die; it does not wait until they are dead. With SIGKILL on v1 this blocks for up to
+    /// half a second if the kernel is slow to freeze.
     ///
     /// # Errors
-    /// When the cgroup's files cannot be read or written.
-    pub fn signal_all(&self, _signal: Signal) -> Result<(), CgroupError> {
-        Ok(())
+    /// When the cgroup's files cannot be read or written, or this process is in the cgroup.
+    pub fn signal_all(&self, signal: Signal) -> Result<(), CgroupError> {
+        if signal != Signal::KILL {
+            return process::signal(self.directory(), signal);
+        }
+        if let Hierarchy::V2(directory) = &self.hierarchy
+            && process::kill_v2(directory)?
+        {
+            // A killed process does not wait for the thaw on v2, but the next one in this cgroup would.
+            return self.thaw();
+        }
+        process::kill(self)
+    }
+
+    /// Freezes it and waits until everything in it stands still.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be written, this process is in the cgroup, or a process does not stop within
+    /// half a second; it is thawed again then.
+    pub fn freeze(&self) -> Result<(), CgroupError> {
+        freezer::freeze(self)
+    }
+
+    /// Whether it was frozen by [`Self::freeze`] or a runtime. A cgroup that is gone is not.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be read.
+    pub fn is_frozen(&self) -> Result<bool, CgroupError> {
+        freezer::is_frozen(self)
     }
 
     /// Thaws it, if it is frozen.
@@ -57,40 +161,57 @@ impl Cgroup {
     /// # Errors
     /// When the freezer's file cannot be written.
     pub fn thaw(&self) -> Result<(), CgroupError> {
-        Ok(())
+        freezer::thaw(self)
     }
 
-    /// Its statistics as `io.containerd.cgroups.v1.Metrics` or `io.containerd.cgroups.v2.Metrics`.
+    /// Its statistics as `io.containerd.cgroups.v1.Metrics` or `io.containerd.cgroups.v2.Metrics`, filled as
+    /// containerd's own library fills them.
     ///
     /// # Errors
     /// When the cgroup is gone.
     pub fn metrics(&self) -> Result<Any, CgroupError> {
-        Ok(Any::new())
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => directories.metrics(),
+            Hierarchy::V2(directory) => v2::metrics(directory),
+        }
     }
 
-    /// How many of its processes the kernel killed for want of memory so far.
+    /// How many of its processes the kernel killed for want of memory so far; 0 when it is gone.
     #[must_use]
     pub fn oom_kills(&self) -> u64 {
-        0
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => directories.oom_kills(),
+            Hierarchy::V2(directory) => v2::oom_kills(directory),
+        }
     }
 
     /// Starts watching for out-of-memory kills.
     ///
     /// # Errors
-    /// When the kernel does not offer notifications for it.
+    /// When the kernel does not offer notifications for it. Needs a tokio runtime.
     pub fn watch_oom(&self) -> Result<OomWatch, CgroupError> {
-        Ok(OomWatch {})
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => oom::watch_v1(self.clone(), directories),
+            Hierarchy::V2(directory) => oom::watch_v2(directory),
+        }
+    }
+
+    /// The directory that decides who is in the container.
+    fn directory(&self) -> &Path {
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => directories.of_processes(),
+            Hierarchy::V2(directory) => directory,
+        }
     }
 }
 
-/// Tells of out-of-memory kills.
-#[derive(Debug)]
-pub struct OomWatch {}
-
-impl OomWatch {
-    /// Waits for the next notification; the caller asks [`Cgroup::oom_kills`] what happened. `None` when the cgroup
-    /// is gone.
-    pub async fn next(&mut self) -> Option<()> {
-        None
-    }
+/// Packs metrics the way containerd's typeurl names them: by the bare name of the message.
+fn pack(
+    metrics: &impl containerd_shim_protos::protobuf::Message,
+    name: &str,
+    directory: &Path,
+) -> Result<Any, CgroupError> {
+    let value =
+        metrics.write_to_bytes().map_err(|source| CgroupError::Encode { path: directory.to_owned(), source })?;
+    Ok(Any { type_url: name.to_owned(), value, ..Any::default() })
 }

@@ -133,7 +133,8 @@ impl Shim for GpusnapShim {
                 std::future::pending().await
             }
         };
-        let context = Context { namespace: self.flags.namespace.clone(), reaper, events };
+        let runtime_of = Arc::new(Choice::runtime);
+        let context = Context { namespace: self.flags.namespace.clone(), reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 

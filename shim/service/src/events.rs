@@ -44,6 +44,19 @@ impl Events {
         Self { namespace: namespace.to_owned(), queue }
     }
 
+    /// Events that go nowhere but to a test, by topic.
+    #[cfg(test)]
+    pub(crate) fn for_test() -> (Self, mpsc::UnboundedReceiver<Envelope>) {
+        let (queue, mut items) = mpsc::channel(QUEUE);
+        let (envelopes, told) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some(Item::Event(envelope)) = items.recv().await {
+                envelopes.send(envelope).ok();
+            }
+        });
+        (Self { namespace: "test".into(), queue }, told)
+    }
+
     /// Queues an event. Never waits: what containerd does not take must not hold up a container.
     pub(crate) fn publish<E: Event + 'static>(&self, event: E) {
         let topic = event.topic();

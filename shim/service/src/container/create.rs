@@ -80,7 +80,8 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
 
     let target = bundle.join("rootfs");
     rootfs::mount(&request.id, &request.rootfs, &target).await?;
-    let new = NewContainer { context, request: &request, bundle, options, runtime: &*choice.runtime(&context.reaper) };
+    let runtime = (context.runtime_of)(&choice, &context.reaper);
+    let new = NewContainer { context, request: &request, bundle, options, runtime: &*runtime };
     let made = match new.make().await {
         Ok(made) => made,
         Err(error) => {
@@ -91,7 +92,6 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
         }
     };
     let private_pids = spec.has_private_pids();
-    let runtime = choice.runtime(&context.reaper);
     let NewContainer { bundle, options, .. } = new;
     let container = Container::start(|mailbox| {
         let mut init = Process::new(stdio(&request));

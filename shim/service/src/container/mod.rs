@@ -22,6 +22,8 @@
 
 mod create;
 mod operations;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -34,7 +36,7 @@ use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use oci_spec::runtime::Process as ProcessSpec;
 use reaper::{Child, Exit, Reaper};
-use runtime::OciRuntime;
+use runtime::{Choice, OciRuntime};
 use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -45,12 +47,17 @@ use crate::stdio::{Copies, Owner, Stdio};
 use crate::task::timestamp;
 
 /// What all containers of one shim share.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) namespace: String,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
+    /// Makes the runtime that was chosen for a container.
+    pub(crate) runtime_of: RuntimeOf,
 }
+
+/// How a choice becomes a runtime; tests put a fake one in.
+pub(crate) type RuntimeOf = Arc<dyn Fn(&Choice, &Reaper) -> Arc<dyn OciRuntime> + Send + Sync>;
 
 /// Where a process is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

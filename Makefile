@@ -1,0 +1,76 @@
+# gpusnap: `make demo` and `make test` do everything on a fresh Debian bookworm machine, as root.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+TESTBED := tests/testbed/testbed
+TRIPLE := $(shell rustc -vV | sed -n 's/^host: //p')
+# Test programs that need containerd, runc or a root of their own run inside the test bed.
+RUN_IN_BED := CARGO_TARGET_$(shell echo $(TRIPLE) | tr 'a-z-' 'A-Z_')_RUNNER="$(CURDIR)/$(TESTBED) in"
+SHIM := target/release/containerd-shim-gpusnap-v2
+TOOLS := $(or $(GPUSNAP_TOOLS),/var/tmp/gpusnap-tools)
+CARGO_DENY_VERSION := 0.20.2
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 20
+
+.PHONY: demo
+demo: build testbed ## Build all, start the test bed and show a container's life under the shim
+	examples/demo/demo.sh
+
+.PHONY: test
+test: lint test-unit test-contract test-e2e ## Everything that can be tested without a GPU
+
+.PHONY: build
+build: deps ## Build the shim: target/release/containerd-shim-gpusnap-v2
+	cargo build --release --locked -p service
+
+.PHONY: install
+install: build ## Install the shim where containerd finds it
+	install -D -m 755 $(SHIM) $(DESTDIR)/usr/local/bin/containerd-shim-gpusnap-v2
+
+.PHONY: deps
+deps: ## Install the Debian packages that the build needs
+	packaging/build-deps
+
+.PHONY: testbed
+testbed: ## Build (once) and start the test bed
+	$(TESTBED) build
+	$(TESTBED) up
+
+.PHONY: lint
+lint: deps $(TOOLS)/bin/cargo-deny ## Formatting, clippy, dependencies, shell scripts
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(TOOLS)/bin/cargo-deny --offline check bans licenses sources
+	git ls-files -z | xargs -0 grep -lE '^#!.*\bbash' -- | xargs shellcheck -x
+
+$(TOOLS)/bin/cargo-deny:
+	cargo install cargo-deny --locked --version $(CARGO_DENY_VERSION) --root $(TOOLS)
+
+.PHONY: test-unit
+test-unit: deps ## Tests that need nothing but this machine
+	cargo test --workspace --exclude e2e --locked --lib --bins
+
+.PHONY: test-contract
+test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, runc and crun
+	$(RUN_IN_BED) cargo test --locked -p runtime --test contract
+
+.PHONY: test-e2e
+test-e2e: build testbed ## ctr, nerdctl and the CRI on both containerds, under our shim and under Debian's
+	$(RUN_IN_BED) cargo test --locked -p e2e
+
+.PHONY: test-e2e-stock
+test-e2e-stock: deps testbed ## The same suite under containerd's own shim only
+	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=2.1/stock,2.4/stock cargo test --locked -p e2e
+
+.PHONY: bench
+bench: build testbed ## Lifecycle of a container, ours against runc's shim, interleaved
+	$(TESTBED) in $(CURDIR)/tests/bench/lifecycle.sh
+
+.PHONY: clean
+clean: ## Stop and remove the test bed, remove build results
+	$(TESTBED) clean
+	cargo clean

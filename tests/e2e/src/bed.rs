@@ -1,0 +1,157 @@
+//! A containerd in the test bed, and what the test bed's script can do to it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::target::{Containerd, Shim, Target};
+use crate::{Cmd, Output, proc};
+
+/// Environment variable with the folder that holds our shim (default: `target/release`).
+pub const SHIM_DIR: &str = "GPUSNAP_SHIM_DIR";
+
+/// A running containerd of one target.
+pub struct Bed {
+    name: String,
+    target: Target,
+}
+
+type SharedBeds = HashMap<Target, Result<Arc<Bed>, String>>;
+
+static SHARED: Mutex<Option<SharedBeds>> = Mutex::new(None);
+
+/// What the test bed knows about its containerds.
+const INSTANCES: &str = "/run/gpusnap-testbed/instances";
+
+impl Bed {
+    /// The containerd that all tests of a target share, started when the first one asks.
+    pub fn shared(target: Target) -> Result<Arc<Self>> {
+        let mut all = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = all.get_or_insert_default();
+        let bed = all.entry(target).or_insert_with(|| {
+            let bed = Self { name: format!("e2e-{target}").replace('.', "").replace('/', "-"), target };
+            // A suite that was killed may have left its own.
+            let started = bed.testbed(&["stop", &bed.name]).and_then(|_| bed.start());
+            started.map(|()| Arc::new(bed)).map_err(|error| format!("{error:#}"))
+        });
+        bed.clone().map_err(|error| anyhow!("containerd of {target} did not start: {error}"))
+    }
+
+    /// Gives up all shared ones, for the end of the suite.
+    pub fn take_shared() -> Vec<Arc<Self>> {
+        let all = SHARED.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        all.into_values().filter_map(Result::ok).collect()
+    }
+
+    /// Whether this process is inside the test bed.
+    pub fn is_here() -> bool {
+        Path::new("/run/gpusnap-testbed/inside").exists()
+    }
+
+    fn testbed(&self, args: &[&str]) -> Result<Output> {
+        Cmd::new("testbed").args(args).stdin_null().ok()
+    }
+
+    /// Starts a containerd that finds the target's shim first in its PATH.
+    pub fn start(&self) -> Result<()> {
+        let mut args = vec!["start", &self.name, "--containerd", self.target.containerd.version()];
+        let folder = shim_folder(self.target.shim)?.map(|folder| folder.to_string_lossy().into_owned());
+        if let Some(folder) = &folder {
+            args.extend(["--shims", folder]);
+        }
+        fs::create_dir_all("/run/e2e")?;
+        fs::write(self.runc_options(), "BinaryName = \"runc\"\n")?;
+        self.testbed(&args).map(drop)
+    }
+
+    /// What it runs.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// Where containerd keeps what runs: bundles, mounts.
+    pub fn run_folder(&self) -> PathBuf {
+        Path::new("/run").join(&self.name)
+    }
+
+    /// Its socket.
+    pub fn address(&self) -> String {
+        self.run_folder().join("containerd.sock").to_string_lossy().into_owned()
+    }
+
+    /// containerd's log, which holds the shims' as well.
+    pub fn log(&self) -> PathBuf {
+        PathBuf::from(format!("/var/log/containerd-{}.log", self.name))
+    }
+
+    /// A client; of several versions the one that belongs to this containerd.
+    pub fn client(&self, program: &str) -> Cmd {
+        let own = Path::new("/opt/containerd-2.4/bin").join(program);
+        match self.target.containerd {
+            Containerd::V2_4 if own.exists() => Cmd::new(own.to_string_lossy()),
+            Containerd::V2_1 | Containerd::V2_4 => Cmd::new(program),
+        }
+    }
+
+    /// A runtime options file that chooses runc.
+    pub fn runc_options(&self) -> &'static str {
+        "/run/e2e/runc.toml"
+    }
+
+    /// containerd's process.
+    pub fn containerd_pid(&self) -> Result<u32> {
+        let text = fs::read_to_string(Path::new(INSTANCES).join(&self.name).join("pid"))?;
+        text.split_whitespace().next().unwrap_or_default().parse().with_context(|| format!("a pid in {text:?}"))
+    }
+
+    /// Kills containerd with SIGKILL and starts it again; containers are left alone.
+    pub fn restart(&self) -> Result<()> {
+        self.testbed(&["restart", &self.name]).map(drop)
+    }
+
+    /// Kills containerd with SIGKILL; [`Bed::start`] brings it back.
+    pub fn kill_containerd(&self) -> Result<()> {
+        let pid = self.containerd_pid()?;
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a pid")?;
+        kill_process(raw, Signal::KILL)?;
+        proc::gone(pid)
+    }
+
+    /// Stops containerd and removes its data.
+    pub fn stop(&self) -> Result<()> {
+        self.testbed(&["stop", &self.name]).map(drop)
+    }
+}
+
+/// What containers have left in the bed, of whichever containerd: processes, mounts, cgroups, sockets,
+/// bundles, one a line.
+pub fn leaks() -> Result<BTreeSet<String>> {
+    let text = Cmd::new("testbed").arg("leaks").stdin_null().ok()?.text();
+    Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// A folder with our binary under the name that the target asks for.
+fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
+    let name = match shim {
+        Shim::Stock => return Ok(None),
+        Shim::Gpusnap | Shim::GpusnapRunc => "containerd-shim-gpusnap-v2",
+        Shim::AsRunc => "containerd-shim-runc-v2",
+    };
+    let built = std::env::var_os(SHIM_DIR)
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/release"), PathBuf::from)
+        .join("containerd-shim-gpusnap-v2");
+    ensure!(built.exists(), "{} does not exist: build it with `cargo build --release`", built.display());
+    let folder = Path::new("/run/e2e/shims").join(shim.name());
+    fs::create_dir_all(&folder)?;
+    // A copy, because the folder may be on another file system; renamed into place, because a shim of an
+    // earlier run may still execute the old file.
+    let (new, file) = (folder.join(".new"), folder.join(name));
+    fs::copy(&built, &new).with_context(|| format!("copy of {}", built.display()))?;
+    fs::rename(&new, &file)?;
+    Ok(Some(folder))
+}

@@ -1,0 +1,132 @@
+//! `ctr`, containerd's own client.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::target::Shim;
+use crate::{Cmd, IMAGE, Test, eventually, proc};
+
+/// `ctr` of the test's containerd, asking for the test's shim.
+pub struct Ctr<'a> {
+    test: &'a Test,
+}
+
+impl<'a> Ctr<'a> {
+    pub(crate) fn new(test: &'a Test) -> Self {
+        Self { test }
+    }
+
+    /// `ctr` with the address, for commands that have no method here.
+    pub fn cmd(&self) -> Cmd {
+        let bed = self.test.bed();
+        bed.client("ctr").args(&["--address", &bed.address(), "--namespace", "default"])
+    }
+
+    /// What asks for the target's shim.
+    fn runtime(&self) -> Vec<String> {
+        let shim = self.test.target().shim;
+        let mut args = vec!["--runtime".to_owned(), shim.runtime().to_owned()];
+        if shim == Shim::GpusnapRunc {
+            args.extend(["--runtime-config-path".to_owned(), self.test.bed().runc_options().to_owned()]);
+        }
+        args
+    }
+
+    /// `ctr run` of the image. The container is removed when the test ends, however it ends.
+    pub fn run(&self, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
+        self.removed_at_the_end(id);
+        self.cmd().arg("run").args(&self.runtime()).args(options).args(&[IMAGE, id]).args(argv)
+    }
+
+    /// `ctr run --config FILE`: the whole spec is the test's.
+    pub fn run_spec(&self, id: &str, options: &[&str], config: &str) -> Cmd {
+        self.removed_at_the_end(id);
+        self.cmd().arg("run").args(&self.runtime()).args(options).args(&["--config", config, id])
+    }
+
+    /// Starts a container in the background that discards what it prints.
+    pub fn start(&self, id: &str, options: &[&str], argv: &[&str]) -> Result<()> {
+        let options = [&["--detach", "--null-io"], options].concat();
+        self.run(id, &options, argv).ok().map(drop)
+    }
+
+    /// Starts a container that runs this script in the background.
+    pub fn start_sh(&self, id: &str, script: &str) -> Result<()> {
+        self.start(id, &[], &["sh", "-c", script])
+    }
+
+    /// `ctr task exec` of a fresh exec id.
+    pub fn exec(&self, id: &str, argv: &[&str]) -> Cmd {
+        self.exec_as(id, &self.test.id("x"), argv)
+    }
+
+    /// `ctr task exec` of this exec id.
+    pub fn exec_as(&self, id: &str, exec: &str, argv: &[&str]) -> Cmd {
+        self.task(&["exec", "--exec-id", exec, id]).args(argv)
+    }
+
+    /// `ctr task ...`.
+    pub fn task(&self, args: &[&str]) -> Cmd {
+        self.cmd().arg("task").args(args)
+    }
+
+    /// Sends a signal to init.
+    pub fn kill(&self, id: &str, signal: &str) -> Result<()> {
+        self.task(&["kill", "--signal", signal, id]).ok().map(drop)
+    }
+
+    /// Init's pid.
+    pub fn pid(&self, id: &str) -> Result<u32> {
+        Ok(self.row(id)?.0)
+    }
+
+    /// The task's status: `RUNNING`, `STOPPED`, `PAUSED`, ...
+    pub fn status(&self, id: &str) -> Result<String> {
+        Ok(self.row(id)?.1)
+    }
+
+    fn row(&self, id: &str) -> Result<(u32, String)> {
+        let out = self.task(&["ls"]).ok()?.text();
+        let words = out.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).find(|w| w.first() == Some(&id));
+        let words = words.with_context(|| format!("no task {id} in {out}"))?;
+        let [_, pid, status] = words[..] else { anyhow::bail!("not three columns: {words:?}") };
+        Ok((pid.parse().context("the pid column")?, status.to_owned()))
+    }
+
+    /// Waits until the task has this status.
+    pub fn becomes(&self, id: &str, status: &str) -> Result<()> {
+        eventually(&format!("task {id} to be {status}"), || {
+            ensure_eq!(self.status(id)?, status);
+            Ok(())
+        })
+    }
+
+    /// Deletes a stopped task and gives its exit code, which `ctr` tells in a warning unless it is 0.
+    pub fn delete_task(&self, id: &str) -> Result<i32> {
+        let out = self.task(&["rm", id]).ok()?;
+        match out.stderr.split("non-zero exit code ").nth(1) {
+            None => Ok(0),
+            Some(rest) => {
+                let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+                digits.parse().with_context(|| format!("no exit code in {out}"))
+            }
+        }
+    }
+
+    /// Kills, deletes and removes, as a user does who wants it gone.
+    pub fn remove(&self, id: &str) -> Result<()> {
+        self.task(&["rm", "--force", id]).run()?;
+        self.cmd().args(&["container", "rm", id]).ok().map(drop)
+    }
+
+    /// The shim that serves a container: the parent of its init.
+    pub fn shim(&self, id: &str) -> Result<u32> {
+        proc::parent(self.pid(id)?)
+    }
+
+    fn removed_at_the_end(&self, id: &str) {
+        self.test.at_end(self.cmd().args(&["container", "rm", id]));
+        self.test.at_end(self.task(&["rm", "--force", id]));
+        // A paused task takes no signal, and its removal would wait for one.
+        self.test.at_end(self.task(&["resume", id]));
+    }
+}

@@ -1,0 +1,25 @@
+//! Drives a real containerd with the command-line clients its users have (`ctr`, `nerdctl`, `crictl`),
+//! and gives the tests in `suite/` the words they are written in.
+
+#[macro_use]
+mod check;
+pub mod bed;
+pub mod case;
+pub mod cgroup;
+pub mod cmd;
+pub mod cri;
+pub mod ctr;
+pub mod events;
+pub mod nerdctl;
+pub mod proc;
+pub mod pty;
+pub mod target;
+pub mod test;
+
+pub use case::{Case, Skip};
+pub use check::{eventually, lines, sha256};
+pub use cmd::{Cmd, Output, Running};
+pub use test::Test;
+
+/// The image that the test bed imports: busybox with all its applets, and `/bin/sh` as its command.
+pub const IMAGE: &str = "docker.io/test/bb:1";

@@ -1,0 +1,92 @@
+//! What `/proc` says about a process. The test bed shares the machine's pid namespace, so that every
+//! container process and every shim can be looked at from here.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::eventually;
+
+/// A file of a process.
+pub fn read(pid: u32, file: &str) -> Result<String> {
+    let path = format!("/proc/{pid}/{file}");
+    let bytes = fs::read(&path).with_context(|| path)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+/// A line of `/proc/PID/status`, without its name.
+pub fn status(pid: u32, field: &str) -> Result<String> {
+    let text = read(pid, "status")?;
+    status_line(&text, field)
+}
+
+/// The same from a text that a container printed.
+pub fn status_line(text: &str, field: &str) -> Result<String> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    Ok(line.with_context(|| format!("no {field} in {text:?}"))?.trim().to_owned())
+}
+
+/// A size of `/proc/PID/status`, in kB.
+pub fn kilobytes(pid: u32, field: &str) -> Result<u64> {
+    let value = status(pid, field)?;
+    value.trim_end_matches(" kB").parse().with_context(|| format!("{field}: {value:?}"))
+}
+
+/// The parent.
+pub fn parent(pid: u32) -> Result<u32> {
+    status(pid, "PPid")?.parse().context("PPid")
+}
+
+/// The state letter: R, S, D, T, Z, ...
+pub fn state(pid: u32) -> Result<char> {
+    status(pid, "State")?.chars().next().context("State")
+}
+
+/// Whether it exists and is no zombie.
+pub fn alive(pid: u32) -> bool {
+    state(pid).is_ok_and(|s| s != 'Z' && s != 'X')
+}
+
+/// Waits until it has gone, or is a zombie.
+pub fn gone(pid: u32) -> Result<()> {
+    eventually(&format!("the end of process {pid}"), || {
+        ensure!(!alive(pid), "it is there: {}", cmdline(pid));
+        Ok(())
+    })
+}
+
+/// Its command line, for messages and for finding it.
+pub fn cmdline(pid: u32) -> String {
+    read(pid, "cmdline").unwrap_or_default().replace('\0', " ").trim().to_owned()
+}
+
+/// All processes.
+pub fn all() -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+/// Direct children.
+pub fn children(pid: u32) -> Vec<u32> {
+    all().into_iter().filter(|child| parent(*child).is_ok_and(|p| p == pid)).collect()
+}
+
+/// A namespace's identity, such as `net:[4026531840]`.
+pub fn namespace(pid: u32, kind: &str) -> Result<String> {
+    link(PathBuf::from(format!("/proc/{pid}/ns/{kind}")))
+}
+
+/// Our own namespace's identity.
+pub fn own_namespace(kind: &str) -> Result<String> {
+    link(PathBuf::from(format!("/proc/self/ns/{kind}")))
+}
+
+fn link(path: PathBuf) -> Result<String> {
+    Ok(fs::read_link(&path).with_context(|| path.display().to_string())?.display().to_string())
+}
+
+/// How many file descriptors it has open.
+pub fn open_files(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("fds of {pid}"))?.count())
+}

@@ -1,0 +1,110 @@
+//! The end-to-end suite: every test on every target. See ../README.md.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::{PoisonError, RwLock};
+
+use anyhow::{Result, anyhow};
+use e2e::bed::{self, Bed};
+use e2e::target::{TARGETS, Target};
+use e2e::{Case, Skip, Test};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
+
+mod ctr_events;
+mod ctr_exit;
+mod ctr_io;
+mod ctr_reaping;
+
+fn cases() -> Vec<Case> {
+    [ctr_exit::cases(), ctr_events::cases(), ctr_reaping::cases(), ctr_io::cases()].into_iter().flatten().collect()
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Tests wait for other processes most of the time.
+    arguments.test_threads.get_or_insert(4);
+    let list = std::env::var(TARGETS).unwrap_or_default();
+    let trials = match trials(&list) {
+        Ok(trials) => trials,
+        Err(error) => {
+            eprintln!("e2e: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    if arguments.list {
+        return libtest_mimic::run(&arguments, trials).exit_code();
+    }
+    if !Bed::is_here() {
+        eprintln!("e2e: this is not the test bed, and there is no containerd to test: use `make test-e2e`");
+        return ExitCode::FAILURE;
+    }
+    let before = left_behind();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    let mut clean = true;
+    for bed in Bed::take_shared() {
+        if let Err(error) = bed.stop() {
+            eprintln!("e2e: containerd of {} does not stop: {error:#}", bed.target());
+            clean = false;
+        }
+    }
+    // Every test has removed what it made, so nothing may be left of any container now.
+    let left: Vec<String> = left_behind().difference(&before).cloned().collect();
+    if !left.is_empty() {
+        eprintln!("e2e: left behind by the tests together:\n{}", left.join("\n"));
+        clean = false;
+    }
+    if clean { conclusion.exit_code() } else { ExitCode::FAILURE }
+}
+
+fn left_behind() -> BTreeSet<String> {
+    bed::leaks().unwrap_or_else(|error| BTreeSet::from([format!("{error:#}")]))
+}
+
+/// All tests on all targets: first those that run beside others, then those that want to be alone.
+fn trials(list: &str) -> Result<Vec<Trial>> {
+    let mut trials = Vec::new();
+    for alone in [false, true] {
+        for target in Target::chosen(list)? {
+            trials.extend(cases().into_iter().filter(|case| case.alone == alone).map(|case| trial(case, target)));
+        }
+    }
+    Ok(trials)
+}
+
+/// Held for reading by ordinary tests, for writing by those that want to be alone.
+static COMPANY: RwLock<()> = RwLock::new(());
+
+fn trial(case: Case, target: Target) -> Trial {
+    Trial::ignorable_test(format!("{target}: {}", case.name), move || {
+        if let Some(reason) = case.skipped_on(target) {
+            return Ok(Completion::ignored_with(reason));
+        }
+        let (_some, _none);
+        if case.alone {
+            _none = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
+        } else {
+            _some = COMPANY.read().unwrap_or_else(PoisonError::into_inner);
+        }
+        let bed = Bed::shared(target).map_err(|error| Failed::from(format!("{error:#}")))?;
+        let test = Test::new(bed);
+        let result = run(&test, case.body);
+        let outcome = match result.map_err(anyhow::Error::downcast::<Skip>) {
+            Ok(()) => Ok(Completion::Completed),
+            Err(Ok(skip)) => Ok(Completion::ignored_with(skip)),
+            // Before the clean-up adds its own lines to the log.
+            Err(Err(error)) => Err(Failed::from(format!("{error:#}\n{}", test.evidence()))),
+        };
+        test.clean_up();
+        outcome
+    })
+}
+
+/// A panic must not stop the clean-up.
+fn run(test: &Test, body: fn(&Test) -> Result<()>) -> Result<()> {
+    catch_unwind(AssertUnwindSafe(|| body(test))).unwrap_or_else(|cause| {
+        let text = cause.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(cause.downcast_ref::<&str>().copied());
+        Err(anyhow!("panic: {}", text.unwrap_or("?")))
+    })
+}

@@ -15,6 +15,7 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use reaper::Reaper;
 use runtime::Choice;
 use serde::Deserialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::container::Context;
 use crate::error::chain;
@@ -94,12 +95,13 @@ impl Shim for GpusnapShim {
         let choice = Choice::load(bundle)
             .map_err(|err| Error::IoError { context: format!("read the runtime of {}", self.flags.id), err })?;
         // Without a choice nothing was ever made; but a mount may have been.
-        if let Some(choice) = choice
-            && let Err(error) = choice.runtime(&reaper).delete(&self.flags.id).await
-        {
-            tracing::error!("{}", chain(&error));
-        }
+        let deleted = match choice {
+            Some(choice) => choice.runtime(&reaper).delete(&self.flags.id).await,
+            None => Ok(()),
+        };
         rootfs::unmount(&bundle.join("rootfs"));
+        // containerd logs it: what is left behind must not be so silently.
+        deleted.map_err(|error| failed(chain(&error)))?;
         let pid = std::fs::read_to_string(bundle.join("init.pid")).ok().and_then(|pid| pid.trim().parse().ok());
         Ok(DeleteResponse {
             pid: pid.unwrap_or(0),
@@ -133,6 +135,7 @@ impl Shim for GpusnapShim {
                 std::future::pending().await
             }
         };
+        end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let context = Context { namespace: self.flags.namespace.clone(), reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
@@ -153,6 +156,25 @@ impl Shim for GpusnapShim {
             features: Some(Any { type_url: FEATURES_TYPE.to_owned(), value: features, ..Any::default() }).into(),
             ..RuntimeInfo::default()
         })
+    }
+}
+
+/// Ends the shim on SIGTERM and SIGINT, as containerd's Go shim does: at shutdown the machine waits for processes that
+/// do not. Containers run on; containerd cleans up after a shim that is gone.
+fn end_when_told(exit: &Arc<ExitSignal>) {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        match signal(kind) {
+            Ok(mut signals) => {
+                let exit = Arc::clone(exit);
+                tokio::spawn(async move {
+                    if signals.recv().await.is_some() {
+                        tracing::warn!("the shim was told to end");
+                        exit.signal();
+                    }
+                });
+            }
+            Err(error) => tracing::warn!("cannot listen for {kind:?}: {error}"),
+        }
     }
 }
 

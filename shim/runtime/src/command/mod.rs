@@ -1,48 +1,204 @@
-//! x
+//! Runtimes with runc's command line: runc itself, crun, nvidia-container-runtime.
+//!
+//! One operation is one call of the program:
+//!
+//! ```text
+//!  runc --root ROOT --log SCRATCH/log.json --log-format json [--systemd-cgroup] create --bundle B --pid-file ... ID
+//!         │                                  │
+//!         │ forks init and ends              └─► why it failed: the last error in there
+//!         ▼
+//!       init, an orphan ──► this process, a subreaper, which has an adoption open since before the call
+//! ```
+//!
+//! For create and exec the program's descriptors 0, 1 and 2 are those of the container's process, which inherits them.
+//! So nothing is read from its standard error then. runc repeats its error there beside logging it, which cannot be
+//! prevented: whoever made the descriptors will find it in them when create or exec fails.
+
+mod call;
+mod log;
+#[allow(unsafe_code)]
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
 
-use crate::{CreateRequest, ExecRequest, OciRuntime, RuntimeError};
+use crate::{CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RuntimeError};
+use call::Call;
 
-/// x
+/// A program with runc's command line.
+///
+/// A call that is dropped before it is done goes on in the background, so that it is done or undone as a whole.
+#[derive(Clone, Debug)]
+pub struct Command {
+    inner: Arc<Inner>,
+}
+
 #[derive(Debug)]
-pub struct Command {}
+struct Inner {
+    reaper: Reaper,
+    binary: PathBuf,
+    root: PathBuf,
+    systemd_cgroup: bool,
+}
 
 impl Command {
-    /// x
+    /// A runtime that is the program `binary`, a path or a name to be found in `PATH`. It keeps its containers' state
+    /// below `root`, and makes their cgroups itself or has systemd do it.
     #[must_use]
-    pub fn new(_reaper: Reaper, _binary: PathBuf, _root: PathBuf, _systemd_cgroup: bool) -> Self {
-        Self {}
+    pub fn new(reaper: Reaper, binary: PathBuf, root: PathBuf, systemd_cgroup: bool) -> Self {
+        Self { inner: Arc::new(Inner { reaper, binary, root, systemd_cgroup }) }
+    }
+
+    fn call<'a>(&'a self, operation: Operation, container: &'a str) -> Call<'a> {
+        let Inner { reaper, binary, root, systemd_cgroup } = &*self.inner;
+        Call { reaper, binary, root, systemd_cgroup: *systemd_cgroup, operation, container }
+    }
+
+    /// Runs `work` to its end even if the caller loses interest: half of an operation would leave half a container.
+    async fn detached<T, F>(
+        &self,
+        operation: Operation,
+        id: &str,
+        work: impl FnOnce(Self, String) -> F,
+    ) -> Result<T, RuntimeError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, RuntimeError>> + Send + 'static,
+    {
+        match tokio::spawn(work(self.clone(), id.to_owned())).await {
+            Ok(result) => result,
+            Err(error) => Err(self.call(operation, id).answer(format!("the call was given up: {error}"))),
+        }
+    }
+
+    /// An operation that is no more than its name and the container's.
+    async fn simple(&self, operation: Operation, id: &str) -> Result<(), RuntimeError> {
+        self.detached(operation, id, async move |command, id| {
+            let call = command.call(operation, &id);
+            let scratch = call.scratch()?;
+            call.run(&scratch, [operation.to_string().into(), id.clone().into()]).await
+        })
+        .await
+    }
+
+    async fn create_now(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
+        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
+        let call = self.call(Operation::Create, &id);
+        // Asked here and not only by the runtime: what exists already must not be undone below.
+        if self.knows(&call)? {
+            return Err(call.refused(format!("container with id {id} exists already")));
+        }
+        let scratch = call.scratch()?;
+        let mut arguments: Vec<OsString> = vec!["create".into(), "--bundle".into(), bundle.into()];
+        if no_pivot_root {
+            arguments.push("--no-pivot".into());
+        }
+        if no_new_keyring {
+            arguments.push("--no-new-keyring".into());
+        }
+        let result = call.process(&scratch, arguments, io).await;
+        if result.is_err()
+            && let Err(error) = self.delete_now(&id).await
+        {
+            tracing::error!(container = id, %error, "cannot undo the creation of a container");
+        }
+        result
+    }
+
+    async fn exec_now(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
+        let ExecRequest { id, exec_id: _, bundle: _, mut process, io } = request;
+        let call = self.call(Operation::Exec, &id);
+        let scratch = call.scratch()?;
+        // A terminal without a socket to send it to, or the other way round, is refused with words nobody understands.
+        process.set_terminal(Some(matches!(io, ProcessIo::Terminal { .. })));
+        let file = scratch.write_json(&call, "process.json", &process)?;
+        call.process(&scratch, vec!["exec".into(), "--detach".into(), "--process".into(), file.into()], io).await
+    }
+
+    async fn delete_now(&self, id: &str) -> Result<(), RuntimeError> {
+        let call = self.call(Operation::Delete, id);
+        let known = self.knows(&call)?;
+        let scratch = call.scratch()?;
+        let result = call.run(&scratch, ["delete".into(), "--force".into(), id.into()]).await;
+        match result {
+            // The state goes last: what fails after that is a poststop hook, which must not count, or it was
+            // deleted before. Runtimes say so in different words, so none are looked for.
+            Err(RuntimeError::Refused { message, .. }) if !self.knows(&call)? => {
+                if known {
+                    tracing::warn!(container = id, "{message}");
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// Whether the runtime has a container of this id: its state is a folder of that name, in all of these runtimes.
+    fn knows(&self, call: &Call<'_>) -> Result<bool, RuntimeError> {
+        let state = self.inner.root.join(call.container);
+        match std::fs::symlink_metadata(&state) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(call.file("read", state, source)),
+        }
     }
 }
 
 #[async_trait]
 impl OciRuntime for Command {
-    async fn create(&self, _request: CreateRequest) -> Result<Child, RuntimeError> {
-        unimplemented!()
+    async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
+        let id = request.id.clone();
+        self.detached(Operation::Create, &id, async move |command, _| command.create_now(request).await).await
     }
-    async fn start(&self, _id: &str) -> Result<(), RuntimeError> {
-        unimplemented!()
+
+    async fn start(&self, id: &str) -> Result<(), RuntimeError> {
+        self.simple(Operation::Start, id).await
     }
-    async fn exec(&self, _request: ExecRequest) -> Result<Child, RuntimeError> {
-        unimplemented!()
+
+    async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
+        let id = request.id.clone();
+        self.detached(Operation::Exec, &id, async move |command, _| command.exec_now(request).await).await
     }
-    async fn pause(&self, _id: &str) -> Result<(), RuntimeError> {
-        unimplemented!()
+
+    async fn pause(&self, id: &str) -> Result<(), RuntimeError> {
+        self.simple(Operation::Pause, id).await
     }
-    async fn resume(&self, _id: &str) -> Result<(), RuntimeError> {
-        unimplemented!()
+
+    async fn resume(&self, id: &str) -> Result<(), RuntimeError> {
+        self.simple(Operation::Resume, id).await
     }
-    async fn update(&self, _id: &str, _resources: &LinuxResources) -> Result<(), RuntimeError> {
-        unimplemented!()
+
+    async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuntimeError> {
+        let resources = resources.clone();
+        self.detached(Operation::Update, id, async move |command, id| {
+            let call = command.call(Operation::Update, &id);
+            let scratch = call.scratch()?;
+            let file = scratch.write_json(&call, "resources.json", &resources)?;
+            call.run(&scratch, ["update".into(), "--resources".into(), file.into(), id.clone().into()]).await
+        })
+        .await
     }
-    async fn delete(&self, _id: &str) -> Result<(), RuntimeError> {
-        unimplemented!()
+
+    async fn delete(&self, id: &str) -> Result<(), RuntimeError> {
+        self.detached(Operation::Delete, id, async move |command, id| command.delete_now(&id).await).await
     }
+
     async fn features(&self) -> Result<Features, RuntimeError> {
-        unimplemented!()
+        self.detached(Operation::Features, "", async move |command, _| {
+            let call = command.call(Operation::Features, "");
+            let scratch = call.scratch()?;
+            call.run(&scratch, ["features".into()]).await?;
+            let output = scratch.output(&call)?;
+            serde_json::from_slice(&output).map_err(|error| call.answer(format!("what it printed is no list: {error}")))
+        })
+        .await
     }
 }

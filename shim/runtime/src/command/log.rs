@@ -1,0 +1,122 @@
+//! The log that a runtime writes on request, one JSON object a line.
+//!
+//! runc, crun and nvidia-container-runtime have the keys `level` and `msg`. youki has `level` in capitals, and the
+//! message in `fields.message`.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use serde::Deserialize;
+
+/// How much of the end of a log is read. An error is at its end, and is not as long as this.
+const TAIL: u64 = 256 << 10;
+
+/// What a call's log says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Log {
+    /// The last error, on one line.
+    pub(super) error: Option<String>,
+    /// Everything that was called a warning.
+    pub(super) warnings: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Line {
+    level: String,
+    msg: Option<String>,
+    fields: Option<Fields>,
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    message: Option<String>,
+}
+
+/// Reads a log. One that is not there, because the program did not come that far, is empty.
+pub(super) fn read(path: &Path) -> Log {
+    match tail(path) {
+        Ok(tail) => parse(&tail),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Log::default(),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "cannot read a runtime's log");
+            Log::default()
+        }
+    }
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL)))?;
+    let mut bytes = vec![];
+    file.take(TAIL).read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn parse(text: &str) -> Log {
+    let mut log = Log::default();
+    // Lines that are not JSON are a tail's first one, or what a hook or a wrapper wrote: no runtime's own words.
+    for line in text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
+        let Some(message) = line.msg.or_else(|| line.fields.and_then(|fields| fields.message)) else { continue };
+        match line.level.to_ascii_lowercase().as_str() {
+            "error" | "fatal" | "panic" => log.error = Some(one_line(&message)),
+            "warning" | "warn" => log.warnings.push(one_line(&message)),
+            _ => {}
+        }
+    }
+    log
+}
+
+fn one_line(message: &str) -> String {
+    let lines: Vec<&str> = message.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_error_is_the_reason_and_warnings_are_kept() {
+        let text = r#"
+{"level":"warning","msg":"cgroup v1 is deprecated","time":"2026-11-24T18:00:00Z"}
+{"level":"error","msg":"first","time":"2026-11-24T18:00:00Z"}
+{"level":"error","msg":"runc create failed: unable to start container process: exec: \"nosuch\": executable file not found in $PATH\n","time":"2026-11-24T18:00:00Z"}
+{"level":"info","msg":"done","time":"2026-11-24T18:00:00Z"}
+"#;
+        let log = parse(text);
+        let reason = r#"runc create failed: unable to start container process: exec: "nosuch": executable file not found in $PATH"#;
+        assert_eq!(log.error.as_deref(), Some(reason));
+        assert_eq!(log.warnings, ["cgroup v1 is deprecated"]);
+    }
+
+    #[test]
+    fn cruns_and_youkis_lines_are_understood() {
+        let crun = r#"{"msg":"executable file `nosuch` not found in $PATH: No such file or directory","level":"error","time":"2026-11-24T18:00:00.000000Z"}"#;
+        let message = "executable file `nosuch` not found in $PATH: No such file or directory";
+        assert_eq!(parse(crun).error.as_deref(), Some(message));
+        let youki =
+            r#"{"timestamp":"2026-11-24T18:00:00Z","level":"ERROR","fields":{"message":"failed"},"target":"x"}"#;
+        assert_eq!(parse(youki).error.as_deref(), Some("failed"));
+    }
+
+    #[test]
+    fn a_message_of_several_lines_becomes_one() {
+        assert_eq!(parse(r#"{"level":"fatal","msg":"one\n\n  two\n"}"#).error.as_deref(), Some("one; two"));
+    }
+
+    #[test]
+    fn what_is_no_log_line_is_passed_over() {
+        assert_eq!(parse("Error: hook\n{\"level\":\"error\"}\n{\"level\":7,\"msg\":\"x\"}\n{"), Log::default());
+        assert_eq!(read(Path::new("/nonexistent/log.json")), Log::default());
+    }
+
+    #[test]
+    fn of_a_huge_log_the_end_is_read() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let noise = format!("{}\n", r#"{"level":"error","msg":"noise"}"#).repeat(20_000);
+        std::fs::write(file.path(), format!("{noise}{}", r#"{"level":"error","msg":"the reason"}"#)).unwrap();
+        assert_eq!(read(file.path()).error.as_deref(), Some("the reason"));
+    }
+}

@@ -1,0 +1,17 @@
+//! What has to be done between fork and exec.
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::fs::Mode;
+
+/// Gives the program the usual umask, 022, whatever this process has: runtimes make mount points in the container's
+/// root with it, and users of a container under another umask would not get at them.
+pub(super) fn set_umask(command: &mut Command) {
+    let set = || {
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure only calls umask; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(set) };
+}

@@ -17,24 +17,31 @@ macro_rules! ensure_eq {
     ($left:expr, $right:expr $(,)?) => {
         $crate::ensure_eq!($left, $right, "{} == {}", stringify!($left), stringify!($right))
     };
-    ($left:expr, $right:expr, $($what:tt)+) => {{
-        let (left, right) = (&$left, &$right);
-        if *left != *right {
-            anyhow::bail!("{}\n  saw:      {left:?}\n  expected: {right:?}", format!($($what)+));
+    ($left:expr, $right:expr, $($what:tt)+) => {
+        // `match` keeps temporaries of both sides alive, as in the standard library's assert_eq.
+        match (&$left, &$right) {
+            (left, right) => {
+                if *left != *right {
+                    anyhow::bail!("{}\n  saw:      {left:?}\n  expected: {right:?}", format!($($what)+));
+                }
+            }
         }
-    }};
+    };
 }
 
 /// Fails the test unless the text holds the piece, and shows the text.
 #[macro_export]
 macro_rules! ensure_has {
-    ($text:expr, $piece:expr) => {{
-        let (text, piece) = (&$text, &$piece);
-        let (text, piece): (&str, &str) = (text.as_ref(), piece.as_ref());
-        if !text.contains(piece) {
-            anyhow::bail!("{piece:?} is missing in: {text}");
+    ($text:expr, $piece:expr) => {
+        match (&$text, &$piece) {
+            (text, piece) => {
+                let (text, piece): (&str, &str) = (text.as_ref(), piece.as_ref());
+                if !text.contains(piece) {
+                    anyhow::bail!("{piece:?} is missing in: {text}");
+                }
+            }
         }
-    }};
+    };
 }
 
 /// Tries until it succeeds. An error means "not yet"; the last one is reported when patience ends.

@@ -15,9 +15,21 @@ mod ctr_events;
 mod ctr_exit;
 mod ctr_io;
 mod ctr_reaping;
+mod nerdctl_life;
+mod nerdctl_run;
 
 fn cases() -> Vec<Case> {
-    [ctr_exit::cases(), ctr_events::cases(), ctr_reaping::cases(), ctr_io::cases()].into_iter().flatten().collect()
+    [
+        ctr_exit::cases(),
+        ctr_events::cases(),
+        ctr_reaping::cases(),
+        ctr_io::cases(),
+        nerdctl_run::cases(),
+        nerdctl_life::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn main() -> ExitCode {

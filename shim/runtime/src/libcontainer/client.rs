@@ -1,0 +1,283 @@
+//! The shim's side: starts a helper, waits for its end, reads its reply, and cleans up after one that died.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reaper::{Adoption, Child, Exit, Reaper};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use super::executable::Protected;
+use super::protocol::{self, Create, Exec, Reply, Request, Step};
+use super::{HELPER, NAME, sys};
+use crate::{CreateRequest, ExecRequest, Operation, ProcessIo, RuntimeError};
+
+/// What a helper, and what it clones before it becomes the user's program, is called in `ps`.
+const ARGUMENT_ZERO: &str = "containerd-shim-gpusnap-v2";
+/// Environment variable by which the processes of one helper are told from those of all others.
+const MARK: &str = "GPUSNAP_HELPER";
+/// What a helper keeps of the environment: how to reach systemd, and where to find newuidmap.
+const KEPT_ENVIRONMENT: [&str; 2] = ["PATH", "DBUS_SYSTEM_BUS_ADDRESS"];
+
+static NEXT_MARK: AtomicU64 = AtomicU64::new(0);
+
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    reaper: Reaper,
+    root: PathBuf,
+    systemd_cgroup: bool,
+}
+
+/// What a helper left behind.
+struct Outcome {
+    reply: Reply,
+    /// Its mark, by which what it left behind is found.
+    mark: String,
+}
+
+/// One operation on one container: what its errors have in common.
+#[derive(Clone, Copy)]
+struct Subject<'a> {
+    operation: Operation,
+    id: &'a str,
+}
+
+impl Subject<'_> {
+    fn refused(&self, message: String) -> RuntimeError {
+        let Self { operation, id } = *self;
+        RuntimeError::Refused { runtime: NAME.into(), operation, container: id.into(), message }
+    }
+
+    fn answer(&self, message: String) -> RuntimeError {
+        let Self { operation, id } = *self;
+        RuntimeError::Answer { runtime: NAME.into(), operation, container: id.into(), message }
+    }
+
+    fn file(&self, action: &'static str, path: PathBuf, source: io::Error) -> RuntimeError {
+        let Self { operation, id } = *self;
+        RuntimeError::File { action, path, operation, container: id.into(), source }
+    }
+
+    fn spawn(&self, source: io::Error) -> RuntimeError {
+        let Self { operation, id } = *self;
+        RuntimeError::Spawn { binary: "/proc/self/exe".into(), operation, container: id.into(), source }
+    }
+}
+
+impl Client {
+    pub(super) fn new(reaper: Reaper, root: PathBuf, systemd_cgroup: bool) -> Self {
+        Self { inner: Arc::new(Inner { reaper, root, systemd_cgroup }) }
+    }
+
+    /// Runs a step that leaves no process behind.
+    pub(super) async fn run(&self, operation: Operation, id: &str, step: Step) -> Result<(), RuntimeError> {
+        let client = self.clone();
+        let id = id.to_owned();
+        detached(Subject { operation, id: &id.clone() }, async move {
+            let subject = Subject { operation, id: &id };
+            let outcome = client.helper(subject, step, None).await?;
+            client.pid(subject, outcome.reply).map(|_| ())
+        })
+        .await
+    }
+
+    pub(super) async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
+        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
+        let client = self.clone();
+        detached(Subject { operation: Operation::Create, id: &id.clone() }, async move {
+            let subject = Subject { operation: Operation::Create, id: &id };
+            let state = client.inner.root.join(&id);
+            // Asked here and not only by the helper: what exists already must not be undone below.
+            match std::fs::symlink_metadata(&state) {
+                Ok(_) => return Err(subject.refused("a container with this id exists".into())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(subject.file("read", state, error)),
+            }
+            let console_socket = console_socket(&io);
+            let step = Step::Create(Create { bundle, console_socket, no_pivot_root, no_new_keyring });
+            let result = client.process(subject, step, io).await;
+            if result.is_err()
+                && let Err(error) = client.run(Operation::Delete, &id, Step::Delete).await
+            {
+                tracing::error!(container = id, %error, "cannot undo the creation of a container");
+            }
+            result
+        })
+        .await
+    }
+
+    pub(super) async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
+        let ExecRequest { id, exec_id: _, bundle, process, io } = request;
+        let client = self.clone();
+        detached(Subject { operation: Operation::Exec, id: &id.clone() }, async move {
+            let subject = Subject { operation: Operation::Exec, id: &id };
+            let console_socket = console_socket(&io);
+            let step = Step::Exec(Box::new(Exec { bundle, process, console_socket }));
+            client.process(subject, step, io).await
+        })
+        .await
+    }
+
+    /// Runs a step that leaves a process behind, and adopts that process.
+    async fn process(&self, subject: Subject<'_>, step: Step, io: ProcessIo) -> Result<Child, RuntimeError> {
+        let adoption = self.inner.reaper.adoption();
+        let outcome = self.helper(subject, step, Some(io)).await?;
+        let result = match self.pid(subject, outcome.reply) {
+            Ok(Some(pid)) => adoption
+                .adopt(pid)
+                .map_err(|error| subject.answer(format!("its process {pid} cannot be adopted: {error}"))),
+            Ok(None) => Err(subject.answer("it names no process".into())),
+            Err(error) => Err(error),
+        };
+        if result.is_err() {
+            kill_marked(&outcome.mark, &adoption);
+        }
+        result
+    }
+
+    fn pid(&self, subject: Subject<'_>, reply: Reply) -> Result<Option<i32>, RuntimeError> {
+        match reply {
+            Reply::Done { pid, warnings } => {
+                for warning in warnings {
+                    tracing::warn!(container = subject.id, operation = %subject.operation, "{warning}");
+                }
+                Ok(pid)
+            }
+            Reply::Failed { message } => Err(subject.refused(message)),
+            Reply::Panicked { message } => Err(subject.answer(message)),
+        }
+    }
+
+    /// Starts a helper and waits for its end.
+    async fn helper(&self, subject: Subject<'_>, step: Step, io: Option<ProcessIo>) -> Result<Outcome, RuntimeError> {
+        let Inner { reaper, root, systemd_cgroup } = &*self.inner;
+        let request = Request { root: root.clone(), id: subject.id.into(), systemd_cgroup: *systemd_cgroup, step };
+        let memory = |error| subject.file("make", "memfd:gpusnap-helper".into(), error);
+        let request = protocol::memory_file(Some(&request)).map_err(memory)?;
+        let mut reply = protocol::memory_file(None).map_err(memory)?;
+        let mark = format!("{}-{}", std::process::id(), NEXT_MARK.fetch_add(1, Ordering::Relaxed));
+
+        let helper = spawn(reaper, &request, &reply, &mark, io.as_ref()).map_err(|error| subject.spawn(error))?;
+        // The process has its descriptors now. While they are open here too, their other ends see no end.
+        drop(io);
+        let exit = helper.wait().await;
+        let reply = match protocol::read_reply(&mut reply) {
+            Ok(Some(reply)) => reply,
+            Ok(None) => Reply::Panicked { message: death(exit) },
+            Err(error) => Reply::Panicked { message: format!("its reply cannot be read: {error}") },
+        };
+        Ok(Outcome { reply, mark })
+    }
+}
+
+/// Runs an operation to its end even if the caller loses interest: half of one would leave a half-made container.
+async fn detached<T, F>(subject: Subject<'_>, operation: F) -> Result<T, RuntimeError>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, RuntimeError>> + Send + 'static,
+{
+    match tokio::spawn(operation).await {
+        Ok(result) => result,
+        Err(error) => Err(subject.answer(format!("the call was given up: {error}"))),
+    }
+}
+
+fn console_socket(io: &ProcessIo) -> Option<PathBuf> {
+    match io {
+        ProcessIo::Fds { .. } => None,
+        ProcessIo::Terminal { console_socket } => Some(console_socket.clone()),
+    }
+}
+
+fn spawn(reaper: &Reaper, request: &File, reply: &File, mark: &str, io: Option<&ProcessIo>) -> io::Result<Child> {
+    let executable = Protected::own()?;
+    let mut command = Command::new(executable.path());
+    command
+        .arg0(ARGUMENT_ZERO)
+        .arg(HELPER)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .env_clear()
+        .env(MARK, mark);
+    for name in KEPT_ENVIRONMENT {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+    let mut fds = vec![request.as_fd(), reply.as_fd()];
+    if let Some(ProcessIo::Fds { stdin, stdout, stderr }) = io {
+        fds.extend([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
+    }
+    command.args(fds.iter().map(|fd| fd.as_raw_fd().to_string()));
+    sys::inherit(&mut command, &fds);
+    reaper.spawn(&mut command)
+}
+
+fn death(exit: Exit) -> String {
+    match exit.code {
+        code @ 129.. => format!("the helper was killed by signal {}", code - 128),
+        code => format!("the helper ended with exit code {code} and no reply"),
+    }
+}
+
+/// Kills what a helper left behind before it became the user's program. The helper's init would wait for its start for
+/// ever, and may not be in the container's cgroup yet.
+///
+/// Such processes are children of this one, and the adoption keeps their pids from being used again meanwhile.
+fn kill_marked(mark: &str, _adoption: &Adoption) {
+    let marked = format!("{MARK}={mark}");
+    let mut killed = HashSet::new();
+    // One that is killed may have cloned another just before, so look until there is nothing new.
+    loop {
+        let found: Vec<i32> =
+            children().into_iter().filter(|pid| !killed.contains(pid) && is_marked(*pid, &marked)).collect();
+        if found.is_empty() {
+            return;
+        }
+        found.iter().copied().for_each(kill);
+        killed.extend(found);
+    }
+}
+
+/// Whether a process has the mark in its environment. One that became the user's program, or is dead, has not.
+fn is_marked(pid: i32, marked: &str) -> bool {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|&byte| byte == 0).any(|variable| variable == marked.as_bytes())
+}
+
+fn kill(pid: i32) {
+    let signal = || {
+        let pid = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+        rustix::process::pidfd_send_signal(pidfd, Signal::KILL)
+    };
+    match signal() {
+        Ok(()) => tracing::warn!(pid, "killed a process that a failed helper left behind"),
+        Err(error) => tracing::debug!(pid, %error, "cannot kill what a failed helper left behind"),
+    }
+}
+
+/// The children of this process, dead ones included.
+fn children() -> Vec<i32> {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return Vec::new() };
+    tasks
+        .flatten()
+        .flat_map(|task| {
+            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<i32>>()
+        })
+        .collect()
+}

@@ -1,0 +1,120 @@
+//! This process's own executable, in a form that can be shown to a container.
+//!
+//! The helper, and what it clones, enters a container before it becomes the user's program. A container that follows
+//! `/proc/PID/exe` then has our executable open, and once nothing runs it any more could write to it: root on the host
+//! (CVE-2019-5736). So helpers are run from a detached, read-only mount of the file. Whoever opens it through
+//! `/proc/PID/exe` opens it through that mount, where it cannot be written.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::{CWD, MemfdFlags, SealFlags};
+use rustix::mount::OpenTreeFlags;
+
+use super::sys;
+
+const OWN: &str = "/proc/self/exe";
+
+/// Made once per process. The descriptor keeps the mount: it has no place in any mount namespace.
+static PROTECTED: Mutex<Option<Protected>> = Mutex::new(None);
+
+/// An executable file that cannot be written through.
+#[derive(Debug)]
+pub(super) struct Protected(OwnedFd);
+
+impl Protected {
+    /// This process's own.
+    pub(super) fn own() -> io::Result<Self> {
+        let mut cached = PROTECTED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(protected) = &*cached {
+            return protected.try_clone();
+        }
+        let protected = clone_mount(Path::new(OWN)).or_else(|error| {
+            // Before Linux 5.12 there is no mount_setattr.
+            tracing::debug!(%error, "cannot clone the mount of the executable: running helpers from a copy");
+            copy(Path::new(OWN))
+        })?;
+        let result = protected.try_clone();
+        *cached = Some(protected);
+        result
+    }
+
+    fn try_clone(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
+    /// A path to execute it by, in this process and in a child until it has done so.
+    pub(super) fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
+    }
+}
+
+impl AsFd for Protected {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn clone_mount(file: &Path) -> io::Result<Protected> {
+    let tree = rustix::mount::open_tree(CWD, file, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    sys::make_read_only(tree.as_fd(), false)?;
+    Ok(Protected(tree))
+}
+
+fn copy(file: &Path) -> io::Result<Protected> {
+    let memory = rustix::fs::memfd_create("gpusnap", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let mut memory = File::from(memory);
+    io::copy(&mut File::open(file)?, &mut memory)?;
+    rustix::fs::fcntl_add_seals(&memory, SealFlags::SEAL | SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK)?;
+    // A file that somebody has open for writing cannot be executed, sealed or not.
+    let read_only = File::open(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
+    Ok(Protected(read_only.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    // Not the test's own executable: it runs, and so cannot be written anyway.
+    fn file() -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"program").unwrap();
+        file
+    }
+
+    fn write(protected: &Protected) -> io::Result<()> {
+        File::options().write(true).open(protected.path())?.write_all(b"evil")
+    }
+
+    #[test]
+    fn a_clone_of_the_mount_cannot_be_written() {
+        let file = file();
+        let protected = match clone_mount(file.path()) {
+            Ok(protected) => protected,
+            Err(error) => return eprintln!("skipped: mounts cannot be cloned here: {error}"),
+        };
+        assert_eq!(write(&protected).unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+        std::fs::write(file.path(), "the file itself still can").unwrap();
+    }
+
+    #[test]
+    fn a_copy_is_whole_and_cannot_be_written() {
+        let file = file();
+        let protected = copy(file.path()).unwrap();
+        assert_eq!(write(&protected).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+        let mut content = String::new();
+        File::open(protected.path()).unwrap().read_to_string(&mut content).unwrap();
+        assert_eq!(content, "program");
+    }
+
+    #[test]
+    fn this_executable_can_be_protected_and_read() {
+        let protected = Protected::own().unwrap();
+        assert_eq!(std::fs::metadata(protected.path()).unwrap().len(), std::fs::metadata(OWN).unwrap().len());
+    }
+}

@@ -1,0 +1,328 @@
+//! Specifications as libcontainer needs them: what runc takes for granted, and libcontainer takes for absent, is
+//! written out.
+//!
+//! | config.json | what libcontainer would do | here |
+//! |---|---|---|
+//! | no capabilities, or a set left out | leave them as they are: the shim's | none |
+//! | a capability that the shim has not | fail | left out |
+//! | `noNewPrivileges: false` | load seccomp when it is too late | like absent |
+//! | seccomp and `noNewPrivileges` | load it before the process waits for its start | [`Program`] loads it last |
+//! | no additional groups | keep the shim's | none |
+//! | no HOME | ask the C library, which may load libraries from the container | read from its passwd file |
+//! | a working directory that is missing | fail | made |
+//! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
+//! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
+//! | no `cgroupsPath` | the cgroup `:youki:ID` | the cgroup `/ID`, or `system.slice:gpusnap:ID` |
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use libcontainer::apparmor;
+use libcontainer::seccomp::is_notify;
+use libcontainer::syscall::syscall::create_syscall;
+use libcontainer::utils::{validate_spec_for_net_devices, validate_spec_for_new_user_ns};
+use libcontainer::validator::Validator;
+use oci_spec::runtime::{
+    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder,
+    LinuxNamespaceType, LinuxSeccomp, Process, Spec,
+};
+
+use super::error::{Context, Failure, Result};
+use super::program::Program;
+use super::rootfs::Root;
+use super::state::read_json;
+
+/// Reads and checks a bundle's config.json; the root becomes an absolute path.
+pub(super) fn load(bundle: &Path) -> Result<Spec> {
+    let mut spec: Spec = read_json(&bundle.join("config.json"))?;
+    if !spec.version().starts_with("1.") {
+        return Err(Failure::new(format!("the specification has version {}, where 1.x is known", spec.version())));
+    }
+    spec.canonicalize_rootfs(bundle).context(|| "find the container's root")?;
+    Ok(spec)
+}
+
+/// What libcontainer's builder checks before it makes anything, and what it lacks.
+pub(super) fn validate(spec: &Spec) -> Result<()> {
+    Validator::validate_spec(spec)?;
+    let syscall = create_syscall();
+    validate_spec_for_new_user_ns(spec, &*syscall)?;
+    validate_spec_for_net_devices(spec, &*syscall)?;
+    for mount in spec.mounts().iter().flatten() {
+        let destination = mount.destination().display();
+        if mount.options().iter().flatten().any(|option| option == "tmpcopyup") {
+            return Err(Failure::new(format!(
+                "the mount at {destination} has tmpcopyup, which libcontainer cannot do"
+            )));
+        }
+        let mapped = mount.uid_mappings().is_some()
+            || mount.gid_mappings().is_some()
+            || mount.options().iter().flatten().any(|option| option == "idmap" || option == "ridmap");
+        if mapped {
+            return Err(Failure::new(format!("the mount at {destination} is id-mapped, which libcontainer cannot do")));
+        }
+    }
+    if let Some(label) = spec.process().as_ref().and_then(|process| process.selinux_label().as_deref())
+        && !label.is_empty()
+        && Path::new("/sys/fs/selinux/enforce").exists()
+    {
+        return Err(Failure::new("the process has an SELinux label, which libcontainer cannot set"));
+    }
+    Ok(())
+}
+
+pub(super) fn linux(spec: &Spec) -> Result<&Linux> {
+    spec.linux().as_ref().ok_or_else(|| Failure::new("the specification has no section linux"))
+}
+
+fn process(spec: &Spec) -> Result<&Process> {
+    spec.process().as_ref().ok_or_else(|| Failure::new("the specification has no process"))
+}
+
+/// The cgroup that a specification names, or a default.
+pub(super) fn cgroup_path(linux: &Linux, systemd: bool, id: &str) -> PathBuf {
+    match linux.cgroups_path() {
+        Some(path) if !path.as_os_str().is_empty() => path.clone(),
+        _ if systemd => format!("system.slice:gpusnap:{id}").into(),
+        _ => format!("/{id}").into(),
+    }
+}
+
+/// Completes the specification of a new container. Gives what is to be done at its end.
+pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec<String>) -> Result<Program> {
+    let mut process = process(spec)?.clone();
+    let mut linux = linux(spec)?.clone();
+    let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
+
+    complete(&mut process, &rootfs, warnings)?;
+    let cwd = process.cwd().clone();
+    if !is_below_a_mount(spec, &cwd) {
+        rootfs.make_directory(&cwd, host_root(&linux))?;
+    }
+    if let Some(propagation) = linux.rootfs_propagation().as_deref() {
+        let propagation = match propagation {
+            "" => None,
+            "rshared" => Some("shared".to_owned()),
+            "rslave" => Some("slave".to_owned()),
+            "rprivate" => Some("private".to_owned()),
+            "runbindable" => Some("unbindable".to_owned()),
+            other => Some(other.to_owned()),
+        };
+        linux.set_rootfs_propagation(propagation);
+    }
+    linux.set_cgroups_path(Some(cgroup_path));
+    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: true };
+    spec.set_process(Some(process));
+    spec.set_linux(Some(linux));
+    Ok(program)
+}
+
+/// What a further process of a container is started by: its specification with the process in place of the first one,
+/// and the namespaces of `init` to join.
+pub(super) fn for_exec(
+    spec: &mut Spec,
+    mut process: Process,
+    init: i32,
+    cgroup_path: PathBuf,
+    warnings: &mut Vec<String>,
+) -> Result<Program> {
+    let first = self::process(spec)?;
+    // As runc: what the new process does not say, the container says.
+    if process.capabilities().is_none() {
+        process.set_capabilities(first.capabilities().clone());
+    }
+    if process.rlimits().as_ref().is_none_or(Vec::is_empty) {
+        process.set_rlimits(first.rlimits().clone());
+    }
+    if process.apparmor_profile().as_ref().is_none_or(String::is_empty) {
+        process.set_apparmor_profile(first.apparmor_profile().clone());
+    }
+    if process.oom_score_adj().is_none() {
+        process.set_oom_score_adj(first.oom_score_adj());
+    }
+    complete(&mut process, &Root::open(Path::new(&format!("/proc/{init}/root")))?, warnings)?;
+
+    let container = linux(spec)?;
+    let mut namespaces = Vec::new();
+    for namespace in container.namespaces().iter().flatten() {
+        let name = match namespace.typ() {
+            LinuxNamespaceType::Mount => "mnt",
+            LinuxNamespaceType::Cgroup => "cgroup",
+            LinuxNamespaceType::Uts => "uts",
+            LinuxNamespaceType::Ipc => "ipc",
+            LinuxNamespaceType::User => "user",
+            LinuxNamespaceType::Pid => "pid",
+            LinuxNamespaceType::Network => "net",
+            LinuxNamespaceType::Time => "time",
+        };
+        let path = PathBuf::from(format!("/proc/{init}/ns/{name}"));
+        namespaces.push(LinuxNamespaceBuilder::default().typ(namespace.typ()).path(path).build()?);
+    }
+    let mut linux = LinuxBuilder::default().namespaces(namespaces).cgroups_path(cgroup_path).build()?;
+    // The builder has defaults for these that are no defaults of containers.
+    linux.set_devices(None).set_resources(None).set_masked_paths(None).set_readonly_paths(None);
+    linux.set_personality(container.personality().clone()).set_seccomp(container.seccomp().clone());
+    if let Some(seccomp) = linux.seccomp()
+        && is_notify(seccomp)
+    {
+        return Err(Failure::new(
+            "the container's seccomp filter reports to a listener, and libcontainer cannot give it a second process",
+        ));
+    }
+    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: false };
+    spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
+    Ok(program)
+}
+
+/// Fills in what is the same for the first and every further process.
+fn complete(process: &mut Process, root: &Root, warnings: &mut Vec<String>) -> Result<()> {
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(Failure::new("the process has no arguments"));
+    }
+    if !process.cwd().is_absolute() {
+        return Err(Failure::new(format!("the working directory {} is not absolute", process.cwd().display())));
+    }
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    match process.apparmor_profile().as_deref() {
+        None => {}
+        Some("") => {
+            process.set_apparmor_profile(None);
+        }
+        Some(profile) if !apparmor::is_enabled().context(|| "look for AppArmor")? => {
+            return Err(Failure::new(format!("the AppArmor profile {profile} is asked for, but AppArmor is not on")));
+        }
+        Some(_) => {}
+    }
+    process.set_capabilities(Some(capabilities(process.capabilities().as_ref(), warnings)?));
+    let uid = process.user().uid();
+    let environment = process.env_mut().get_or_insert_default();
+    deduplicate(environment);
+    if !environment.iter().any(|variable| variable.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
+        environment.retain(|variable| variable != "HOME=");
+        environment.push(format!("HOME={}", root.home(uid).as_deref().unwrap_or("/")));
+    }
+    Ok(())
+}
+
+/// Of several values for one variable the last counts, as if a shell had set them; the C library would take the first.
+fn deduplicate(environment: &mut Vec<String>) {
+    fn name(variable: &str) -> &str {
+        variable.split_once('=').map_or(variable, |(name, _)| name)
+    }
+    let mut seen = HashSet::new();
+    let last: Vec<bool> = environment.iter().rev().map(|variable| seen.insert(name(variable).to_owned())).collect();
+    let mut last = last.into_iter().rev();
+    environment.retain(|_| last.next().unwrap_or(true));
+}
+
+/// All five sets, each with what the shim can give of it.
+fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -> Result<LinuxCapabilities> {
+    let path = "/proc/self/status";
+    let status = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
+    let available = parse_bounding(&status).ok_or_else(|| Failure::new(format!("{path} has no bounding set")))?;
+    let mut missing = HashSet::new();
+    let mut limited = |set: Option<&Capabilities>| -> Option<Capabilities> {
+        let (kept, lost): (Capabilities, Capabilities) =
+            set.into_iter().flatten().copied().partition(|capability| available & (1 << number(*capability)) != 0);
+        missing.extend(lost);
+        Some(kept)
+    };
+    let mut all = LinuxCapabilities::default();
+    all.set_bounding(limited(given.and_then(|given| given.bounding().as_ref())));
+    all.set_effective(limited(given.and_then(|given| given.effective().as_ref())));
+    all.set_permitted(limited(given.and_then(|given| given.permitted().as_ref())));
+    all.set_inheritable(limited(given.and_then(|given| given.inheritable().as_ref())));
+    all.set_ambient(limited(given.and_then(|given| given.ambient().as_ref())));
+    if !missing.is_empty() {
+        let mut names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        names.sort();
+        warnings.push(format!("capabilities that cannot be given, and are left out: {}", names.join(", ")));
+    }
+    Ok(all)
+}
+
+fn parse_bounding(status: &str) -> Option<u64> {
+    let set = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
+    u64::from_str_radix(set.trim(), 16).ok()
+}
+
+/// A seccomp filter may be loaded last, right before the process is the user's, if nothing but `noNewPrivileges` is
+/// needed to load it. Else libcontainer loads it while it still may.
+fn late_seccomp(process: &Process, linux: &mut Linux) -> Option<LinuxSeccomp> {
+    let late = process.no_new_privileges() == Some(true)
+        && linux.seccomp().as_ref().is_some_and(|seccomp| !is_notify(seccomp));
+    late.then(|| linux.seccomp().clone()).flatten().inspect(|_| {
+        linux.set_seccomp(None);
+    })
+}
+
+/// Whether something is mounted over the directory or above it, other than the root.
+fn is_below_a_mount(spec: &Spec, directory: &Path) -> bool {
+    spec.mounts()
+        .iter()
+        .flatten()
+        .any(|mount| mount.destination() != Path::new("/") && directory.starts_with(mount.destination()))
+}
+
+/// Who is root inside, outside.
+pub(super) fn host_root(linux: &Linux) -> (u32, u32) {
+    (host_id(linux.uid_mappings().as_deref(), 0), host_id(linux.gid_mappings().as_deref(), 0))
+}
+
+/// An id inside, outside.
+pub(super) fn host_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
+    let found = mappings.into_iter().flatten().find_map(|mapping| {
+        let offset = id.checked_sub(mapping.container_id())?;
+        (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
+    });
+    found.unwrap_or(id)
+}
+
+/// The kernel's number.
+fn number(capability: Capability) -> u8 {
+    match capability {
+        Capability::Chown => 0,
+        Capability::DacOverride => 1,
+        Capability::DacReadSearch => 2,
+        Capability::Fowner => 3,
+        Capability::Fsetid => 4,
+        Capability::Kill => 5,
+        Capability::Setgid => 6,
+        Capability::Setuid => 7,
+        Capability::Setpcap => 8,
+        Capability::LinuxImmutable => 9,
+        Capability::NetBindService => 10,
+        Capability::NetBroadcast => 11,
+        Capability::NetAdmin => 12,
+        Capability::NetRaw => 13,
+        Capability::IpcLock => 14,
+        Capability::IpcOwner => 15,
+        Capability::SysModule => 16,
+        Capability::SysRawio => 17,
+        Capability::SysChroot => 18,
+        Capability::SysPtrace => 19,
+        Capability::SysPacct => 20,
+        Capability::SysAdmin => 21,
+        Capability::SysBoot => 22,
+        Capability::SysNice => 23,
+        Capability::SysResource => 24,
+        Capability::SysTime => 25,
+        Capability::SysTtyConfig => 26,
+        Capability::Mknod => 27,
+        Capability::Lease => 28,
+        Capability::AuditWrite => 29,
+        Capability::AuditControl => 30,
+        Capability::Setfcap => 31,
+        Capability::MacOverride => 32,
+        Capability::MacAdmin => 33,
+        Capability::Syslog => 34,
+        Capability::WakeAlarm => 35,
+        Capability::BlockSuspend => 36,
+        Capability::AuditRead => 37,
+        Capability::Perfmon => 38,
+        Capability::Bpf => 39,
+        Capability::CheckpointRestore => 40,
+    }
+}

@@ -1,0 +1,104 @@
+//! Creation of a container, up to an init that waits for its start.
+
+use std::ffi::CString;
+
+use libcontainer::config::YoukiConfig;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::notify_socket::NOTIFY_FILE;
+use libcontainer::process::args::ContainerType;
+use oci_spec::runtime::Spec;
+
+use super::cgroup::Place;
+use super::error::{Context, Failure, Result};
+use super::launch::{Launch, Stdio, give_stdio, launch};
+use super::state::Identity;
+use super::{Helper, adapt, delete, fixup, sys};
+use crate::libcontainer::protocol::Create;
+
+pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<i32> {
+    let spec = adapt::load(&request.bundle)?;
+    adapt::validate(&spec)?;
+    check_terminal(&spec, request.console_socket.is_some())?;
+    let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
+    let place = Place::new(&path, helper.systemd_cgroup, &helper.id)?;
+    // It is the container's alone: whoever is in it dies with the container.
+    if place.is_populated()? {
+        return Err(Failure::new(format!("the cgroup {} is in use", path.display())));
+    }
+
+    helper.directory.create()?;
+    build(helper, request, spec, &place, stdio).inspect_err(|_| {
+        if let Err(failure) = delete::delete(helper) {
+            tracing::error!("cannot undo it: {failure}");
+        }
+    })
+}
+
+fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, stdio: Option<Stdio>) -> Result<i32> {
+    let container =
+        Container::new(&helper.id, ContainerStatus::Creating, None, &request.bundle, helper.directory.path())?;
+    let mut state = container.state.clone();
+    state.use_systemd = place.is_systemd();
+    state.annotations = spec.annotations().clone();
+    // How the cgroup is found again is written down before there is one.
+    helper.directory.save_state(&state)?;
+    let program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
+    helper.directory.save_config(&YoukiConfig::from_spec(&spec, &helper.id)?)?;
+
+    if let Some(stdio) = &stdio {
+        let linux = adapt::linux(&spec)?;
+        let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+        give_stdio(stdio, adapt::host_id(linux.uid_mappings().as_deref(), uid))?;
+    }
+    if !request.no_new_keyring {
+        join_keyring(helper)?;
+    }
+    let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
+    let mut launched_container = container.clone();
+    launched_container.state = state.clone();
+    let launched = launch(Launch {
+        kind: ContainerType::InitContainer,
+        container: launched_container,
+        spec: spec.clone(),
+        rootfs,
+        place,
+        program,
+        no_pivot_root: request.no_pivot_root,
+        notify_socket: &helper.directory.path().join(NOTIFY_FILE),
+        stdio,
+        console_socket: request.console_socket.as_deref(),
+    })?;
+    let pid = launched.pid;
+    let init = Identity::of(pid)?.ok_or_else(|| Failure::new("the container's init died while it was created"))?;
+    fixup::finish(&spec, place.is_v2(), pid, request.console_socket.is_some())?;
+
+    helper.directory.save_init(init)?;
+    state.status = ContainerStatus::Created;
+    state.pid = Some(pid);
+    state.creator = Some(rustix::process::geteuid().as_raw());
+    state.intel_rdt_dir = launched.intel_rdt_dir;
+    state.intel_rdt_monitoring_dir = launched.intel_rdt_monitoring_dir;
+    helper.directory.save_state(&state)?;
+    Ok(pid)
+}
+
+/// A terminal needs somebody to send its master to.
+pub(super) fn check_terminal(spec: &Spec, has_socket: bool) -> Result<()> {
+    match (spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false), has_socket) {
+        (true, false) => Err(Failure::new("the process wants a terminal, but there is no console socket")),
+        (false, true) => Err(Failure::new("there is a console socket, but the process wants no terminal")),
+        _ => Ok(()),
+    }
+}
+
+/// A session keyring of the container's own: it must not find keys in the shim's. Best effort, as in runc: a kernel
+/// may be without keyrings.
+pub(super) fn join_keyring(helper: &mut Helper) -> Result<()> {
+    let name = CString::new(format!("_ses.{}", helper.id)).context(|| "name the session keyring")?;
+    if let Err(error) = sys::join_session_keyring(&name)
+        && error.raw_os_error() != Some(libc::ENOSYS)
+    {
+        helper.warnings.push(format!("cannot make a session keyring for the container: {error}"));
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! Removal of a container in whatever state it is.
+
+use std::path::PathBuf;
+
+use libcontainer::config::YoukiConfig;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::hooks::run_hooks;
+use libcontainer::process::intel_rdt::cleanup_intel_rdt;
+
+use super::cgroup::Place;
+use super::error::{Result, chain};
+use super::{Helper, adapt};
+
+/// Removes the container. One that is not there is no error.
+///
+/// Nothing is signalled by the pid in the state: it may be another process's by now. Who is in the container, its
+/// cgroup knows.
+pub(super) fn delete(helper: &mut Helper) -> Result<()> {
+    if !helper.directory.exists()? {
+        return Ok(());
+    }
+    let state = helper.readable("state", |helper| helper.directory.state());
+    let config = helper.readable("configuration", |helper| helper.directory.config());
+
+    let path = config.as_ref().map(|config| config.cgroup_path.clone()).or_else(|| helper.cgroup_path(state.as_ref()));
+    match path {
+        Some(path) => Place::new(&path, helper.systemd_cgroup, &helper.id)?.remove()?,
+        // Both files are written before the cgroup is made.
+        None => helper.warnings.push("the container's cgroup is not known: nothing was made, or it is left".into()),
+    }
+    if let Some(state) = &state
+        && let Err(error) = cleanup_intel_rdt(
+            state.intel_rdt_dir.as_deref(),
+            state.intel_rdt_monitoring_dir.as_deref(),
+            state.clean_up_intel_rdt_subdirectory,
+            &helper.id,
+        )
+    {
+        helper.warnings.push(format!("cannot clean up resctrl: {}", chain(&error)));
+    }
+    if let (Some(state), Some(config)) = (state, config) {
+        poststop(helper, state, config)?;
+    }
+    helper.directory.remove()
+}
+
+/// Runs the poststop hooks, unless an earlier attempt did. The specification wants a failure to be a warning.
+fn poststop(helper: &mut Helper, mut state: State, mut config: YoukiConfig) -> Result<()> {
+    let Some(hooks) = config.hooks.take() else { return Ok(()) };
+    if hooks.poststop().as_ref().is_none_or(Vec::is_empty) {
+        return Ok(());
+    }
+    // Before they run, lest they run again when something fails from here on.
+    helper.directory.save_config(&config)?;
+    state.status = ContainerStatus::Stopped;
+    state.pid = None;
+    if let Err(error) = run_hooks(hooks.poststop().as_ref(), Some(&state), None, None, None) {
+        helper.warnings.push(format!("a poststop hook failed: {}", chain(&error)));
+    }
+    Ok(())
+}
+
+impl Helper {
+    fn readable<T>(&mut self, what: &str, read: impl FnOnce(&Self) -> Result<T>) -> Option<T> {
+        read(self).map_err(|failure| self.warnings.push(format!("the container's {what} is lost: {failure}"))).ok()
+    }
+
+    /// The cgroup by the bundle's config.json, when libcontainer's own note of it is lost.
+    fn cgroup_path(&self, state: Option<&State>) -> Option<PathBuf> {
+        let spec = adapt::load(&state?.bundle).ok()?;
+        Some(adapt::cgroup_path(spec.linux().as_ref()?, self.systemd_cgroup, &self.id))
+    }
+}

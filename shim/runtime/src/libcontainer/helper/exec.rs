@@ -1,0 +1,86 @@
+//! A further process in a running container.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::notify_socket::NotifySocket;
+use libcontainer::process::args::ContainerType;
+
+use super::create::{check_terminal, join_keyring};
+use super::error::{Context, Failure, Result};
+use super::launch::{Launch, Stdio, give_stdio, kill, launch};
+use super::state::Identity;
+use super::{Helper, adapt, fixup};
+use crate::libcontainer::protocol::Exec;
+
+/// The last words of a process are a few lines.
+const WORDS_LIMIT: u64 = 64 << 10;
+
+pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<i32> {
+    let Exec { bundle, process, console_socket } = request;
+    let (state, init) = helper.directory.expect(&[ContainerStatus::Running])?;
+    let place = helper.place()?;
+    // Whoever froze it: the new process would join it, stand still, and the helper would wait for it.
+    if place.is_frozen()? {
+        return Err(Failure::new("container is paused"));
+    }
+    let mut spec = adapt::load(&bundle)?;
+    let uid_mappings = adapt::linux(&spec)?.uid_mappings().clone();
+    let program = adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), &mut helper.warnings)?;
+    check_terminal(&spec, console_socket.is_some())?;
+    let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+    let uid = adapt::host_id(uid_mappings.as_deref(), uid);
+    if let Some(stdio) = &stdio {
+        give_stdio(stdio, uid)?;
+    }
+    join_keyring(helper)?;
+
+    // Its number is the new process's only as long as the helper lives, and so is the file.
+    let notify_socket = helper.directory.path().join(format!("exec-{}.sock", std::process::id()));
+    let container = Container { state, root: helper.directory.path().to_owned() };
+    let (words, end) = io::pipe().context(|| "make a pipe")?;
+    let launched = launch(Launch {
+        kind: ContainerType::TenantContainer { exec_notify_fd: end.as_raw_fd() },
+        container,
+        spec: spec.clone(),
+        rootfs: PathBuf::from("/"),
+        place: &place,
+        program,
+        no_pivot_root: false,
+        notify_socket: &notify_socket,
+        stdio,
+        console_socket: console_socket.as_deref(),
+    });
+    let result = launched.and_then(|launched| {
+        let pid = launched.pid;
+        finish(init, pid, console_socket.is_some().then_some(uid))
+            .and_then(|()| Ok(NotifySocket::new(&notify_socket).notify_container_start()?))
+            .and_then(|()| {
+                drop(end);
+                last_words(OwnedFd::from(words).into())
+            })
+            .map(|()| pid)
+            .inspect_err(|_| kill(pid))
+    });
+    let _ = fs::remove_file(&notify_socket);
+    result
+}
+
+/// Between its birth and its start.
+fn finish(init: Identity, pid: i32, terminal_user: Option<u32>) -> Result<()> {
+    // It joined the namespaces by the pid. The pid was init's before, and is now: so it was meanwhile.
+    if !init.is_alive()? {
+        return Err(Failure::new("container is not running: its init has ended"));
+    }
+    terminal_user.map_or(Ok(()), |uid| fixup::give_terminal(pid, uid))
+}
+
+/// The pipe ends with the exec of the user's program, without a word; or it holds what went wrong.
+fn last_words(pipe: File) -> Result<()> {
+    let mut words = Vec::new();
+    pipe.take(WORDS_LIMIT).read_to_end(&mut words).context(|| "wait for the process to start")?;
+    if words.is_empty() { Ok(()) } else { Err(Failure::new(String::from_utf8_lossy(&words))) }
+}

@@ -1,0 +1,133 @@
+//! Has libcontainer start a process, as the first of a container or a further one.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use libcontainer::container::Container;
+use libcontainer::notify_socket::NotifyListener;
+use libcontainer::process::args::{ContainerArgs, ContainerType};
+use libcontainer::process::container_main_process::container_main_process;
+use libcontainer::process::intel_rdt::setup_intel_rdt;
+use libcontainer::syscall::syscall::SyscallType;
+use libcontainer::user_ns::UserNamespaceConfig;
+use oci_spec::runtime::Spec;
+use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Signal};
+
+use super::cgroup::Place;
+use super::error::{Context, Result};
+use super::program::Program;
+
+/// The process's descriptors 0, 1 and 2, unless it gets a terminal.
+#[derive(Debug)]
+pub(super) struct Stdio {
+    pub(super) stdin: OwnedFd,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+/// What to start.
+pub(super) struct Launch<'a> {
+    pub(super) kind: ContainerType,
+    pub(super) container: Container,
+    pub(super) spec: Spec,
+    pub(super) rootfs: PathBuf,
+    pub(super) place: &'a Place,
+    pub(super) program: Program,
+    pub(super) no_pivot_root: bool,
+    /// Where the new process waits to be told to go on.
+    pub(super) notify_socket: &'a Path,
+    pub(super) stdio: Option<Stdio>,
+    pub(super) console_socket: Option<&'a Path>,
+}
+
+/// A process that waits at its notify socket.
+pub(super) struct Launched {
+    pub(super) pid: i32,
+    pub(super) intel_rdt_dir: Option<PathBuf>,
+    pub(super) intel_rdt_monitoring_dir: Option<PathBuf>,
+}
+
+/// Starts it, up to where it waits. When that fails, the process ends by itself; but see [`kill`].
+pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
+    let Launch { kind, container, spec, rootfs, place, program, no_pivot_root, notify_socket, stdio, console_socket } =
+        launch;
+    let console_socket = console_socket
+        .map(|path| UnixStream::connect(path).context(|| format!("connect to the console socket {}", path.display())))
+        .transpose()?;
+    let user_ns_config = UserNamespaceConfig::new(&spec)?;
+    let notify_listener = NotifyListener::new(notify_socket)?;
+    if let Some(score) = spec.process().as_ref().and_then(|process| process.oom_score_adj()) {
+        let path = "/proc/self/oom_score_adj";
+        fs::write(path, score.to_string()).context(|| format!("write {score} to {path}"))?;
+    }
+    // Whoever is in the container already must not look into a process that is about to join it.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "make the process undumpable")?;
+
+    let intel_rdt = spec.linux().as_ref().and_then(|linux| linux.intel_rdt().clone());
+    let id = container.id().to_owned();
+    let fd = |select: fn(&Stdio) -> &OwnedFd| stdio.as_ref().map(|stdio| select(stdio).as_raw_fd());
+    let arguments = ContainerArgs {
+        container_type: kind,
+        syscall: SyscallType::default(),
+        spec: Rc::new(spec),
+        rootfs,
+        console_socket: console_socket.as_ref().map(AsRawFd::as_raw_fd),
+        notify_listener,
+        preserve_fds: 0,
+        container: Some(container),
+        user_ns_config,
+        cgroup_config: place.config(),
+        detached: true,
+        executor: Box::new(program),
+        no_pivot: no_pivot_root,
+        stdin: fd(|stdio| &stdio.stdin),
+        stdout: fd(|stdio| &stdio.stdout),
+        stderr: fd(|stdio| &stdio.stderr),
+        as_sibling: true,
+        pid_file: None,
+    };
+    let pid = container_main_process(&arguments)?;
+    let (intel_rdt_dir, intel_rdt_monitoring_dir) = match intel_rdt {
+        Some(intel_rdt) if matches!(kind, ContainerType::InitContainer) => {
+            setup_intel_rdt(Some(&id), &pid, &intel_rdt).inspect_err(|_| kill(pid.as_raw()))?
+        }
+        _ => (None, None),
+    };
+    Ok(Launched { pid: pid.as_raw(), intel_rdt_dir, intel_rdt_monitoring_dir })
+}
+
+/// Kills a process that was launched here. It is a child of the shim, which does not reap it while the helper runs, so
+/// its pid is still its own.
+pub(super) fn kill(pid: i32) {
+    let Some(process) = Pid::from_raw(pid) else { return };
+    if let Ok(pidfd) = rustix::process::pidfd_open(process, PidfdFlags::empty()) {
+        let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+    }
+}
+
+/// Gives pipes to the user who is to use them: a process that is not root could not open /dev/stdout else.
+pub(super) fn give_stdio(stdio: &Stdio, uid: u32) -> Result<()> {
+    for fd in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
+        give(fd.as_fd(), uid)?;
+    }
+    Ok(())
+}
+
+/// Gives one file to a user, as runc does: not /dev/null, and not where that cannot be.
+pub(super) fn give(fd: std::os::fd::BorrowedFd<'_>, uid: u32) -> Result<()> {
+    let stat = rustix::fs::fstat(fd).context(|| "look at the process's standard input and output")?;
+    let null = rustix::fs::makedev(1, 3);
+    let is_device = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice;
+    if stat.st_uid == uid || (is_device && stat.st_rdev == null) {
+        return Ok(());
+    }
+    let owner = Some(rustix::fs::Uid::from_raw(uid));
+    match rustix::fs::fchown(fd, owner, None) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM | rustix::io::Errno::ROFS) => Ok(()),
+        Err(error) => Err(error).context(|| "give the process's standard input and output to its user"),
+    }
+}

@@ -1,0 +1,70 @@
+//! Start, pause, resume and update of a container that is there.
+
+use libcgroups::common::{CgroupManager, ControllerOpt, FreezerState};
+use libcontainer::container::ContainerStatus;
+use libcontainer::hooks::run_hooks;
+use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
+use oci_spec::runtime::LinuxResources;
+
+use super::Helper;
+use super::adapt;
+use super::cgroup::Place;
+use super::error::{Context, Failure, Result, chain};
+
+impl Helper {
+    /// Where the container is accounted.
+    pub(super) fn place(&self) -> Result<Place> {
+        Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup, &self.id)
+    }
+}
+
+pub(super) fn start(helper: &mut Helper) -> Result<()> {
+    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Created])?;
+    let config = helper.directory.config()?;
+    NotifySocket::new(helper.directory.path().join(NOTIFY_FILE)).notify_container_start()?;
+    state.status = ContainerStatus::Running;
+    helper.directory.save_state(&state)?;
+    let poststart = config.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());
+    if poststart.is_some()
+        && let Err(error) = run_hooks(poststart, Some(&state), Some(helper.directory.path()), None, None)
+    {
+        // The process runs already. The specification wants a warning, and runc to go on.
+        helper.warnings.push(format!("a poststart hook failed: {}", chain(&error)));
+    }
+    Ok(())
+}
+
+pub(super) fn pause(helper: &Helper) -> Result<()> {
+    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Running, ContainerStatus::Created])?;
+    if state.status == ContainerStatus::Created {
+        return Err(Failure::new("container is created but not started"));
+    }
+    helper.place()?.manager()?.freeze(FreezerState::Frozen).context(|| "freeze the container")?;
+    state.status = ContainerStatus::Paused;
+    helper.directory.save_state(&state)
+}
+
+pub(super) fn resume(helper: &Helper) -> Result<()> {
+    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Paused])?;
+    helper.place()?.manager()?.freeze(FreezerState::Thawed).context(|| "thaw the container")?;
+    state.status = ContainerStatus::Running;
+    helper.directory.save_state(&state)
+}
+
+pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> {
+    let allowed = [ContainerStatus::Created, ContainerStatus::Running, ContainerStatus::Paused];
+    let (state, _) = helper.directory.expect(&allowed)?;
+    let place = helper.place()?;
+    let mut resources = resources.clone();
+    // An update is not about devices, but libcgroups applies device rules each time. On v2 those it is given replace
+    // the old, so it is given the old; on v1 they add up, and to repeat them would deny all devices for a moment.
+    resources.set_devices(None);
+    if place.is_v2() {
+        let spec = adapt::load(&state.bundle)?;
+        let original = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.set_devices(original.and_then(|resources| resources.devices().clone()));
+    }
+    let options =
+        ControllerOpt { resources: &resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
+    place.manager()?.apply(&options).context(|| "change the limits of the container")
+}

@@ -1,0 +1,120 @@
+//! The helper's side: one step of one container, in a single-threaded process that may be changed as libcontainer
+//! likes.
+//!
+//! Errors go into the reply. Its own descriptors 0, 1 and 2 are not the container's: what a hook writes to its standard
+//! error ends up in the log.
+
+mod adapt;
+mod cgroup;
+mod create;
+mod delete;
+mod error;
+mod exec;
+mod fixup;
+mod launch;
+mod lifecycle;
+mod log;
+mod program;
+mod rootfs;
+mod state;
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+use super::protocol::{self, Reply, Request, Step};
+use super::sys;
+use error::{Context, Failure, Result};
+use launch::Stdio;
+use log::Log;
+use state::StateDirectory;
+
+/// What every step gets.
+struct Helper {
+    id: String,
+    systemd_cgroup: bool,
+    directory: StateDirectory,
+    /// What went wrong without making the step fail.
+    warnings: Vec<String>,
+}
+
+/// What is read of everything that others wrote: a config.json of this size has no honest author.
+const FILE_LIMIT: u64 = 32 << 20;
+
+/// Arguments: descriptors of the request and of the reply, and unless the process gets a terminal or there is none, of
+/// its standard input, output and error.
+pub(super) fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(2).collect();
+    // Nobody but the shim can be told what is wrong with the arguments, and the shim reads only the reply.
+    let Some(mut fds) = arguments.iter().map(descriptor).collect::<Option<VecDeque<OwnedFd>>>() else {
+        return ExitCode::from(2);
+    };
+    let (Some(request), Some(reply)) = (fds.pop_front(), fds.pop_front()) else { return ExitCode::from(2) };
+    let stdio = match (fds.pop_front(), fds.pop_front(), fds.pop_front()) {
+        (Some(stdin), Some(stdout), Some(stderr)) => Some(Stdio { stdin, stdout, stderr }),
+        _ => None,
+    };
+    let mut reply = File::from(reply);
+    let Ok(log) = Log::start(&reply) else { return ExitCode::from(3) };
+    let answer = match run(request.into(), stdio) {
+        Ok((pid, warnings)) => Reply::Done { pid, warnings },
+        Err(failure) => Reply::Failed { message: log.complete(failure.to_string()) },
+    };
+    let written = serde_json::to_vec(&answer).is_ok_and(|bytes| reply.write_all(&bytes).is_ok());
+    if written { ExitCode::SUCCESS } else { ExitCode::from(4) }
+}
+
+fn descriptor(argument: &OsString) -> Option<OwnedFd> {
+    sys::take(argument.to_str()?.parse().ok()?).ok()
+}
+
+fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<String>)> {
+    let Request { root, id, systemd_cgroup, step } =
+        protocol::read_request(&mut request).context(|| "read the request")?;
+    drop(request);
+    validate_id(&id)?;
+    // The kernel names a process after the file it was executed from: here, a number.
+    let _ = rustix::thread::set_name(c"gpusnap:helper");
+    // Directories that libcontainer makes in a container get the modes that they should have, whatever the shim's mask.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+
+    let directory = StateDirectory::new(&root, &id);
+    let mut helper = Helper { id, systemd_cgroup, directory, warnings: Vec::new() };
+    let pid = match step {
+        Step::Create(create) => Some(create::create(&mut helper, &create, stdio)?),
+        Step::Exec(exec) => Some(exec::exec(&mut helper, *exec, stdio)?),
+        Step::Start => lifecycle::start(&mut helper).map(|()| None)?,
+        Step::Pause => lifecycle::pause(&helper).map(|()| None)?,
+        Step::Resume => lifecycle::resume(&helper).map(|()| None)?,
+        Step::Update(resources) => lifecycle::update(&helper, &resources).map(|()| None)?,
+        Step::Delete => delete::delete(&mut helper).map(|()| None)?,
+    };
+    Ok((pid, helper.warnings))
+}
+
+/// The id becomes a file name below the root.
+fn validate_id(id: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
+    if id.is_empty() || id == "." || id == ".." || !id.chars().all(allowed) {
+        return Err(Failure::new(format!("{id:?} cannot be the id of a container")));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_cannot_lead_out_of_the_root() {
+        for id in ["", ".", "..", "../x", "a/b", "/", "a\0b", "ä"] {
+            validate_id(id).unwrap_err();
+        }
+        for id in ["a", "...", "k8s.io_x+y-1"] {
+            validate_id(id).unwrap();
+        }
+    }
+}

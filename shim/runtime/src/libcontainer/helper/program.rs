@@ -1,0 +1,186 @@
+//! The last step of a process: finding the user's program, and becoming it.
+//!
+//! Used in place of libcontainer's own executor, which wants a PATH in the environment, takes a program for executable
+//! only if everybody may execute it, and leaves SIGPIPE ignored.
+
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use libcontainer::seccomp::initialize_seccomp;
+use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
+use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use rustix::fs::{Access, FileType};
+use rustix::termios::Winsize;
+
+use super::error::chain;
+use crate::libcontainer::sys;
+
+/// Where programs are looked for when the environment has no PATH.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    /// To be loaded as late as can be: what the process does before it is the user's need not be allowed then.
+    pub(super) seccomp: Option<LinuxSeccomp>,
+    /// An error after the start has nobody to go to but the user who reads the container's output.
+    pub(super) complain: bool,
+}
+
+impl Executor for Program {
+    /// Runs inside the container as its user, before its start: what is wrong with the program can still be told.
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let process = process(spec).map_err(|words| ExecutorValidationError::ArgValidationError(words.into()))?;
+        find(process).map_err(ExecutorValidationError::ArgValidationError)?;
+        if process.terminal() == Some(true)
+            && let Some(size) = process.console_size()
+        {
+            let pixels = |cells: u64| u16::try_from(cells).unwrap_or(u16::MAX);
+            let size =
+                Winsize { ws_row: pixels(size.height()), ws_col: pixels(size.width()), ws_xpixel: 0, ws_ypixel: 0 };
+            // A wrong size is no reason not to start.
+            let _ = rustix::termios::tcsetwinsize(rustix::stdio::stdin(), size);
+        }
+        Ok(())
+    }
+
+    fn setup_envs(&self, _environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // It is handed over by execve, in the order in which the specification has it.
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let words = match self.execute(spec) {
+            Ok(never) => match never {},
+            Err(words) => words,
+        };
+        if self.complain {
+            let _ = writeln!(io::stderr(), "{words}");
+        }
+        Err(ExecutorError::Other(words))
+    }
+}
+
+enum Never {}
+
+impl Program {
+    fn execute(&self, spec: &Spec) -> Result<Never, String> {
+        let process = process(spec)?;
+        let program = find(process)?;
+        let strings = |strings: &Option<Vec<String>>| -> Result<Vec<CString>, String> {
+            let strings = strings.as_deref().unwrap_or_default().iter();
+            strings.map(|string| CString::new(string.as_str())).collect::<Result<_, _>>().map_err(|error| {
+                format!("an argument or environment variable of the process cannot be passed: {error}")
+            })
+        };
+        let path = CString::new(program.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
+        let arguments = strings(process.args())?;
+        let environment = strings(process.env())?;
+        if let Some(seccomp) = &self.seccomp {
+            let notify =
+                initialize_seccomp(seccomp).map_err(|error| format!("cannot load seccomp: {}", chain(&error)))?;
+            debug_assert!(notify.is_none(), "a filter with a listener is loaded by libcontainer");
+        }
+        let error = sys::execute(&path, &arguments, &environment);
+        Err(format!("exec {}: {}", program.display(), words(&error)))
+    }
+}
+
+fn process(spec: &Spec) -> Result<&Process, &'static str> {
+    spec.process().as_ref().ok_or("the specification has no process")
+}
+
+/// The file to execute, found like runc (and Go) finds it. Clients look for runc's words.
+fn find(process: &Process) -> Result<PathBuf, String> {
+    let name = process.args().as_ref().and_then(|args| args.first()).ok_or("the process has no arguments")?;
+    if name.contains('/') {
+        return match executable(Path::new(name)) {
+            Ok(()) => Ok(name.into()),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(not_found(name, &words(&error))),
+            Err(error) => Err(not_found(name, &format!("stat {name}: {}", words(&error)))),
+        };
+    }
+    let mut denied = false;
+    for directory in path(process.env().as_deref().unwrap_or_default()).split(':') {
+        // An empty entry means the working directory, which nobody means.
+        if directory.is_empty() {
+            continue;
+        }
+        let candidate = Path::new(directory).join(name);
+        match executable(&candidate) {
+            Ok(()) => return Ok(candidate),
+            Err(error) => denied |= error.kind() == io::ErrorKind::PermissionDenied,
+        }
+    }
+    Err(not_found(name, if denied { "permission denied" } else { "executable file not found in $PATH" }))
+}
+
+fn not_found(name: &str, why: &str) -> String {
+    format!("exec: {name:?}: {why}")
+}
+
+fn path(environment: &[String]) -> &str {
+    environment.iter().rev().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
+}
+
+/// Whether this user can execute it.
+fn executable(path: &Path) -> io::Result<()> {
+    let stat = rustix::fs::stat(path)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(rustix::fs::access(path, Access::EXEC_OK)?),
+        FileType::Directory => Err(io::ErrorKind::IsADirectory.into()),
+        _ => Err(io::ErrorKind::PermissionDenied.into()),
+    }
+}
+
+/// The kernel's words, which Go writes in lower case and without the number.
+pub(super) fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error ").next().unwrap_or(&text);
+    let mut characters = text.chars();
+    characters.next().map(|first| first.to_lowercase().chain(characters).collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    use oci_spec::runtime::ProcessBuilder;
+
+    use super::*;
+
+    fn found(arguments: &[&str], environment: &[&str]) -> Result<PathBuf, String> {
+        let strings = |list: &[&str]| list.iter().map(|&string| string.to_owned()).collect::<Vec<_>>();
+        find(&ProcessBuilder::default().args(strings(arguments)).env(strings(environment)).build().unwrap())
+    }
+
+    #[test]
+    fn a_program_is_found_in_the_path_of_its_environment() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("tool");
+        fs::write(&file, "").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o700)).unwrap();
+        let path = format!("PATH=/nowhere::{}", directory.path().display());
+        assert_eq!(found(&["tool"], &["PATH=/first-is-overridden", &path]).unwrap(), file);
+        assert_eq!(
+            found(&["./../nope"], &[]).unwrap_err(),
+            r#"exec: "./../nope": stat ./../nope: no such file or directory"#
+        );
+    }
+
+    #[test]
+    fn without_a_path_the_usual_directories_are_searched() {
+        assert!(found(&["sh"], &[]).unwrap().ends_with("sh"));
+    }
+
+    #[test]
+    fn clients_recognise_what_was_not_found() {
+        assert_eq!(found(&["nope"], &[]).unwrap_err(), r#"exec: "nope": executable file not found in $PATH"#);
+        assert_eq!(found(&["/etc/passwd"], &[]).unwrap_err(), r#"exec: "/etc/passwd": permission denied"#);
+        assert_eq!(found(&["/etc"], &[]).unwrap_err(), r#"exec: "/etc": stat /etc: is a directory"#);
+        found(&[], &[]).unwrap_err();
+    }
+}

@@ -1,0 +1,239 @@
+//! The state directory of a container: libcontainer's files in libcontainer's formats, written so that a reader never
+//! sees half of one.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use libcontainer::config::YoukiConfig;
+use libcontainer::container::{ContainerStatus, State};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::FILE_LIMIT;
+use super::error::{Context, Failure, Result};
+
+const STATE: &str = "state.json";
+const CONFIG: &str = "youki_config.json";
+/// Ours: which process `pid` in libcontainer's state means.
+const INIT: &str = "init.json";
+
+/// A process, told from a later one with the same pid by when it started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Identity {
+    pub(super) pid: i32,
+    /// In clock ticks since boot, as in `/proc/PID/stat`.
+    pub(super) start_time: u64,
+}
+
+impl Identity {
+    /// The process that has this pid now; `None` when there is none, or only its zombie.
+    pub(super) fn of(pid: i32) -> Result<Option<Self>> {
+        let path = format!("/proc/{pid}/stat");
+        match fs::read_to_string(&path) {
+            Ok(stat) => match parse_stat(&stat) {
+                Some((b'Z' | b'X', _)) => Ok(None),
+                Some((_, start_time)) => Ok(Some(Self { pid, start_time })),
+                None => Err(Failure::new(format!("{path} has no start time"))),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
+            Err(error) => Err(Failure::because(format!("read {path}"), &error)),
+        }
+    }
+
+    pub(super) fn is_alive(&self) -> Result<bool> {
+        Ok(Self::of(self.pid)? == Some(*self))
+    }
+}
+
+/// State and start time. The command's name, which comes before them, may hold spaces and brackets.
+fn parse_stat(stat: &str) -> Option<(u8, u64)> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut fields = fields.split_ascii_whitespace();
+    let state = *fields.next()?.as_bytes().first()?;
+    // Fields 3 and 22 of proc_pid_stat(5).
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+#[derive(Debug)]
+pub(super) struct StateDirectory {
+    path: PathBuf,
+}
+
+impl StateDirectory {
+    pub(super) fn new(root: &Path, id: &str) -> Self {
+        Self { path: root.join(id) }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes it; an error when it is there already.
+    pub(super) fn create(&self) -> Result<()> {
+        if let Some(root) = self.path.parent() {
+            let mut builder = DirBuilder::new();
+            builder.recursive(true).mode(0o711).create(root).context(|| format!("make {}", root.display()))?;
+        }
+        match DirBuilder::new().mode(0o711).create(&self.path) {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(Failure::new("a container with this id exists"))
+            }
+            Err(error) => Err(Failure::because(format!("make {}", self.path.display()), &error)),
+        }
+    }
+
+    pub(super) fn exists(&self) -> Result<bool> {
+        self.path.try_exists().context(|| format!("read {}", self.path.display()))
+    }
+
+    pub(super) fn remove(&self) -> Result<()> {
+        match fs::remove_dir_all(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Failure::because(format!("remove {}", self.path.display()), &error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn state(&self) -> Result<State> {
+        self.read(STATE)
+    }
+
+    pub(super) fn save_state(&self, state: &State) -> Result<()> {
+        self.write(STATE, state)
+    }
+
+    pub(super) fn config(&self) -> Result<YoukiConfig> {
+        self.read(CONFIG)
+    }
+
+    pub(super) fn save_config(&self, config: &YoukiConfig) -> Result<()> {
+        self.write(CONFIG, config)
+    }
+
+    pub(super) fn save_init(&self, init: Identity) -> Result<()> {
+        self.write(INIT, &init)
+    }
+
+    /// The container's init, if it is alive.
+    pub(super) fn live_init(&self, state: &State) -> Result<Option<Identity>> {
+        let Some(pid) = state.pid else { return Ok(None) };
+        let init: Identity = self.read(INIT)?;
+        Ok((init.pid == pid && init.is_alive()?).then_some(init))
+    }
+
+    /// The state, and the init that it tells of; an error unless the container has one of these statuses and lives.
+    pub(super) fn expect(&self, allowed: &[ContainerStatus]) -> Result<(State, Identity)> {
+        if !self.exists()? {
+            return Err(Failure::new("container does not exist"));
+        }
+        let state = self.state()?;
+        if !allowed.contains(&state.status) {
+            return Err(Failure::new(format!("container is {}", words(state.status))));
+        }
+        match self.live_init(&state)? {
+            Some(init) => Ok((state, init)),
+            None => Err(Failure::new("container is not running: its init has ended")),
+        }
+    }
+
+    fn read<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        read_json(&self.path.join(name))
+    }
+
+    fn write<T: Serialize>(&self, name: &str, value: &T) -> Result<()> {
+        let path = self.path.join(name);
+        let write = || -> io::Result<()> {
+            let mut file = tempfile::NamedTempFile::new_in(&self.path)?;
+            serde_json::to_writer(io::BufWriter::new(&mut file), value)?;
+            file.persist(&path)?;
+            Ok(())
+        };
+        write().context(|| format!("write {}", path.display()))
+    }
+}
+
+fn words(status: ContainerStatus) -> &'static str {
+    match status {
+        ContainerStatus::Creating => "not created yet",
+        ContainerStatus::Created => "created but not started",
+        ContainerStatus::Running => "running",
+        ContainerStatus::Stopped => "stopped",
+        ContainerStatus::Paused => "paused",
+    }
+}
+
+/// Reads a file that somebody else may have written.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let read = || -> io::Result<T> {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(FILE_LIMIT).read_to_end(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    };
+    read().context(|| format!("read {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_with_brackets_does_not_hide_the_start_time() {
+        let stat = "7 (a) S) (b) R 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 10 20";
+        assert_eq!(parse_stat(stat), Some((b'R', 4711)));
+        assert_eq!(parse_stat("7 (x) R 1"), None);
+    }
+
+    #[test]
+    fn this_process_is_itself_and_alive() {
+        let own = Identity::of(i32::try_from(std::process::id()).unwrap()).unwrap().unwrap();
+        assert!(own.is_alive().unwrap());
+        assert!(!Identity { start_time: own.start_time + 1, ..own }.is_alive().unwrap());
+    }
+
+    #[test]
+    fn state_is_read_back_as_written() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::new(&root.path().join("new"), "one");
+        assert!(!directory.exists().unwrap());
+        directory.create().unwrap();
+        let state = State::new("one", ContainerStatus::Paused, Some(3), "/bundle".into());
+        directory.save_state(&state).unwrap();
+        let read = directory.state().unwrap();
+        assert_eq!((read.status, read.pid, read.bundle), (ContainerStatus::Paused, Some(3), "/bundle".into()));
+        // libcontainer can read it too.
+        assert_eq!(State::load(directory.path()).unwrap().id, "one");
+        directory.remove().unwrap();
+        directory.remove().unwrap();
+        assert!(!directory.exists().unwrap());
+    }
+
+    #[test]
+    fn two_containers_cannot_have_one_id() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::new(root.path(), "one");
+        directory.create().unwrap();
+        let message = directory.create().unwrap_err().to_string();
+        assert!(message.contains("exists"), "{message}");
+    }
+
+    #[test]
+    fn a_pid_without_its_process_is_no_init() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::new(root.path(), "one");
+        directory.create().unwrap();
+        let own = Identity::of(i32::try_from(std::process::id()).unwrap()).unwrap().unwrap();
+        let state = State::new("one", ContainerStatus::Running, Some(own.pid), "/bundle".into());
+        directory.save_state(&state).unwrap();
+        directory.save_init(Identity { start_time: own.start_time + 1, ..own }).unwrap();
+        let message = directory.expect(&[ContainerStatus::Running]).unwrap_err().to_string();
+        assert_eq!(message, "container is not running: its init has ended");
+        directory.save_init(own).unwrap();
+        assert_eq!(directory.expect(&[ContainerStatus::Running]).unwrap().1, own);
+    }
+}

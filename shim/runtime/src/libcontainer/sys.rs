@@ -1,0 +1,96 @@
+//! What takes unsafe code: descriptors that cross an exec, and system calls without a safe wrapper.
+
+use std::ffi::{CStr, CString, c_char};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Keeps `fds` open, under the same numbers, across the exec of `command`. They must live until it is spawned.
+pub(super) fn inherit(command: &mut Command, fds: &[BorrowedFd<'_>]) {
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let keep = move || {
+        for &fd in &fds {
+            // SAFETY: the number is only handed to fcntl, which answers EBADF if it is not open.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure only calls fcntl; it neither allocates nor takes a lock.
+    unsafe { command.pre_exec(keep) };
+}
+
+/// Takes over a descriptor that [`inherit`] left open for this process, by the number that it was told.
+pub(super) fn take(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the number is only handed to fcntl, which answers EBADF if it is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, as the call above showed, and was opened for this process to own; nothing here made it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Makes the mount that `mount` is the root of read-only, and with `recursive` those below it.
+pub(super) fn make_read_only(mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+    set_mount_attributes(
+        mount,
+        recursive,
+        &libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 },
+    )
+}
+
+/// Gives the mount that `mount` is the root of, and with `recursive` those below it, a propagation type (`MS_PRIVATE`
+/// and so on).
+pub(super) fn set_propagation(mount: BorrowedFd<'_>, recursive: bool, propagation: u64) -> io::Result<()> {
+    set_mount_attributes(mount, recursive, &libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 })
+}
+
+fn set_mount_attributes(mount: BorrowedFd<'_>, recursive: bool, attributes: &libc::mount_attr) -> io::Result<()> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a C string, and the kernel reads the structure for as many bytes as it is told.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Joins the session keyring called `name`, making it if there is none, and lets this user find it again by name.
+pub(super) fn join_session_keyring(name: &CStr) -> io::Result<()> {
+    // From linux/keyctl.h and linux/key.h.
+    const KEYCTL_JOIN_SESSION_KEYRING: i32 = 1;
+    const KEYCTL_SETPERM: i32 = 5;
+    const POSSESSOR_ALL: u32 = 0x3f00_0000;
+    const USER_VIEW_READ_SEARCH_LINK: u32 = 0x001b_0000;
+    // SAFETY: the name is a C string.
+    let keyring = unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) };
+    if keyring < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: this call takes numbers only.
+    let result =
+        unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, keyring, POSSESSOR_ALL | USER_VIEW_READ_SEARCH_LINK) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Becomes another program. Only comes back with an error.
+///
+/// SIGPIPE is given its default action again: Rust ignores it, and what is ignored stays so across an exec.
+pub(super) fn execute(path: &CStr, arguments: &[CString], environment: &[CString]) -> io::Error {
+    let pointers = |strings: &[CString]| -> Vec<*const c_char> {
+        strings.iter().map(|string| string.as_ptr()).chain([std::ptr::null()]).collect()
+    };
+    let arguments = pointers(arguments);
+    let environment = pointers(environment);
+    // SAFETY: the default action runs no code of this process.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // SAFETY: both lists end with a null pointer, and the strings they point to outlive the call.
+    unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    io::Error::last_os_error()
+}

@@ -63,3 +63,10 @@ pub fn frozen(pid: u32) -> Result<bool> {
     let text = value(pid, "freezer", "freezer.state", "cgroup.events")?;
     Ok(text == "FROZEN" || text.lines().any(|line| line == "frozen 1"))
 }
+
+/// All cgroups of this name at the top of a hierarchy.
+pub fn folders_named(name: &str) -> Vec<PathBuf> {
+    let tops = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+    let tops = tops.chain([PathBuf::from("/sys/fs/cgroup")]);
+    tops.map(|top| top.join(name)).filter(|folder| folder.is_dir()).collect()
+}

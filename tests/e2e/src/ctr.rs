@@ -1,9 +1,10 @@
 //! `ctr`, containerd's own client.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
 
 use crate::target::Shim;
-use crate::{Cmd, IMAGE, Test, eventually, proc};
+use crate::{Cmd, IMAGE, Output, Test, eventually, proc};
 
 /// `ctr` of the test's containerd, asking for the test's shim.
 pub struct Ctr<'a> {
@@ -41,6 +42,41 @@ impl<'a> Ctr<'a> {
     pub fn run_spec(&self, id: &str, options: &[&str], config: &str) -> Cmd {
         self.removed_at_the_end(id);
         self.cmd().arg("run").args(&self.runtime()).args(options).args(&["--config", config, id])
+    }
+
+    /// The image's files at a folder of the test's, writable, for specs that bring their own root.
+    pub fn rootfs(&self) -> Result<String> {
+        let folder = self.test.folder()?.join(self.test.id("root"));
+        std::fs::create_dir_all(&folder)?;
+        let folder = folder.to_string_lossy().into_owned();
+        self.test.at_end(self.cmd().args(&["image", "unmount", "--rm", &folder]));
+        self.cmd().args(&["image", "mount", "--rw", IMAGE, &folder]).ok()?;
+        Ok(folder)
+    }
+
+    /// containerd's default spec, to be changed, with these arguments on a root of its own.
+    pub fn spec(&self, argv: &[&str]) -> Result<Value> {
+        let text = self.cmd().args(&["oci", "spec"]).ok()?.text();
+        let mut spec: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
+        spec["root"] = json!({ "path": self.rootfs()?, "readonly": false });
+        spec["process"]["args"] = json!(argv);
+        spec["process"]["terminal"] = json!(false);
+        spec["process"]["env"] = json!(["PATH=/bin"]);
+        // Containers of two suites must not share a cgroup.
+        spec["linux"]["cgroupsPath"] = json!(format!("/default/{}", self.test.id("cgroup")));
+        Ok(spec)
+    }
+
+    /// Runs a spec to its end.
+    pub fn run_value(&self, spec: &Value) -> Result<Output> {
+        let file = self.test.file(&format!("{}.json", self.test.id("spec")), spec.to_string())?;
+        self.run_spec(&self.test.id("c"), &["--rm"], &file).run()
+    }
+
+    /// Starts a spec in the background.
+    pub fn start_value(&self, id: &str, spec: &Value) -> Result<()> {
+        let file = self.test.file(&format!("{id}.json"), spec.to_string())?;
+        self.run_spec(id, &["--detach", "--null-io"], &file).ok().map(drop)
     }
 
     /// Starts a container in the background that discards what it prints.

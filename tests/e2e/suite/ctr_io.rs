@@ -130,11 +130,14 @@ fn stdin_is_answered_line_by_line(t: &Test) -> Result<()> {
 fn a_slow_reader_loses_nothing(t: &Test) -> Result<()> {
     let data = stream(2 << 20);
     let mount = shared_file(t, &data)?;
-    // The client blocks on its stdout, a pipe that is read in small bites with pauses; the FIFO behind it
-    // fills up, and then the container blocks.
-    let ctr = t.ctr().run(&t.id("c"), &["--rm", "--mount", &mount], &["cat", "/shared/data"]).line();
-    let script = format!("{ctr} 2>/dev/null | (sleep 0.5; dd bs=4096 count=64 2>/dev/null; sleep 0.5; cat)");
-    let out = e2e::Cmd::new("sh").args(&["-c", &script]).ok()?;
+    // The client blocks on its stdout, a pipe that is read in bites with pauses; the FIFO behind it fills
+    // up, and then the container blocks. It ends when all is read: after the end, runc's shim waits for a
+    // reader for two seconds only.
+    let script = "cat /shared/data; while [ ! -e /shared/all-read ]; do sleep 0.05; done";
+    let folder = t.folder()?.display();
+    let ctr = t.ctr().run(&t.id("c"), &["--rm", "--mount", &mount], &["sh", "-c", &format!("'{script}'")]).line();
+    let reader = format!("sleep 0.5; head -c 300000; sleep 0.5; head -c 1797152; touch {folder}/all-read; cat");
+    let out = e2e::Cmd::new("sh").args(&["-c", &format!("{ctr} 2>/dev/null | ({reader})")]).ok()?;
     same_bytes(&out.stdout, &data)
 }
 

@@ -17,6 +17,8 @@ mod ctr_io;
 mod ctr_reaping;
 mod nerdctl_life;
 mod nerdctl_run;
+mod security;
+mod spec;
 
 fn cases() -> Vec<Case> {
     [
@@ -26,6 +28,8 @@ fn cases() -> Vec<Case> {
         ctr_io::cases(),
         nerdctl_run::cases(),
         nerdctl_life::cases(),
+        security::cases(),
+        spec::cases(),
     ]
     .into_iter()
     .flatten()

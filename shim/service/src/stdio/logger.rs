@@ -47,7 +47,8 @@ impl Logger {
         let (ready, ready_write) = io::pipe().map_err(failed)?;
         let stderr = match pipes.stderr {
             Some(stderr) => stderr,
-            None => super::null(false)?,
+            // At its end from the start. Not /dev/null: nerdctl's logger polls it, and a device cannot be polled.
+            None => io::pipe().map_err(failed)?.0.into(),
         };
         let mut command = Command::new(&uri.path);
         command

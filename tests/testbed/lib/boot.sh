@@ -30,9 +30,11 @@ bind "$SCRATCH/var-tmp" /var/tmp
 bind "$SCRATCH/root" /root
 
 bind "$IMAGES" /opt/gpusnap-bed ro
-bind "$TOOLS/containerd" /opt/containerd-2.4/bin ro
-bind "$TOOLS/nerdctl/nerdctl" /usr/local/bin/nerdctl ro
-bind "$TOOLS/crictl/crictl" /usr/local/bin/crictl ro
+# (a pack may lack some of these)
+[ ! -e "$TOOLS/containerd" ] || bind "$TOOLS/containerd" /opt/containerd-2.4/bin ro
+for tool in nerdctl crictl; do
+  [ ! -e "$TOOLS/$tool" ] || bind "$TOOLS/$tool/$tool" "/usr/local/bin/$tool" ro
+done
 bind "$REPO" "$REPO"
 for path in ${GPUSNAP_TESTBED_BIND:-}; do # FROM[:TO] ..., for what the tests need besides the checkout
   bind "${path%%:*}" "${path#*:}"

@@ -53,13 +53,6 @@ build_root() {
   mv "$new" "$ROOT"
 }
 
-# in_chroot ROOT CMD...: with /proc, in a mount namespace that ends with the command
-in_chroot() {
-  local root=$1; shift
-  # shellcheck disable=SC2016
-  unshare -m --propagation private sh -c 'mount -t proc proc "$1/proc" && root=$1 && shift && exec chroot "$root" "$@"' sh "$root" "$@"
-}
-
 # What a running bed expects of its (read-only) root.
 prepare_root() {
   local root=$1

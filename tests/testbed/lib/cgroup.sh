@@ -5,6 +5,8 @@
 # Version 2 gives controllers only to children of a cgroup without processes: the bed's own processes therefore sit in
 # a leaf, init. Version 1 does not mind.
 
+BED_ID=gpusnap-bed-$(cksum <<<"$STATE" | cut -d' ' -f1)   # the cgroup's name
+
 # "mountpoint fstype options" of each hierarchy
 cgroup_mounts() {
   awk '{ for (i = 7; $i != "-"; i++); if ($(i+1) ~ /^cgroup2?$/ && $5 ~ /^\/sys\/fs\/cgroup/) print $5, $(i+1), $(i+3) }' /proc/self/mountinfo

@@ -7,7 +7,6 @@ TOOLS=$STATE/tools           # what is compiled: local-bin, containerd-2.4, bed-
 IMAGES=$STATE/images         # container images, ready to import
 SCRATCH=$STATE/scratch       # what a running bed writes; emptied by `down`
 REPO=$(cd "$TESTBED_DIR/../.." && pwd -P)
-BED_ID=gpusnap-bed-$(cksum <<<"$STATE" | cut -d' ' -f1)   # name of the bed's cgroup
 
 BED_RUN=/run/gpusnap-testbed # inside the bed: its own bookkeeping
 BED_DATA=/var/lib/gpusnap-bed
@@ -62,4 +61,11 @@ rm_root() {
   [ -e "$1" ] || return 0
   ! grep -qF " $1/" /proc/self/mountinfo || die "$1 has something mounted in it"
   rm -rf --one-file-system "$1"
+}
+
+# in_chroot ROOT CMD...: with /proc, in a mount namespace that ends with the command
+in_chroot() {
+  local root=$1; shift
+  # shellcheck disable=SC2016
+  unshare -m --propagation private sh -c 'mount -t proc proc "$1/proc" && root=$1 && shift && exec chroot "$root" "$@"' sh "$root" "$@"
 }

@@ -11,6 +11,7 @@ use e2e::target::{TARGETS, Target};
 use e2e::{Case, Skip, Test};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
+mod cri_pods;
 mod ctr_events;
 mod ctr_exit;
 mod ctr_io;
@@ -30,6 +31,7 @@ fn cases() -> Vec<Case> {
         nerdctl_life::cases(),
         security::cases(),
         spec::cases(),
+        cri_pods::cases(),
     ]
     .into_iter()
     .flatten()

@@ -98,19 +98,21 @@ fn hooks_run_in_order_and_are_told_the_state(t: &Test) -> Result<()> {
     let file = t.file("hooks.json", spec.to_string())?;
     t.ctr().run_spec(&id, &["--rm"], &file).ok()?;
     let read = |name: &str| fs::read_to_string(format!("{folder}/{name}")).with_context(|| name.to_owned());
-    let order = read("order")?;
-    let mut order = lines(&order);
-    // Started by two processes at once, these two are in either order.
-    ensure!(order.contains(&"poststart") && order.contains(&"container"), "{order:?}");
-    order.retain(|line| *line != "container");
+    let text = read("order")?;
+    let mut order = lines(&text);
+    ensure_eq!(order.len(), 7, "{order:?}");
+    // The container goes on by itself when it is told to start, so poststart is on its way beside it.
+    order.retain(|line| *line != "poststart");
+    ensure_eq!(order, ["prestart", "createRuntime", "createContainer", "startContainer", "container", "poststop"]);
     let expected = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
-    ensure_eq!(order, expected);
     for (hook, status) in
         expected.into_iter().zip(["creating", "creating", "creating", "created", "running", "stopped"])
     {
         let state: Value = serde_json::from_str(&read(&format!("{hook}.json"))?)?;
         ensure_eq!(state["id"], id.as_str(), "the id that {hook} is told");
-        ensure_eq!(state["status"], status, "the status that {hook} is told");
+        // runc may not know yet that its own start has worked.
+        let told = &state["status"];
+        ensure!(told == status || (hook == "poststart" && told == "created"), "{hook} is told {told}, not {status}");
         let bundle = state["bundle"].as_str().unwrap_or_default();
         ensure!(bundle.ends_with(&id), "{hook} is told the bundle {bundle:?}");
         // 0 or left out when there is no process any more.
@@ -350,21 +352,31 @@ fn a_cgroup_path_and_its_limits_are_as_asked(t: &Test) -> Result<()> {
 }
 
 fn the_container_sees_its_own_cgroup_read_only(t: &Test) -> Result<()> {
-    let say = "grep ' /sys/fs/cgroup' /proc/mounts | cut -d' ' -f2-4; mkdir /sys/fs/cgroup/x /sys/fs/cgroup/memory/x 2>/dev/null || echo refused";
-    let spec = script(t, say)?;
+    let say = "grep ' /sys/fs/cgroup' /proc/mounts | cut -d' ' -f2-4;
+        mkdir /sys/fs/cgroup/x /sys/fs/cgroup/memory/x 2>/dev/null || echo refused;
+        cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || :";
+    let mut spec = script(t, say)?;
+    let options = ["nosuid", "noexec", "nodev", "relatime", "ro"];
+    add(
+        &mut spec["mounts"],
+        json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }),
+    )?;
+    spec["linux"]["resources"]["memory"] = json!({ "limit": 44_040_192 });
     let out = t.ctr().run_value(&spec)?.expect_code(0)?;
     let text = out.text();
     ensure_has!(text, "refused");
+    // The limit it finds there is its own.
+    ensure_eq!(lines(&text).last().copied(), Some("44040192"), "{text}");
     let mounts: Vec<&str> = text.lines().filter(|line| line.starts_with("/sys/fs/cgroup")).collect();
     ensure!(!mounts.is_empty(), "no cgroup mount: {text}");
     for mount in mounts {
-        ensure!(mount.split(' ').nth(2).is_some_and(|options| options.starts_with("ro,")), "{mount}");
+        let options = mount.split(' ').nth(2).unwrap_or_default();
+        // On v1 the folder of the hierarchies is a tmpfs, which runc leaves writable.
+        if !cgroup::is_v2() && mount.starts_with("/sys/fs/cgroup ") {
+            continue;
+        }
+        ensure!(options.split(',').any(|option| option == "ro"), "{mount}");
     }
-    // The limits it finds there are its own.
-    let mut spec =
-        script(t, "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || :")?;
-    spec["linux"]["resources"]["memory"] = json!({ "limit": 44_040_192 });
-    ensure_eq!(t.ctr().run_value(&spec)?.expect_code(0)?.trimmed(), "44040192");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! Calls into the C library that have no safe form.
 
+use std::io;
+
 use rustix::process::Signal;
 
 /// Keeps glibc from making a heap of 64 MB address space, and its touched pages, for every thread: the shim's threads
@@ -9,6 +11,28 @@ pub(crate) fn keep_one_malloc_arena() {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
+}
+
+/// Takes the pages of program code out of this process's resident memory; those that are needed come back from the
+/// page cache one fault at a time. A shim runs most of its code when it starts, then waits for weeks.
+pub(crate) fn drop_code_pages() -> io::Result<()> {
+    for line in std::fs::read_to_string("/proc/self/maps")?.lines() {
+        // address-range permissions offset device inode path
+        let mut fields = line.split_ascii_whitespace();
+        let (Some(range), Some("r-xp")) = (fields.next(), fields.next()) else { continue };
+        let in_file = fields.nth(3).is_some_and(|path| path.starts_with('/'));
+        let Some((start, end)) = range.split_once('-').filter(|_| in_file) else { continue };
+        let parse = |address| usize::from_str_radix(address, 16).map_err(io::Error::other);
+        let (start, end) = (parse(start)?, parse(end)?);
+        // SAFETY: the range is a private mapping of a file that was never writable (code is not relocated), so all its
+        // pages are the file's own and come back unchanged when they are touched, also under running code. Mappings
+        // that other threads make or remove meanwhile are data: nothing is loaded or unloaded after the start.
+        let dropped = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        if dropped != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 /// The signal with this number, real-time ones included.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use containerd_shim::TtrpcContext;
@@ -19,10 +19,12 @@ use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
 use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
 
 use crate::container::{Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
+use crate::sys;
 
 /// The service: a table of containers; what concerns one of them is its actor's.
 pub(crate) struct TaskService {
@@ -30,11 +32,28 @@ pub(crate) struct TaskService {
     exit: Arc<ExitSignal>,
     /// None while a container is being made.
     containers: Arc<Mutex<HashMap<String, Option<Container>>>>,
+    started: Arc<Notify>,
+}
+
+/// How long after the last start the shim counts as idle.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Keeps the shim small while it only waits: after each start, once no other follows, its code leaves memory.
+async fn shrink_when_idle(started: Arc<Notify>) {
+    loop {
+        started.notified().await;
+        while tokio::time::timeout(IDLE, started.notified()).await.is_ok() {}
+        if let Err(error) = sys::drop_code_pages() {
+            tracing::debug!("the shim's code stays in memory: {error}");
+        }
+    }
 }
 
 impl TaskService {
     pub(crate) fn new(context: Context, exit: Arc<ExitSignal>) -> Self {
-        Self { context, exit, containers: Arc::default() }
+        let started = Arc::default();
+        tokio::spawn(shrink_when_idle(Arc::clone(&started)));
+        Self { context, exit, containers: Arc::default(), started }
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Container>>> {
@@ -141,6 +160,7 @@ impl Task for TaskService {
         } else {
             container.operate(move |actor| actor.start_exec(request.exec_id)).await?
         };
+        self.started.notify_one();
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 

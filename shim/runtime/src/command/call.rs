@@ -72,12 +72,8 @@ impl Call<'_> {
     }
 
     /// Runs the program for something that leaves no process behind. What it prints is in the scratch folder.
-    pub(super) async fn run<const N: usize>(
-        &self,
-        scratch: &Scratch,
-        arguments: [OsString; N],
-    ) -> Result<(), RuntimeError> {
-        let mut command = self.command(scratch, arguments.into());
+    pub(super) async fn run(&self, scratch: &Scratch, arguments: Vec<OsString>) -> Result<(), RuntimeError> {
+        let mut command = self.command(scratch, arguments);
         command.stdin(Stdio::null()).stdout(scratch.create(self, OUTPUT)?).stderr(scratch.create(self, ERRORS)?);
         self.finish(scratch, command).await
     }

@@ -84,7 +84,7 @@ impl Command {
         self.detached(operation, id, async move |command, id| {
             let call = command.call(operation, &id);
             let scratch = call.scratch()?;
-            call.run(&scratch, [operation.to_string().into(), id.clone().into()]).await
+            call.run(&scratch, vec![operation.to_string().into(), id.clone().into()]).await
         })
         .await
     }
@@ -125,20 +125,27 @@ impl Command {
 
     async fn delete_now(&self, id: &str) -> Result<(), RuntimeError> {
         let call = self.call(Operation::Delete, id);
-        let known = self.knows(&call)?;
-        let scratch = call.scratch()?;
-        let result = call.run(&scratch, ["delete".into(), "--force".into(), id.into()]).await;
-        match result {
-            // The state goes last: what fails after that is a poststop hook, which must not count, or it was
-            // deleted before. Runtimes say so in different words, so none are looked for.
-            Err(RuntimeError::Refused { message, .. }) if !self.knows(&call)? => {
-                if known {
-                    tracing::warn!(container = id, "{message}");
-                }
-                Ok(())
-            }
-            other => other,
+        // containerd cleans up after every shim, also when the container was deleted long before.
+        if !self.knows(&call)? {
+            return Ok(());
         }
+        let mut refused = Ok(());
+        // Without force first: runc's force sleeps 100 ms even for a process that has ended.
+        for arguments in [&["delete"][..], &["delete", "--force"]] {
+            let scratch = call.scratch()?;
+            let arguments = arguments.iter().copied().chain([id]).map(OsString::from).collect();
+            match call.run(&scratch, arguments).await {
+                // The state goes last: what fails after that is a poststop hook, which must not count. Runtimes say so
+                // in different words, so none are looked for.
+                Err(RuntimeError::Refused { message, .. }) if !self.knows(&call)? => {
+                    tracing::warn!(container = id, "{message}");
+                    return Ok(());
+                }
+                Ok(()) => return Ok(()),
+                Err(error) => refused = Err(error),
+            }
+        }
+        refused
     }
 
     /// Whether the runtime has a container of this id: its state is a folder of that name, in all of these runtimes.
@@ -182,7 +189,7 @@ impl OciRuntime for Command {
             let call = command.call(Operation::Update, &id);
             let scratch = call.scratch()?;
             let file = scratch.write_json(&call, "resources.json", &resources)?;
-            call.run(&scratch, ["update".into(), "--resources".into(), file.into(), id.clone().into()]).await
+            call.run(&scratch, vec!["update".into(), "--resources".into(), file.into(), id.clone().into()]).await
         })
         .await
     }
@@ -195,7 +202,7 @@ impl OciRuntime for Command {
         self.detached(Operation::Features, "", async move |command, _| {
             let call = command.call(Operation::Features, "");
             let scratch = call.scratch()?;
-            call.run(&scratch, ["features".into()]).await?;
+            call.run(&scratch, vec!["features".into()]).await?;
             let output = scratch.output(&call)?;
             serde_json::from_slice(&output).map_err(|error| call.answer(format!("what it printed is no list: {error}")))
         })

@@ -209,7 +209,6 @@ fn spawn(reaper: &Reaper, request: &File, reply: &File, mark: &str, io: Option<&
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .current_dir("/")
         .env_clear()
         .env(MARK, mark);
     for name in KEPT_ENVIRONMENT {
@@ -265,7 +264,7 @@ fn kill(pid: i32) {
         rustix::process::pidfd_send_signal(pidfd, Signal::KILL)
     };
     match signal() {
-        Ok(()) => tracing::warn!(pid, "killed a process that a failed helper left behind"),
+        Ok(()) => tracing::debug!(pid, "killed what a failed helper left behind"),
         Err(error) => tracing::debug!(pid, %error, "cannot kill what a failed helper left behind"),
     }
 }

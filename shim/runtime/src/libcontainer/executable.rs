@@ -60,7 +60,7 @@ impl AsFd for Protected {
 
 fn clone_mount(file: &Path) -> io::Result<Protected> {
     let tree = rustix::mount::open_tree(CWD, file, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-    sys::make_read_only(tree.as_fd(), false)?;
+    sys::add_mount_attributes(tree.as_fd(), false, libc::MOUNT_ATTR_RDONLY)?;
     Ok(Protected(tree))
 }
 

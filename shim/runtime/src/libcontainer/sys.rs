@@ -30,12 +30,13 @@ pub(super) fn take(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes the mount that `mount` is the root of read-only, and with `recursive` those below it.
-pub(super) fn make_read_only(mount: BorrowedFd<'_>, recursive: bool) -> io::Result<()> {
+/// Adds attributes (`MOUNT_ATTR_RDONLY` and so on) to the mount that `mount` is the root of, and with `recursive` to those
+/// below it.
+pub(super) fn add_mount_attributes(mount: BorrowedFd<'_>, recursive: bool, attributes: u64) -> io::Result<()> {
     set_mount_attributes(
         mount,
         recursive,
-        &libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 },
+        &libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 },
     )
 }
 
@@ -93,4 +94,10 @@ pub(super) fn execute(path: &CStr, arguments: &[CString], environment: &[CString
     // SAFETY: both lists end with a null pointer, and the strings they point to outlive the call.
     unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
     io::Error::last_os_error()
+}
+
+/// Ends a process that was cloned from another: what the other made, and would undo at its end, is not undone.
+pub(super) fn exit(code: i32) -> ! {
+    // SAFETY: no code of this process runs after it.
+    unsafe { libc::_exit(code) }
 }

@@ -15,6 +15,7 @@
 //! | no `cgroupsPath` | the cgroup `:youki:ID` | the cgroup `/ID`, or `system.slice:gpusnap:ID` |
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use libcontainer::apparmor;
@@ -27,8 +28,10 @@ use oci_spec::runtime::{
     LinuxNamespaceType, LinuxSeccomp, Process, Spec,
 };
 
+use rustix::fs::OFlags;
+
 use super::error::{Context, Failure, Result};
-use super::program::Program;
+use super::program::{Program, words};
 use super::rootfs::Root;
 use super::state::read_json;
 
@@ -38,7 +41,9 @@ pub(super) fn load(bundle: &Path) -> Result<Spec> {
     if !spec.version().starts_with("1.") {
         return Err(Failure::new(format!("the specification has version {}, where 1.x is known", spec.version())));
     }
-    spec.canonicalize_rootfs(bundle).context(|| "find the container's root")?;
+    let root = spec.root_mut().as_mut().ok_or_else(|| Failure::new("the specification has no root"))?;
+    let path = bundle.join(root.path());
+    root.set_path(path.canonicalize().context(|| format!("find the root {}", path.display()))?);
     Ok(spec)
 }
 
@@ -111,7 +116,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
         linux.set_rootfs_propagation(propagation);
     }
     linux.set_cgroups_path(Some(cgroup_path));
-    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: true };
+    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: true, stdio: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
@@ -140,7 +145,15 @@ pub(super) fn for_exec(
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(first.oom_score_adj());
     }
-    complete(&mut process, &Root::open(Path::new(&format!("/proc/{init}/root")))?, warnings)?;
+    let root = Root::open(Path::new(&format!("/proc/{init}/root")))?;
+    complete(&mut process, &root, warnings)?;
+    // Asked here, for libcontainer would only say that a system call failed. A user other than root may see less.
+    if let Err(error) = root.resolve(process.cwd(), OFlags::PATH | OFlags::DIRECTORY)
+        && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+    {
+        let cwd = process.cwd().to_string_lossy();
+        return Err(Failure::new(format!("chdir to cwd ({cwd:?}) set in config.json failed: {}", words(&error))));
+    }
 
     let container = linux(spec)?;
     let mut namespaces = Vec::new();
@@ -169,7 +182,7 @@ pub(super) fn for_exec(
             "the container's seccomp filter reports to a listener, and libcontainer cannot give it a second process",
         ));
     }
-    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: false };
+    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: false, stdio: None };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
 }
@@ -190,7 +203,7 @@ fn complete(process: &mut Process, root: &Root, warnings: &mut Vec<String>) -> R
         Some("") => {
             process.set_apparmor_profile(None);
         }
-        Some(profile) if !apparmor::is_enabled().context(|| "look for AppArmor")? => {
+        Some(profile) if !has_apparmor()? => {
             return Err(Failure::new(format!("the AppArmor profile {profile} is asked for, but AppArmor is not on")));
         }
         Some(_) => {}
@@ -204,6 +217,13 @@ fn complete(process: &mut Process, root: &Root, warnings: &mut Vec<String>) -> R
         environment.push(format!("HOME={}", root.home(uid).as_deref().unwrap_or("/")));
     }
     Ok(())
+}
+
+fn has_apparmor() -> Result<bool> {
+    match apparmor::is_enabled() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.context(|| "look for AppArmor"),
+    }
 }
 
 /// Of several values for one variable the last counts, as if a shell had set them; the C library would take the first.

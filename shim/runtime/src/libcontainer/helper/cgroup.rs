@@ -16,6 +16,21 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 use super::error::{Context, Failure, Result};
 
 const MOUNT: &str = "/sys/fs/cgroup";
+/// The v1 controllers that libcgroups handles.
+const CONTROLLERS: [&str; 12] = [
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "devices",
+    "hugetlb",
+    "memory",
+    "pids",
+    "perf_event",
+    "blkio",
+    "net_prio",
+    "net_cls",
+    "freezer",
+];
 /// Killed processes are gone within milliseconds, unless they are stuck in the kernel.
 const DEADLINE: Duration = Duration::from_secs(10);
 const SHORTEST_WAIT: Duration = Duration::from_micros(200);
@@ -32,9 +47,36 @@ pub(super) struct Place {
 
 #[derive(Debug)]
 enum Hierarchies {
-    /// Mount points of all v1 hierarchies, and of the unified one beside them.
-    V1(Vec<PathBuf>),
+    /// All v1 hierarchies, and the unified one beside them.
+    V1(Vec<Mount>),
     V2,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mount {
+    point: PathBuf,
+    /// Controllers, or `name=NAME`; none for the unified hierarchy.
+    names: Vec<String>,
+}
+
+impl Mount {
+    /// libcgroups makes the container's cgroup in it.
+    fn is_known(&self) -> bool {
+        self.names.iter().any(|name| CONTROLLERS.contains(&name.as_str()))
+    }
+
+    /// The directory in it that a process is in, by the process's `/proc/PID/cgroup`.
+    fn directory(&self, cgroup: &str) -> Option<PathBuf> {
+        cgroup.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let names = fields.next()?;
+            let is_this = match names {
+                "" => self.names.is_empty(),
+                names => names.split(',').any(|name| self.names.iter().any(|own| own == name)),
+            };
+            is_this.then(|| fields.next())?.map(|path| below(&self.point, Path::new(path)))
+        })
+    }
 }
 
 impl Place {
@@ -77,7 +119,7 @@ impl Place {
     /// Its directory in every hierarchy in which it has one.
     pub(super) fn directories(&self) -> Result<Vec<PathBuf>> {
         let candidates = match &self.hierarchies {
-            Hierarchies::V1(mounts) => mounts.iter().map(|mount| below(mount, &self.path)).collect(),
+            Hierarchies::V1(mounts) => mounts.iter().map(|mount| below(&mount.point, &self.path)).collect(),
             Hierarchies::V2 if self.systemd => vec![below(Path::new(MOUNT), &systemd_path(&self.path)?)],
             Hierarchies::V2 => vec![below(Path::new(MOUNT), &self.path)],
         };
@@ -120,6 +162,27 @@ impl Place {
         directories.iter().try_for_each(|directory| remove_tree(directory))
     }
 
+    /// Makes this process a member in the hierarchies that libcgroups leaves alone: systemd's, the unified one beside
+    /// v1, and controllers it does not know. What it clones before the guard is dropped is a member too.
+    ///
+    /// This process and not its child, because a cgroup namespace, if the container gets one, begins where its first
+    /// process is when it is made.
+    pub(super) fn join_the_rest(&self) -> Result<Membership> {
+        let mut membership = Membership { left: Vec::new() };
+        let Hierarchies::V1(mounts) = &self.hierarchies else { return Ok(membership) };
+        let path = "/proc/self/cgroup";
+        let own = fs::read_to_string(path).context(|| format!("read {path}"))?;
+        for mount in mounts.iter().filter(|mount| !mount.is_known()) {
+            // Not in it: then this process is not to be found in it either.
+            let Some(left) = mount.directory(&own) else { continue };
+            let directory = below(&mount.point, &self.path);
+            fs::create_dir_all(&directory).context(|| format!("make {}", directory.display()))?;
+            membership.left.push(left);
+            move_own(&directory).context(|| format!("join {}", directory.display()))?;
+        }
+        Ok(membership)
+    }
+
     fn kill(&self, directories: &[PathBuf]) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         let mut wait = SHORTEST_WAIT;
@@ -158,6 +221,27 @@ impl Place {
     }
 }
 
+/// Membership of this process in a container's cgroup, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Membership {
+    /// Where it was before.
+    left: Vec<PathBuf>,
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        for directory in &self.left {
+            if let Err(error) = move_own(directory) {
+                tracing::error!("cannot go back to {}: {error}", directory.display());
+            }
+        }
+    }
+}
+
+fn move_own(directory: &Path) -> io::Result<()> {
+    fs::write(directory.join("cgroup.procs"), std::process::id().to_string())
+}
+
 fn hierarchies() -> Result<Hierarchies> {
     let statfs = rustix::fs::statfs(MOUNT).context(|| format!("look at {MOUNT}"))?;
     if statfs.f_type == libc::CGROUP2_SUPER_MAGIC {
@@ -168,19 +252,31 @@ fn hierarchies() -> Result<Hierarchies> {
     Ok(Hierarchies::V1(cgroup_mounts(&mountinfo)))
 }
 
-/// Mount points of file systems of the types cgroup and cgroup2.
-fn cgroup_mounts(mountinfo: &str) -> Vec<PathBuf> {
-    let mounts: HashSet<PathBuf> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (mount, filesystem) = line.split_once(" - ")?;
-            matches!(filesystem.split(' ').next()?, "cgroup" | "cgroup2").then_some(())?;
-            // Only whole hierarchies: a mount of a part of one, like those in containers, has another root.
-            let mut fields = mount.split(' ').skip(3);
-            (fields.next()? == "/").then(|| fields.next())?.map(PathBuf::from)
-        })
-        .collect();
-    mounts.into_iter().collect()
+/// Mounts of file systems of the types cgroup and cgroup2.
+fn cgroup_mounts(mountinfo: &str) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    for line in mountinfo.lines() {
+        let Some((mount, filesystem)) = line.split_once(" - ") else { continue };
+        let mut mount = mount.split(' ').skip(3);
+        let mut filesystem = filesystem.split(' ');
+        // Only whole hierarchies: a mount of a part of one, like those in containers, has another root.
+        let (Some("/"), Some(point), Some("cgroup" | "cgroup2"), _, Some(options)) =
+            (mount.next(), mount.next(), filesystem.next(), filesystem.next(), filesystem.next())
+        else {
+            continue;
+        };
+        let is_name = |option: &&str| CONTROLLERS.contains(option) || option.starts_with("name=") || is_other(option);
+        let names = options.split(',').filter(is_name).map(str::to_owned).collect();
+        if !mounts.iter().any(|mount: &Mount| mount.point == Path::new(point)) {
+            mounts.push(Mount { point: point.into(), names });
+        }
+    }
+    mounts
+}
+
+/// Controllers that libcgroups does not know. Anything else among the options of a mount is no controller.
+fn is_other(option: &str) -> bool {
+    matches!(option, "rdma" | "misc" | "debug")
 }
 
 /// A path below the mounts that names a cgroup other than their root, and leads nowhere else.
@@ -353,9 +449,24 @@ mod tests {
             30 25 0:26 / /sys/fs/cgroup/memory rw,relatime shared:3 - cgroup cgroup rw,memory\n\
             31 25 0:27 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n\
             40 39 0:26 /x /run/root/sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-        let mut mounts = cgroup_mounts(mountinfo);
-        mounts.sort();
-        assert_eq!(mounts, ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/unified"].map(PathBuf::from));
+        let mounts = cgroup_mounts(mountinfo);
+        let points: Vec<&Path> = mounts.iter().map(|mount| mount.point.as_path()).collect();
+        assert_eq!(points, ["/sys/fs/cgroup/memory", "/sys/fs/cgroup/unified"].map(Path::new));
+        assert_eq!([true, false], [mounts[0].is_known(), mounts[1].is_known()]);
+    }
+
+    #[test]
+    fn the_own_cgroup_is_found_in_each_hierarchy() {
+        let mountinfo = "\
+            30 25 0:26 / /c/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n\
+            31 25 0:27 / /c/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+            32 25 0:28 / /c/unified rw - cgroup2 cgroup2 rw,nsdelegate\n\
+            33 25 0:29 / /c/misc rw - cgroup none rw,misc\n";
+        let cgroup = "3:cpu,cpuacct:/one\n2:name=systemd:/two:2\n0::/three\n";
+        let found: Vec<Option<PathBuf>> =
+            cgroup_mounts(mountinfo).iter().map(|mount| mount.directory(cgroup)).collect();
+        let expected = [Some("/c/cpu,cpuacct/one"), Some("/c/systemd/two:2"), Some("/c/unified/three"), None];
+        assert_eq!(found, expected.map(|path| path.map(PathBuf::from)));
     }
 
     #[test]

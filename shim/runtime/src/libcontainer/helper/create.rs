@@ -1,6 +1,7 @@
 //! Creation of a container, up to an init that waits for its start.
 
 use std::ffi::CString;
+use std::rc::Rc;
 
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus};
@@ -10,7 +11,8 @@ use oci_spec::runtime::Spec;
 
 use super::cgroup::Place;
 use super::error::{Context, Failure, Result};
-use super::launch::{Launch, Stdio, give_stdio, launch};
+use super::launch::{Launch, give_stdio, launch};
+use super::program::Stdio;
 use super::state::Identity;
 use super::{Helper, adapt, delete, fixup, sys};
 use crate::libcontainer::protocol::Create;
@@ -42,7 +44,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     state.annotations = spec.annotations().clone();
     // How the cgroup is found again is written down before there is one.
     helper.directory.save_state(&state)?;
-    let program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
+    let mut program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
     helper.directory.save_config(&YoukiConfig::from_spec(&spec, &helper.id)?)?;
 
     if let Some(stdio) = &stdio {
@@ -50,6 +52,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         give_stdio(stdio, adapt::host_id(linux.uid_mappings().as_deref(), uid))?;
     }
+    program.stdio = stdio.map(Rc::new);
     if !request.no_new_keyring {
         join_keyring(helper)?;
     }
@@ -65,7 +68,6 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
         program,
         no_pivot_root: request.no_pivot_root,
         notify_socket: &helper.directory.path().join(NOTIFY_FILE),
-        stdio,
         console_socket: request.console_socket.as_deref(),
     })?;
     let pid = launched.pid;

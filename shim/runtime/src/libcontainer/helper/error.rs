@@ -62,7 +62,8 @@ pub(super) fn chain(error: &dyn Error) -> String {
 }
 
 /// What libcontainer puts around the words of the process that failed.
-const WRAPPERS: [&str; 4] = [
+const WRAPPERS: [&str; 5] = [
+    "error in executing process : ",
     "failed to create container: ",
     "exec process failed with error ",
     "intermediate process error ",

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::notify_socket::NotifySocket;
@@ -11,7 +12,8 @@ use libcontainer::process::args::ContainerType;
 
 use super::create::{check_terminal, join_keyring};
 use super::error::{Context, Failure, Result};
-use super::launch::{Launch, Stdio, give_stdio, kill, launch};
+use super::launch::{Launch, give_stdio, kill, launch};
+use super::program::Stdio;
 use super::state::Identity;
 use super::{Helper, adapt, fixup};
 use crate::libcontainer::protocol::Exec;
@@ -21,21 +23,23 @@ const WORDS_LIMIT: u64 = 64 << 10;
 
 pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<i32> {
     let Exec { bundle, process, console_socket } = request;
-    let (state, init) = helper.directory.expect(&[ContainerStatus::Running])?;
+    let allowed = [ContainerStatus::Created, ContainerStatus::Running];
+    let (state, init) = helper.directory.expect("exec in", &allowed)?;
     let place = helper.place()?;
     // Whoever froze it: the new process would join it, stand still, and the helper would wait for it.
     if place.is_frozen()? {
-        return Err(Failure::new("container is paused"));
+        return Err(Failure::new("cannot exec in a paused container"));
     }
     let mut spec = adapt::load(&bundle)?;
     let uid_mappings = adapt::linux(&spec)?.uid_mappings().clone();
-    let program = adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), &mut helper.warnings)?;
+    let mut program = adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), &mut helper.warnings)?;
     check_terminal(&spec, console_socket.is_some())?;
     let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
     let uid = adapt::host_id(uid_mappings.as_deref(), uid);
     if let Some(stdio) = &stdio {
         give_stdio(stdio, uid)?;
     }
+    program.stdio = stdio.map(Rc::new);
     join_keyring(helper)?;
 
     // Its number is the new process's only as long as the helper lives, and so is the file.
@@ -51,7 +55,6 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
         program,
         no_pivot_root: false,
         notify_socket: &notify_socket,
-        stdio,
         console_socket: console_socket.as_deref(),
     });
     let result = launched.and_then(|launched| {
@@ -73,7 +76,7 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
 fn finish(init: Identity, pid: i32, terminal_user: Option<u32>) -> Result<()> {
     // It joined the namespaces by the pid. The pid was init's before, and is now: so it was meanwhile.
     if !init.is_alive()? {
-        return Err(Failure::new("container is not running: its init has ended"));
+        return Err(Failure::new("cannot exec in a stopped container"));
     }
     terminal_user.map_or(Ok(()), |uid| fixup::give_terminal(pid, uid))
 }

@@ -1,12 +1,15 @@
 //! What libcontainer leaves undone in a new container, done from outside between its creation and its start, when
 //! nothing of the user's runs in it.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Mount, Spec};
+use libcontainer::network::link::LinkClient;
+use libcontainer::network::wrapper::create_network_client;
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -20,7 +23,7 @@ use super::{adapt, sys};
 struct MountFixup {
     destination: PathBuf,
     propagation: Option<Propagation>,
-    read_only: Option<ReadOnly>,
+    attributes: Option<Attributes>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,11 +34,10 @@ struct Propagation {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ReadOnly {
-    /// The mount.
-    Itself,
-    /// It and all below it.
-    AllBelow,
+struct Attributes {
+    /// `MOUNT_ATTR_*`, in addition to those it has.
+    added: u64,
+    recursive: bool,
 }
 
 /// Finishes a container whose init waits.
@@ -44,12 +46,47 @@ pub(super) fn finish(spec: &Spec, cgroup_v2: bool, init: i32, terminal: bool) ->
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         give_terminal(init, adapt::host_id(adapt::linux(spec)?.uid_mappings().as_deref(), uid))?;
     }
+    if has_new_network(adapt::linux(spec)?) {
+        raise_loopback(init)?;
+    }
     let fixups: Vec<MountFixup> =
         spec.mounts().iter().flatten().filter_map(|mount| mount_fixup(mount, cgroup_v2)).collect();
-    if fixups.is_empty() {
+    let directories = device_directories(adapt::linux(spec)?);
+    if fixups.is_empty() && directories.is_empty() {
         return Ok(());
     }
-    inside(init, || fixups.iter().try_for_each(|fixup| fixup.apply()))
+    inside(init, || {
+        let root = Root::open(Path::new("/"))?;
+        directories.iter().try_for_each(|directory| protect(&root, directory))?;
+        fixups.iter().try_for_each(|fixup| fixup.apply(&root))
+    })
+}
+
+/// The directories between `/dev` and the devices in it, like `/dev/net`.
+fn device_directories(linux: &Linux) -> BTreeSet<PathBuf> {
+    let dev = Path::new("/dev");
+    let devices = linux.devices().iter().flatten();
+    devices
+        .flat_map(|device| device.path().ancestors().skip(1))
+        .filter(|directory| directory.starts_with(dev) && *directory != dev)
+        .map(Path::to_owned)
+        .collect()
+}
+
+/// libcontainer makes such directories with a mask of 0.
+fn protect(root: &Root, directory: &Path) -> Result<()> {
+    let action = || format!("protect {}", directory.display());
+    let fd = match root.resolve(directory, OFlags::RDONLY | OFlags::DIRECTORY) {
+        Ok(fd) => fd,
+        // A mount or a link may be in the way. Then libcontainer did not make it.
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(()),
+        Err(error) => return Err(Failure::because(action(), &error)),
+    };
+    let mode = rustix::fs::fstat(&fd).context(action)?.st_mode & 0o7777;
+    if mode == 0o777 {
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o755)).context(action)?;
+    }
+    Ok(())
 }
 
 /// Gives the process's terminal to the user who is to use it.
@@ -60,25 +97,28 @@ pub(super) fn give_terminal(pid: i32, uid: u32) -> Result<()> {
     give(terminal.as_fd(), uid)
 }
 
-/// libcontainer parses propagation options, but does not apply them. It mounts `/dev` and the v1 hierarchies writable
-/// whatever the options say, and for v1 that would let the container's root raise its own limits.
+/// libcontainer parses propagation options, but does not apply them. It mounts `/dev` writable whatever the options say,
+/// and the v1 hierarchies without any of them: the container's root could raise its own limits.
 fn mount_fixup(mount: &Mount, cgroup_v2: bool) -> Option<MountFixup> {
     let options = mount.options().as_deref().unwrap_or_default();
     let propagation = options.iter().rev().find_map(|option| propagation(option));
-    let is_read_only = options.iter().rev().find_map(|option| match option.as_str() {
-        "ro" => Some(true),
-        "rw" => Some(false),
+    let read_only = options.iter().rev().find_map(|option| match option.as_str() {
+        "ro" => Some(libc::MOUNT_ATTR_RDONLY),
+        "rw" => Some(0),
         _ => None,
     });
-    let read_only = match is_read_only {
-        Some(true) if mount.typ().as_deref() == Some("cgroup") && !cgroup_v2 => Some(ReadOnly::AllBelow),
-        Some(true) if mount.destination() == Path::new("/dev") => Some(ReadOnly::Itself),
-        _ => None,
+    let attributes = if mount.typ().as_deref() == Some("cgroup") && !cgroup_v2 {
+        let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+        Some(Attributes { added: always | read_only.unwrap_or_default(), recursive: true })
+    } else if mount.destination() == Path::new("/dev") && read_only == Some(libc::MOUNT_ATTR_RDONLY) {
+        Some(Attributes { added: libc::MOUNT_ATTR_RDONLY, recursive: false })
+    } else {
+        None
     };
-    (propagation.is_some() || read_only.is_some()).then(|| MountFixup {
+    (propagation.is_some() || attributes.is_some()).then(|| MountFixup {
         destination: mount.destination().clone(),
         propagation,
-        read_only,
+        attributes,
     })
 }
 
@@ -98,8 +138,7 @@ fn propagation(option: &str) -> Option<Propagation> {
 }
 
 impl MountFixup {
-    fn apply(&self) -> Result<()> {
-        let root = Root::open(Path::new("/"))?;
+    fn apply(&self, root: &Root) -> Result<()> {
         let action = || format!("finish the mount at {}", self.destination.display());
         let mount = match root.resolve(&self.destination, OFlags::PATH) {
             Ok(mount) => mount,
@@ -110,21 +149,43 @@ impl MountFixup {
         if let Some(Propagation { kind, recursive }) = self.propagation {
             sys::set_propagation(mount.as_fd(), recursive, kind).context(action)?;
         }
-        if let Some(read_only) = self.read_only {
-            sys::make_read_only(mount.as_fd(), read_only == ReadOnly::AllBelow).context(action)?;
+        if let Some(Attributes { added, recursive }) = self.attributes {
+            sys::add_mount_attributes(mount.as_fd(), recursive, added).context(action)?;
         }
         Ok(())
     }
 }
 
+/// A network namespace made for the container has a loopback device that is down. In one that was made before, that is
+/// the business of whoever made it.
+fn has_new_network(linux: &Linux) -> bool {
+    linux.namespaces().iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network
+            && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
+    })
+}
+
+fn raise_loopback(init: i32) -> Result<()> {
+    /// The first device of every network namespace.
+    const LOOPBACK: u32 = 1;
+    let target = namespace(&init.to_string(), "net")?;
+    let own = namespace("self", "net")?;
+    let enter = |namespace: &File| move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
+    enter(&target).context(|| "enter the container's network namespace")?;
+    let result = LinkClient::new(create_network_client()).and_then(|mut client| client.set_up(LOOPBACK));
+    enter(&own).context(|| "leave the container's network namespace")?;
+    result.context(|| "bring up the loopback device")
+}
+
+fn namespace(pid: &str, name: &str) -> Result<File> {
+    let path = format!("/proc/{pid}/ns/{name}");
+    File::open(&path).context(|| format!("open {path}"))
+}
+
 /// Does something in the mount namespace of a process, with its root as root, and comes back.
 fn inside<T>(pid: i32, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let namespace = |pid: &str| {
-        let path = format!("/proc/{pid}/ns/mnt");
-        File::open(&path).context(|| format!("open {path}"))
-    };
-    let target = namespace(&pid.to_string())?;
-    let own = namespace("self")?;
+    let target = namespace(&pid.to_string(), "mnt")?;
+    let own = namespace("self", "mnt")?;
     // Coming back by namespace alone would lead to the namespace's root, which need not have been this process's.
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context(|| "open the root")?;
@@ -141,7 +202,7 @@ fn inside<T>(pid: i32, work: impl FnOnce() -> Result<T>) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::MountBuilder;
+    use oci_spec::runtime::{LinuxBuilder, LinuxDeviceBuilder, MountBuilder};
 
     use super::*;
 
@@ -155,7 +216,7 @@ mod tests {
     fn the_last_propagation_option_counts() {
         let fixup = fixup("bind", "/data", &["rbind", "rshared", "ro", "rprivate", "nosuid"]).unwrap();
         assert_eq!(fixup.propagation, Some(Propagation { kind: libc::MS_PRIVATE, recursive: true }));
-        assert_eq!(fixup.read_only, None);
+        assert_eq!(fixup.attributes, None);
     }
 
     #[test]
@@ -166,9 +227,27 @@ mod tests {
     }
 
     #[test]
-    fn read_only_cgroups_of_v1_are_read_only_throughout() {
-        assert_eq!(fixup("cgroup", "/sys/fs/cgroup", &["ro"]).unwrap().read_only, Some(ReadOnly::AllBelow));
-        assert_eq!(fixup("cgroup", "/sys/fs/cgroup", &["ro", "rw"]), None);
-        assert_eq!(fixup("tmpfs", "/dev", &["ro"]).unwrap().read_only, Some(ReadOnly::Itself));
+    fn cgroups_of_v1_are_as_safe_as_asked_for_throughout() {
+        let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+        let attributes = |options: &[&str]| fixup("cgroup", "/sys/fs/cgroup", options).unwrap().attributes.unwrap();
+        let read_only = Attributes { added: always | libc::MOUNT_ATTR_RDONLY, recursive: true };
+        assert_eq!(attributes(&["ro"]), read_only);
+        assert_eq!(attributes(&["ro", "rw"]), Attributes { added: always, recursive: true });
+    }
+
+    #[test]
+    fn directories_of_devices_are_those_below_dev() {
+        let device = |path: &str| LinuxDeviceBuilder::default().path(path).build().unwrap();
+        let devices = vec![device("/dev/a"), device("/dev/net/tun"), device("/dev/b/c/d"), device("/x/y/z")];
+        let linux = LinuxBuilder::default().devices(devices).build().unwrap();
+        let directories: Vec<PathBuf> = device_directories(&linux).into_iter().collect();
+        assert_eq!(directories, ["/dev/b", "/dev/b/c", "/dev/net"].map(PathBuf::from));
+    }
+
+    #[test]
+    fn dev_becomes_read_only_when_the_devices_are_there() {
+        let read_only = Attributes { added: libc::MOUNT_ATTR_RDONLY, recursive: false };
+        assert_eq!(fixup("tmpfs", "/dev", &["ro"]).unwrap().attributes, Some(read_only));
+        assert_eq!(fixup("tmpfs", "/dev", &["strictatime"]), None);
     }
 }

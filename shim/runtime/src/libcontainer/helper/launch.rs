@@ -1,7 +1,7 @@
 //! Has libcontainer start a process, as the first of a container or a further one.
 
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -14,19 +14,13 @@ use libcontainer::process::intel_rdt::setup_intel_rdt;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::user_ns::UserNamespaceConfig;
 use oci_spec::runtime::Spec;
+use rustix::fs::Uid;
+use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Signal};
 
 use super::cgroup::Place;
 use super::error::{Context, Result};
-use super::program::Program;
-
-/// The process's descriptors 0, 1 and 2, unless it gets a terminal.
-#[derive(Debug)]
-pub(super) struct Stdio {
-    pub(super) stdin: OwnedFd,
-    pub(super) stdout: OwnedFd,
-    pub(super) stderr: OwnedFd,
-}
+use super::program::{Program, Stdio, is_null};
 
 /// What to start.
 pub(super) struct Launch<'a> {
@@ -39,7 +33,6 @@ pub(super) struct Launch<'a> {
     pub(super) no_pivot_root: bool,
     /// Where the new process waits to be told to go on.
     pub(super) notify_socket: &'a Path,
-    pub(super) stdio: Option<Stdio>,
     pub(super) console_socket: Option<&'a Path>,
 }
 
@@ -52,8 +45,7 @@ pub(super) struct Launched {
 
 /// Starts it, up to where it waits. When that fails, the process ends by itself; but see [`kill`].
 pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
-    let Launch { kind, container, spec, rootfs, place, program, no_pivot_root, notify_socket, stdio, console_socket } =
-        launch;
+    let Launch { kind, container, spec, rootfs, place, program, no_pivot_root, notify_socket, console_socket } = launch;
     let console_socket = console_socket
         .map(|path| UnixStream::connect(path).context(|| format!("connect to the console socket {}", path.display())))
         .transpose()?;
@@ -68,7 +60,6 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
 
     let intel_rdt = spec.linux().as_ref().and_then(|linux| linux.intel_rdt().clone());
     let id = container.id().to_owned();
-    let fd = |select: fn(&Stdio) -> &OwnedFd| stdio.as_ref().map(|stdio| select(stdio).as_raw_fd());
     let arguments = ContainerArgs {
         container_type: kind,
         syscall: SyscallType::default(),
@@ -83,13 +74,15 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
         detached: true,
         executor: Box::new(program),
         no_pivot: no_pivot_root,
-        stdin: fd(|stdio| &stdio.stdin),
-        stdout: fd(|stdio| &stdio.stdout),
-        stderr: fd(|stdio| &stdio.stderr),
+        stdin: None,
+        stdout: None,
+        stderr: None,
         as_sibling: true,
         pid_file: None,
     };
+    let membership = place.join_the_rest()?;
     let pid = container_main_process(&arguments)?;
+    drop(membership);
     let (intel_rdt_dir, intel_rdt_monitoring_dir) = match intel_rdt {
         Some(intel_rdt) if matches!(kind, ContainerType::InitContainer) => {
             setup_intel_rdt(Some(&id), &pid, &intel_rdt).inspect_err(|_| kill(pid.as_raw()))?
@@ -117,17 +110,13 @@ pub(super) fn give_stdio(stdio: &Stdio, uid: u32) -> Result<()> {
 }
 
 /// Gives one file to a user, as runc does: not /dev/null, and not where that cannot be.
-pub(super) fn give(fd: std::os::fd::BorrowedFd<'_>, uid: u32) -> Result<()> {
+pub(super) fn give(fd: BorrowedFd<'_>, uid: u32) -> Result<()> {
     let stat = rustix::fs::fstat(fd).context(|| "look at the process's standard input and output")?;
-    let null = rustix::fs::makedev(1, 3);
-    let is_device = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::CharacterDevice;
-    if stat.st_uid == uid || (is_device && stat.st_rdev == null) {
+    if stat.st_uid == uid || is_null(fd).context(|| "look at the process's standard input and output")? {
         return Ok(());
     }
-    let owner = Some(rustix::fs::Uid::from_raw(uid));
-    match rustix::fs::fchown(fd, owner, None) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM | rustix::io::Errno::ROFS) => Ok(()),
+    match rustix::fs::fchown(fd, Some(Uid::from_raw(uid)), None) {
+        Ok(()) | Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => Ok(()),
         Err(error) => Err(error).context(|| "give the process's standard input and output to its user"),
     }
 }

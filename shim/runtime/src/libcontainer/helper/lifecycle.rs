@@ -9,7 +9,7 @@ use oci_spec::runtime::LinuxResources;
 use super::Helper;
 use super::adapt;
 use super::cgroup::Place;
-use super::error::{Context, Failure, Result, chain};
+use super::error::{Context, Result, chain};
 
 impl Helper {
     /// Where the container is accounted.
@@ -19,7 +19,7 @@ impl Helper {
 }
 
 pub(super) fn start(helper: &mut Helper) -> Result<()> {
-    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Created])?;
+    let (mut state, _) = helper.directory.expect("start", &[ContainerStatus::Created])?;
     let config = helper.directory.config()?;
     NotifySocket::new(helper.directory.path().join(NOTIFY_FILE)).notify_container_start()?;
     state.status = ContainerStatus::Running;
@@ -35,17 +35,14 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
 }
 
 pub(super) fn pause(helper: &Helper) -> Result<()> {
-    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Running, ContainerStatus::Created])?;
-    if state.status == ContainerStatus::Created {
-        return Err(Failure::new("container is created but not started"));
-    }
+    let (mut state, _) = helper.directory.expect("pause", &[ContainerStatus::Running])?;
     helper.place()?.manager()?.freeze(FreezerState::Frozen).context(|| "freeze the container")?;
     state.status = ContainerStatus::Paused;
     helper.directory.save_state(&state)
 }
 
 pub(super) fn resume(helper: &Helper) -> Result<()> {
-    let (mut state, _) = helper.directory.expect(&[ContainerStatus::Paused])?;
+    let (mut state, _) = helper.directory.expect("resume", &[ContainerStatus::Paused])?;
     helper.place()?.manager()?.freeze(FreezerState::Thawed).context(|| "thaw the container")?;
     state.status = ContainerStatus::Running;
     helper.directory.save_state(&state)
@@ -53,7 +50,7 @@ pub(super) fn resume(helper: &Helper) -> Result<()> {
 
 pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> {
     let allowed = [ContainerStatus::Created, ContainerStatus::Running, ContainerStatus::Paused];
-    let (state, _) = helper.directory.expect(&allowed)?;
+    let (state, _) = helper.directory.expect("update", &allowed)?;
     let place = helper.place()?;
     let mut resources = resources.clone();
     // An update is not about devices, but libcgroups applies device rules each time. On v2 those it is given replace

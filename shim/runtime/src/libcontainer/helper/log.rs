@@ -18,6 +18,8 @@ use crate::libcontainer::protocol::Reply;
 /// Errors are few and short; a mount or a process that is printed whole is not.
 const EVENT_LIMIT: usize = 600;
 const LOG_LIMIT: u64 = 64 << 10;
+/// How many lines complete a message. The deepest names the thing, the next up often the error.
+const DETAILS: usize = 2;
 
 /// The errors logged by this process and those it cloned.
 pub(super) struct Log {
@@ -49,19 +51,23 @@ impl Log {
         Ok(Self { file })
     }
 
-    /// Adds to an error's message what was logged first, which is what failed deepest, unless it says nothing new.
+    /// Adds to an error's message what was logged first, which is what failed deepest, unless that says nothing new.
     pub(super) fn complete(mut self, message: String) -> String {
-        let mut log = String::new();
-        let read = self.file.rewind().and_then(|()| self.file.take(LOG_LIMIT).read_to_string(&mut log));
-        match log.lines().find(|line| !line.trim().is_empty()) {
-            Some(first) if read.is_ok() && adds_to(&message, first) => format!("{message} ({first})"),
-            _ => message,
+        let mut log = Vec::new();
+        if self.file.rewind().and_then(|()| self.file.take(LOG_LIMIT).read_to_end(&mut log)).is_err() {
+            return message;
         }
+        let log = String::from_utf8_lossy(&log);
+        let details: Vec<&str> =
+            log.lines().map(str::trim).filter(|line| adds_to(&message, line)).take(DETAILS).collect();
+        if details.is_empty() { message } else { format!("{message} ({})", details.join("; ")) }
     }
 }
 
+/// An event often says that something failed, and then the message; or it says that nobody listens any more.
 fn adds_to(message: &str, detail: &str) -> bool {
-    !message.contains(detail) && !detail.contains(message) || detail.contains(message) && detail.len() > message.len()
+    let repeats = message.contains(detail) || detail.ends_with(message) || detail.contains(&format!("{message:?}"));
+    !detail.is_empty() && !repeats && !detail.starts_with("failed sending error")
 }
 
 fn describe(panic: &PanicHookInfo<'_>) -> String {
@@ -152,17 +158,18 @@ mod tests {
     }
 
     #[test]
-    fn the_deepest_error_completes_the_message() {
-        let log = log("failed to open /x: ENOENT\nfailed to prepare rootfs\n");
+    fn the_deepest_errors_complete_the_message() {
+        let log = log("failed to mount /x: syscall\nfailed to prepare rootfs: Nix(EINVAL)\nfailed to do all of it\n");
         assert_eq!(
             log.complete("failed to prepare rootfs".into()),
-            "failed to prepare rootfs (failed to open /x: ENOENT)"
+            "failed to prepare rootfs (failed to mount /x: syscall; failed to prepare rootfs: Nix(EINVAL))"
         );
     }
 
     #[test]
     fn what_the_message_says_already_is_not_said_again() {
         assert_eq!(log("no such file\n").complete("cannot open x: no such file".into()), "cannot open x: no such file");
+        assert_eq!(log("failed to run: no such file\n").complete("no such file".into()), "no such file");
         assert_eq!(log("").complete("alone".into()), "alone");
     }
 

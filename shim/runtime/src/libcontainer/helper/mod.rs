@@ -28,8 +28,8 @@ use std::process::ExitCode;
 use super::protocol::{self, Reply, Request, Step};
 use super::sys;
 use error::{Context, Failure, Result};
-use launch::Stdio;
 use log::Log;
+use program::Stdio;
 use state::StateDirectory;
 
 /// What every step gets.

@@ -6,13 +6,15 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
-use rustix::fs::{Access, FileType};
+use rustix::fs::{Access, FileType, Mode, OFlags};
 use rustix::termios::Winsize;
 
 use super::error::chain;
@@ -25,8 +27,10 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 pub(super) struct Program {
     /// To be loaded as late as can be: what the process does before it is the user's need not be allowed then.
     pub(super) seccomp: Option<LinuxSeccomp>,
-    /// An error after the start has nobody to go to but the user who reads the container's output.
+    /// An error after the start of a container has nobody to go to but the user who reads its output.
     pub(super) complain: bool,
+    /// What becomes its descriptors 0, 1 and 2, unless it has a terminal.
+    pub(super) stdio: Option<Rc<Stdio>>,
 }
 
 impl Executor for Program {
@@ -34,6 +38,11 @@ impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         let process = process(spec).map_err(|words| ExecutorValidationError::ArgValidationError(words.into()))?;
         find(process).map_err(ExecutorValidationError::ArgValidationError)?;
+        if let Some(stdio) = &self.stdio {
+            stdio.take_effect().map_err(|error| {
+                ExecutorValidationError::ArgValidationError(format!("cannot set standard input and output: {error}"))
+            })?;
+        }
         if process.terminal() == Some(true)
             && let Some(size) = process.console_size()
         {
@@ -58,9 +67,48 @@ impl Executor for Program {
         };
         if self.complain {
             let _ = writeln!(io::stderr(), "{words}");
+            // runc's code. The helper, to which libcontainer would report, has gone.
+            sys::exit(1);
         }
         Err(ExecutorError::Other(words))
     }
+}
+
+/// A process's standard input, output and error.
+#[derive(Debug)]
+pub(super) struct Stdio {
+    pub(super) stdin: OwnedFd,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+impl Stdio {
+    /// Makes them this process's. This is not left to libcontainer, which does it at once: then the container's output
+    /// would have the errors of hooks in it, and the shim would not.
+    fn take_effect(&self) -> io::Result<()> {
+        rustix::stdio::dup2_stdin(inner(&self.stdin)?)?;
+        rustix::stdio::dup2_stdout(inner(&self.stdout)?)?;
+        rustix::stdio::dup2_stderr(inner(&self.stderr)?)?;
+        Ok(())
+    }
+}
+
+/// The container's own `/dev/null` in place of the host's; anything else as it is.
+fn inner(fd: &OwnedFd) -> io::Result<OwnedFd> {
+    if is_null(fd)?
+        && let Ok(own) = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
+        && is_null(&own)?
+    {
+        return Ok(own);
+    }
+    fd.try_clone()
+}
+
+/// Whether it is the device that `/dev/null` should be.
+pub(super) fn is_null(fd: impl AsFd) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(fd)?;
+    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+    Ok(is_device && stat.st_rdev == rustix::fs::makedev(1, 3))
 }
 
 enum Never {}

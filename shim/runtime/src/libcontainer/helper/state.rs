@@ -121,24 +121,25 @@ impl StateDirectory {
     }
 
     /// The container's init, if it is alive.
-    pub(super) fn live_init(&self, state: &State) -> Result<Option<Identity>> {
+    fn live_init(&self, state: &State) -> Result<Option<Identity>> {
         let Some(pid) = state.pid else { return Ok(None) };
         let init: Identity = self.read(INIT)?;
         Ok((init.pid == pid && init.is_alive()?).then_some(init))
     }
 
     /// The state, and the init that it tells of; an error unless the container has one of these statuses and lives.
-    pub(super) fn expect(&self, allowed: &[ContainerStatus]) -> Result<(State, Identity)> {
+    /// `action` is what is not done else: "exec in".
+    pub(super) fn expect(&self, action: &str, allowed: &[ContainerStatus]) -> Result<(State, Identity)> {
         if !self.exists()? {
             return Err(Failure::new("container does not exist"));
         }
         let state = self.state()?;
-        if !allowed.contains(&state.status) {
-            return Err(Failure::new(format!("container is {}", words(state.status))));
-        }
-        match self.live_init(&state)? {
-            Some(init) => Ok((state, init)),
-            None => Err(Failure::new("container is not running: its init has ended")),
+        let live = self.live_init(&state)?.filter(|_| state.status != ContainerStatus::Stopped);
+        match live {
+            Some(init) if allowed.contains(&state.status) => Ok((state, init)),
+            // runc's words: clients look for them.
+            Some(_) => Err(Failure::new(format!("cannot {action} a {} container", words(state.status)))),
+            None => Err(Failure::new(format!("cannot {action} a stopped container"))),
         }
     }
 
@@ -160,8 +161,8 @@ impl StateDirectory {
 
 fn words(status: ContainerStatus) -> &'static str {
     match status {
-        ContainerStatus::Creating => "not created yet",
-        ContainerStatus::Created => "created but not started",
+        ContainerStatus::Creating => "half-created",
+        ContainerStatus::Created => "created",
         ContainerStatus::Running => "running",
         ContainerStatus::Stopped => "stopped",
         ContainerStatus::Paused => "paused",
@@ -231,9 +232,10 @@ mod tests {
         let state = State::new("one", ContainerStatus::Running, Some(own.pid), "/bundle".into());
         directory.save_state(&state).unwrap();
         directory.save_init(Identity { start_time: own.start_time + 1, ..own }).unwrap();
-        let message = directory.expect(&[ContainerStatus::Running]).unwrap_err().to_string();
-        assert_eq!(message, "container is not running: its init has ended");
+        let expect = |status| directory.expect("exec in", &[status]).map_err(|failure| failure.to_string());
+        assert_eq!(expect(ContainerStatus::Running).unwrap_err(), "cannot exec in a stopped container");
         directory.save_init(own).unwrap();
-        assert_eq!(directory.expect(&[ContainerStatus::Running]).unwrap().1, own);
+        assert_eq!(expect(ContainerStatus::Running).unwrap().1, own);
+        assert_eq!(expect(ContainerStatus::Paused).unwrap_err(), "cannot exec in a running container");
     }
 }

@@ -96,6 +96,69 @@ pub(super) fn execute(path: &CStr, arguments: &[CString], environment: &[CString
     io::Error::last_os_error()
 }
 
+/// Loads a program that decides about the use of devices.
+pub(super) fn load_device_program(instructions: &[u64]) -> io::Result<OwnedFd> {
+    // From linux/bpf.h.
+    const BPF_PROG_LOAD: u32 = 5;
+    const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
+    #[repr(C)]
+    struct Attributes {
+        program_type: u32,
+        instruction_count: u32,
+        instructions: *const u64,
+        license: *const c_char,
+        log_level: u32,
+        log_size: u32,
+        log: *mut c_char,
+        kernel_version: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
+        instruction_count: u32::try_from(instructions.len()).map_err(io::Error::other)?,
+        instructions: instructions.as_ptr(),
+        // No function is called that asks for a licence.
+        license: c"Apache-2.0".as_ptr(),
+        log_level: 0,
+        log_size: 0,
+        log: std::ptr::null_mut(),
+        kernel_version: 0,
+        flags: 0,
+    };
+    let fd = bpf(BPF_PROG_LOAD, &attributes)?;
+    // SAFETY: the call made this descriptor, and nothing else knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Attaches such a program to a cgroup, beside others that may be attached.
+pub(super) fn attach_device_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    // From linux/bpf.h.
+    const BPF_PROG_ATTACH: u32 = 8;
+    const BPF_CGROUP_DEVICE: u32 = 6;
+    const BPF_F_ALLOW_MULTI: u32 = 2;
+    #[repr(C)]
+    struct Attributes {
+        target: RawFd,
+        program: RawFd,
+        attach_type: u32,
+        flags: u32,
+    }
+    let attributes = Attributes {
+        target: cgroup.as_raw_fd(),
+        program: program.as_raw_fd(),
+        attach_type: BPF_CGROUP_DEVICE,
+        flags: BPF_F_ALLOW_MULTI,
+    };
+    bpf(BPF_PROG_ATTACH, &attributes).map(drop)
+}
+
+fn bpf<T>(command: u32, attributes: &T) -> io::Result<RawFd> {
+    // SAFETY: the kernel reads the attributes for as many bytes as it is told, and what they point to, which the
+    // callers keep, for as many as they say. It writes nothing: no log is asked for.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { RawFd::try_from(result).map_err(io::Error::other) }
+}
+
 /// Ends a process that was cloned from another: what the other made, and would undo at its end, is not undone.
 pub(super) fn exit(code: i32) -> ! {
     // SAFETY: no code of this process runs after it.

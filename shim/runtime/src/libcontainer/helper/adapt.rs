@@ -12,6 +12,7 @@
 //! | a working directory that is missing | fail | made |
 //! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
 //! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
+//! | no rule for all devices | allow all on v1 | forbid what is not allowed |
 //! | no `cgroupsPath` | the cgroup `:youki:ID` | the cgroup `/ID`, or `system.slice:gpusnap:ID` |
 
 use std::collections::HashSet;
@@ -30,6 +31,7 @@ use oci_spec::runtime::{
 
 use rustix::fs::OFlags;
 
+use super::devices;
 use super::error::{Context, Failure, Result};
 use super::program::{Program, words};
 use super::rootfs::Root;
@@ -116,6 +118,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
         linux.set_rootfs_propagation(propagation);
     }
     linux.set_cgroups_path(Some(cgroup_path));
+    devices::complete(linux.resources_mut().get_or_insert_default())?;
     let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: true, stdio: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));

@@ -14,7 +14,7 @@ use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, launch};
 use super::program::Stdio;
 use super::state::Identity;
-use super::{Helper, adapt, delete, fixup, sys};
+use super::{Helper, adapt, delete, devices, fixup, sys};
 use crate::libcontainer::protocol::Create;
 
 pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<i32> {
@@ -72,6 +72,12 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     })?;
     let pid = launched.pid;
     let init = Identity::of(pid)?.ok_or_else(|| Failure::new("the container's init died while it was created"))?;
+    if place.is_v2() {
+        let devices = adapt::linux(&spec)?.resources().as_ref().and_then(|resources| resources.devices().as_deref());
+        for directory in place.directories()? {
+            devices::confine(&directory, devices.unwrap_or_default())?;
+        }
+    }
     fixup::finish(&spec, place.is_v2(), pid, request.console_socket.is_some())?;
 
     helper.directory.save_init(init)?;

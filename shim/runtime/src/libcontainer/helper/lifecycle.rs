@@ -7,7 +7,6 @@ use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
 use oci_spec::runtime::LinuxResources;
 
 use super::Helper;
-use super::adapt;
 use super::cgroup::Place;
 use super::error::{Context, Result, chain};
 
@@ -50,18 +49,11 @@ pub(super) fn resume(helper: &Helper) -> Result<()> {
 
 pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> {
     let allowed = [ContainerStatus::Created, ContainerStatus::Running, ContainerStatus::Paused];
-    let (state, _) = helper.directory.expect("update", &allowed)?;
-    let place = helper.place()?;
+    helper.directory.expect("update", &allowed)?;
     let mut resources = resources.clone();
-    // An update is not about devices, but libcgroups applies device rules each time. On v2 those it is given replace
-    // the old, so it is given the old; on v1 they add up, and to repeat them would deny all devices for a moment.
+    // An update is not about devices. On v1 what libcgroups adds to these is in the list already.
     resources.set_devices(None);
-    if place.is_v2() {
-        let spec = adapt::load(&state.bundle)?;
-        let original = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        resources.set_devices(original.and_then(|resources| resources.devices().clone()));
-    }
     let options =
         ControllerOpt { resources: &resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-    place.manager()?.apply(&options).context(|| "change the limits of the container")
+    helper.place()?.manager()?.apply(&options).context(|| "change the limits of the container")
 }

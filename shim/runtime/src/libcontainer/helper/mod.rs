@@ -8,6 +8,7 @@ mod adapt;
 mod cgroup;
 mod create;
 mod delete;
+mod devices;
 mod error;
 mod exec;
 mod fixup;

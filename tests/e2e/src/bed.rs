@@ -7,8 +7,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use crate::target::{Containerd, Shim, Target};
 use crate::{Cmd, Output, proc};
 
@@ -27,6 +25,9 @@ static SHARED: Mutex<Option<SharedBeds>> = Mutex::new(None);
 
 /// What the test bed knows about its containerds.
 const INSTANCES: &str = "/run/gpusnap-testbed/instances";
+
+/// Where the test bed has containerd 2.4's programs; those of 2.1 are Debian's.
+const OWN_2_4: &str = "/opt/containerd-2.4/bin";
 
 impl Bed {
     /// The containerd that all tests of a target share, started when the first one asks.
@@ -91,11 +92,22 @@ impl Bed {
 
     /// A client; of several versions the one that belongs to this containerd.
     pub fn client(&self, program: &str) -> Cmd {
-        let own = Path::new("/opt/containerd-2.4/bin").join(program);
+        let own = Path::new(OWN_2_4).join(program);
         match self.target.containerd {
             Containerd::V2_4 if own.exists() => Cmd::new(own.to_string_lossy()),
             Containerd::V2_1 | Containerd::V2_4 => Cmd::new(program),
         }
+    }
+
+    /// The program that containerd runs for a shim.
+    pub fn shim_binary(&self) -> Result<PathBuf> {
+        let name = self.target.shim.binary();
+        let folder = match (shim_folder(self.target.shim)?, self.target.containerd) {
+            (Some(folder), _) => folder,
+            (None, Containerd::V2_1) => PathBuf::from("/usr/bin"),
+            (None, Containerd::V2_4) => PathBuf::from(OWN_2_4),
+        };
+        Ok(folder.join(name))
     }
 
     /// A runtime options file that chooses runc.
@@ -117,8 +129,7 @@ impl Bed {
     /// Kills containerd with SIGKILL; [`Bed::start`] brings it back.
     pub fn kill_containerd(&self) -> Result<()> {
         let pid = self.containerd_pid()?;
-        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a pid")?;
-        kill_process(raw, Signal::KILL)?;
+        proc::kill(pid)?;
         proc::gone(pid)
     }
 
@@ -137,11 +148,9 @@ pub fn leaks() -> Result<BTreeSet<String>> {
 
 /// A folder with our binary under the name that the target asks for.
 fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
-    let name = match shim {
-        Shim::Stock => return Ok(None),
-        Shim::Gpusnap | Shim::GpusnapRunc => "containerd-shim-gpusnap-v2",
-        Shim::AsRunc => "containerd-shim-runc-v2",
-    };
+    if !shim.is_ours() {
+        return Ok(None);
+    }
     let built = std::env::var_os(SHIM_DIR)
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/release"), PathBuf::from)
         .join("containerd-shim-gpusnap-v2");
@@ -150,7 +159,7 @@ fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
     fs::create_dir_all(&folder)?;
     // A copy, because the folder may be on another file system; renamed into place, because a shim of an
     // earlier run may still execute the old file.
-    let (new, file) = (folder.join(".new"), folder.join(name));
+    let (new, file) = (folder.join(".new"), folder.join(shim.binary()));
     fs::copy(&built, &new).with_context(|| format!("copy of {}", built.display()))?;
     fs::rename(&new, &file)?;
     Ok(Some(folder))

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 /// Long enough for a loaded two-core machine: a test that is right never waits this long, one that is
 /// wrong ends here.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Fails the test unless both sides are equal, and shows them.
 #[macro_export]

@@ -38,6 +38,18 @@ impl<'a> Ctr<'a> {
         self.cmd().arg("run").args(&self.runtime()).args(options).args(&[IMAGE, id]).args(argv)
     }
 
+    /// `ctr run` of the image by a runtime and options of the test's choice.
+    pub fn run_by(&self, runtime: &str, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
+        self.removed_at_the_end(id);
+        self.cmd().args(&["run", "--runtime", runtime]).args(options).args(&[IMAGE, id]).args(argv)
+    }
+
+    /// Creates a container without a task.
+    pub fn create(&self, id: &str, argv: &[&str]) -> Result<()> {
+        self.removed_at_the_end(id);
+        self.cmd().args(&["container", "create"]).args(&self.runtime()).args(&[IMAGE, id]).args(argv).ok().map(drop)
+    }
+
     /// `ctr run --config FILE`: the whole spec is the test's.
     pub fn run_spec(&self, id: &str, options: &[&str], config: &str) -> Cmd {
         self.removed_at_the_end(id);

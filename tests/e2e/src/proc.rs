@@ -2,9 +2,11 @@
 //! container process and every shim can be looked at from here.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::eventually;
 
@@ -56,6 +58,12 @@ pub fn gone(pid: u32) -> Result<()> {
     })
 }
 
+/// Ends it with SIGKILL.
+pub fn kill(pid: u32) -> Result<()> {
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a pid")?;
+    kill_process(raw, Signal::KILL).with_context(|| format!("SIGKILL to {pid}"))
+}
+
 /// Its command line, for messages and for finding it.
 pub fn cmdline(pid: u32) -> String {
     read(pid, "cmdline").unwrap_or_default().replace('\0', " ").trim().to_owned()
@@ -74,16 +82,16 @@ pub fn children(pid: u32) -> Vec<u32> {
 
 /// A namespace's identity, such as `net:[4026531840]`.
 pub fn namespace(pid: u32, kind: &str) -> Result<String> {
-    link(PathBuf::from(format!("/proc/{pid}/ns/{kind}")))
+    link(Path::new(&format!("/proc/{pid}/ns/{kind}")))
 }
 
 /// Our own namespace's identity.
 pub fn own_namespace(kind: &str) -> Result<String> {
-    link(PathBuf::from(format!("/proc/self/ns/{kind}")))
+    link(Path::new(&format!("/proc/self/ns/{kind}")))
 }
 
-fn link(path: PathBuf) -> Result<String> {
-    Ok(fs::read_link(&path).with_context(|| path.display().to_string())?.display().to_string())
+fn link(path: &Path) -> Result<String> {
+    Ok(fs::read_link(path).with_context(|| path.display().to_string())?.display().to_string())
 }
 
 /// How many file descriptors it has open.

@@ -72,6 +72,14 @@ impl Shim {
         }
     }
 
+    /// The shim's program, which containerd derives from the runtime name.
+    pub fn binary(self) -> &'static str {
+        match self {
+            Self::Stock | Self::AsRunc => "containerd-shim-runc-v2",
+            Self::Gpusnap | Self::GpusnapRunc => "containerd-shim-gpusnap-v2",
+        }
+    }
+
     /// The CRI's runtime handler.
     pub fn handler(self) -> &'static str {
         match self {

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -65,6 +66,13 @@ impl Test {
         let path = self.folder()?.join(name);
         fs::write(&path, content)?;
         Ok(path.to_string_lossy().into_owned())
+    }
+
+    /// Writes a bash script into its folder, to be run.
+    pub fn script(&self, name: &str, lines: &str) -> Result<String> {
+        let path = self.file(name, format!("#!/bin/bash\n{lines}"))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(path)
     }
 
     /// `ctr`.

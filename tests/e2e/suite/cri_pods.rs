@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::ctr_exit::IDLE;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(a_pod_of_two_containers_lives_and_goes),
         case!(both_containers_share_the_pods_network_and_live_in_one_shim),

@@ -7,7 +7,7 @@ use e2e::{Case, Test, case, ensure_eq, eventually};
 
 use crate::ctr_exit::IDLE;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(a_tasks_life_is_told_in_order),
         case!(a_deleted_task_is_told)

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use e2e::cmd::Running;
 use e2e::{Case, Test, case, ensure_eq, ensure_has, eventually, lines, proc};
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(run_returns_the_exit_code_of_init),
         case!(run_of_a_program_that_does_not_exist_names_it),
@@ -31,7 +31,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// Keeps a container busy doing nothing, and ends at once on SIGTERM.
-pub const IDLE: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
+pub(crate) const IDLE: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
 
 fn run_returns_the_exit_code_of_init(t: &Test) -> Result<()> {
     for code in [0, 1, 42, 127, 255] {

@@ -1,7 +1,6 @@
 //! Standard streams to the last byte, terminals, log URIs.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -10,7 +9,7 @@ use e2e::{Case, Test, case, ensure_eq, ensure_has, eventually, sha256};
 
 use crate::ctr_exit::IDLE;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(stdout_of_50_megabytes_arrives_to_the_last_byte),
         case!(stdout_of_an_exec_of_50_megabytes_arrives_to_the_last_byte),
@@ -208,7 +207,7 @@ fn a_file_log_has_everything(t: &Test) -> Result<()> {
 }
 
 /// A logger as containerd's documentation defines it: stdout on 3, stderr on 4, ready by closing 5.
-const LOGGER: &str = r#"#!/bin/bash
+const LOGGER: &str = r#"
 # A logger that wants its last lines survives the SIGTERM that comes with the deletion.
 trap '' TERM
 dir=$2
@@ -222,9 +221,7 @@ echo done >$dir/done
 "#;
 
 fn logger(t: &Test) -> Result<String> {
-    let path = t.file("logger", LOGGER)?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(format!("binary://{path}?to={}", t.folder()?.display()))
+    Ok(format!("binary://{}?to={}", t.script("logger", LOGGER)?, t.folder()?.display()))
 }
 
 fn a_binary_logger_gets_everything_and_knows_the_container(t: &Test) -> Result<()> {

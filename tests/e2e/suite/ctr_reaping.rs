@@ -5,7 +5,7 @@ use e2e::{Case, Test, case, ensure_eq, eventually, proc};
 
 use crate::ctr_exit::IDLE;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(the_shim_has_no_zombie_after_execs),
         case!(orphans_of_a_container_in_the_hosts_pid_namespace_are_reaped),

@@ -11,6 +11,8 @@ use e2e::target::{TARGETS, Target};
 use e2e::{Case, Skip, Test};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
+mod bad_input;
+mod cost;
 mod cri_pods;
 mod ctr_events;
 mod ctr_exit;
@@ -18,6 +20,7 @@ mod ctr_io;
 mod ctr_reaping;
 mod nerdctl_life;
 mod nerdctl_run;
+mod robustness;
 mod security;
 mod spec;
 
@@ -32,6 +35,9 @@ fn cases() -> Vec<Case> {
         security::cases(),
         spec::cases(),
         cri_pods::cases(),
+        bad_input::cases(),
+        robustness::cases(),
+        cost::cases(),
     ]
     .into_iter()
     .flatten()

@@ -12,12 +12,12 @@ use serde_json::Value;
 use crate::ctr_exit::IDLE;
 
 /// Marks tests that cannot run where nerdctl cannot ask for the target's runtime.
-pub fn nerdctl_cases(cases: Vec<Case>) -> Vec<Case> {
+pub(crate) fn nerdctl_cases(cases: Vec<Case>) -> Vec<Case> {
     let reason = "nerdctl passes no options to a runtime of this name, so it cannot choose runc";
     cases.into_iter().map(|case| case.except(Shim::GpusnapRunc, reason)).collect()
 }
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     nerdctl_cases(vec![
         case!(logs_have_stdout_and_stderr_apart),
         case!(logs_of_ten_thousand_lines_are_complete),

@@ -9,7 +9,7 @@ use e2e::{Case, Skip, Test, case, cgroup, ensure_eq, ensure_has, eventually, lin
 use crate::ctr_exit::IDLE;
 use crate::nerdctl_life::nerdctl_cases;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     nerdctl_cases(vec![
         case!(nerdctl_run_passes_the_exit_code_on),
         case!(nerdctl_run_rm_leaves_no_container),

@@ -9,7 +9,7 @@ use e2e::{Case, Skip, Test, case, ensure_eq, ensure_has, lines, proc};
 use crate::ctr_exit::IDLE;
 use crate::nerdctl_life::nerdctl_cases;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     nerdctl_cases(vec![
         case!(capabilities_are_the_default_ones_in_init_and_exec),
         case!(all_capabilities_can_be_dropped_in_init_and_exec),

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::ctr_exit::IDLE;
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(a_spec_runs_on_its_own_root),
         case!(hooks_run_in_order_and_are_told_the_state),

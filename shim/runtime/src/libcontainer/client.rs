@@ -15,7 +15,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::executable::Protected;
 use super::protocol::{self, Create, Exec, Reply, Request, Step};
-use super::{HELPER, NAME, sys};
+use super::{HELPER, NAME, helper, sys};
 use crate::{CreateRequest, ExecRequest, Operation, ProcessIo, RuntimeError};
 
 /// What a helper, and what it clones before it becomes the user's program, is called in `ps`.
@@ -86,8 +86,12 @@ impl Client {
         let id = id.to_owned();
         detached(Subject { operation, id: &id.clone() }, async move {
             let subject = Subject { operation, id: &id };
-            let outcome = client.helper(subject, step, None).await?;
-            client.pid(subject, outcome.reply).map(|_| ())
+            let request = client.request(subject, step);
+            let reply = match client.here(subject, request.clone()).await? {
+                Some(reply) => reply,
+                None => client.helper(subject, &request, None).await?.reply,
+            };
+            client.pid(subject, reply).map(|_| ())
         })
         .await
     }
@@ -132,7 +136,7 @@ impl Client {
     /// Runs a step that leaves a process behind, and adopts that process.
     async fn process(&self, subject: Subject<'_>, step: Step, io: ProcessIo) -> Result<Child, RuntimeError> {
         let adoption = self.inner.reaper.adoption();
-        let outcome = self.helper(subject, step, Some(io)).await?;
+        let outcome = self.helper(subject, &self.request(subject, step), Some(io)).await?;
         let result = match self.pid(subject, outcome.reply) {
             Ok(Some(pid)) => adoption
                 .adopt(pid)
@@ -159,12 +163,28 @@ impl Client {
         }
     }
 
+    fn request(&self, subject: Subject<'_>, step: Step) -> Request {
+        let Inner { root, systemd_cgroup, .. } = &*self.inner;
+        Request { root: root.clone(), id: subject.id.into(), systemd_cgroup: *systemd_cgroup, step }
+    }
+
+    /// Does what needs no helper.
+    async fn here(&self, subject: Subject<'_>, request: Request) -> Result<Option<Reply>, RuntimeError> {
+        // To kill a container takes as long as its processes take to die.
+        let done = tokio::task::spawn_blocking(move || helper::without_helper(&request)).await;
+        done.map_err(|error| subject.answer(format!("the call was given up: {error}")))
+    }
+
     /// Starts a helper and waits for its end.
-    async fn helper(&self, subject: Subject<'_>, step: Step, io: Option<ProcessIo>) -> Result<Outcome, RuntimeError> {
-        let Inner { reaper, root, systemd_cgroup } = &*self.inner;
-        let request = Request { root: root.clone(), id: subject.id.into(), systemd_cgroup: *systemd_cgroup, step };
+    async fn helper(
+        &self,
+        subject: Subject<'_>,
+        request: &Request,
+        io: Option<ProcessIo>,
+    ) -> Result<Outcome, RuntimeError> {
+        let Inner { reaper, .. } = &*self.inner;
         let memory = |error| subject.file("make", "memfd:gpusnap-helper".into(), error);
-        let request = protocol::memory_file(Some(&request)).map_err(memory)?;
+        let request = protocol::memory_file(Some(request)).map_err(memory)?;
         let mut reply = protocol::memory_file(None).map_err(memory)?;
         let mark = format!("{}-{}", std::process::id(), NEXT_MARK.fetch_add(1, Ordering::Relaxed));
 

@@ -1,8 +1,8 @@
 //! The runtime inside this binary: libcontainer, run in helper processes.
 //!
 //! libcontainer changes the process that calls it (its OOM score, its dumpable flag, its working directory) and clones
-//! it without an exec, which only a single-threaded process survives. So each step runs in a helper: this executable
-//! again, started with [`HELPER`] as its first argument.
+//! it without an exec, which only a single-threaded process survives. So each step that needs libcontainer runs in a
+//! helper: this executable again, started with [`HELPER`] as its first argument.
 //!
 //! ```text
 //!  shim ──spawn──► helper ──clone(CLONE_PARENT)──► intermediate ──clone(CLONE_PARENT)──► init

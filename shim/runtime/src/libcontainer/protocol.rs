@@ -18,7 +18,7 @@ const REPLY_LIMIT: u64 = 256 << 10;
 /// A request holds at most a process description, which containerd got in a message of at most 16 MiB.
 const REQUEST_LIMIT: u64 = 32 << 20;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Request {
     /// Directory below which each container has its state directory.
     pub(super) root: PathBuf,
@@ -27,7 +27,7 @@ pub(super) struct Request {
     pub(super) step: Step,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) enum Step {
     Create(Create),
     Start,
@@ -38,7 +38,7 @@ pub(super) enum Step {
     Delete,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Create {
     pub(super) bundle: PathBuf,
     pub(super) console_socket: Option<PathBuf>,
@@ -46,7 +46,7 @@ pub(super) struct Create {
     pub(super) no_new_keyring: bool,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Exec {
     pub(super) bundle: PathBuf,
     pub(super) process: Process,

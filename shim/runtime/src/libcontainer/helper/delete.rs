@@ -11,6 +11,19 @@ use super::cgroup::Place;
 use super::error::{Result, chain};
 use super::{Helper, adapt};
 
+/// Hooks need one, systemd must not keep the shim waiting, and what is not as it should be had better be looked into by
+/// a process of its own.
+pub(super) fn needs_no_helper(helper: &Helper) -> bool {
+    if helper.directory.exists().is_ok_and(|exists| !exists) {
+        return true;
+    }
+    let (Ok(state), Ok(config)) = (helper.directory.state(), helper.directory.config()) else { return false };
+    !helper.systemd_cgroup
+        && state.intel_rdt_dir.is_none()
+        && state.intel_rdt_monitoring_dir.is_none()
+        && config.hooks.is_none_or(|hooks| hooks.poststop().as_ref().is_none_or(Vec::is_empty))
+}
+
 /// Removes the container. One that is not there is no error.
 ///
 /// Nothing is signalled by the pid in the state: it may be another process's by now. Who is in the container, its

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::rc::Rc;
 
 use libcontainer::container::{Container, ContainerStatus};
-use libcontainer::notify_socket::NotifySocket;
 use libcontainer::process::args::ContainerType;
 
 use super::create::{check_terminal, join_keyring};
@@ -43,7 +42,8 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     join_keyring(helper)?;
 
     // Its number is the new process's only as long as the helper lives, and so is the file.
-    let notify_socket = helper.directory.path().join(format!("exec-{}.sock", std::process::id()));
+    let notify_socket = format!("exec-{}.sock", std::process::id());
+    let notify_path = helper.directory.path().join(&notify_socket);
     let container = Container { state, root: helper.directory.path().to_owned() };
     let (words, end) = io::pipe().context(|| "make a pipe")?;
     let launched = launch(Launch {
@@ -54,13 +54,13 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
         place: &place,
         program,
         no_pivot_root: false,
-        notify_socket: &notify_socket,
+        notify_socket: &notify_path,
         console_socket: console_socket.as_deref(),
     });
     let result = launched.and_then(|launched| {
         let pid = launched.pid;
         finish(init, pid, console_socket.is_some().then_some(uid))
-            .and_then(|()| Ok(NotifySocket::new(&notify_socket).notify_container_start()?))
+            .and_then(|()| helper.directory.notify(&notify_socket))
             .and_then(|()| {
                 drop(end);
                 last_words(OwnedFd::from(words).into())
@@ -68,7 +68,7 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
             .map(|()| pid)
             .inspect_err(|_| kill(pid))
     });
-    let _ = fs::remove_file(&notify_socket);
+    let _ = fs::remove_file(&notify_path);
     result
 }
 

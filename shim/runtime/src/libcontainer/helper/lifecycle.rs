@@ -3,7 +3,7 @@
 use libcgroups::common::{CgroupManager, ControllerOpt, FreezerState};
 use libcontainer::container::ContainerStatus;
 use libcontainer::hooks::run_hooks;
-use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
+use libcontainer::notify_socket::NOTIFY_FILE;
 use oci_spec::runtime::LinuxResources;
 
 use super::Helper;
@@ -17,10 +17,16 @@ impl Helper {
     }
 }
 
+/// Only hooks need one.
+pub(super) fn needs_no_helper(helper: &Helper) -> bool {
+    let config = helper.directory.config();
+    config.is_ok_and(|config| config.hooks.is_none_or(|hooks| hooks.poststart().as_ref().is_none_or(Vec::is_empty)))
+}
+
 pub(super) fn start(helper: &mut Helper) -> Result<()> {
     let (mut state, _) = helper.directory.expect("start", &[ContainerStatus::Created])?;
     let config = helper.directory.config()?;
-    NotifySocket::new(helper.directory.path().join(NOTIFY_FILE)).notify_container_start()?;
+    helper.directory.notify(NOTIFY_FILE)?;
     state.status = ContainerStatus::Running;
     helper.directory.save_state(&state)?;
     let poststart = config.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());

@@ -96,6 +96,28 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
     Ok((pid, helper.warnings))
 }
 
+/// Does a step in the calling process, if it can be done there: without hooks, starting and removing a container is but
+/// to read and write a few files, which takes a fraction of the time that a helper takes. `None` if it cannot.
+pub(super) fn without_helper(request: &Request) -> Option<Reply> {
+    let Request { root, id, systemd_cgroup, step } = request;
+    let directory = StateDirectory::new(root, id);
+    let mut helper = Helper { id: id.clone(), systemd_cgroup: *systemd_cgroup, directory, warnings: Vec::new() };
+    let is_possible = validate_id(id).is_ok()
+        && match step {
+            Step::Start => lifecycle::needs_no_helper(&helper),
+            Step::Delete => delete::needs_no_helper(&helper),
+            _ => false,
+        };
+    let done = is_possible.then(|| match step {
+        Step::Start => lifecycle::start(&mut helper),
+        _ => delete::delete(&mut helper),
+    })?;
+    Some(match done {
+        Ok(()) => Reply::Done { pid: None, warnings: helper.warnings },
+        Err(failure) => Reply::Failed { message: failure.to_string() },
+    })
+}
+
 /// The id becomes a file name below the root.
 fn validate_id(id: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);

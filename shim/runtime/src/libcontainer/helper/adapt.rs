@@ -4,14 +4,15 @@
 //! | config.json | what libcontainer would do | here |
 //! |---|---|---|
 //! | no capabilities, or a set left out | leave them as they are: the shim's | none |
-//! | a capability that the shim has not | fail | left out |
+//! | a capability that is not known, or that the shim has not | fail | left out |
 //! | `noNewPrivileges: false` | load seccomp when it is too late | like absent |
-//! | seccomp and `noNewPrivileges` | load it before the process waits for its start | [`Program`] loads it last |
+//! | seccomp | load it for the first process only | [`seccomp`](super::seccomp) |
 //! | no additional groups | keep the shim's | none |
 //! | no HOME | ask the C library, which may load libraries from the container | read from its passwd file |
 //! | a working directory that is missing | fail | made |
 //! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
 //! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
+//! | a mount of type `cgroup`, on v1 | look up its own pid in the wrong namespace | [`v1_mounts`](super::v1_mounts) |
 //! | no rule for all devices | allow all on v1 | forbid what is not allowed |
 //! | no `cgroupsPath` | the cgroup `:youki:ID` | the cgroup `/ID`, or `system.slice:gpusnap:ID` |
 
@@ -26,7 +27,7 @@ use libcontainer::utils::{validate_spec_for_net_devices, validate_spec_for_new_u
 use libcontainer::validator::Validator;
 use oci_spec::runtime::{
     Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder,
-    LinuxNamespaceType, LinuxSeccomp, Process, Spec,
+    LinuxNamespaceType, Process, Spec,
 };
 
 use rustix::fs::OFlags;
@@ -35,11 +36,18 @@ use super::devices;
 use super::error::{Context, Failure, Result};
 use super::program::{Program, words};
 use super::rootfs::Root;
+use super::seccomp::Filter;
 use super::state::read_json;
+use crate::spec::drop_unknown_capabilities;
 
 /// Reads and checks a bundle's config.json; the root becomes an absolute path.
 pub(super) fn load(bundle: &Path) -> Result<Spec> {
-    let mut spec: Spec = read_json(&bundle.join("config.json"))?;
+    let path = bundle.join("config.json");
+    let mut json: serde_json::Value = read_json(&path)?;
+    if let Some(process) = json.get_mut("process") {
+        drop_unknown_capabilities(process);
+    }
+    let mut spec: Spec = serde_json::from_value(json).context(|| format!("read {}", path.display()))?;
     if !spec.version().starts_with("1.") {
         return Err(Failure::new(format!("the specification has version {}, where 1.x is known", spec.version())));
     }
@@ -82,6 +90,14 @@ pub(super) fn linux(spec: &Spec) -> Result<&Linux> {
     spec.linux().as_ref().ok_or_else(|| Failure::new("the specification has no section linux"))
 }
 
+/// Whether the container gets a pid namespace that is made for it.
+pub(super) fn has_new_pids(linux: &Linux) -> bool {
+    linux.namespaces().iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid
+            && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
+    })
+}
+
 fn process(spec: &Spec) -> Result<&Process> {
     spec.process().as_ref().ok_or_else(|| Failure::new("the specification has no process"))
 }
@@ -119,7 +135,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     }
     linux.set_cgroups_path(Some(cgroup_path));
     devices::complete(linux.resources_mut().get_or_insert_default())?;
-    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: true, stdio: None };
+    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: true, stdio: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
@@ -185,7 +201,7 @@ pub(super) fn for_exec(
             "the container's seccomp filter reports to a listener, and libcontainer cannot give it a second process",
         ));
     }
-    let program = Program { seccomp: late_seccomp(&process, &mut linux), complain: false, stdio: None };
+    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: false, stdio: None };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
 }
@@ -193,7 +209,7 @@ pub(super) fn for_exec(
 /// Fills in what is the same for the first and every further process.
 fn complete(process: &mut Process, root: &Root, warnings: &mut Vec<String>) -> Result<()> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
-        return Err(Failure::new("the process has no arguments"));
+        return Err(Failure::new("process.args is empty: there is nothing to run"));
     }
     if !process.cwd().is_absolute() {
         return Err(Failure::new(format!("the working directory {} is not absolute", process.cwd().display())));
@@ -269,16 +285,6 @@ fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -
 fn parse_bounding(status: &str) -> Option<u64> {
     let set = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
     u64::from_str_radix(set.trim(), 16).ok()
-}
-
-/// A seccomp filter may be loaded last, right before the process is the user's, if nothing but `noNewPrivileges` is
-/// needed to load it. Else libcontainer loads it while it still may.
-fn late_seccomp(process: &Process, linux: &mut Linux) -> Option<LinuxSeccomp> {
-    let late = process.no_new_privileges() == Some(true)
-        && linux.seccomp().as_ref().is_some_and(|seccomp| !is_notify(seccomp));
-    late.then(|| linux.seccomp().clone()).flatten().inspect(|_| {
-        linux.set_seccomp(None);
-    })
 }
 
 /// Whether something is mounted over the directory or above it, other than the root.

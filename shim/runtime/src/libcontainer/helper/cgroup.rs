@@ -126,6 +126,15 @@ impl Place {
         Ok(candidates.into_iter().filter(|directory| directory.is_dir()).collect())
     }
 
+    /// Its directory in every v1 hierarchy, with the hierarchy's name, whether or not it is there yet; none on v2.
+    pub(super) fn v1_directories(&self) -> Vec<(String, PathBuf)> {
+        let Hierarchies::V1(mounts) = &self.hierarchies else { return Vec::new() };
+        let mounts = mounts.iter().filter(|mount| !mount.names.is_empty());
+        mounts
+            .filter_map(|mount| Some((mount.point.file_name()?.to_str()?.to_owned(), below(&mount.point, &self.path))))
+            .collect()
+    }
+
     /// Whether any process is in it, or in one below it.
     pub(super) fn is_populated(&self) -> Result<bool> {
         for directory in self.directories()? {

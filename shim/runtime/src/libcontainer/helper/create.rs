@@ -45,6 +45,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     // How the cgroup is found again is written down before there is one.
     helper.directory.save_state(&state)?;
     let mut program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
+    let cgroups = v1_mounts::expand(&mut spec, place)?;
     helper.directory.save_config(&YoukiConfig::from_spec(&spec, &helper.id)?)?;
 
     if let Some(stdio) = &stdio {
@@ -59,6 +60,8 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
     let mut launched_container = container.clone();
     launched_container.state = state.clone();
+    // What hooks in the container are told. The first process of a new pid namespace knows its pid beforehand.
+    launched_container.state.pid = adapt::has_new_pids(adapt::linux(&spec)?).then_some(1);
     let launched = launch(Launch {
         kind: ContainerType::InitContainer,
         container: launched_container,
@@ -78,7 +81,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
             devices::confine(&directory, devices.unwrap_or_default())?;
         }
     }
-    fixup::finish(&spec, place.is_v2(), pid, request.console_socket.is_some())?;
+    fixup::finish(&spec, &cgroups, pid, request.console_socket.is_some())?;
 
     helper.directory.save_init(init)?;
     state.status = ContainerStatus::Created;

@@ -16,6 +16,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::error::{Context, Failure, Result};
 use super::launch::give;
 use super::rootfs::Root;
+use super::v1_mounts::Written;
 use super::{adapt, sys};
 
 /// What is to be done to the mount at one place in the container.
@@ -41,7 +42,7 @@ struct Attributes {
 }
 
 /// Finishes a container whose init waits.
-pub(super) fn finish(spec: &Spec, cgroup_v2: bool, init: i32, terminal: bool) -> Result<()> {
+pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: i32, terminal: bool) -> Result<()> {
     if terminal {
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         give_terminal(init, adapt::host_id(adapt::linux(spec)?.uid_mappings().as_deref(), uid))?;
@@ -50,7 +51,7 @@ pub(super) fn finish(spec: &Spec, cgroup_v2: bool, init: i32, terminal: bool) ->
         raise_loopback(init)?;
     }
     let fixups: Vec<MountFixup> =
-        spec.mounts().iter().flatten().filter_map(|mount| mount_fixup(mount, cgroup_v2)).collect();
+        cgroups.iter().map(cgroup_fixup).chain(spec.mounts().iter().flatten().filter_map(mount_fixup)).collect();
     let directories = device_directories(adapt::linux(spec)?);
     if fixups.is_empty() && directories.is_empty() {
         return Ok(());
@@ -58,6 +59,7 @@ pub(super) fn finish(spec: &Spec, cgroup_v2: bool, init: i32, terminal: bool) ->
     inside(init, || {
         let root = Root::open(Path::new("/"))?;
         directories.iter().try_for_each(|directory| protect(&root, directory))?;
+        cgroups.iter().try_for_each(|cgroup| link_controllers(&root, cgroup))?;
         fixups.iter().try_for_each(|fixup| fixup.apply(&root))
     })
 }
@@ -97,9 +99,36 @@ pub(super) fn give_terminal(pid: i32, uid: u32) -> Result<()> {
     give(terminal.as_fd(), uid)
 }
 
-/// libcontainer parses propagation options, but does not apply them. It mounts `/dev` writable whatever the options say,
-/// and the v1 hierarchies without any of them: the container's root could raise its own limits.
-fn mount_fixup(mount: &Mount, cgroup_v2: bool) -> Option<MountFixup> {
+/// Programs look for a controller by its name, also where it shares a hierarchy.
+fn link_controllers(root: &Root, cgroup: &Written) -> Result<()> {
+    let action = || format!("link the controllers at {}", cgroup.destination.display());
+    if cgroup.links.is_empty() {
+        return Ok(());
+    }
+    let folder = root.resolve(&cgroup.destination, OFlags::PATH | OFlags::DIRECTORY).context(action)?;
+    for (link, target) in &cgroup.links {
+        match rustix::fs::symlinkat(target, &folder, link) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error).context(action),
+        }
+    }
+    Ok(())
+}
+
+/// The container's root must not raise its own limits.
+fn cgroup_fixup(cgroup: &Written) -> MountFixup {
+    let read_only = if cgroup.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    MountFixup {
+        destination: cgroup.destination.clone(),
+        propagation: None,
+        attributes: Some(Attributes { added: always | read_only, recursive: true }),
+    }
+}
+
+/// libcontainer parses propagation options, but does not apply them. It mounts `/dev` writable whatever the options
+/// say.
+fn mount_fixup(mount: &Mount) -> Option<MountFixup> {
     let options = mount.options().as_deref().unwrap_or_default();
     let propagation = options.iter().rev().find_map(|option| propagation(option));
     let read_only = options.iter().rev().find_map(|option| match option.as_str() {
@@ -107,10 +136,7 @@ fn mount_fixup(mount: &Mount, cgroup_v2: bool) -> Option<MountFixup> {
         "rw" => Some(0),
         _ => None,
     });
-    let attributes = if mount.typ().as_deref() == Some("cgroup") && !cgroup_v2 {
-        let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-        Some(Attributes { added: always | read_only.unwrap_or_default(), recursive: true })
-    } else if mount.destination() == Path::new("/dev") && read_only == Some(libc::MOUNT_ATTR_RDONLY) {
+    let attributes = if mount.destination() == Path::new("/dev") && read_only == Some(libc::MOUNT_ATTR_RDONLY) {
         Some(Attributes { added: libc::MOUNT_ATTR_RDONLY, recursive: false })
     } else {
         None
@@ -209,7 +235,7 @@ mod tests {
     fn fixup(kind: &str, destination: &str, options: &[&str]) -> Option<MountFixup> {
         let options = options.iter().map(|&option| option.to_owned()).collect::<Vec<_>>();
         let mount = MountBuilder::default().typ(kind).destination(destination).options(options).build().unwrap();
-        mount_fixup(&mount, false)
+        mount_fixup(&mount)
     }
 
     #[test]
@@ -229,10 +255,12 @@ mod tests {
     #[test]
     fn cgroups_of_v1_are_as_safe_as_asked_for_throughout() {
         let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
-        let attributes = |options: &[&str]| fixup("cgroup", "/sys/fs/cgroup", options).unwrap().attributes.unwrap();
-        let read_only = Attributes { added: always | libc::MOUNT_ATTR_RDONLY, recursive: true };
-        assert_eq!(attributes(&["ro"]), read_only);
-        assert_eq!(attributes(&["ro", "rw"]), Attributes { added: always, recursive: true });
+        let attributes = |read_only| {
+            let written = Written { destination: "/sys/fs/cgroup".into(), read_only, links: vec![] };
+            cgroup_fixup(&written).attributes.unwrap()
+        };
+        assert_eq!(attributes(true), Attributes { added: always | libc::MOUNT_ATTR_RDONLY, recursive: true });
+        assert_eq!(attributes(false), Attributes { added: always, recursive: true });
     }
 
     #[test]

@@ -17,7 +17,9 @@ mod lifecycle;
 mod log;
 mod program;
 mod rootfs;
+mod seccomp;
 mod state;
+mod v1_mounts;
 
 use std::collections::VecDeque;
 use std::ffi::OsString;

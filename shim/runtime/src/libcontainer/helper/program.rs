@@ -11,13 +11,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use libcontainer::seccomp::initialize_seccomp;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{LinuxSeccomp, Process, Spec};
+use oci_spec::runtime::{Process, Spec};
 use rustix::fs::{Access, FileType, Mode, OFlags};
 use rustix::termios::Winsize;
 
-use super::error::chain;
+use super::seccomp::Filter;
 use crate::libcontainer::sys;
 
 /// Where programs are looked for when the environment has no PATH.
@@ -25,8 +24,8 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 #[derive(Clone, Debug)]
 pub(super) struct Program {
-    /// To be loaded as late as can be: what the process does before it is the user's need not be allowed then.
-    pub(super) seccomp: Option<LinuxSeccomp>,
+    /// What the process may do from then on.
+    pub(super) seccomp: Option<Filter>,
     /// An error after the start of a container has nobody to go to but the user who reads its output.
     pub(super) complain: bool,
     /// What becomes its descriptors 0, 1 and 2, unless it has a terminal.
@@ -36,23 +35,7 @@ pub(super) struct Program {
 impl Executor for Program {
     /// Runs inside the container as its user, before its start: what is wrong with the program can still be told.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let process = process(spec).map_err(|words| ExecutorValidationError::ArgValidationError(words.into()))?;
-        find(process).map_err(ExecutorValidationError::ArgValidationError)?;
-        if let Some(stdio) = &self.stdio {
-            stdio.take_effect().map_err(|error| {
-                ExecutorValidationError::ArgValidationError(format!("cannot set standard input and output: {error}"))
-            })?;
-        }
-        if process.terminal() == Some(true)
-            && let Some(size) = process.console_size()
-        {
-            let pixels = |cells: u64| u16::try_from(cells).unwrap_or(u16::MAX);
-            let size =
-                Winsize { ws_row: pixels(size.height()), ws_col: pixels(size.width()), ws_xpixel: 0, ws_ypixel: 0 };
-            // A wrong size is no reason not to start.
-            let _ = rustix::termios::tcsetwinsize(rustix::stdio::stdin(), size);
-        }
-        Ok(())
+        self.prepare(spec).map_err(ExecutorValidationError::ArgValidationError)
     }
 
     fn setup_envs(&self, _environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
@@ -114,6 +97,25 @@ pub(super) fn is_null(fd: impl AsFd) -> io::Result<bool> {
 enum Never {}
 
 impl Program {
+    fn prepare(&self, spec: &Spec) -> Result<(), String> {
+        let process = process(spec)?;
+        if let Some(stdio) = &self.stdio {
+            stdio.take_effect().map_err(|error| format!("cannot set standard input and output: {error}"))?;
+        }
+        if process.terminal() == Some(true)
+            && let Some(size) = process.console_size()
+        {
+            let cells = |cells: u64| u16::try_from(cells).unwrap_or(u16::MAX);
+            let size =
+                Winsize { ws_row: cells(size.height()), ws_col: cells(size.width()), ws_xpixel: 0, ws_ypixel: 0 };
+            // A wrong size is no reason not to start.
+            let _ = rustix::termios::tcsetwinsize(rustix::stdio::stdin(), size);
+        }
+        self.seccomp.as_ref().map_or(Ok(()), Filter::before_start)?;
+        // With the capabilities that the program will have: they decide what can be executed.
+        find(process).map(drop)
+    }
+
     fn execute(&self, spec: &Spec) -> Result<Never, String> {
         let process = process(spec)?;
         let program = find(process)?;
@@ -126,11 +128,7 @@ impl Program {
         let path = CString::new(program.as_os_str().as_bytes()).map_err(|error| error.to_string())?;
         let arguments = strings(process.args())?;
         let environment = strings(process.env())?;
-        if let Some(seccomp) = &self.seccomp {
-            let notify =
-                initialize_seccomp(seccomp).map_err(|error| format!("cannot load seccomp: {}", chain(&error)))?;
-            debug_assert!(notify.is_none(), "a filter with a listener is loaded by libcontainer");
-        }
+        self.seccomp.as_ref().map_or(Ok(()), Filter::before_exec)?;
         let error = sys::execute(&path, &arguments, &environment);
         Err(format!("exec {}: {}", program.display(), words(&error)))
     }

@@ -1,0 +1,39 @@
+//! The handle.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reaper::Reaper;
+
+/// How long a cancelled operation may take to undo itself before criu is killed. CRIU notices between two stages, and
+/// the longest stage writes memory, at 1 to 2 GB/s.
+pub const CANCEL_GRACE: Duration = Duration::from_secs(10);
+
+/// CRIU as installed on this machine. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Criu {
+    pub(crate) path: PathBuf,
+    pub(crate) reaper: Reaper,
+    pub(crate) cancel_grace: Duration,
+}
+
+impl Criu {
+    /// The `criu` found in PATH at each call.
+    #[must_use]
+    pub fn new(reaper: Reaper) -> Self {
+        Self::at("criu", reaper)
+    }
+
+    /// The criu at `path`; in PATH if that is a bare name.
+    #[must_use]
+    pub fn at(path: impl Into<PathBuf>, reaper: Reaper) -> Self {
+        Self { path: path.into(), reaper, cancel_grace: CANCEL_GRACE }
+    }
+
+    /// How long a cancelled operation may take to undo itself before criu is killed, instead of [`CANCEL_GRACE`].
+    #[must_use]
+    pub fn cancel_grace(mut self, grace: Duration) -> Self {
+        self.cancel_grace = grace;
+        self
+    }
+}

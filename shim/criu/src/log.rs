@@ -1,0 +1,167 @@
+//! CRIU's log, and what its errors come to.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+
+/// How many error lines go into an error. The first is the cause, the rest are its consequences.
+const MAX_ERRORS: usize = 5;
+/// Longest line that is looked at.
+const MAX_LINE: usize = 1024;
+/// How much of a log is read. A dump of thousands of mappings writes some ten MB at level 4.
+const MAX_LOG: u64 = 256 << 20;
+
+/// Errors in every log on some machines, and of no consequence there.
+const HARMLESS: [&str; 2] = [
+    // Without CAP_SYS_RESOURCE: CRIU keeps the limit it has.
+    "Can't setup RLIMIT_NOFILE",
+    // /run is no tmpfs: CRIU asks the kernel anew each time.
+    "Can't keep kdat cache on non-tempfs",
+];
+
+/// What a log says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Log {
+    pub(crate) errors: Vec<String>,
+    /// None if there is no log.
+    pub(crate) path: Option<PathBuf>,
+}
+
+/// Reads the log at `path` and, if it holds no error, what criu wrote before it had a log.
+pub(crate) fn read(path: &Path, output: &str) -> Log {
+    let mut log = Log::default();
+    match File::open(path) {
+        Ok(file) => {
+            log.errors = errors(file.take(MAX_LOG));
+            log.path = Some(path.to_owned());
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(path = %path.display(), %error, "cannot read criu's log"),
+    }
+    if log.errors.is_empty() {
+        log.errors = errors(output.as_bytes());
+    }
+    log
+}
+
+/// The first error lines, without time, source position and what is harmless.
+pub(crate) fn errors(text: impl Read) -> Vec<String> {
+    let mut errors: Vec<String> = vec![];
+    let mut lines = BufReader::new(text);
+    let mut line = vec![];
+    let mut context = String::new();
+    while errors.len() < MAX_ERRORS {
+        line.clear();
+        match lines.read_until(b'\n', &mut line) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::debug!(%error, "cannot read on in criu's log");
+                break;
+            }
+        }
+        line.truncate(MAX_LINE);
+        let line = String::from_utf8_lossy(&line);
+        if let Some(name) = context_of(&line) {
+            context = name;
+        }
+        let Some(error) = error_in(&line) else { continue };
+        if HARMLESS.iter().any(|harmless| error.contains(harmless)) {
+            continue;
+        }
+        // Some errors leave out the object, which the line before names.
+        let error = match !context.is_empty() && error.contains("Consider using --ext-unix-sk") {
+            true => format!("{error} [{context}]"),
+            false => error,
+        };
+        if errors.last() != Some(&error) {
+            errors.push(error);
+        }
+    }
+    errors
+}
+
+/// `(00.001) pie: 12: Error (criu/tty.c:1): tty: what` holds `tty: what`.
+fn error_in(line: &str) -> Option<String> {
+    let rest = line.split_once("Error (").map(|(_, rest)| rest)?;
+    let message = rest.split_once("): ").map_or(rest, |(_, message)| message);
+    Some(message.trim().to_owned())
+}
+
+/// The socket in a line such as `sk unix: Runaway socket: ino 12 ... name /run/x`.
+fn context_of(line: &str) -> Option<String> {
+    let (_, socket) = line.split_once("Runaway socket: ")?;
+    Some(socket.trim().to_owned())
+}
+
+/// A sentence for a well-known cause, which names the object.
+pub(crate) fn cause(errors: &[String]) -> Option<String> {
+    errors.iter().find_map(|error| sentence(error))
+}
+
+fn sentence(error: &str) -> Option<String> {
+    let has = |text: &str| error.contains(text);
+    let between = |start: &str, end: &str| {
+        let (_, rest) = error.split_once(start)?;
+        let (found, _) = rest.split_once(end)?;
+        Some(found.trim().to_owned())
+    };
+    let known = if has("Connected TCP socket in image") {
+        "the image holds an established TCP connection, and neither keeping nor closing it is allowed".to_owned()
+    } else if has("Connected TCP socket") {
+        "the process has an established TCP connection, and neither keeping nor closing it is allowed".to_owned()
+    } else if has("External socket is used") {
+        let socket = between("[", "]").map_or_else(String::new, |socket| format!(" ({socket})"));
+        format!("the process uses a unix socket whose other end is outside{socket}, and that is not allowed")
+    } else if let Some(file) = between("File ", " has bad size") {
+        let sizes = error.split_once("has bad size ").map_or("", |(_, sizes)| sizes);
+        format!("the file {file} has changed since the dump: its size is {sizes}")
+    } else if let Some(file) = between("Can't open file ", " on restore") {
+        format!("the file {file}, which the dumped process had open, cannot be opened")
+    } else if let Some(place) =
+        between("Unsupported mapping found ", "\n").or_else(|| after(error, "Unsupported mapping found "))
+    {
+        format!("the process maps something at {place} that CRIU cannot dump")
+    } else if has("handle_device_vma plugin failed") {
+        "the process maps the memory of a device".to_owned()
+    } else if let Some(pid) = between("Can't fork for ", ": File exists") {
+        format!("pid {pid}, which the dumped process had, is in use here")
+    } else if let Some(pid) = between("Unseizable non-zombie ", " found") {
+        format!("process {pid} is traced by another process (a debugger)")
+    } else if has("criu itself is within dumped tree") {
+        "criu runs inside the tree that it is to dump".to_owned()
+    } else if let Some(plugin) = after(error, "Missing required plugin: ") {
+        format!("the image was made with CRIU's plugin {plugin}, which is switched off here")
+    } else if let Some(file) = between("Can't dump ghost file ", " of ") {
+        format!("the deleted file {file} is larger than what may be stored in the image (ghost-limit)")
+    } else if let Some(file) = between("Can't create link remap for ", ". Use") {
+        format!("the open file {file} has no name any more, and giving it one (link-remap) is not allowed")
+    } else if has("Some file locks are hold") {
+        "the process holds a file lock, and dumping locks (file-locks) is not allowed".to_owned()
+    } else if has("Need to set the --tcp-close") {
+        "the image was dumped with its TCP connections closed, which the restore must allow too (tcp-close)".to_owned()
+    } else if let Some(what) = between("Can't dump file ", ")\n").or_else(|| after(error, "Can't dump file ")) {
+        if what.contains("io_uring") {
+            format!("the process uses io_uring, which CRIU cannot dump (file {what})")
+        } else {
+            format!("the process has a file open that CRIU cannot dump: {what}")
+        }
+    } else if has("is not a session leader") {
+        "the process is not the leader of its session, and that is not allowed (shell-job)".to_owned()
+    } else if let Some(mount) = between("No mapping for ", " mountpoint") {
+        format!("the image has a mount ({mount}) for which the restore has no source")
+    } else if has("capabilities do not match run time") {
+        "this CPU lacks instructions that the dumped process may use".to_owned()
+    } else if let Some(version) = after(error, "Not supported images version ") {
+        format!("the image has version {version}, which this criu does not know")
+    } else if let Some(file) = after(error, "Magic doesn't match for ").or_else(|| after(error, "Unexpected EOF on ")) {
+        format!("the image file {file} is damaged")
+    } else {
+        return None;
+    };
+    Some(known)
+}
+
+fn after(error: &str, start: &str) -> Option<String> {
+    error.split_once(start).map(|(_, rest)| rest.trim().to_owned())
+}

@@ -1,0 +1,314 @@
+//! What can be asked of CRIU, in CRIU's words.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use protobuf::EnumOrUnknown;
+use rust_criu::rust_criu_protobuf::rpc::{
+    Cgroup_root, Criu_cg_mode, Criu_network_lock_method, Criu_opts, Ext_mount_map, Join_namespace,
+};
+
+/// `CLONE_NEWNET`: the only namespace that CRIU leaves empty (criu/cr-service.c).
+const NEW_NETWORK: u32 = 0x4000_0000;
+
+/// What CRIU does with cgroups (`--manage-cgroups`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupMode {
+    /// Neither dumped nor restored.
+    Ignore,
+    /// Membership only; the groups must exist.
+    None,
+    /// Properties of existing groups only.
+    Props,
+    /// Groups and properties that do not exist yet.
+    Soft,
+    /// All groups and properties.
+    Full,
+    /// As full, and none may exist.
+    Strict,
+    /// CRIU's default, which is soft. What runc sends unless told otherwise.
+    Default,
+}
+
+/// How the network is blocked during a dump (`--network-lock`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetworkLock {
+    /// By iptables-restore, CRIU's default.
+    Iptables,
+    /// By libnftables, if CRIU was built with it.
+    Nftables,
+    /// Not at all: right if no TCP connection is to survive.
+    Skip,
+}
+
+/// Options that a dump and a restore share. What is false, None or empty is not sent, so that CRIU's defaults and the
+/// files in /etc/criu decide.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Dump and restore established TCP connections.
+    pub tcp_established: bool,
+    /// Close established TCP connections: the peers see a reset after the restore.
+    pub tcp_close: bool,
+    /// Leave out connections that are not accepted yet.
+    pub tcp_skip_in_flight: bool,
+    /// Allow unix sockets whose other end is outside the tree.
+    pub ext_unix_sk: bool,
+    /// Allow a session or terminal whose leader is outside the tree.
+    pub shell_job: bool,
+    /// Dump and restore file locks.
+    pub file_locks: bool,
+    /// Allow open files without a name: they get one.
+    pub link_remap: bool,
+    /// Largest deleted file that is stored in the images, in bytes. CRIU's default is 1 MiB.
+    pub ghost_limit: Option<u32>,
+    /// What to do with cgroups.
+    pub manage_cgroups: Option<CgroupMode>,
+    /// How to block the network. A restore takes it from the images.
+    pub network_lock: Option<NetworkLock>,
+    /// Terminals whose masters are outside the tree get new ones, which the caller is given.
+    pub orphan_pts_master: bool,
+    /// Use any path to a device when the original one is not there.
+    pub evasive_devices: bool,
+    /// The network namespace's contents are neither dumped nor restored.
+    pub empty_network_namespace: bool,
+    /// Remove pages from the images once they are read, or dumped again.
+    pub auto_dedup: bool,
+    /// Leave memory to a lazy-pages daemon.
+    pub lazy_pages: bool,
+    /// Mount points that are skipped.
+    pub skip_mounts: Vec<String>,
+    /// Filesystem types that are allowed without being known.
+    pub enable_filesystems: Vec<String>,
+    /// Configuration file of CRIU that overrides everything here. One that does not exist is no error.
+    pub config_file: Option<PathBuf>,
+    /// How long stopping the tree may take, whole seconds. CRIU's default is 10 s.
+    pub timeout: Option<Duration>,
+    /// 0 nothing to 4 everything; 4 by default, as runc, since a failure's cause may be in any line.
+    pub log_level: Option<i32>,
+}
+
+/// Sent unless another level is asked for.
+const LOG_LEVEL: i32 = 4;
+
+/// A mount that comes from outside: CRIU neither dumps nor restores its contents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExternalMount {
+    /// Its place in the tree's root when dumping; the dump's `value` when restoring.
+    pub key: String,
+    /// A name for it when dumping (runc uses the place again); the source on the host when restoring. `/dev/null` for
+    /// a masked file.
+    pub value: String,
+}
+
+/// A namespace's kind, by CRIU's name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Namespace {
+    /// Cgroup.
+    Cgroup,
+    /// System V IPC.
+    Ipc,
+    /// Mount.
+    Mount,
+    /// Network.
+    Network,
+    /// Process id.
+    Pid,
+    /// Time.
+    Time,
+    /// User.
+    User,
+    /// Host name.
+    Uts,
+}
+
+impl Namespace {
+    /// As in `/proc/PID/ns/`, and in CRIU's options.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cgroup => "cgroup",
+            Self::Ipc => "ipc",
+            Self::Mount => "mnt",
+            Self::Network => "net",
+            Self::Pid => "pid",
+            Self::Time => "time",
+            Self::User => "user",
+            Self::Uts => "uts",
+        }
+    }
+
+    /// The key under which runc dumps an external namespace of this kind and gives it to a restore: `extRootNetNS`,
+    /// `extRootPidNS`. Used here too, so that images are the same.
+    #[must_use]
+    pub fn external_key(self) -> String {
+        let name = self.name();
+        let (first, rest) = name.split_at(1);
+        format!("extRoot{}{rest}NS", first.to_ascii_uppercase())
+    }
+}
+
+/// Something outside the tree that its processes use (`--external`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum External {
+    /// A namespace that exists independently of the tree; a restore inherits one under [`Namespace::external_key`].
+    Namespace {
+        /// Its kind: network or pid.
+        kind: Namespace,
+        /// Its inode number.
+        inode: u64,
+    },
+    /// Anything else, in CRIU's notation: `tty[rdev:dev]`, `file[mnt:inode]`, `unix[inode]`, `veth[in]:out`, ...
+    Other(String),
+}
+
+impl External {
+    pub(crate) fn notation(&self) -> String {
+        match self {
+            Self::Namespace { kind, inode } => format!("{}[{inode}]:{}", kind.name(), kind.external_key()),
+            Self::Other(notation) => notation.clone(),
+        }
+    }
+}
+
+/// An existing namespace that a restored tree joins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JoinNamespace {
+    /// Its kind. CRIU refuses cgroup namespaces.
+    pub kind: Namespace,
+    /// Path of the namespace, such as `/proc/PID/ns/ipc`.
+    pub path: PathBuf,
+}
+
+/// A descriptor that stands for something named in the images (`--inherit-fd`).
+#[derive(Debug)]
+pub struct Inherit {
+    /// What it stands for: `pipe:[INODE]`, `extRootNetNS`, `file[NAME]`, ...
+    pub key: String,
+    /// The descriptor. criu gets a copy.
+    pub fd: OwnedFd,
+}
+
+/// Where a restored tree is put in one cgroup hierarchy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CgroupRoot {
+    /// The controller (`memory`, `name=systemd`); empty for cgroup v2.
+    pub controller: String,
+    /// Absolute path of the group in the hierarchy.
+    pub path: String,
+}
+
+/// Where a restored tree is put in the cgroup hierarchies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum CgroupRoots {
+    /// Where it was when it was dumped.
+    #[default]
+    Dumped,
+    /// Where criu itself is when the request is sent: in the cgroup to which [`crate::NotifyRestore::started`] moved it.
+    OfCriu,
+    /// As listed.
+    Listed(Vec<CgroupRoot>),
+}
+
+impl CgroupRoots {
+    /// Parses `/proc/PID/cgroup`: `ID:CONTROLLERS:PATH` a line, controllers separated by commas.
+    pub(crate) fn parse(text: &str) -> Vec<CgroupRoot> {
+        let mut roots = vec![];
+        for line in text.lines() {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
+            let root = |controller: &str| CgroupRoot { controller: controller.to_owned(), path: path.to_owned() };
+            roots.extend(controllers.split(',').map(root));
+        }
+        roots
+    }
+}
+
+/// Where a request's images and messages are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    /// A descriptor of this process: CRIU opens `/proc/PID/fd/N` of its peer.
+    pub(crate) images_dir_fd: i32,
+    pub(crate) work_dir_fd: i32,
+    pub(crate) log_file: &'a str,
+}
+
+/// The request's options in the form of CRIU's RPC.
+pub(crate) fn to_rpc(options: &Options, place: Place<'_>, root: Option<&Path>, mounts: &[ExternalMount]) -> Criu_opts {
+    let mut rpc = Criu_opts::new();
+    rpc.set_images_dir_fd(place.images_dir_fd);
+    rpc.set_work_dir_fd(place.work_dir_fd);
+    rpc.set_log_file(place.log_file.to_owned());
+    rpc.set_log_level(options.log_level.unwrap_or(LOG_LEVEL));
+    rpc.set_notify_scripts(true);
+    let yes = |on: bool| on.then_some(true);
+    rpc.tcp_established = yes(options.tcp_established);
+    rpc.tcp_close = yes(options.tcp_close);
+    rpc.tcp_skip_in_flight = yes(options.tcp_skip_in_flight);
+    rpc.ext_unix_sk = yes(options.ext_unix_sk);
+    rpc.shell_job = yes(options.shell_job);
+    rpc.file_locks = yes(options.file_locks);
+    rpc.link_remap = yes(options.link_remap);
+    rpc.orphan_pts_master = yes(options.orphan_pts_master);
+    rpc.evasive_devices = yes(options.evasive_devices);
+    rpc.auto_dedup = yes(options.auto_dedup);
+    rpc.lazy_pages = yes(options.lazy_pages);
+    rpc.empty_ns = options.empty_network_namespace.then_some(NEW_NETWORK);
+    rpc.ghost_limit = options.ghost_limit;
+    rpc.manage_cgroups_mode = options.manage_cgroups.map(|mode| EnumOrUnknown::new(cgroup_mode(mode)));
+    rpc.network_lock = options.network_lock.map(|method| EnumOrUnknown::new(network_lock(method)));
+    rpc.skip_mnt.clone_from(&options.skip_mounts);
+    rpc.enable_fs.clone_from(&options.enable_filesystems);
+    rpc.config_file = options.config_file.as_deref().map(text);
+    rpc.timeout = options.timeout.map(|timeout| u32::try_from(timeout.as_secs().max(1)).unwrap_or(u32::MAX));
+    rpc.root = root.map(text);
+    rpc.ext_mnt = mounts.iter().map(external_mount).collect();
+    rpc
+}
+
+fn external_mount(mount: &ExternalMount) -> Ext_mount_map {
+    let mut rpc = Ext_mount_map::new();
+    rpc.set_key(mount.key.clone());
+    rpc.set_val(mount.value.clone());
+    rpc
+}
+
+pub(crate) fn cgroup_root(root: &CgroupRoot) -> Cgroup_root {
+    let mut rpc = Cgroup_root::new();
+    rpc.set_ctrl(root.controller.clone());
+    rpc.set_path(root.path.clone());
+    rpc
+}
+
+pub(crate) fn join_namespace(join: &JoinNamespace) -> Join_namespace {
+    let mut rpc = Join_namespace::new();
+    rpc.set_ns(join.kind.name().to_owned());
+    rpc.set_ns_file(text(&join.path));
+    rpc
+}
+
+fn cgroup_mode(mode: CgroupMode) -> Criu_cg_mode {
+    match mode {
+        CgroupMode::Ignore => Criu_cg_mode::IGNORE,
+        CgroupMode::None => Criu_cg_mode::CG_NONE,
+        CgroupMode::Props => Criu_cg_mode::PROPS,
+        CgroupMode::Soft => Criu_cg_mode::SOFT,
+        CgroupMode::Full => Criu_cg_mode::FULL,
+        CgroupMode::Strict => Criu_cg_mode::STRICT,
+        CgroupMode::Default => Criu_cg_mode::DEFAULT,
+    }
+}
+
+fn network_lock(method: NetworkLock) -> Criu_network_lock_method {
+    match method {
+        NetworkLock::Iptables => Criu_network_lock_method::IPTABLES,
+        NetworkLock::Nftables => Criu_network_lock_method::NFTABLES,
+        NetworkLock::Skip => Criu_network_lock_method::SKIP,
+    }
+}
+
+/// Protobuf's strings are UTF-8. A path that is not is sent changed, and CRIU says that it does not exist.
+pub(crate) fn text(path: &Path) -> String {
+    String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned()
+}

@@ -1,0 +1,117 @@
+//! Processes that a restore leaves when criu cannot remove them itself.
+//!
+//! The root of a restored tree is this process's child (`rst_sibling`), and so is every other process of it once criu
+//! is dead, if this process is a subreaper. Nobody else knows them: they are found here.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use reaper::{Adoption, Child};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+/// Environment variable of one run of criu. Its forks keep it until they get the memory of the process that they are
+/// to become, which has an environment of its own.
+pub(crate) const MARKER: &str = "GPUSNAP_CRIU_RUN";
+
+/// A value for [`MARKER`] that no other run has.
+pub(crate) fn marker() -> String {
+    static RUNS: AtomicU64 = AtomicU64::new(0);
+    format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed))
+}
+
+/// What identifies the processes of one restore.
+#[derive(Debug)]
+pub(crate) struct Residue {
+    /// Opened before criu was started.
+    pub(crate) adoption: Adoption,
+    /// The root, once CRIU has named it.
+    pub(crate) root: Option<Child>,
+    pub(crate) marker: String,
+    /// The root's pid as dumped. A tree without a pid namespace of its own gets it again; CRIU does not name such a
+    /// root before its memory is filled.
+    pub(crate) dumped_pid: Option<i32>,
+    /// When criu was started, in clock ticks since boot.
+    pub(crate) since: u64,
+}
+
+impl Residue {
+    /// Kills what is left of the tree and waits for its end. To be called when criu has ended.
+    pub(crate) async fn kill(&mut self) {
+        let mut killed = vec![];
+        if let Some(root) = self.root.take() {
+            kill_descendants(root.pid());
+            // Already gone is what is wanted.
+            let _ = root.signal(Signal::KILL);
+            killed.push(root);
+        }
+        for pid in children_of(std::process::id()) {
+            if killed.iter().any(|known: &Child| known.pid() == pid) || !self.is_ours(pid) {
+                continue;
+            }
+            match self.adoption.adopt(pid) {
+                Ok(child) => {
+                    tracing::warn!(pid, "criu left a half-restored process, which is killed");
+                    kill_descendants(pid);
+                    let _ = child.signal(Signal::KILL);
+                    killed.push(child);
+                }
+                Err(error) => tracing::debug!(pid, %error, "a half-restored process has gone by itself"),
+            }
+        }
+        for child in killed {
+            child.wait().await;
+        }
+    }
+
+    fn is_ours(&self, pid: i32) -> bool {
+        if Some(pid) == self.dumped_pid {
+            // Whoever has this pid by chance is older, or CRIU would not have got it.
+            return start_time(pid).is_some_and(|time| time >= self.since);
+        }
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let wanted = format!("{MARKER}={}", self.marker);
+        environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
+    }
+}
+
+/// Kills all descendants of `pid`, the oldest first.
+fn kill_descendants(pid: i32) {
+    for child in children_of(pid.unsigned_abs()) {
+        let Some(raw) = Pid::from_raw(child) else { continue };
+        let Ok(pidfd) = rustix::process::pidfd_open(raw, PidfdFlags::empty()) else { continue };
+        // Between the list and the pidfd the number may have become another process.
+        if stat(child).is_some_and(|stat| stat.parent == pid) {
+            kill_descendants(child);
+            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
+        }
+    }
+}
+
+/// Children of all threads of a process. Empty when it has gone.
+pub(crate) fn children_of(pid: u32) -> Vec<i32> {
+    let mut children = vec![];
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return children };
+    for thread in threads.flatten() {
+        let list = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        children.extend(list.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
+    }
+    children
+}
+
+struct Stat {
+    parent: i32,
+    /// Clock ticks since boot.
+    started: u64,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
+    let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    // Fields 3 on; the second is a name in brackets that may hold anything.
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    Some(Stat { parent: fields.get(1)?.parse().ok()?, started: fields.get(19)?.parse().ok()? })
+}
+
+/// When a process was started, in clock ticks since boot.
+pub(crate) fn start_time(pid: i32) -> Option<u64> {
+    stat(pid).map(|stat| stat.started)
+}

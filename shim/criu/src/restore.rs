@@ -1,0 +1,229 @@
+//! Restore.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use reaper::Child;
+use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inherit_fd};
+use rustix::process::Signal;
+
+use crate::call::{Answers, Call, Notification, Undo};
+use crate::client::Criu;
+use crate::error::{CallError, RestoreError};
+use crate::image;
+use crate::notify::{BoxError, NotifyRestore, Stage};
+use crate::options::{
+    CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
+};
+use crate::residue::{self, Residue};
+use crate::swrk::{FIRST_INHERITED, Swrk};
+
+/// Name of the log in the work directory, as runc has it.
+const LOG: &str = "restore.log";
+
+/// A process tree to restore.
+#[derive(Debug, Default)]
+pub struct RestoreRequest {
+    /// Where the images are.
+    pub images_dir: PathBuf,
+    /// Where restore.log goes, and stats-restore. The images directory if None.
+    pub work_dir: Option<PathBuf>,
+    /// Root of the tree's mount namespace: a mount point whose parent is not mounted over.
+    pub root: Option<PathBuf>,
+    /// Mounts that come from outside.
+    pub external_mounts: Vec<ExternalMount>,
+    /// Descriptors that stand for pipes, namespaces and files named in the images.
+    pub inherit: Vec<Inherit>,
+    /// Namespaces that the tree joins.
+    pub join_namespaces: Vec<JoinNamespace>,
+    /// The cgroups into which the tree is put.
+    pub cgroup_roots: CgroupRoots,
+    /// Security module and profile instead of the dumped one: `apparmor:NAME`, `selinux:LABEL`.
+    pub lsm_profile: Option<String>,
+    /// SELinux context for mounts, instead of the dumped one.
+    pub lsm_mount_context: Option<String>,
+    /// Restore mounts the old way, for what CRIU's newer one cannot.
+    pub mntns_compat_mode: bool,
+    /// Do not compare the permissions of files with those at the dump.
+    pub skip_file_rwx_check: bool,
+    /// What dump and restore share.
+    pub options: Options,
+}
+
+/// A restored tree, running.
+#[derive(Clone, Debug)]
+pub struct Restored {
+    /// Its root, a child of this process. Watched since before it ran.
+    pub root: Child,
+    /// CRIU's log.
+    pub log: PathBuf,
+}
+
+impl Criu {
+    /// Restores a process tree, as a child of this process. `notify` is called while CRIU waits; `&mut ()` does
+    /// nothing.
+    ///
+    /// # Errors
+    /// No process of the tree is left then, and the images are as before: it can be tried again. The same holds when
+    /// the future is dropped.
+    pub async fn restore(
+        &self,
+        request: RestoreRequest,
+        notify: &mut dyn NotifyRestore,
+    ) -> Result<Restored, RestoreError> {
+        let images_path = request.images_dir.clone();
+        let at = |action: &'static str, path: &Path| {
+            let (images, path) = (images_path.clone(), path.to_owned());
+            move |source| RestoreError::Directory { images, action, path, source }
+        };
+        let work_path = request.work_dir.clone().unwrap_or_else(|| images_path.clone());
+        image::inspect(&images_path).map_err(RestoreError::Image)?;
+        let dumped_pid = image::root_pid(&images_path).map_err(RestoreError::Image)?;
+        let images = File::open(&images_path).map_err(at("open", &images_path))?;
+        let work = File::open(&work_path).map_err(at("open", &work_path))?;
+        let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
+        let log = work_path.join(LOG);
+        let failed = |source| RestoreError::Criu { images: images_path.clone(), source };
+
+        let mut message = message(&request, place);
+        let marker = residue::marker();
+        // Before anything can become this process's child.
+        let adoption = self.reaper.adoption();
+        let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
+        let swrk = Swrk::start(self, &work_path, &marker, inherited).map_err(failed)?;
+        let criu = swrk.child.clone();
+        let since = residue::start_time(criu.pid()).unwrap_or(u64::MAX);
+        let residue = Residue { adoption, root: None, marker, dumped_pid, since };
+        let mut call = Call::new(swrk, UndoRestore { residue, _open: (images, work) }, log.clone());
+
+        let roots = request.cgroup_roots;
+        let restored = async {
+            notify.started(&criu).await.map_err(|source| CallError::Started { source })?;
+            let roots = match roots {
+                CgroupRoots::Dumped => vec![],
+                CgroupRoots::OfCriu => cgroups_of(criu.pid())?,
+                CgroupRoots::Listed(roots) => roots,
+            };
+            if let Some(opts) = message.opts.as_mut() {
+                opts.cg_root = roots.iter().map(cgroup_root).collect();
+            }
+            call.converse(message, &mut AnswersRestore { notify }).await?;
+            let (_, undo) = call.parts()?;
+            // CRIU names the root before it succeeds; a reply without that is no success.
+            let missing = || io::Error::new(io::ErrorKind::InvalidData, "it did not name the restored process");
+            undo.residue.root.clone().ok_or_else(|| CallError::Protocol {
+                action: "find the restored process",
+                stage: None,
+                source: missing(),
+            })
+        };
+        match restored.await {
+            Ok(root) => {
+                call.complete().await;
+                Ok(Restored { root, log })
+            }
+            Err(source) => {
+                call.abandon().await;
+                Err(failed(source))
+            }
+        }
+    }
+}
+
+fn cgroups_of(pid: i32) -> Result<Vec<crate::options::CgroupRoot>, CallError> {
+    let failed = |source| CallError::Protocol { action: "read its cgroups", stage: None, source };
+    Ok(CgroupRoots::parse(&std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(failed)?))
+}
+
+fn message(request: &RestoreRequest, place: Place<'_>) -> Criu_req {
+    let mut opts = to_rpc(&request.options, place, request.root.as_deref(), &request.external_mounts);
+    // The root becomes a child of criu's parent, not an orphan.
+    opts.set_rst_sibling(true);
+    opts.inherit_fd =
+        request.inherit.iter().zip(FIRST_INHERITED..).map(|(inherit, fd)| inherit_fd(inherit, fd)).collect();
+    opts.join_ns = request.join_namespaces.iter().map(join_namespace).collect();
+    opts.lsm_profile.clone_from(&request.lsm_profile);
+    opts.lsm_mount_context.clone_from(&request.lsm_mount_context);
+    opts.mntns_compat_mode = request.mntns_compat_mode.then_some(true);
+    opts.skip_file_rwx_check = request.skip_file_rwx_check.then_some(true);
+    let mut message = Criu_req::new();
+    message.set_type(Criu_req_type::RESTORE);
+    message.opts = Some(opts).into();
+    message
+}
+
+fn inherit_fd(inherit: &Inherit, fd: i32) -> Inherit_fd {
+    let mut rpc = Inherit_fd::new();
+    rpc.set_key(inherit.key.clone());
+    rpc.set_fd(fd);
+    rpc
+}
+
+struct AnswersRestore<'a> {
+    notify: &'a mut dyn NotifyRestore,
+}
+
+#[async_trait]
+impl Answers<UndoRestore> for AnswersRestore<'_> {
+    async fn notified(&mut self, mut at: Notification, undo: &mut UndoRestore) -> Result<Option<Criu_opts>, BoxError> {
+        if let Some(pid) = at.pid {
+            // Also after a failure: to be killed it has to be known.
+            undo.adopt(pid)?;
+        }
+        if at.failed {
+            return Ok(None);
+        }
+        match at.stage {
+            Stage::PreRestore => self.notify.pre_restore().await?,
+            Stage::SetupNamespaces => self.notify.setup_namespaces(undo.root()?).await?,
+            Stage::PostSetupNamespaces => self.notify.post_setup_namespaces().await?,
+            Stage::OrphanPtsMaster => {
+                let master = at.descriptors.pop().ok_or("criu sent no descriptor with it")?;
+                self.notify.orphan_pts_master(master).await?;
+            }
+            Stage::PostRestore => self.notify.post_restore(undo.root()?).await?,
+            Stage::NetworkUnlock => self.notify.network_unlock().await?,
+            Stage::PreResume => self.notify.pre_resume().await?,
+            Stage::PostResume => self.notify.post_resume().await?,
+            _ => {}
+        }
+        Ok(None)
+    }
+}
+
+struct UndoRestore {
+    residue: Residue,
+    /// The images and the work directory, which CRIU opens by number as long as it runs.
+    _open: (File, File),
+}
+
+impl UndoRestore {
+    fn adopt(&mut self, pid: i32) -> io::Result<()> {
+        if self.residue.root.as_ref().is_none_or(|root| root.pid() != pid) {
+            self.residue.root = Some(self.residue.adoption.adopt(pid)?);
+        }
+        Ok(())
+    }
+
+    fn root(&self) -> Result<&Child, BoxError> {
+        Ok(self.residue.root.as_ref().ok_or("criu did not name the root process")?)
+    }
+}
+
+#[async_trait]
+impl Undo for UndoRestore {
+    async fn undo(&mut self) {
+        self.residue.kill().await;
+    }
+
+    /// From network-unlock on CRIU logs a refusal and lets the tree run. It does not when the root is dead: then it
+    /// fails, and kills the rest.
+    fn refusing(&mut self) {
+        if let Some(root) = &self.residue.root {
+            let _ = root.signal(Signal::KILL);
+        }
+    }
+}

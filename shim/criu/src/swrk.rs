@@ -1,0 +1,139 @@
+//! One run of `criu swrk`.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use reaper::{Child, Exit};
+use rustix::fs::MemfdFlags;
+use rustix::process::Signal;
+
+use crate::client::Criu;
+use crate::error::CallError;
+use crate::residue::MARKER;
+use crate::sys;
+use crate::transport::Channel;
+
+/// The descriptor on which criu finds the socket, and the first of those that it inherits.
+const SOCKET: i32 = 3;
+pub(crate) const FIRST_INHERITED: i32 = 4;
+
+/// A directory that exists wherever CRIU works and never holds a plugin: the names in it are numbers.
+const NO_PLUGINS: &str = "/proc/self/fdinfo";
+
+/// CRIU runs iptables-restore, ip and tar.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// How much of standard output and error is read: what comes before the log is open is a line or two.
+const MAX_OUTPUT: u64 = 64 << 10;
+
+/// A running criu, or one that has ended by itself.
+#[derive(Debug)]
+pub(crate) struct Swrk {
+    pub(crate) child: Child,
+    /// None once the conversation is over.
+    channel: Option<Channel>,
+    /// What it writes to standard output and standard error.
+    output: Output,
+    grace: Duration,
+}
+
+impl Swrk {
+    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
+    pub(crate) fn start(
+        criu: &Criu,
+        directory: &Path,
+        marker: &str,
+        inherited: Vec<OwnedFd>,
+    ) -> Result<Self, CallError> {
+        let failed = |source| CallError::Start { path: criu.path.clone(), source };
+        let (channel, theirs) = Channel::pair().map_err(failed)?;
+        let mut command = command(criu);
+        command.args(["swrk", &SOCKET.to_string()]).env(MARKER, marker).current_dir(directory);
+        let mut mappings = vec![FdMapping { parent_fd: theirs, child_fd: SOCKET }];
+        for (fd, child_fd) in inherited.into_iter().zip(FIRST_INHERITED..) {
+            mappings.push(FdMapping { parent_fd: fd, child_fd });
+        }
+        let (child, output) = spawn(criu, command, mappings)?;
+        Ok(Self { child, channel: Some(channel), output, grace: criu.cancel_grace })
+    }
+
+    pub(crate) fn channel(&self) -> io::Result<&Channel> {
+        self.channel.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// Ends the conversation and waits for criu's end, which is near: it has answered, or finds the socket closed at
+    /// its next stage and undoes its work. If it takes longer than the grace, it is killed.
+    pub(crate) async fn end(&mut self) -> Exit {
+        self.channel = None;
+        if let Ok(exit) = tokio::time::timeout(self.grace, self.child.wait()).await {
+            return exit;
+        }
+        tracing::warn!(pid = self.child.pid(), "criu does not end, and is killed");
+        self.kill();
+        self.child.wait().await
+    }
+
+    pub(crate) fn kill(&self) {
+        // Already gone is what is wanted.
+        let _ = self.child.signal(Signal::KILL);
+    }
+
+    /// What it wrote to standard output and standard error: errors from before its log was open.
+    pub(crate) fn output(&self) -> String {
+        self.output.text()
+    }
+}
+
+/// A file in memory that collects what a child writes.
+#[derive(Debug)]
+pub(crate) struct Output(File);
+
+impl Output {
+    pub(crate) fn text(&self) -> String {
+        let mut bytes = vec![];
+        let mut file = &self.0;
+        let read = file.seek(SeekFrom::Start(0)).and_then(|_| file.take(MAX_OUTPUT).read_to_end(&mut bytes));
+        if let Err(error) = read {
+            tracing::debug!(%error, "cannot read what criu has written");
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// A command that runs criu with nothing of this process's environment that CRIU would heed: no `CRIU_CONFIG_FILE`, no
+/// `HOME` with a `.criu`, no plugins.
+pub(crate) fn command(criu: &Criu) -> Command {
+    let mut command = Command::new(&criu.path);
+    command
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()))
+        .env("LC_ALL", "C")
+        .env("CRIU_LIBS_DIR", NO_PLUGINS)
+        // The variable alone yields to a `libdir` in /etc/criu/default.conf.
+        .args(["--libdir", NO_PLUGINS]);
+    command
+}
+
+/// Spawns `command` with nothing but null, its output and `mappings`.
+pub(crate) fn spawn(criu: &Criu, mut command: Command, mappings: Vec<FdMapping>) -> Result<(Child, Output), CallError> {
+    let failed = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => CallError::NotInstalled { path: criu.path.clone() },
+        _ => CallError::Start { path: criu.path.clone(), source },
+    };
+    let start = |source| CallError::Start { path: criu.path.clone(), source };
+    let memory = rustix::fs::memfd_create("criu-output", MemfdFlags::CLOEXEC).map_err(|errno| start(errno.into()))?;
+    let output = File::from(memory);
+    command.stdin(Stdio::null()).stdout(output.try_clone().map_err(start)?).stderr(output.try_clone().map_err(start)?);
+    let first_free = mappings.iter().map(|mapping| mapping.child_fd + 1).max().unwrap_or(SOCKET).unsigned_abs();
+    command.fd_mappings(mappings).map_err(|error| start(io::Error::other(error)))?;
+    sys::close_from(&mut command, first_free);
+    let child = criu.reaper.spawn(&mut command).map_err(failed)?;
+    // The command holds this process's copies of the descriptors: criu's end of the socket would never close.
+    drop(command);
+    Ok((child, Output(output)))
+}

@@ -1,0 +1,28 @@
+//! What has to happen in a child between fork and exec.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Closes every descriptor from `first` on when `command` executes its program: those that this process was given
+/// without `O_CLOEXEC` would be found in a dumped or restored tree, or keep pipes open.
+///
+/// To be called after everything that places descriptors below `first`.
+pub(crate) fn close_from(command: &mut Command, first: u32) {
+    let close = move || {
+        // SAFETY: close_range with CLOEXEC takes numbers only, and marks descriptors of this process, which has one
+        // thread and is about to execute another program. Nothing in it uses them after that.
+        let done = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        if done == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        match error.raw_os_error() {
+            // Kernels before 5.11. What Rust opens is O_CLOEXEC there too.
+            Some(libc::ENOSYS | libc::EINVAL) => Ok(()),
+            _ => Err(error),
+        }
+    };
+    // SAFETY: the closure runs in the forked child. It makes one system call, and allocates and locks nothing.
+    unsafe { command.pre_exec(close) };
+}

@@ -12,6 +12,7 @@ mod choice;
 pub mod command;
 mod error;
 pub mod libcontainer;
+mod spec;
 
 use std::fmt::Debug;
 use std::os::fd::OwnedFd;
@@ -23,6 +24,7 @@ use reaper::Child;
 
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
+pub use spec::process_from_json;
 
 /// Standard input and output of a process that a runtime is about to start.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, launch};
 use super::program::Stdio;
 use super::state::Identity;
-use super::{Helper, adapt, delete, devices, fixup, sys};
+use super::{Helper, adapt, delete, devices, fixup, sys, v1_mounts};
 use crate::libcontainer::protocol::Create;
 
 pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<i32> {

@@ -15,6 +15,7 @@
 //! what lies below them, `container_main_process`, with a specification that it has completed, and keeps libcontainer's
 //! state files itself.
 
+mod capability;
 mod client;
 mod executable;
 mod features;

@@ -26,8 +26,8 @@ use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::utils::{validate_spec_for_net_devices, validate_spec_for_new_user_ns};
 use libcontainer::validator::Validator;
 use oci_spec::runtime::{
-    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder,
-    LinuxNamespaceType, Process, Spec,
+    Capabilities, Linux, LinuxBuilder, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder, LinuxNamespaceType,
+    Process, Spec,
 };
 
 use rustix::fs::OFlags;
@@ -38,6 +38,7 @@ use super::program::{Program, words};
 use super::rootfs::Root;
 use super::seccomp::Filter;
 use super::state::read_json;
+use crate::libcontainer::capability;
 use crate::spec::drop_unknown_capabilities;
 
 /// Reads and checks a bundle's config.json; the root becomes an absolute path.
@@ -264,7 +265,7 @@ fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -
     let mut missing = HashSet::new();
     let mut limited = |set: Option<&Capabilities>| -> Option<Capabilities> {
         let (kept, lost): (Capabilities, Capabilities) =
-            set.into_iter().flatten().copied().partition(|capability| available & (1 << number(*capability)) != 0);
+            set.into_iter().flatten().copied().partition(|given| capability::is_in(available, *given));
         missing.extend(lost);
         Some(kept)
     };
@@ -275,7 +276,7 @@ fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -
     all.set_inheritable(limited(given.and_then(|given| given.inheritable().as_ref())));
     all.set_ambient(limited(given.and_then(|given| given.ambient().as_ref())));
     if !missing.is_empty() {
-        let mut names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        let mut names: Vec<String> = missing.into_iter().map(capability::name).collect();
         names.sort();
         warnings.push(format!("capabilities that cannot be given, and are left out: {}", names.join(", ")));
     }
@@ -307,51 +308,4 @@ pub(super) fn host_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
         (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
     });
     found.unwrap_or(id)
-}
-
-/// The kernel's number.
-fn number(capability: Capability) -> u8 {
-    match capability {
-        Capability::Chown => 0,
-        Capability::DacOverride => 1,
-        Capability::DacReadSearch => 2,
-        Capability::Fowner => 3,
-        Capability::Fsetid => 4,
-        Capability::Kill => 5,
-        Capability::Setgid => 6,
-        Capability::Setuid => 7,
-        Capability::Setpcap => 8,
-        Capability::LinuxImmutable => 9,
-        Capability::NetBindService => 10,
-        Capability::NetBroadcast => 11,
-        Capability::NetAdmin => 12,
-        Capability::NetRaw => 13,
-        Capability::IpcLock => 14,
-        Capability::IpcOwner => 15,
-        Capability::SysModule => 16,
-        Capability::SysRawio => 17,
-        Capability::SysChroot => 18,
-        Capability::SysPtrace => 19,
-        Capability::SysPacct => 20,
-        Capability::SysAdmin => 21,
-        Capability::SysBoot => 22,
-        Capability::SysNice => 23,
-        Capability::SysResource => 24,
-        Capability::SysTime => 25,
-        Capability::SysTtyConfig => 26,
-        Capability::Mknod => 27,
-        Capability::Lease => 28,
-        Capability::AuditWrite => 29,
-        Capability::AuditControl => 30,
-        Capability::Setfcap => 31,
-        Capability::MacOverride => 32,
-        Capability::MacAdmin => 33,
-        Capability::Syslog => 34,
-        Capability::WakeAlarm => 35,
-        Capability::BlockSuspend => 36,
-        Capability::AuditRead => 37,
-        Capability::Perfmon => 38,
-        Capability::Bpf => 39,
-        Capability::CheckpointRestore => 40,
-    }
 }

@@ -46,8 +46,8 @@ pub(super) fn expand(spec: &mut Spec, place: &Place) -> Result<Vec<Written>> {
 }
 
 fn is_read_only(mount: &Mount) -> bool {
-    let options = mount.options().iter().flatten();
-    options.filter(|option| matches!(option.as_str(), "ro" | "rw")).last().is_some_and(|option| option == "ro")
+    let mut options = mount.options().iter().flatten();
+    options.rfind(|option| matches!(option.as_str(), "ro" | "rw")).is_some_and(|option| option == "ro")
 }
 
 fn links(hierarchy: &str) -> Vec<(String, String)> {

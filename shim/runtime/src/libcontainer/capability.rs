@@ -1,0 +1,78 @@
+//! The kernel's numbers of capabilities.
+
+use oci_spec::runtime::Capability;
+
+/// All that are known, in the order of their numbers (linux/capability.h).
+pub(super) const ALL: [Capability; 41] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::DacReadSearch,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setpcap,
+    Capability::LinuxImmutable,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetAdmin,
+    Capability::NetRaw,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysChroot,
+    Capability::SysPtrace,
+    Capability::SysPacct,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysNice,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Mknod,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Setfcap,
+    Capability::MacOverride,
+    Capability::MacAdmin,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+/// The name by which specifications call it.
+pub(super) fn name(capability: Capability) -> String {
+    format!("CAP_{capability}")
+}
+
+/// Whether it is in a set as the kernel prints them.
+pub(super) fn is_in(set: u64, capability: Capability) -> bool {
+    ALL.iter().position(|known| *known == capability).is_some_and(|number| set & (1 << number) != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_the_kernels() {
+        assert!(is_in(1, Capability::Chown));
+        assert!(is_in(1 << 21, Capability::SysAdmin));
+        assert!(is_in(1 << 40, Capability::CheckpointRestore));
+        assert!(!is_in(!(1 << 21), Capability::SysAdmin));
+    }
+
+    #[test]
+    fn names_are_those_of_specifications() {
+        for capability in ALL {
+            assert_eq!(serde_json::to_value(capability).unwrap(), name(capability));
+        }
+    }
+}

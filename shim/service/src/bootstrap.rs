@@ -82,7 +82,7 @@ impl Shim for GpusnapShim {
         // The shim's own cgroup is set where runc's options are understood; so translate what came as TOML.
         let decoded = options::decode(opts.extensions.first()).map_err(|error| failed(chain(&error)))?;
         opts.extensions = vec![convert_to_any(Box::new(decoded))?];
-        let group = group(&self.flags.bundle).unwrap_or_else(|| opts.id.clone());
+        let group = group(&self.flags.bundle)?.unwrap_or_else(|| opts.id.clone());
         let address = containerd_shim::spawn(opts, &group, Vec::new()).await?;
         std::fs::write(self.flags.bundle.join("address"), &address)
             .map_err(|err| Error::IoError { context: "write the shim's address".into(), err })?;
@@ -191,11 +191,13 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
     std::thread::spawn(ask).join().unwrap_or_else(|_| Err(failed("asking the runtime for its features failed")))
 }
 
-/// The group of the container in `bundle`; none when its config.json says none or cannot be read: Create will say why.
-fn group(bundle: &Path) -> Option<String> {
-    let bytes = std::fs::read(bundle.join("config.json")).ok()?;
-    let grouping: Grouping = serde_json::from_slice(&bytes).ok()?;
-    GROUP_LABELS.iter().find_map(|label| grouping.annotations.get(*label).cloned())
+/// The group that the container in `bundle` asks for, if any.
+fn group(bundle: &Path) -> Result<Option<String>> {
+    let path = bundle.join("config.json");
+    let unusable = |error: &dyn std::fmt::Display| failed(format!("cannot use {}: {error}", path.display()));
+    let bytes = std::fs::read(&path).map_err(|error| unusable(&error))?;
+    let grouping: Grouping = serde_json::from_slice(&bytes).map_err(|error| unusable(&error))?;
+    Ok(GROUP_LABELS.iter().find_map(|label| grouping.annotations.get(*label).cloned()))
 }
 
 #[cfg(test)]
@@ -205,7 +207,7 @@ mod tests {
     fn group_of(config: &str) -> Option<String> {
         let bundle = tempfile::tempdir().unwrap();
         std::fs::write(bundle.path().join("config.json"), config).unwrap();
-        group(bundle.path())
+        group(bundle.path()).unwrap()
     }
 
     #[test]
@@ -223,6 +225,13 @@ mod tests {
     #[test]
     fn other_containers_have_a_shim_of_their_own() {
         assert_eq!(group_of(r#"{"ociVersion":"1.2.0"}"#), None);
-        assert_eq!(group_of("not json"), None);
+    }
+
+    #[test]
+    fn a_bundle_without_a_usable_config_is_refused_by_name() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert!(group(bundle.path()).unwrap_err().to_string().contains("config.json"));
+        std::fs::write(bundle.path().join("config.json"), "{").unwrap();
+        assert!(group(bundle.path()).unwrap_err().to_string().contains("config.json"));
     }
 }

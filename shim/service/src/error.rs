@@ -17,13 +17,13 @@ pub(crate) enum TaskError {
     NoContainer { container: String },
     #[error("container {container} has no exec process {exec}")]
     NoProcess { container: String, exec: String },
-    #[error("container {container} exists already")]
+    #[error("container {container} already exists")]
     ContainerExists { container: String },
-    #[error("exec process {exec} of container {container} exists already")]
+    #[error("exec process {exec} of container {container} already exists")]
     ExecExists { container: String, exec: String },
     #[error("cannot {action} {process} while it is {status}")]
     WrongState { action: &'static str, process: String, status: Status },
-    #[error("{process} has finished already")]
+    #[error("{process}: process already finished")]
     Finished { process: String },
     #[error("{0} is not supported by this shim")]
     Unsupported(&'static str),

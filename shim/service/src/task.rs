@@ -18,7 +18,6 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
-use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
 use crate::container::{Container, Context, Status, create};
@@ -90,10 +89,15 @@ pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
 }
 
 /// Decodes the JSON that containerd wraps into an `Any`.
-fn json<T: DeserializeOwned>(container: &str, field: &'static str, any: Option<&Any>) -> Result<T, TaskError> {
+fn json<T>(
+    container: &str,
+    field: &'static str,
+    any: Option<&Any>,
+    decode: impl FnOnce(&[u8]) -> serde_json::Result<T>,
+) -> Result<T, TaskError> {
     let bad = |message: String| TaskError::BadRequest { container: container.to_owned(), field, message };
     let any = any.ok_or_else(|| bad("there is none".into()))?;
-    serde_json::from_slice(&any.value).map_err(|error| bad(error.to_string()))
+    decode(&any.value).map_err(|error| bad(error.to_string()))
 }
 
 #[async_trait]
@@ -215,7 +219,7 @@ impl Task for TaskService {
 
     async fn exec(&self, _ctx: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let mut spec: oci_spec::runtime::Process = json(&request.id, "process", request.spec.as_ref())?;
+        let mut spec = json(&request.id, "process", request.spec.as_ref(), runtime::process_from_json)?;
         spec.set_terminal(Some(request.terminal));
         let stdio =
             Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
@@ -239,7 +243,8 @@ impl Task for TaskService {
 
     async fn update(&self, _ctx: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let resources = json(&request.id, "resources", request.resources.as_ref())?;
+        let resources =
+            json(&request.id, "resources", request.resources.as_ref(), |bytes| serde_json::from_slice(bytes))?;
         container.operate(move |actor| actor.update(resources)).await?;
         Ok(Empty::new())
     }

@@ -1,7 +1,7 @@
-//! The log that a runtime writes on request, one JSON object a line.
+//! The log that a runtime writes on request, JSON objects one after the other.
 //!
-//! runc, crun and nvidia-container-runtime have the keys `level` and `msg`. youki has `level` in capitals, and the
-//! message in `fields.message`.
+//! runc and nvidia-container-runtime write each on a line of its own, crun spreads it over several. All three have the
+//! keys `level` and `msg`. youki has `level` in capitals, and the message in `fields.message`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -22,7 +22,7 @@ pub(super) struct Log {
 }
 
 #[derive(Deserialize)]
-struct Line {
+struct Entry {
     level: String,
     msg: Option<String>,
     fields: Option<Fields>,
@@ -31,6 +31,12 @@ struct Line {
 #[derive(Deserialize)]
 struct Fields {
     message: Option<String>,
+}
+
+impl Entry {
+    fn message(self) -> Option<String> {
+        self.msg.or_else(|| self.fields.and_then(|fields| fields.message))
+    }
 }
 
 /// Reads a log. One that is not there, because the program did not come that far, is empty.
@@ -56,16 +62,43 @@ fn tail(path: &Path) -> io::Result<String> {
 
 fn parse(text: &str) -> Log {
     let mut log = Log::default();
-    // Lines that are not JSON are a tail's first one, or what a hook or a wrapper wrote: no runtime's own words.
-    for line in text.lines().filter_map(|line| serde_json::from_str::<Line>(line).ok()) {
-        let Some(message) = line.msg.or_else(|| line.fields.and_then(|fields| fields.message)) else { continue };
-        match line.level.to_ascii_lowercase().as_str() {
+    for entry in entries(text) {
+        let level = entry.level.to_ascii_lowercase();
+        let Some(mut message) = entry.message() else { continue };
+        // What a process in the container logged, crun's own process logs once more, as it came.
+        if let Some(inner) = entries(&message).pop().and_then(Entry::message) {
+            message = inner;
+        }
+        match level.as_str() {
             "error" | "fatal" | "panic" => log.error = Some(one_line(&message)),
             "warning" | "warn" => log.warnings.push(one_line(&message)),
             _ => {}
         }
     }
     log
+}
+
+/// The log's objects. Lines that are in none are a tail's first ones, or what a hook or a wrapper wrote: no runtime's
+/// own words.
+fn entries(text: &str) -> Vec<Entry> {
+    let mut entries = vec![];
+    // Lines since a brace that has not been closed.
+    let mut open: Option<String> = None;
+    for line in text.lines() {
+        if let Ok(entry) = serde_json::from_str(line) {
+            entries.push(entry);
+            open = None;
+        } else if line == "{" {
+            open = Some(line.to_owned());
+        } else if let Some(object) = &mut open {
+            object.push_str(line);
+            if line == "}" {
+                entries.extend(serde_json::from_str::<Entry>(object).ok());
+                open = None;
+            }
+        }
+    }
+    entries
 }
 
 fn one_line(message: &str) -> String {
@@ -93,12 +126,34 @@ mod tests {
 
     #[test]
     fn cruns_and_youkis_lines_are_understood() {
-        let crun = r#"{"msg":"executable file `nosuch` not found in $PATH: No such file or directory","level":"error","time":"2026-11-24T18:00:00.000000Z"}"#;
+        let crun = r#"{
+  "msg": "cgroup v1 is deprecated",
+  "level": "warning",
+  "time": "2026-11-24T19:46:45.000000Z"
+}
+{
+  "msg": "executable file `nosuch` not found in $PATH: No such file or directory",
+  "level": "error",
+  "time": "2026-11-24T19:46:45.339652Z"
+}
+"#;
         let message = "executable file `nosuch` not found in $PATH: No such file or directory";
         assert_eq!(parse(crun).error.as_deref(), Some(message));
+        assert_eq!(parse(crun).warnings, ["cgroup v1 is deprecated"]);
         let youki =
             r#"{"timestamp":"2026-11-24T18:00:00Z","level":"ERROR","fields":{"message":"failed"},"target":"x"}"#;
         assert_eq!(parse(youki).error.as_deref(), Some("failed"));
+    }
+
+    #[test]
+    fn a_message_that_is_an_entry_itself_is_opened() {
+        let text = r#"{
+  "msg": "{\n  \"msg\": \"error executing hook `\/bin\/sh` (exit code: 9)\",\n  \"level\": \"error\",\n  \"time\": \"2026-11-24T19:54:38.608479Z\"\n}\n",
+  "level": "error",
+  "time": "2026-11-24T19:54:38.608500Z"
+}
+"#;
+        assert_eq!(parse(text).error.as_deref(), Some("error executing hook `/bin/sh` (exit code: 9)"));
     }
 
     #[test]
@@ -108,7 +163,10 @@ mod tests {
 
     #[test]
     fn what_is_no_log_line_is_passed_over() {
-        assert_eq!(parse("Error: hook\n{\"level\":\"error\"}\n{\"level\":7,\"msg\":\"x\"}\n{"), Log::default());
+        assert_eq!(
+            parse("Error: hook\n{\"level\":\"error\"}\n{\"level\":7,\"msg\":\"x\"}\n}\n{\n{\n\"x\"\n}\n{"),
+            Log::default()
+        );
         assert_eq!(read(Path::new("/nonexistent/log.json")), Log::default());
     }
 

@@ -9,6 +9,7 @@
 //! | seccomp | load it for the first process only | [`seccomp`](super::seccomp) |
 //! | no additional groups | keep the shim's | none |
 //! | no HOME | ask the C library, which may load libraries from the container | read from its passwd file |
+//! | a mount at a link that leads to nothing | fail | make what it leads to |
 //! | a working directory that is missing | fail | made |
 //! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
 //! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
@@ -119,6 +120,12 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
 
     complete(&mut process, &rootfs, warnings)?;
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let destination = mount.destination();
+        let action = || format!("find {} in the container", mount.destination().display());
+        let real = rootfs.real_path(destination).context(action)?;
+        mount.set_destination(real);
+    }
     let cwd = process.cwd().clone();
     if !is_below_a_mount(spec, &cwd) {
         rootfs.make_directory(&cwd, host_root(&linux))?;

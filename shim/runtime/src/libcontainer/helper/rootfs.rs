@@ -1,11 +1,14 @@
 //! Files below a container's root, which the container or its image may have filled with links that lead elsewhere.
 
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
 use super::error::{Context, Result};
 
@@ -31,6 +34,44 @@ impl Root {
     pub(super) fn resolve(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
         Ok(rustix::fs::openat2(&self.directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+    }
+
+    /// The path without links, as a process inside would see it. What is not there has no links: it is taken as it is.
+    pub(super) fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
+        /// As many as the kernel follows.
+        const LINKS: usize = 40;
+        let mut links = 0;
+        let mut real = PathBuf::from("/");
+        let mut left: VecDeque<OsString> = names(path).collect();
+        while let Some(name) = left.pop_front() {
+            if name == ".." {
+                real.pop();
+                continue;
+            }
+            real.push(&name);
+            let entry = match self.resolve(&real, OFlags::PATH | OFlags::NOFOLLOW) {
+                Ok(entry) => entry,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            if FileType::from_raw_mode(rustix::fs::fstat(&entry)?.st_mode) != FileType::Symlink {
+                continue;
+            }
+            links += 1;
+            if links > LINKS {
+                return Err(rustix::io::Errno::LOOP.into());
+            }
+            let target = rustix::fs::readlinkat(&entry, "", Vec::new())?;
+            let target = Path::new(OsStr::from_bytes(target.as_bytes()));
+            real.pop();
+            if target.is_absolute() {
+                real = PathBuf::from("/");
+            }
+            for name in names(target).collect::<Vec<_>>().into_iter().rev() {
+                left.push_front(name);
+            }
+        }
+        Ok(real)
     }
 
     /// Makes a directory and those above it where they are missing, for this owner.
@@ -79,6 +120,15 @@ impl Root {
     }
 }
 
+/// The names in a path, `..` included.
+fn names(path: &Path) -> impl Iterator<Item = OsString> {
+    path.components().filter_map(|component| match component {
+        Component::Normal(name) => Some(name.to_owned()),
+        Component::ParentDir => Some("..".into()),
+        Component::RootDir | Component::CurDir | Component::Prefix(_) => None,
+    })
+}
+
 impl AsFd for Root {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.directory.as_fd()
@@ -123,6 +173,25 @@ mod tests {
         let root = Root::open(directory.path()).unwrap();
         // The link leads to itself now, as it would for a process inside.
         assert_eq!(root.home(0), None);
+    }
+
+    #[test]
+    fn a_path_is_followed_inside_even_to_what_is_not_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let link = |to: &str, name: &str| symlink(to, directory.path().join(name)).unwrap();
+        fs::create_dir_all(directory.path().join("run/user")).unwrap();
+        fs::create_dir(directory.path().join("var")).unwrap();
+        link("/run", "var/run");
+        link("../../../../not/there", "up");
+        link("loop", "loop");
+        let root = Root::open(directory.path()).unwrap();
+        let real = |path: &str| root.real_path(Path::new(path)).map(|path| path.display().to_string());
+        assert_eq!(real("/var/run/secrets/x").unwrap(), "/run/secrets/x");
+        assert_eq!(real("var/run/user/../y").unwrap(), "/run/y");
+        assert_eq!(real("/up/z").unwrap(), "/not/there/z");
+        assert_eq!(real("/../..").unwrap(), "/");
+        assert_eq!(real("/run/user").unwrap(), "/run/user");
+        real("/loop/x").unwrap_err();
     }
 
     #[test]

@@ -32,7 +32,8 @@ bed_up() {
   bed_etc "$SCRATCH/etc"
   make_cgroups
   bed_boot </dev/null >"$BED/boot.log" 2>&1 &
-  retry 20 bed_booted || { cat "$BED/boot.log" >&2; bed_clear; die "the bed did not start"; }
+  retry 20 bed_settled $! || :
+  bed_booted || { cat "$BED/boot.log" >&2; bed_clear; die "the bed did not start"; }
   settle_cgroups >"$BED/procs"
   mv "$BED/init.new" "$BED/init"
 }
@@ -42,7 +43,7 @@ bed_etc() {
   mkdir -p "$etc"/cni/net.d "$etc"/nerdctl "$etc"/gpusnap
   echo gpusnap-bed >"$etc/hostname"
   printf '127.0.0.1 localhost gpusnap-bed\n::1 localhost\n' >"$etc/hosts"
-  : >"$etc/resolv.conf"
+  echo 'nameserver 192.0.2.1' >"$etc/resolv.conf" # nobody; but nerdctl puts public ones where there is none
   printf 'cgroup_manager = "cgroupfs"\ncni_path = "/usr/lib/cni"\n' >"$etc/nerdctl/nerdctl.toml"
   echo 'timeout: 20' >"$etc/crictl.yaml"
 }
@@ -59,6 +60,8 @@ bed_booted() {
   local pid
   read -r pid _ 2>/dev/null <"$BED/init.new" && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = bed-init ]
 }
+
+bed_settled() { bed_booted || ! kill -0 "$1" 2>/dev/null; }
 
 # Run a command in the bed, as a child of this process that ends when this process does.
 cmd_in() {

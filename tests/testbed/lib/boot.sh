@@ -91,7 +91,7 @@ done <<<"$TESTBED_MOUNTS"
 mount -t proc proc "$ROOT/proc"
 mount -o remount,bind,ro "$ROOT"
 cd "$ROOT"
-pivot_root . .
+./usr/bin/busybox pivot_root . .
 umount -l .
 cd /
 

@@ -11,12 +11,6 @@
 
 ROOT_FORMAT=1     # raise to have every root rebuilt
 
-host_packages() {
-  say "installing on this machine: $*"
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >"$STATE/host-apt.log" 2>&1 ||
-    { tail -n 20 "$STATE/host-apt.log" >&2; die "cannot install $*"; }
-}
-
 # The mirror this machine's own apt uses for Debian.
 debian_mirror() {
   local found
@@ -35,7 +29,8 @@ build_root() {
   say "debootstrap $DEBIAN_SUITE"
   rm_root "$new"
   # Bookworm's debootstrap has no script for forky, which is made like sid. Bookworm's key also signs forky.
-  debootstrap --variant=minbase --keyring=$keyring "$DEBIAN_SUITE" "$new" "$(debian_mirror)" /usr/share/debootstrap/scripts/sid \
+  # (A mount namespace of its own: what debootstrap mounts must not stay if it is killed.)
+  unshare --mount --propagation private debootstrap --variant=minbase --keyring=$keyring "$DEBIAN_SUITE" "$new" "$(debian_mirror)" /usr/share/debootstrap/scripts/sid \
     >"$STATE/debootstrap.log" 2>&1 || { tail -n 5 "$STATE/debootstrap.log" >&2; die "debootstrap failed"; }
   # A frozen mirror's Release file can be past its Valid-Until.
   echo 'Acquire::Check-Valid-Until "false";' >"$new/etc/apt/apt.conf.d/99testbed"

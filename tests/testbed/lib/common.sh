@@ -3,8 +3,8 @@
 
 STATE=${GPUSNAP_TESTBED:-/var/tmp/gpusnap-testbed}
 ROOT=$STATE/root             # the Debian root, as built
-TOOLS=$STATE/tools           # what is compiled: local-bin, containerd-2.4, bed-init
-IMAGES=$STATE/images         # container images, ready to import
+TOOLS=$STATE/tools           # what is compiled from Go: containerd, nerdctl, crictl
+IMAGES=$STATE/images         # the container images, and bed-init
 SCRATCH=$STATE/scratch       # what a running bed writes; emptied by `down`
 REPO=$(cd "$TESTBED_DIR/../.." && pwd -P)
 
@@ -37,7 +37,7 @@ close_fds() {
   done
 }
 
-# locked FILE CMD...: run CMD (a function) in a subshell that holds FILE's lock, without passing the lock on
+# locked FILE CMD...: run CMD (a function) in a subshell that holds FILE's lock; what stays must close_fds
 locked() {
   local file=$1; shift
   (
@@ -47,13 +47,12 @@ locked() {
   )
 }
 
-# field22 of /proc/PID/stat: with the pid it names one process for ever
+# When PID was started (it and the pid name one process for ever); nothing for one that has ended.
 start_time() {
-  local stat
+  local stat=()
   stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  stat=${stat##*) }
-  set -- $stat
-  echo "${20}"
+  read -ra stat <<<"${stat##*) }" # from the third field on: the state, ...
+  [ "${stat[0]}" != Z ] && echo "${stat[19]}"
 }
 
 # rm_root DIR: remove a tree that nothing may be mounted in (rm -rf would follow a mount)
@@ -68,4 +67,11 @@ in_chroot() {
   local root=$1; shift
   # shellcheck disable=SC2016
   unshare -m --propagation private sh -c 'mount -t proc proc "$1/proc" && root=$1 && shift && exec chroot "$root" "$@"' sh "$root" "$@"
+}
+
+# host_packages NAME...: install Debian packages on this machine
+host_packages() {
+  say "installing on this machine: $*"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } >"$STATE/host-apt.log" 2>&1 ||
+    { tail -n 20 "$STATE/host-apt.log" >&2; die "cannot install $*"; }
 }

@@ -3,7 +3,7 @@
 #   /run/NAME                     containerd's state; its socket is /run/NAME/containerd.sock
 #   /var/lib/gpusnap-bed/NAME     containerd's root
 #   /var/log/containerd-NAME.log  its log
-#   $BED_RUN/instances/NAME       launch (the script that starts it), config.toml, pid, index, cni/
+#   $BED_RUN/instances/NAME       launch (what starts it), options, config.toml, pid, index, cni/
 
 # shellcheck source=leaks.sh
 . "$TESTBED_DIR/lib/leaks.sh"
@@ -25,7 +25,7 @@ alive() { # sets PID
 not_alive() { ! alive; }
 
 cmd_start() {
-  local version=2.1 shims=() env=() path=
+  local version=2.1 shims=() env=() path= options
   instance "${1:-}"; shift
   while [ "$#" -gt 0 ]; do
     [ "$#" -gt 1 ] || die "$1 wants a value"
@@ -42,18 +42,19 @@ cmd_start() {
     2.4) path=/opt/containerd-2.4/bin ;;
     *) die "containerd is 2.1 or 2.4, not $version" ;;
   esac
+  [ -x "$path/containerd" ] || die "this bed has no containerd $version (it came from a pack without it)"
   [ "${#shims[@]}" = 0 ] || path=$(IFS=:; echo "${shims[*]}"):$path
-  mkdir -p "$DIR"
-  make_launcher "$path:$BED_PATH" "${env[@]}" >"$DIR/launch.new"
+  options="$path ${env[*]}"
   if alive; then
-    cmp -s "$DIR/launch" "$DIR/launch.new" || die "$NAME runs already, with other options: stop it first"
+    [ "$(cat "$DIR/options")" = "$options" ] || die "$NAME runs already, with other options: stop it first"
     return 0
   fi
-  mv "$DIR/launch.new" "$DIR/launch"
+  mkdir -p "$DIR/cni"
+  echo "$options" >"$DIR/options"
+  make_launcher "$path:$BED_PATH" "${env[@]}" >"$DIR/launch"
   take_index
-  make_config "$version" >"$DIR/config.toml"
+  make_config >"$DIR/config.toml"
   make_cni >"$DIR/cni/10-$NAME.conflist"
-  # a state folder left by a containerd that was killed is what it must find again
   launch
   import_images
 }
@@ -82,7 +83,6 @@ take_index() {
   for i in $(seq 1 250); do
     if mkdir "$BED_RUN/index/$i" 2>/dev/null; then
       echo "$i" >"$DIR/index"
-      mkdir -p "$DIR/cni"
       return 0
     fi
   done
@@ -252,10 +252,16 @@ cmd_registry() {
   case ${1:-} in
     start)
       ! kill -0 "$(cat "$pid" 2>/dev/null || echo x)" 2>/dev/null || return 0
+      command -v docker-registry >/dev/null || die "this bed has no docker-registry (it came from a pack)"
       mkdir -p /var/lib/registry
+      cat >"$BED_RUN/registry.yml" <<'YAML'
+version: 0.1
+storage: { filesystem: { rootdirectory: /var/lib/registry }, delete: { enabled: true } }
+http: { addr: "127.0.0.1:5000" }
+YAML
       (
         close_fds
-        REGISTRY_HTTP_ADDR=127.0.0.1:5000 exec setsid docker-registry serve /etc/docker/registry/config.yml
+        exec setsid docker-registry serve "$BED_RUN/registry.yml"
       ) </dev/null >/var/log/registry.log 2>&1 &
       echo $! >"$pid"
       # shellcheck disable=SC2016

@@ -13,13 +13,13 @@ leaked_processes() {
   for proc in /proc/[0-9]*; do
     pid=${proc#/proc/}
     case $daemons in *" $pid "*) continue ;; esac
-    args=$(tr '\0' ' ' <"$proc/cmdline") || continue
+    args=$(tr '\0' ' ' <"$proc/cmdline") && [ -n "$args" ] && [ -e "$proc/ns/mnt" ] || continue
     parent=$(sed 's/.*) . //; s/ .*//' "$proc/stat") || continue
     if [[ $args == *containerd-shim-* && $args == *"-address "* ]]; then
       kind=shim
     elif [ ! "$proc/ns/mnt" -ef /proc/1/ns/mnt ]; then
       kind=container
-    elif [ "$parent" = 1 ] && [ -n "$args" ]; then
+    elif [ "$parent" = 1 ]; then
       kind=orphan
     else
       continue

@@ -22,7 +22,7 @@ cmd_pack() {
   [ "${1:-}" != --only ] || { parts=$2; shift 2; }
   [ "$#" = 0 ] || die "pack: what is $1?"
   [ -e "$STATE/.built" ] && [ ! -e "$STATE/.packed" ] || die "run 'testbed build' first"
-  command -v xz >/dev/null || die "xz is not installed here (package xz-utils)"
+  command -v xz >/dev/null || host_packages xz-utils
   rm -rf "$stage"; mkdir -p "$stage"
   touch "$stage/.packed"
   pack_files "$parts" >"$stage/files"

@@ -1,6 +1,7 @@
 //! What containerd runs the binary for: `start`, `delete`, `-info`, and serving.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -92,16 +93,16 @@ impl Shim for GpusnapShim {
     async fn delete_shim(&mut self) -> Result<DeleteResponse> {
         let bundle = &self.flags.bundle;
         let reaper = Reaper::start().map_err(|err| Error::IoError { context: "start reaping".into(), err })?;
-        let choice = Choice::load(bundle)
-            .map_err(|err| Error::IoError { context: format!("read the runtime of {}", self.flags.id), err })?;
-        // Without a choice nothing was ever made; but a mount may have been.
-        let deleted = match choice {
-            Some(choice) => choice.runtime(&reaper).delete(&self.flags.id).await,
-            None => Ok(()),
-        };
-        rootfs::unmount(&bundle.join("rootfs"));
+        let deleted = clean_up(bundle, &self.flags.id, &reaper).await;
+        // containerd 2.1 asks for this once for a pod, not once for each of its containers.
+        for orphan in orphans(bundle) {
+            let id = orphan.file_name().unwrap_or_default().to_string_lossy();
+            if let Err(error) = clean_up(&orphan, &id, &reaper).await {
+                eprintln!("{error}");
+            }
+        }
         // containerd logs it: what is left behind must not be so silently.
-        deleted.map_err(|error| failed(chain(&error)))?;
+        deleted?;
         let pid = std::fs::read_to_string(bundle.join("init.pid")).ok().and_then(|pid| pid.trim().parse().ok());
         Ok(DeleteResponse {
             pid: pid.unwrap_or(0),
@@ -191,6 +192,41 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
     std::thread::spawn(ask).join().unwrap_or_else(|_| Err(failed("asking the runtime for its features failed")))
 }
 
+/// Removes what is left of the container in `bundle`: processes, cgroup, the runtime's state and mounts.
+async fn clean_up(bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
+    let choice = Choice::load(bundle)
+        .map_err(|err| Error::IoError { context: format!("read which runtime container {id} has"), err })?;
+    // Without a choice nothing was ever made; but a mount may have been.
+    let deleted = match choice {
+        Some(choice) => choice.runtime(reaper).delete(id).await,
+        None => Ok(()),
+    };
+    rootfs::unmount(&bundle.join("rootfs"));
+    deleted.map_err(|error| failed(chain(&error)))
+}
+
+/// What containerd writes into each bundle about the shim that serves it.
+#[derive(Deserialize)]
+struct Bootstrap {
+    address: String,
+}
+
+fn shim_address(bundle: &Path) -> Option<String> {
+    let bootstrap = std::fs::read(bundle.join("bootstrap.json")).ok()?;
+    serde_json::from_slice::<Bootstrap>(&bootstrap).ok().map(|bootstrap| bootstrap.address)
+}
+
+/// Bundles of other containers that the same shim served, if it is dead: nobody else will ever end them.
+fn orphans(bundle: &Path) -> Vec<PathBuf> {
+    let Some(address) = shim_address(bundle) else { return Vec::new() };
+    if UnixStream::connect(address.trim_start_matches("unix://")).is_ok() {
+        return Vec::new();
+    }
+    let Some(bundles) = bundle.parent().and_then(|folder| std::fs::read_dir(folder).ok()) else { return Vec::new() };
+    let others = bundles.flatten().map(|entry| entry.path()).filter(|other| other != bundle);
+    others.filter(|other| shim_address(other).as_ref() == Some(&address)).collect()
+}
+
 /// The group that the container in `bundle` asks for, if any.
 fn group(bundle: &Path) -> Result<Option<String>> {
     let path = bundle.join("config.json");
@@ -225,6 +261,23 @@ mod tests {
     #[test]
     fn other_containers_have_a_shim_of_their_own() {
         assert_eq!(group_of(r#"{"ociVersion":"1.2.0"}"#), None);
+    }
+
+    #[test]
+    fn a_dead_shims_other_containers_are_orphans() {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = |name: &str, socket: &str| {
+            let bundle = folder.path().join(name);
+            std::fs::create_dir(&bundle).unwrap();
+            let address = format!("unix://{}", folder.path().join(socket).display());
+            let bootstrap = serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"});
+            std::fs::write(bundle.join("bootstrap.json"), bootstrap.to_string()).unwrap();
+            bundle
+        };
+        let (pod, container, _) = (bundle("pod", "s1"), bundle("container", "s1"), bundle("other", "s2"));
+        assert_eq!(orphans(&pod), [container]);
+        let _alive = std::os::unix::net::UnixListener::bind(folder.path().join("s1")).unwrap();
+        assert!(orphans(&pod).is_empty(), "the shim still serves them");
     }
 
     #[test]

@@ -143,7 +143,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     }
     linux.set_cgroups_path(Some(cgroup_path));
     devices::complete(linux.resources_mut().get_or_insert_default())?;
-    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: true, stdio: None };
+    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: true, stdio: None, hooks: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
@@ -209,7 +209,8 @@ pub(super) fn for_exec(
             "the container's seccomp filter reports to a listener, and libcontainer cannot give it a second process",
         ));
     }
-    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: false, stdio: None };
+    let program =
+        Program { seccomp: Filter::take(&mut process, &mut linux), complain: false, stdio: None, hooks: None };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
 }

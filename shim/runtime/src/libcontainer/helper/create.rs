@@ -4,7 +4,7 @@ use std::ffi::CString;
 use std::rc::Rc;
 
 use libcontainer::config::YoukiConfig;
-use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::container::{Container, ContainerStatus, State};
 use libcontainer::notify_socket::NOTIFY_FILE;
 use libcontainer::process::args::ContainerType;
 use oci_spec::runtime::Spec;
@@ -12,7 +12,7 @@ use oci_spec::runtime::Spec;
 use super::cgroup::Place;
 use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, launch};
-use super::program::Stdio;
+use super::program::{StartHooks, Stdio};
 use super::state::Identity;
 use super::{Helper, adapt, delete, devices, fixup, sys, v1_mounts};
 use crate::libcontainer::protocol::Create;
@@ -57,11 +57,13 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     if !request.no_new_keyring {
         join_keyring(helper)?;
     }
+    // What hooks in the container are told. The first process of a new pid namespace knows its pid beforehand.
+    let mut launched_state = state.clone();
+    launched_state.pid = adapt::has_new_pids(adapt::linux(&spec)?).then_some(1);
+    program.hooks = start_hooks(&mut spec, &launched_state).map(Rc::new);
     let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
     let mut launched_container = container.clone();
-    launched_container.state = state.clone();
-    // What hooks in the container are told. The first process of a new pid namespace knows its pid beforehand.
-    launched_container.state.pid = adapt::has_new_pids(adapt::linux(&spec)?).then_some(1);
+    launched_container.state = launched_state;
     let launched = launch(Launch {
         kind: ContainerType::InitContainer,
         container: launched_container,
@@ -91,6 +93,16 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     state.intel_rdt_monitoring_dir = launched.intel_rdt_monitoring_dir;
     helper.directory.save_state(&state)?;
     Ok(pid)
+}
+
+/// Takes the startContainer hooks out of the specification: [`Program`](super::program::Program) runs them.
+fn start_hooks(spec: &mut Spec, state: &State) -> Option<StartHooks> {
+    let hooks = spec.hooks_mut().as_mut()?;
+    let start = hooks.start_container().clone().filter(|hooks| !hooks.is_empty())?;
+    hooks.set_start_container(None);
+    let mut state = state.clone();
+    state.status = ContainerStatus::Created;
+    Some(StartHooks { hooks: start, state })
 }
 
 /// A terminal needs somebody to send its master to.

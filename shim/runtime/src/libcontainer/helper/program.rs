@@ -11,8 +11,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use libcontainer::container::State;
+use libcontainer::hooks::run_hooks;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{Hook, Process, Spec};
 use rustix::fs::{Access, FileType, Mode, OFlags};
 use rustix::termios::Winsize;
 
@@ -30,6 +32,25 @@ pub(super) struct Program {
     pub(super) complain: bool,
     /// What becomes its descriptors 0, 1 and 2, unless it has a terminal.
     pub(super) stdio: Option<Rc<Stdio>>,
+    /// What is run first.
+    pub(super) hooks: Option<Rc<StartHooks>>,
+}
+
+/// The startContainer hooks. They are not left to libcontainer, which tells them that the container is being created.
+#[derive(Debug)]
+pub(super) struct StartHooks {
+    pub(super) hooks: Vec<Hook>,
+    pub(super) state: State,
+}
+
+impl StartHooks {
+    fn run(&self, process: &Process) -> Result<(), String> {
+        // What a hook without an environment of its own gets, as by runc.
+        let environment = process.env().iter().flatten().filter_map(|variable| variable.split_once('='));
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        run_hooks(Some(&self.hooks), Some(&self.state), None, None, Some(&environment))
+            .map_err(|error| format!("a startContainer hook failed: {error}"))
+    }
 }
 
 impl Executor for Program {
@@ -118,6 +139,7 @@ impl Program {
 
     fn execute(&self, spec: &Spec) -> Result<Never, String> {
         let process = process(spec)?;
+        self.hooks.as_ref().map_or(Ok(()), |hooks| hooks.run(process))?;
         let program = find(process)?;
         let strings = |strings: &Option<Vec<String>>| -> Result<Vec<CString>, String> {
             let strings = strings.as_deref().unwrap_or_default().iter();
@@ -140,7 +162,7 @@ fn process(spec: &Spec) -> Result<&Process, &'static str> {
 
 /// The file to execute, found like runc (and Go) finds it. Clients look for runc's words.
 fn find(process: &Process) -> Result<PathBuf, String> {
-    let name = process.args().as_ref().and_then(|args| args.first()).ok_or("the process has no arguments")?;
+    let name = process.args().as_ref().and_then(|args| args.first()).ok_or("process.args is empty")?;
     if name.contains('/') {
         return match executable(Path::new(name)) {
             Ok(()) => Ok(name.into()),

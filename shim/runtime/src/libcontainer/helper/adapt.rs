@@ -126,10 +126,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
         let real = rootfs.real_path(destination).context(action)?;
         mount.set_destination(real);
     }
-    let cwd = process.cwd().clone();
-    if !is_below_a_mount(spec, &cwd) {
-        rootfs.make_directory(&cwd, host_root(&linux))?;
-    }
+    make_cwd(spec, &rootfs, process.cwd(), host_root(&linux))?;
     if let Some(propagation) = linux.rootfs_propagation().as_deref() {
         let propagation = match propagation {
             "" => None,
@@ -296,12 +293,21 @@ fn parse_bounding(status: &str) -> Option<u64> {
     u64::from_str_radix(set.trim(), 16).ok()
 }
 
-/// Whether something is mounted over the directory or above it, other than the root.
-fn is_below_a_mount(spec: &Spec, directory: &Path) -> bool {
-    spec.mounts()
+/// Makes the working directory where it will be seen: in the root, or in a folder of the host that is mounted over it.
+/// In a file system that is yet to be mounted it cannot be made; libcontainer then says that it is missing.
+fn make_cwd(spec: &Spec, rootfs: &Root, cwd: &Path, owner: (u32, u32)) -> Result<()> {
+    let cwd = rootfs.real_path(cwd).context(|| format!("find the working directory {}", cwd.display()))?;
+    let over = spec
+        .mounts()
         .iter()
         .flatten()
-        .any(|mount| mount.destination() != Path::new("/") && directory.starts_with(mount.destination()))
+        .rfind(|mount| mount.destination() != Path::new("/") && cwd.starts_with(mount.destination()));
+    let Some(mount) = over else { return rootfs.make_directory(&cwd, owner) };
+    let is_bind = mount.options().iter().flatten().any(|option| option == "bind" || option == "rbind");
+    match (mount.source(), cwd.strip_prefix(mount.destination())) {
+        (Some(source), Ok(rest)) if is_bind && source.is_dir() => Root::open(source)?.make_directory(rest, owner),
+        _ => Ok(()),
+    }
 }
 
 /// Who is root inside, outside.

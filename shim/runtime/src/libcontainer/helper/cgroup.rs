@@ -108,6 +108,29 @@ impl Place {
         create_cgroup_manager(self.config()).context(|| format!("use the cgroup {}", self.path.display()))
     }
 
+    /// Where a further process of the container belongs: with the first one, if that has made cgroups of its own below
+    /// and passes controllers on to them. Then v2 allows no process in the container's cgroup itself.
+    pub(super) fn for_exec(self, init: i32) -> Result<Self> {
+        let passes_on = |directory: &PathBuf| {
+            fs::read_to_string(directory.join("cgroup.subtree_control"))
+                .is_ok_and(|controllers| !controllers.trim().is_empty())
+        };
+        let Some(own) = self.directories()?.into_iter().find(passes_on).filter(|_| self.is_v2()) else {
+            return Ok(self);
+        };
+        let file = format!("/proc/{init}/cgroup");
+        let cgroup = fs::read_to_string(&file).context(|| format!("read {file}"))?;
+        let unified = Mount { point: MOUNT.into(), names: Vec::new() };
+        match unified.directory(&cgroup).filter(|directory| directory.starts_with(&own)) {
+            Some(directory) => {
+                let path = Path::new("/").join(directory.strip_prefix(MOUNT).unwrap_or(&directory));
+                // By its path and not as a unit: systemd knows nothing of what the container makes.
+                Ok(Self { path, systemd: false, ..self })
+            }
+            None => Ok(self),
+        }
+    }
+
     pub(super) fn is_v2(&self) -> bool {
         matches!(self.hierarchies, Hierarchies::V2)
     }

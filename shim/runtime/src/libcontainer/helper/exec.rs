@@ -29,6 +29,7 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     if place.is_frozen()? {
         return Err(Failure::new("cannot exec in a paused container"));
     }
+    let place = place.for_exec(init.pid)?;
     let mut spec = adapt::load(&bundle)?;
     let uid_mappings = adapt::linux(&spec)?.uid_mappings().clone();
     let mut program = adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), &mut helper.warnings)?;

@@ -151,16 +151,28 @@ fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
     if !shim.is_ours() {
         return Ok(None);
     }
+    // On a disk, as it is installed: the pages of a tmpfs count as shared memory.
+    let folder = Path::new("/var/tmp/e2e-shims").join(shim.name());
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !installed.contains(&folder) {
+        install(&folder, shim.binary())?;
+        installed.push(folder.clone());
+    }
+    Ok(Some(folder))
+}
+
+/// Where this run has put our binary already.
+static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn install(folder: &Path, name: &str) -> Result<()> {
     let built = std::env::var_os(SHIM_DIR)
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/release"), PathBuf::from)
         .join("containerd-shim-gpusnap-v2");
     ensure!(built.exists(), "{} does not exist: build it with `cargo build --release`", built.display());
-    let folder = Path::new("/run/e2e/shims").join(shim.name());
-    fs::create_dir_all(&folder)?;
-    // A copy, because the folder may be on another file system; renamed into place, because a shim of an
-    // earlier run may still execute the old file.
-    let (new, file) = (folder.join(".new"), folder.join(shim.binary()));
+    fs::create_dir_all(folder)?;
+    // Renamed into place, because a shim of an earlier run may still execute the old file.
+    let new = folder.join(".new");
     fs::copy(&built, &new).with_context(|| format!("copy of {}", built.display()))?;
-    fs::rename(&new, &file)?;
-    Ok(Some(folder))
+    fs::rename(&new, folder.join(name))?;
+    Ok(())
 }

@@ -62,7 +62,7 @@ fn spec(t: &Test) -> Result<Value> {
 fn a_spec_without_arguments_is_refused(t: &Test) -> Result<()> {
     let mut bad = spec(t)?;
     bad["process"]["args"] = json!([]);
-    ensure_has!(refused(t, &bad)?, "args");
+    ensure_has!(refused(t, &bad)?, "arg");
     Ok(())
 }
 
@@ -136,7 +136,8 @@ fn start_is_refused(t: &Test, config: Option<&str>) -> Result<String> {
     let shim = t.bed().shim_binary()?.to_string_lossy().into_owned();
     let script = "cd \"$1\" && shift && exec \"$@\" start </dev/null";
     let args = [&bundle.to_string_lossy(), shim.as_str(), "-namespace", "default", "-id", &id, "-address", &address];
-    let out = Cmd::new("sh").args(&["-c", script, "sh"]).args(&args).timeout(Duration::from_secs(30)).run()?;
+    let cmd = Cmd::new("sh").args(&["-c", script, "sh"]).args(&args);
+    let out = cmd.env("TTRPC_ADDRESS", format!("{address}.ttrpc")).timeout(Duration::from_secs(30)).run()?;
     let left = proc::all().into_iter().filter(|pid| proc::cmdline(*pid).contains(&id)).collect::<Vec<_>>();
     for pid in &left {
         proc::kill(*pid)?;

@@ -10,7 +10,7 @@ use oci_spec::runtime::{
 use super::capability;
 
 /// Options of mounts that do what they say. libcontainer also takes `sync`, `remount` and their like, and ignores them.
-const MOUNT_OPTIONS: [&str; 44] = [
+const MOUNT_OPTIONS: [&str; 46] = [
     "atime",
     "bind",
     "defaults",
@@ -24,6 +24,7 @@ const MOUNT_OPTIONS: [&str; 44] = [
     "norelatime",
     "nostrictatime",
     "nosuid",
+    "nosymfollow",
     "private",
     "ratime",
     "rbind",
@@ -55,6 +56,7 @@ const MOUNT_OPTIONS: [&str; 44] = [
     "slave",
     "strictatime",
     "suid",
+    "symfollow",
 ];
 
 pub(super) fn features() -> Features {

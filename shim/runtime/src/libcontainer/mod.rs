@@ -11,9 +11,10 @@
 //!    └── parent of all three: reaps them, and adopts init
 //! ```
 //!
-//! libcontainer's builders read and write files in ways that leave gaps (see [`adapt`](helper)), so the helper calls
-//! what lies below them, `container_main_process`, with a specification that it has completed, and keeps libcontainer's
-//! state files itself.
+//! libcontainer's builders leave gaps: they drop seccomp in further processes, signal by a pid that may be anybody's by
+//! then, and write state in place. So the helper calls what lies below them, `container_main_process`, with a
+//! specification that it has completed (`helper/adapt.rs`), finishes what libcontainer leaves undone
+//! (`helper/fixup.rs`), and keeps libcontainer's state files itself.
 
 mod capability;
 mod client;

@@ -10,6 +10,7 @@
 //! | no additional groups | keep the shim's | none |
 //! | no HOME | ask the C library, which may load libraries from the container | read from its passwd file |
 //! | a mount at a link that leads to nothing | fail | make what it leads to |
+//! | `nosymfollow` | fail | `rnosymfollow` |
 //! | a working directory that is missing | fail | made |
 //! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
 //! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
@@ -125,6 +126,12 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
         let action = || format!("find {} in the container", mount.destination().display());
         let real = rootfs.real_path(destination).context(action)?;
         mount.set_destination(real);
+        for option in mount.options_mut().iter_mut().flatten() {
+            // Of the two libcontainer knows the one that is also about the mounts below.
+            if option == "nosymfollow" || option == "symfollow" {
+                option.insert(0, 'r');
+            }
+        }
     }
     make_cwd(spec, &rootfs, process.cwd(), host_root(&linux))?;
     if let Some(propagation) = linux.rootfs_propagation().as_deref() {

@@ -274,6 +274,10 @@ fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -
     let path = "/proc/self/status";
     let status = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
     let available = parse_bounding(&status).ok_or_else(|| Failure::new(format!("{path} has no bounding set")))?;
+    Ok(limited_to(given, available, warnings))
+}
+
+fn limited_to(given: Option<&LinuxCapabilities>, available: u64, warnings: &mut Vec<String>) -> LinuxCapabilities {
     let mut missing = HashSet::new();
     let mut limited = |set: Option<&Capabilities>| -> Option<Capabilities> {
         let (kept, lost): (Capabilities, Capabilities) =
@@ -292,7 +296,7 @@ fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -
         names.sort();
         warnings.push(format!("capabilities that cannot be given, and are left out: {}", names.join(", ")));
     }
-    Ok(all)
+    all
 }
 
 fn parse_bounding(status: &str) -> Option<u64> {
@@ -329,4 +333,205 @@ pub(super) fn host_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
         (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
     });
     found.unwrap_or(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use oci_spec::runtime::{
+        Capability, LinuxIdMappingBuilder, LinuxNamespace, LinuxSeccompAction, LinuxSeccompBuilder,
+        LinuxSyscallBuilder, MountBuilder, RootBuilder, SpecBuilder,
+    };
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A specification of little, as JSON from Go would be read, and its root.
+    fn container() -> (TempDir, Spec) {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        fs::write(root.path().join("etc/passwd"), "me:x:7:7::/home/me:/bin/sh\n").unwrap();
+        let process: Process = serde_json::from_str(
+            r#"{"args":["true"],"cwd":"/work","user":{"uid":7,"gid":7},"env":["A=1","PATH=/bin","A=2"]}"#,
+        )
+        .unwrap();
+        let mut linux = LinuxBuilder::default().build().unwrap();
+        linux.set_namespaces(None).set_resources(None).set_devices(None);
+        linux.set_masked_paths(None).set_readonly_paths(None);
+        let mut spec = SpecBuilder::default()
+            .root(RootBuilder::default().path(root.path()).build().unwrap())
+            .process(process)
+            .linux(linux)
+            .mounts(Vec::new())
+            .build()
+            .unwrap();
+        spec.set_hostname(None);
+        (root, spec)
+    }
+
+    fn own_pid() -> i32 {
+        i32::try_from(std::process::id()).unwrap()
+    }
+
+    fn mount(destination: &str, options: &[&str]) -> oci_spec::runtime::Mount {
+        let options = options.iter().map(|&option| option.to_owned()).collect::<Vec<_>>();
+        MountBuilder::default().destination(destination).typ("bind").source("/").options(options).build().unwrap()
+    }
+
+    #[test]
+    fn a_first_process_gets_what_runc_takes_for_granted() {
+        let (root, mut spec) = container();
+        spec.process_mut().as_mut().unwrap().set_no_new_privileges(Some(false));
+        spec.linux_mut().as_mut().unwrap().set_rootfs_propagation(Some("rslave".into()));
+        let program = for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        assert!(program.seccomp.is_none() && program.complain);
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "A=2", "HOME=/home/me"]);
+        assert_eq!(process.no_new_privileges(), None);
+        let capabilities = process.capabilities().as_ref().unwrap();
+        for set in [capabilities.bounding(), capabilities.effective(), capabilities.permitted()] {
+            assert_eq!(set, &Some(Capabilities::new()));
+        }
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("slave"));
+        assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/c")));
+        assert!(!linux.resources().as_ref().unwrap().devices().as_ref().unwrap()[0].allow());
+        assert!(root.path().join("work").is_dir());
+    }
+
+    #[test]
+    fn a_capability_that_cannot_be_given_is_left_out_with_a_warning() {
+        let mut given = LinuxCapabilities::default();
+        given.set_bounding(None).set_permitted(None).set_inheritable(None).set_ambient(None);
+        given.set_effective(Some([Capability::Chown].into()));
+        let mut warnings = Vec::new();
+        let limited = limited_to(Some(&given), 0, &mut warnings);
+        assert_eq!(limited.effective(), &Some(Capabilities::new()));
+        assert!(warnings[0].ends_with("CAP_CHOWN"), "{warnings:?}");
+    }
+
+    #[test]
+    fn a_mount_is_where_the_roots_links_lead() {
+        let (root, mut spec) = container();
+        std::os::unix::fs::symlink("/run", root.path().join("var")).unwrap();
+        spec.set_mounts(Some(vec![mount("/var/secret", &["rbind", "nosymfollow"])]));
+        for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        let mount = &spec.mounts().as_ref().unwrap()[0];
+        assert_eq!(mount.destination(), Path::new("/run/secret"));
+        assert_eq!(mount.options().as_ref().unwrap(), &["rbind", "rnosymfollow"]);
+    }
+
+    #[test]
+    fn a_working_directory_in_a_volume_is_made_in_the_volume() {
+        let (root, mut spec) = container();
+        let volume = tempfile::tempdir().unwrap();
+        let mut volumes = mount("/work", &["rbind"]);
+        volumes.set_source(Some(volume.path().to_owned()));
+        spec.set_mounts(Some(vec![volumes]));
+        spec.process_mut().as_mut().unwrap().set_cwd("/work/a/b".into());
+        for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        assert!(volume.path().join("a/b").is_dir());
+        assert!(!root.path().join("work").exists());
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_started_is_refused() {
+        let refusal = |change: fn(&mut Process)| {
+            let (_root, mut spec) = container();
+            change(spec.process_mut().as_mut().unwrap());
+            for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap_err().to_string()
+        };
+        let without_arguments = refusal(|process| {
+            process.set_args(Some(Vec::new()));
+        });
+        assert!(without_arguments.contains("args is empty"), "{without_arguments}");
+        let adrift = refusal(|process| {
+            process.set_cwd("work".into());
+        });
+        assert!(adrift.contains("not absolute"), "{adrift}");
+    }
+
+    #[test]
+    fn what_libcontainer_would_ignore_is_refused() {
+        let (_root, mut spec) = container();
+        validate(&spec).unwrap();
+        for option in ["idmap", "ridmap", "tmpcopyup"] {
+            spec.set_mounts(Some(vec![mount("/x", &["rbind", option])]));
+            let message = validate(&spec).unwrap_err().to_string();
+            assert!(message.contains("/x") && message.contains("cannot"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_further_process_joins_the_first_and_inherits_what_it_does_not_say() {
+        let (_root, mut spec) = container();
+        let first = spec.process_mut().as_mut().unwrap();
+        first.set_oom_score_adj(Some(5)).set_apparmor_profile(None);
+        let namespace: LinuxNamespace =
+            serde_json::from_str(r#"{"type":"network","path":"/var/run/netns/x"}"#).unwrap();
+        spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
+        let process: Process =
+            serde_json::from_str(r#"{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"env":["HOME=/x"]}"#).unwrap();
+        for_exec(&mut spec, process, own_pid(), "/c/d".into(), &mut Vec::new()).unwrap();
+        let process = spec.process().as_ref().unwrap();
+        assert_eq!(process.oom_score_adj(), Some(5));
+        assert_eq!(process.env().as_ref().unwrap(), &["HOME=/x"]);
+        let linux = spec.linux().as_ref().unwrap();
+        let namespaces = linux.namespaces().as_ref().unwrap();
+        assert_eq!(namespaces.len(), 1);
+        assert_eq!(namespaces[0].path(), &Some(format!("/proc/{}/ns/net", own_pid()).into()));
+        assert_eq!((linux.resources(), linux.masked_paths(), linux.seccomp()), (&None, &None, &None));
+    }
+
+    #[test]
+    fn a_further_process_is_confined_like_the_first() {
+        let (_root, mut spec) = container();
+        let seccomp = |action| {
+            let rule = LinuxSyscallBuilder::default().names(vec!["read".to_owned()]).action(action).build().unwrap();
+            LinuxSeccompBuilder::default().syscalls(vec![rule]).build().unwrap()
+        };
+        let mut exec = |action| {
+            spec.linux_mut().as_mut().unwrap().set_seccomp(Some(seccomp(action)));
+            let process = spec.process().clone().unwrap();
+            let mut spec = spec.clone();
+            let mut process = process;
+            process.set_cwd("/".into());
+            for_exec(&mut spec, process, own_pid(), "/c".into(), &mut Vec::new())
+        };
+        assert!(exec(LinuxSeccompAction::ScmpActAllow).unwrap().seccomp.is_some());
+        assert!(exec(LinuxSeccompAction::ScmpActNotify).unwrap_err().to_string().contains("listener"));
+    }
+
+    #[test]
+    fn a_missing_working_directory_is_told_in_runcs_words() {
+        let (_root, mut spec) = container();
+        let mut process = spec.process().clone().unwrap();
+        process.set_cwd("/no/such/directory".into());
+        let failure = for_exec(&mut spec, process, own_pid(), "/c".into(), &mut Vec::new()).unwrap_err();
+        let expected = r#"chdir to cwd ("/no/such/directory") set in config.json failed: no such file or directory"#;
+        assert_eq!(failure.to_string(), expected);
+    }
+
+    #[test]
+    fn ids_inside_are_mapped_outside() {
+        let mapping = |inside, outside, size| {
+            LinuxIdMappingBuilder::default().container_id(inside).host_id(outside).size(size).build().unwrap()
+        };
+        let mappings = [mapping(0_u32, 1000_u32, 1_u32), mapping(1, 100_000, 10)];
+        assert_eq!(host_id(Some(&mappings), 0), 1000);
+        assert_eq!(host_id(Some(&mappings), 10), 100_009);
+        assert_eq!(host_id(Some(&mappings), 11), 11);
+        assert_eq!(host_id(None, 5), 5);
+    }
+
+    #[test]
+    fn a_container_without_a_cgroup_path_gets_one() {
+        let mut linux = Linux::default();
+        linux.set_cgroups_path(None);
+        assert_eq!(cgroup_path(&linux, false, "x"), Path::new("/x"));
+        assert_eq!(cgroup_path(&linux, true, "x"), Path::new("system.slice:gpusnap:x"));
+        linux.set_cgroups_path(Some("/a/b".into()));
+        assert_eq!(cgroup_path(&linux, false, "x"), Path::new("/a/b"));
+    }
 }

@@ -1,0 +1,76 @@
+//! What every OCI runtime must do, said once and tried on each: libcontainer in this binary, runc and crun.
+//!
+//! The sentences know the runtimes only as `dyn OciRuntime`. After each one the bed looks for what it may have left:
+//! processes, cgroups, mounts, descriptors of this process, state of the runtime. Needs root, a static busybox for the
+//! containers' root, and runc and crun in `PATH`: `make test-contract` runs it in the test bed, which has all of them.
+//!
+//! The sentences run one after the other, because descriptors and children are the process's.
+
+// This crate is nothing but tests, which clippy only sees in functions marked as such.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod bed;
+mod container;
+mod exec;
+mod failure;
+mod hooks;
+mod isolation;
+mod leaks;
+mod lifecycle;
+mod mounts;
+mod spec;
+mod terminal;
+mod world;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Completion, Trial};
+
+use bed::{Bed, Sentence};
+use world::{Which, World};
+
+fn main() -> ExitCode {
+    // The embedded runtime starts this very binary for each of its steps.
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == runtime::libcontainer::HELPER) {
+        return runtime::libcontainer::helper_main();
+    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    // What a listing shows needs no root and no busybox.
+    let world = if arguments.list { Err("only listed".to_owned()) } else { World::start().map(Arc::new) };
+    let trials = Which::ALL
+        .into_iter()
+        .flat_map(|which| sentences().into_iter().map(move |sentence| (which, sentence)))
+        .map(|(which, sentence)| trial(&world, which, sentence))
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn sentences() -> Vec<Sentence> {
+    [
+        lifecycle::sentences(),
+        exec::sentences(),
+        failure::sentences(),
+        isolation::sentences(),
+        mounts::sentences(),
+        terminal::sentences(),
+        hooks::sentences(),
+        leaks::sentences(),
+    ]
+    .concat()
+}
+
+fn trial(world: &Result<Arc<World>, String>, which: Which, sentence: Sentence) -> Trial {
+    let name = format!("{which}::{}", sentence.name);
+    let world = match world {
+        Ok(world) => world.missing(which).map_or_else(|| Ok(Arc::clone(world)), Err),
+        Err(reason) => Err(reason.clone()),
+    };
+    Trial::ignorable_test(name, move || match world {
+        Ok(world) => Bed::try_out(&world, which, &sentence).map(|()| Completion::Completed),
+        // In the test bed everything is there: what is missing is broken.
+        Err(reason) if std::env::var_os("GPUSNAP_IN_TESTBED").is_some() => Err(reason.into()),
+        Err(reason) => Ok(Completion::ignored_with(reason)),
+    })
+}

@@ -96,22 +96,16 @@ pub(super) fn execute(path: &CStr, arguments: &[CString], environment: &[CString
     io::Error::last_os_error()
 }
 
-/// Loads a seccomp filter for this process.
-pub(super) fn load_filter(instructions: &[libc::sock_filter]) -> io::Result<()> {
+/// Loads a seccomp filter for this process. Its instructions are `struct sock_filter` each, as they lie in memory.
+pub(super) fn load_filter(instructions: &[u64], flags: u64) -> io::Result<()> {
     let program = libc::sock_fprog {
         len: u16::try_from(instructions.len()).map_err(io::Error::other)?,
         // The kernel only reads them.
-        filter: instructions.as_ptr().cast_mut(),
+        filter: instructions.as_ptr().cast_mut().cast(),
     };
-    // SAFETY: the kernel reads the structure, and as many instructions as it says there are.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
-            std::ptr::from_ref(&program),
-        )
-    };
+    // SAFETY: the kernel reads the structure, and as many instructions of 8 bytes as it says there are.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, std::ptr::from_ref(&program)) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

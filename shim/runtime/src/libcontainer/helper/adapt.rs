@@ -147,7 +147,8 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     }
     linux.set_cgroups_path(Some(cgroup_path));
     devices::complete(linux.resources_mut().get_or_insert_default())?;
-    let program = Program { seccomp: Filter::take(&mut process, &mut linux), complain: true, stdio: None, hooks: None };
+    let program =
+        Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: true, stdio: None, hooks: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
@@ -214,7 +215,7 @@ pub(super) fn for_exec(
         ));
     }
     let program =
-        Program { seccomp: Filter::take(&mut process, &mut linux), complain: false, stdio: None, hooks: None };
+        Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: false, stdio: None, hooks: None };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
 }

@@ -11,6 +11,7 @@ mod delete;
 mod devices;
 mod error;
 mod exec;
+mod filter;
 mod fixup;
 mod launch;
 mod lifecycle;

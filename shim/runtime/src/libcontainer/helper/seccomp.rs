@@ -1,23 +1,22 @@
-//! Loading a container's seccomp filter, at the right moment and with runc's answer to system calls of the future.
+//! Loading a container's seccomp filter at the right moment.
 //!
 //! Without `noNewPrivileges` only a privileged process may load a filter, so it must happen before the process gives up
 //! its capabilities; with it, as late as can be, so that the filter need not allow what the process does before it is
-//! the user's. libcontainer does neither for further processes of a container, and for its first process takes an
-//! explicit `noNewPrivileges: false` for true. A filter that reports to a listener is left to libcontainer: the listener
-//! gets its descriptor from another process.
-
-use std::fmt::Display;
+//! the user's. libcontainer does neither for further processes of a container, takes an explicit `noNewPrivileges:
+//! false` for true, and mistakes the two values of a masked comparison for each other: with the profile that most
+//! containers have, it lets them make user namespaces. A filter that reports to a listener is left to libcontainer,
+//! with those values exchanged: the listener gets its descriptor from another process.
 
 use libcontainer::capabilities::drop_privileges;
-use libcontainer::seccomp::{initialize_seccomp, is_notify};
+use libcontainer::seccomp::is_notify;
 use libcontainer::syscall::syscall::create_syscall;
-use libseccomp::ScmpSyscall;
 use oci_spec::runtime::{
-    Capability, Linux, LinuxCapabilities, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompFilterFlag, LinuxSyscall,
-    Process,
+    Capabilities, Capability, Linux, LinuxCapabilities, LinuxSeccomp, LinuxSeccompArgBuilder, LinuxSeccompFilterFlag,
+    LinuxSeccompOperator, Process,
 };
 
-use super::error::chain;
+use super::error::{Result, chain};
+use super::filter;
 use crate::libcontainer::sys;
 
 /// To load a filter, and to give up from the bounding set the capability that this takes.
@@ -26,7 +25,8 @@ const TO_LOAD: [Capability; 2] = [Capability::SysAdmin, Capability::Setpcap];
 /// A filter, and when to load it.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
-    profile: LinuxSeccomp,
+    program: Vec<u64>,
+    flags: u64,
     moment: Moment,
 }
 
@@ -40,20 +40,20 @@ enum Moment {
 
 impl Filter {
     /// Takes the filter out of the specification, and gives the process the capabilities that it takes to load it.
-    pub(super) fn take(process: &mut Process, linux: &mut Linux) -> Option<Self> {
-        let mut profile = linux.seccomp().clone().filter(|profile| !is_notify(profile))?;
-        linux.set_seccomp(None);
-        // runc's default: on a kernel before 5.16 a filter costs every program in it a tenth of its speed otherwise.
-        if profile.flags().is_none() {
-            profile.set_flags(Some(vec![LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow]));
+    pub(super) fn take(process: &mut Process, linux: &mut Linux) -> Result<Option<Self>> {
+        let Some(profile) = linux.seccomp().clone() else { return Ok(None) };
+        if is_notify(&profile) {
+            linux.set_seccomp(Some(exchanged(&profile)?));
+            return Ok(None);
         }
+        linux.set_seccomp(None);
         let moment = if process.no_new_privileges() == Some(true) {
             Moment::Last
         } else {
             let last = process.capabilities().clone().unwrap_or_default();
             let mut until_loaded = last.clone();
-            let extended = |set: &Option<_>| -> Option<_> {
-                let mut set: oci_spec::runtime::Capabilities = set.clone().unwrap_or_default();
+            let extended = |set: &Option<Capabilities>| {
+                let mut set = set.clone().unwrap_or_default();
                 set.extend(TO_LOAD);
                 Some(set)
             };
@@ -63,11 +63,11 @@ impl Filter {
             process.set_capabilities(Some(until_loaded));
             Moment::Privileged(Box::new(last))
         };
-        Some(Self { profile, moment })
+        Ok(Some(Self { program: filter::program(&profile)?, flags: flags(&profile), moment }))
     }
 
     /// To be called when the process is about to wait for its start.
-    pub(super) fn before_start(&self) -> Result<(), String> {
+    pub(super) fn before_start(&self) -> std::result::Result<(), String> {
         let Moment::Privileged(last) = &self.moment else { return Ok(()) };
         self.load()?;
         drop_privileges(last, &*create_syscall())
@@ -75,110 +75,85 @@ impl Filter {
     }
 
     /// To be called right before the process becomes the user's program.
-    pub(super) fn before_exec(&self) -> Result<(), String> {
+    pub(super) fn before_exec(&self) -> std::result::Result<(), String> {
         match self.moment {
             Moment::Privileged(_) => Ok(()),
             Moment::Last => self.load(),
         }
     }
 
-    fn load(&self) -> Result<(), String> {
-        fn cannot(error: impl Display) -> String {
-            format!("cannot load the seccomp filter: {error}")
-        }
-        initialize_seccomp(&self.profile).map_err(|error| cannot(chain(&error)))?;
-        match newest(&self.profile) {
-            Some(newest) => sys::load_filter(&unknown_to_it(newest)).map_err(cannot),
-            None => Ok(()),
-        }
+    fn load(&self) -> std::result::Result<(), String> {
+        sys::load_filter(&self.program, self.flags).map_err(|error| format!("cannot load the seccomp filter: {error}"))
     }
 }
 
-/// The number of the newest system call that a profile knows, if those it cannot know are to be answered by ENOSYS.
-///
-/// A profile that lists what is allowed answers EPERM to all else. To a system call that is newer than the profile that
-/// is the wrong answer: the C library in the container takes it for a refusal, while ENOSYS would have it do without.
-fn newest(profile: &LinuxSeccomp) -> Option<u32> {
-    let refuses = profile.default_action() == LinuxSeccompAction::ScmpActErrno;
-    let errno = profile.default_errno_ret().unwrap_or(libc::EPERM.unsigned_abs());
-    // The answer is a second filter, for which the first must let it be loaded.
-    let allows_loading = profile.syscalls().iter().flatten().any(|rule| allows_always(rule, "seccomp"));
-    if !refuses || errno == libc::ENOSYS.unsigned_abs() || !allows_loading {
-        return None;
+/// With no flags given, runc's default: on a kernel before 5.16 a filter would cost every program a tenth of its speed.
+fn flags(profile: &LinuxSeccomp) -> u64 {
+    let Some(flags) = profile.flags() else { return libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW };
+    flags.iter().fold(0, |all, flag| {
+        all | match flag {
+            LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
+            LinuxSeccompFilterFlag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
+            LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            // It is about listeners only, and refused without one.
+            LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
+        }
+    })
+}
+
+/// The profile with the values of masked comparisons exchanged, as libcontainer understands them.
+fn exchanged(profile: &LinuxSeccomp) -> Result<LinuxSeccomp> {
+    let mut profile = profile.clone();
+    let mut rules = profile.syscalls().clone();
+    for rule in rules.iter_mut().flatten() {
+        let mut arguments = rule.args().clone();
+        for argument in arguments.iter_mut().flatten() {
+            if argument.op() == LinuxSeccompOperator::ScmpCmpMaskedEq {
+                *argument = LinuxSeccompArgBuilder::default()
+                    .index(argument.index())
+                    .op(argument.op())
+                    .value(argument.value_two().unwrap_or_default())
+                    .value_two(argument.value())
+                    .build()?;
+            }
+        }
+        rule.set_args(arguments);
     }
-    let names = profile.syscalls().iter().flatten().flat_map(LinuxSyscall::names);
-    names
-        .filter_map(|name| ScmpSyscall::from_name(name).ok())
-        // Numbers that libseccomp made up, for what another architecture has, are negative.
-        .filter_map(|syscall| u32::try_from(i32::from(syscall)).ok())
-        .max()
-        // From here on every architecture has the same numbers.
-        .filter(|&newest| newest >= 424)
-}
-
-fn allows_always(rule: &LinuxSyscall, name: &str) -> bool {
-    rule.action() == LinuxSeccompAction::ScmpActAllow
-        && rule.args().as_ref().is_none_or(Vec::is_empty)
-        && rule.names().iter().any(|named| named == name)
-}
-
-/// A filter that answers ENOSYS to all that is newer. Where several filters refuse, the one loaded last has the word.
-fn unknown_to_it(newest: u32) -> [libc::sock_filter; 5] {
-    /// Marks the numbers of x32, which are those of x86-64 otherwise.
-    const X32: u32 = 0x4000_0000;
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-    const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
-    const JUMP_IF_GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT | BPF_K
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
-    let instruction = |code, jt, k| libc::sock_filter { code, jt, jf: 0, k };
-    [
-        // The number is the first member of struct seccomp_data.
-        instruction(LOAD, 0, 0),
-        instruction(AND, 0, !X32),
-        instruction(JUMP_IF_GREATER, 1, newest),
-        instruction(RETURN, 0, libc::SECCOMP_RET_ALLOW),
-        instruction(RETURN, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs()),
-    ]
+    profile.set_syscalls(rules);
+    Ok(profile)
 }
 
 #[cfg(test)]
 mod tests {
-    use oci_spec::runtime::{LinuxBuilder, LinuxSeccompBuilder, LinuxSyscallBuilder, ProcessBuilder};
+    use oci_spec::runtime::{
+        LinuxBuilder, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder, ProcessBuilder,
+    };
 
     use super::*;
 
-    fn profile(default: LinuxSeccompAction, allowed: &[&str]) -> LinuxSeccomp {
-        profile_with(default, LinuxSeccompAction::ScmpActAllow, allowed)
-    }
-
-    fn profile_with(default: LinuxSeccompAction, action: LinuxSeccompAction, allowed: &[&str]) -> LinuxSeccomp {
-        let names = allowed.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
-        let rule = LinuxSyscallBuilder::default().names(names).action(action).build().unwrap();
-        LinuxSeccompBuilder::default().default_action(default).syscalls(vec![rule]).build().unwrap()
-    }
-
-    #[test]
-    fn what_is_newer_than_the_profile_is_unknown() {
-        let refuse = LinuxSeccompAction::ScmpActErrno;
-        assert_eq!(newest(&profile(refuse, &["read", "seccomp", "openat2", "clone3", "not_a_call"])), Some(437));
-        // Nothing tells how new it is.
-        assert_eq!(newest(&profile(refuse, &["read", "seccomp"])), None);
-        // The second filter could not be loaded.
-        assert_eq!(newest(&profile(refuse, &["read", "openat2"])), None);
-        assert_eq!(newest(&profile(LinuxSeccompAction::ScmpActAllow, &["seccomp", "openat2"])), None);
-        assert_eq!(newest(&profile(LinuxSeccompAction::ScmpActKillProcess, &["seccomp", "openat2"])), None);
-    }
-
     fn take(no_new_privileges: Option<bool>, action: LinuxSeccompAction) -> (Option<Filter>, Process, Linux) {
-        let none = || Some(oci_spec::runtime::Capabilities::new());
+        let none = || Some(Capabilities::new());
         let mut capabilities = LinuxCapabilities::default();
         capabilities.set_bounding(none()).set_effective(none()).set_permitted(none());
         capabilities.set_inheritable(none()).set_ambient(none());
         let mut process = ProcessBuilder::default().capabilities(capabilities).build().unwrap();
         process.set_no_new_privileges(no_new_privileges);
-        let profile = profile_with(LinuxSeccompAction::ScmpActErrno, action, &["read"]);
+        let argument = LinuxSeccompArgBuilder::default()
+            .index(0_usize)
+            .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
+            .value(7_u64)
+            .value_two(1_u64)
+            .build()
+            .unwrap();
+        let rule =
+            LinuxSyscallBuilder::default().names(vec!["clone".to_owned()]).action(action).args(vec![argument]).build();
+        let profile = LinuxSeccompBuilder::default()
+            .default_action(LinuxSeccompAction::ScmpActErrno)
+            .syscalls(vec![rule.unwrap()])
+            .build()
+            .unwrap();
         let mut linux = LinuxBuilder::default().seccomp(profile).build().unwrap();
-        (Filter::take(&mut process, &mut linux), process, linux)
+        (Filter::take(&mut process, &mut linux).unwrap(), process, linux)
     }
 
     #[test]
@@ -203,9 +178,11 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_with_a_listener_stays_where_it_is() {
+    fn a_filter_with_a_listener_stays_and_means_what_it_says() {
         let (filter, _, linux) = take(None, LinuxSeccompAction::ScmpActNotify);
         assert!(filter.is_none());
-        assert!(linux.seccomp().is_some());
+        let rules = linux.seccomp().as_ref().unwrap().syscalls().as_ref().unwrap();
+        let argument = &rules[0].args().as_ref().unwrap()[0];
+        assert_eq!((argument.value(), argument.value_two()), (1, Some(7)));
     }
 }

@@ -22,7 +22,7 @@ use crate::container::Context;
 use crate::error::chain;
 use crate::events::Events;
 use crate::task::{TaskService, timestamp};
-use crate::{options, rootfs};
+use crate::{options, pod, rootfs};
 
 /// Labels by which containers ask to share a shim, strongest first, as in containerd's Go shim.
 const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
@@ -93,12 +93,13 @@ impl Shim for GpusnapShim {
     async fn delete_shim(&mut self) -> Result<DeleteResponse> {
         let bundle = &self.flags.bundle;
         let reaper = Reaper::start().map_err(|err| Error::IoError { context: "start reaping".into(), err })?;
-        let deleted = clean_up(bundle, &self.flags.id, &reaper).await;
-        // containerd 2.1 asks for this once for a pod, not once for each of its containers.
-        for orphan in orphans(bundle) {
-            let id = orphan.file_name().unwrap_or_default().to_string_lossy();
-            if let Err(error) = clean_up(&orphan, &id, &reaper).await {
-                eprintln!("{error}");
+        let deleted = clean_up(bundle, bundle, &self.flags.id, &reaper).await;
+        // containerd 2.1 asks for this once for a pod, not for each of its containers, whose bundles it removes itself.
+        if !is_served(bundle) {
+            for pod_member in pod::members(bundle) {
+                if let Err(error) = clean_up(&pod_member.folder, &pod_member.bundle, &pod_member.id, &reaper).await {
+                    eprintln!("{error}");
+                }
             }
         }
         // containerd logs it: what is left behind must not be so silently.
@@ -138,7 +139,8 @@ impl Shim for GpusnapShim {
         };
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
-        let context = Context { namespace: self.flags.namespace.clone(), reaper, events, runtime_of };
+        let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
+        let context = Context { namespace, bundle, reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 
@@ -192,9 +194,10 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
     std::thread::spawn(ask).join().unwrap_or_else(|_| Err(failed("asking the runtime for its features failed")))
 }
 
-/// Removes what is left of the container in `bundle`: processes, cgroup, the runtime's state and mounts.
-async fn clean_up(bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
-    let choice = Choice::load(bundle)
+/// Removes what is left of a container, whose runtime choice is in `folder`: processes, cgroup, the runtime's state and
+/// mounts.
+async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
+    let choice = Choice::load(folder)
         .map_err(|err| Error::IoError { context: format!("read which runtime container {id} has"), err })?;
     // Without a choice nothing was ever made; but a mount may have been.
     let deleted = match choice {
@@ -205,26 +208,10 @@ async fn clean_up(bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
     deleted.map_err(|error| failed(chain(&error)))
 }
 
-/// What containerd writes into each bundle about the shim that serves it.
-#[derive(Deserialize)]
-struct Bootstrap {
-    address: String,
-}
-
-fn shim_address(bundle: &Path) -> Option<String> {
-    let bootstrap = std::fs::read(bundle.join("bootstrap.json")).ok()?;
-    serde_json::from_slice::<Bootstrap>(&bootstrap).ok().map(|bootstrap| bootstrap.address)
-}
-
-/// Bundles of other containers that the same shim served, if it is dead: nobody else will ever end them.
-fn orphans(bundle: &Path) -> Vec<PathBuf> {
-    let Some(address) = shim_address(bundle) else { return Vec::new() };
-    if UnixStream::connect(address.trim_start_matches("unix://")).is_ok() {
-        return Vec::new();
-    }
-    let Some(bundles) = bundle.parent().and_then(|folder| std::fs::read_dir(folder).ok()) else { return Vec::new() };
-    let others = bundles.flatten().map(|entry| entry.path()).filter(|other| other != bundle);
-    others.filter(|other| shim_address(other).as_ref() == Some(&address)).collect()
+/// Whether the shim that was started in `bundle` still answers.
+fn is_served(bundle: &Path) -> bool {
+    let address = std::fs::read_to_string(bundle.join("address")).unwrap_or_default();
+    UnixStream::connect(address.trim_start_matches("unix://")).is_ok()
 }
 
 /// The group that the container in `bundle` asks for, if any.
@@ -264,20 +251,15 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_shims_other_containers_are_orphans() {
-        let folder = tempfile::tempdir().unwrap();
-        let bundle = |name: &str, socket: &str| {
-            let bundle = folder.path().join(name);
-            std::fs::create_dir(&bundle).unwrap();
-            let address = format!("unix://{}", folder.path().join(socket).display());
-            let bootstrap = serde_json::json!({"version": 3, "address": address, "protocol": "ttrpc"});
-            std::fs::write(bundle.join("bootstrap.json"), bootstrap.to_string()).unwrap();
-            bundle
-        };
-        let (pod, container, _) = (bundle("pod", "s1"), bundle("container", "s1"), bundle("other", "s2"));
-        assert_eq!(orphans(&pod), [container]);
-        let _alive = std::os::unix::net::UnixListener::bind(folder.path().join("s1")).unwrap();
-        assert!(orphans(&pod).is_empty(), "the shim still serves them");
+    fn a_shim_that_does_not_answer_is_dead() {
+        let bundle = tempfile::tempdir().unwrap();
+        assert!(!is_served(bundle.path()), "it never wrote an address");
+        let socket = bundle.path().join("s");
+        std::fs::write(bundle.path().join("address"), format!("unix://{}", socket.display())).unwrap();
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(is_served(bundle.path()));
+        drop(listener);
+        assert!(!is_served(bundle.path()), "its socket is there, and nobody behind it");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod container;
 mod error;
 mod events;
 mod options;
+mod pod;
 mod rootfs;
 mod stdio;
 #[allow(unsafe_code)]

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use super::{Actor, Container, Context, Process};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
-use crate::{options, rootfs};
+use crate::{options, pod, rootfs};
 
 /// containerd limits a spec to its message size of 16 MiB.
 const SPEC_SIZE_LIMIT: u64 = 16 << 20;
@@ -73,13 +73,14 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let spec = Spec::read(&request.id, &bundle)?;
     let cgroups_path = spec.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref());
     let choice = options::choose_runtime(&options, &context.namespace, cgroups_path);
-    choice.save(&bundle).map_err(|source| TaskError::Bundle {
+    let saved = choice.save(&bundle).and_then(|()| pod::join(&context.bundle, &bundle, &choice));
+    saved.map_err(|source| TaskError::Bundle {
         container: request.id.clone(),
         source: BundleError::File { action: "write the runtime choice into", path: bundle.clone(), source },
     })?;
 
     let target = bundle.join("rootfs");
-    rootfs::mount(&request.id, &request.rootfs, &target).await?;
+    rootfs::mount(&request.id, &request.rootfs, &target).await.inspect_err(|_| pod::leave(&context.bundle, &bundle))?;
     let runtime = (context.runtime_of)(&choice, &context.reaper);
     let new = NewContainer { context, request: &request, bundle, options, runtime: &*runtime };
     let made = match new.make().await {
@@ -88,6 +89,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             if !request.rootfs.is_empty() {
                 rootfs::unmount(&target);
             }
+            pod::leave(&context.bundle, Path::new(&request.bundle));
             return Err(error);
         }
     };

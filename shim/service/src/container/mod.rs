@@ -50,6 +50,8 @@ use crate::task::timestamp;
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) namespace: String,
+    /// Bundle of the container that the shim was started for.
+    pub(crate) bundle: PathBuf,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
     /// Makes the runtime that was chosen for a container.

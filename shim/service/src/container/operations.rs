@@ -14,9 +14,9 @@ use tokio::sync::watch;
 
 use super::{Actor, Process, Status};
 use crate::error::TaskError;
-use crate::rootfs;
 use crate::stdio::{Copies, Stdio};
 use crate::task::timestamp;
+use crate::{pod, rootfs};
 
 /// What deleting a process tells about it.
 #[derive(Clone, Copy, Debug)]
@@ -229,6 +229,7 @@ impl Actor {
             self.ended("", exit);
         }
         self.deleted = true;
+        pod::leave(&self.context.bundle, &self.bundle);
         let deleted = self.deleted_process(&self.init);
         self.context.events.publish(TaskDelete {
             container_id: self.id.clone(),

@@ -157,16 +157,17 @@ impl Bench {
             deletes: Mutex::default(),
         });
         let fake = Arc::clone(&runtime);
-        let context = Context {
-            namespace: "test".into(),
-            reaper,
-            events: publisher,
-            runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),
-        };
         let bundle = tempfile::tempdir().unwrap();
         // A pid namespace of its own: without one the shim would kill this test's whole cgroup.
         let config = r#"{"ociVersion":"1.2.0","linux":{"namespaces":[{"type":"pid"}]}}"#;
         std::fs::write(bundle.path().join("config.json"), config).unwrap();
+        let context = Context {
+            namespace: "test".into(),
+            bundle: bundle.path().to_owned(),
+            reaper,
+            events: publisher,
+            runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),
+        };
         let exit = Arc::new(ExitSignal::default());
         let service = Arc::new(TaskService::new(context, Arc::clone(&exit)));
         Self { service, runtime, exit, events, bundle }

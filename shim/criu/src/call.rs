@@ -38,8 +38,10 @@ pub(crate) trait Undo: Send {
     /// Called once, when criu has ended.
     async fn undo(&mut self);
 
-    /// A stage is about to be refused, and CRIU may not heed that.
-    fn refusing(&mut self) {}
+    /// A stage is about to be refused. True if CRIU would not heed that, and is to be killed instead.
+    async fn refusing(&mut self, _: &Stage) -> bool {
+        false
+    }
 }
 
 /// A run of criu with what has to be undone. Dropped before [`Call::complete`], it undoes in a task of its own.
@@ -79,8 +81,7 @@ impl<U: Undo + 'static> Call<U> {
             return Err(ended(swrk, None, &log).await.unwrap_or_else(|| protocol("send the request", None, source)));
         }
         let response = loop {
-            let channel = swrk.channel().map_err(|source| protocol("use the socket", stage.clone(), source))?;
-            let received = match channel.receive().await {
+            let received = match swrk.receive().await {
                 Ok(Some(received)) => received,
                 Ok(None) => {
                     let died = ended(swrk, stage.clone(), &log).await;
@@ -107,8 +108,10 @@ impl<U: Undo + 'static> Call<U> {
                 Err(source) if refused.is_none() => refused = Some(CallError::Notify { stage: now.clone(), source }),
                 Err(error) => tracing::warn!(stage = %now, error, "a callback failed while criu undoes its work"),
             }
-            if refused.is_some() {
-                undo.refusing();
+            if refused.is_some() && undo.refusing(&now).await {
+                // The next read finds it gone.
+                swrk.kill();
+                continue;
             }
             answer.set_notify_success(refused.is_none());
             stage = Some(now);

@@ -9,17 +9,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use reaper::Reaper;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type};
 use rustix::fs::AtFlags;
 
 use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
 use crate::error::DumpError;
-use crate::freezer::Thawed;
+use crate::freezer::Freezer;
 use crate::image;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{External, ExternalMount, Options, Place, to_rpc};
-use crate::residue;
+use crate::residue::{self, Residue};
 use crate::swrk::Swrk;
 
 /// Name of the log in the work directory, as runc has it: containerd copies it out of there.
@@ -81,17 +82,26 @@ impl Criu {
         if existing.contains(&OsString::from(image::INVENTORY)) {
             return Err(DumpError::Occupied { pid, path: images_path.clone() });
         }
-        let thawed = match &request.freeze_cgroup {
-            Some(cgroup) => Thawed::remember(cgroup).map_err(at("read the freezer of", cgroup))?,
+        let freezer = match &request.freeze_cgroup {
+            Some(cgroup) => Some(Freezer::remember(cgroup).map_err(at("read the freezer of", cgroup))?),
             None => None,
         };
 
         let failed = |source| DumpError::Criu { pid, source };
-        let swrk = Swrk::start(self, work_path, &residue::marker(), vec![]).map_err(failed)?;
+        let marker = residue::marker();
+        let swrk = Swrk::start(self, work_path, &marker, vec![]).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);
-        let undo = UndoDump { images: images_path.clone(), existing, thawed, stands: false, open: (images, work) };
+        let undo = UndoDump {
+            reaper: self.reaper.clone(),
+            marker,
+            images: images_path.clone(),
+            existing,
+            freezer,
+            stands: false,
+            open: (images, work),
+        };
         let mut call = Call::new(swrk, undo, log.clone());
         match call.converse(message, &mut AnswersDump { notify }).await {
             Ok(_) => {
@@ -154,11 +164,13 @@ impl Answers<UndoDump> for AnswersDump<'_> {
 }
 
 struct UndoDump {
+    reaper: Reaper,
+    marker: String,
     images: PathBuf,
     /// Names in the images directory before the dump. What a user kept there is not removed.
     existing: HashSet<OsString>,
-    /// None if the cgroup was frozen before, or is not used.
-    thawed: Option<Thawed>,
+    /// None if none is used.
+    freezer: Option<Freezer>,
     /// The images are whole, and may be all that is left of the tree.
     stands: bool,
     /// The images and the work directory, which CRIU opens by number as long as it runs.
@@ -168,8 +180,9 @@ struct UndoDump {
 #[async_trait]
 impl Undo for UndoDump {
     async fn undo(&mut self) {
-        if let Some(thawed) = &self.thawed {
-            thawed.restore();
+        Residue::of_helpers(self.reaper.adoption(), self.marker.clone()).kill().await;
+        if let Some(freezer) = &self.freezer {
+            freezer.restore();
         }
         if self.stands {
             return;

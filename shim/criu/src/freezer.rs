@@ -1,43 +1,48 @@
-//! A cgroup that CRIU freezes during a dump, and leaves frozen when it is killed.
+//! A cgroup that CRIU freezes, or thaws for a moment, during a dump, and leaves so when it is killed.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A cgroup that was not frozen before the dump.
+/// A cgroup's freezer as it was before the dump.
 #[derive(Debug)]
-pub(crate) struct Thawed {
-    /// Its control file, and what thaws.
+pub(crate) struct Freezer {
+    /// The control file.
     file: PathBuf,
-    thaw: &'static str,
+    /// What it held, and holds again when it is written there.
+    before: &'static str,
 }
 
-impl Thawed {
-    /// None when the cgroup is frozen already: then the dump is to leave it so.
-    pub(crate) fn remember(cgroup: &Path) -> io::Result<Option<Self>> {
+impl Freezer {
+    pub(crate) fn remember(cgroup: &Path) -> io::Result<Self> {
         let v1 = cgroup.join("freezer.state");
         match std::fs::read_to_string(&v1) {
-            Ok(state) => return Ok((state.trim() == "THAWED").then_some(Self { file: v1, thaw: "THAWED" })),
+            // FREEZING is on its way to FROZEN, and can only be written as that.
+            Ok(state) => {
+                return Ok(Self { file: v1, before: if state.trim() == "THAWED" { "THAWED" } else { "FROZEN" } });
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
         let v2 = cgroup.join("cgroup.freeze");
-        let state = std::fs::read_to_string(&v2)?;
-        Ok((state.trim() == "0").then_some(Self { file: v2, thaw: "0" }))
+        let before = if std::fs::read_to_string(&v2)?.trim() == "0" { "0" } else { "1" };
+        Ok(Self { file: v2, before })
     }
 
-    /// Thaws it, if it is frozen. To be called when criu has ended.
+    /// Puts it back as it was. To be called when criu has ended.
     pub(crate) fn restore(&self) {
-        let thaw = || -> io::Result<()> {
-            if std::fs::read_to_string(&self.file)?.trim() != self.thaw {
-                std::fs::write(&self.file, self.thaw)?;
+        let restore = || -> io::Result<()> {
+            if std::fs::read_to_string(&self.file)?.trim() != self.before {
+                std::fs::write(&self.file, self.before)?;
             }
             Ok(())
         };
-        match thaw() {
+        match restore() {
             Ok(()) => {}
             // The container has gone.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => tracing::error!(path = %self.file.display(), %error, "cannot thaw what criu froze"),
+            Err(error) => {
+                tracing::error!(path = %self.file.display(), %error, "cannot put back a freezer that criu has used");
+            }
         }
     }
 }

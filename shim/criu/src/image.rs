@@ -4,8 +4,11 @@
 //! CRIU); the inventory has one magic number. Images are untrusted: sizes are capped, nothing but regular files is
 //! read, and fields that are not known are skipped.
 
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use protobuf::CodedInputStream;
@@ -24,6 +27,10 @@ const COMMON_MAGIC: u32 = 0x5456_4319;
 const SERVICE_MAGIC: u32 = 0x5510_5940;
 const PSTREE_MAGIC: u32 = 0x5027_3030;
 const STATS_MAGIC: u32 = 0x5709_3306;
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+
+/// `PE_PRESENT` in criu/include/pagemap.h: the pages are in the file of pages.
+const PAGE_PRESENT: u64 = 1 << 2;
 
 /// Versions of the images' form that CRIU knows: `CRTOOLS_IMAGES_V1` and `V1_1`.
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
@@ -196,33 +203,118 @@ pub(crate) fn root_pid(directory: &Path) -> Result<Option<i32>, ImageError> {
     Ok(pid)
 }
 
+/// Checks that the files of memory are as long as the images say. CRIU's restorer waits forever for pages that a file
+/// that was cut off does not have (criu/pie/restorer.c goes on after a short read of nothing).
+pub(crate) fn check_pages(directory: &Path) -> Result<(), ImageError> {
+    let failed = |source| ImageError::Read { path: directory.to_owned(), source };
+    let mut wanted = BTreeMap::<u64, u64>::new();
+    for file in std::fs::read_dir(directory).map_err(failed)? {
+        let path = file.map_err(failed)?.path();
+        let name = path.file_name().map(OsStr::as_bytes).unwrap_or_default();
+        if name.starts_with(b"pagemap-") && name.ends_with(b".img") {
+            let (id, pages) = pages_of(&path)?;
+            let sum = wanted.entry(id).or_default();
+            *sum = sum.saturating_add(pages);
+        }
+    }
+    let size = u64::try_from(rustix::param::page_size()).unwrap_or(u64::MAX);
+    for (id, pages) in wanted {
+        let path = directory.join(format!("pages-{id}.img"));
+        // Nothing is stored of a task without pages of its own.
+        let found = match std::fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && pages == 0 => 0,
+            Err(source) => return Err(ImageError::Read { path, source }),
+        };
+        if found < pages.saturating_mul(size) {
+            return Err(damaged(&path, "it is cut off"));
+        }
+    }
+    Ok(())
+}
+
+/// Which file of pages a pagemap refers to, and to how many pages in it.
+fn pages_of(path: &Path) -> Result<(u64, u64), ImageError> {
+    let mut file = BufReader::new(open(path)?);
+    magic(path, &mut file, &[COMMON_MAGIC, PAGEMAP_MAGIC])?;
+    let mut id = 0;
+    fields(path, &next_entry(path, &mut file)?.unwrap_or_default(), |number, value| {
+        if let (1, Value::Number(value)) = (number, value) {
+            id = value;
+        }
+        Ok(())
+    })?;
+    let mut pages = 0_u64;
+    while let Some(entry) = next_entry(path, &mut file)? {
+        let (mut count, mut long_count, mut in_parent, mut flags) = (0, None, false, None);
+        fields(path, &entry, |number, value| {
+            match (number, value) {
+                (2, Value::Number(value)) => count = value,
+                (3, Value::Number(value)) => in_parent = value != 0,
+                (4, Value::Number(value)) => flags = Some(value),
+                (5, Value::Number(value)) => long_count = Some(value),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        let present = flags.map_or(!in_parent, |flags| flags & PAGE_PRESENT != 0);
+        if present {
+            pages = pages.saturating_add(long_count.unwrap_or(count));
+        }
+    }
+    Ok((id, pages))
+}
+
 /// The first entry of an image file.
-fn entry(path: &Path, magic: &[u32]) -> Result<Vec<u8>, ImageError> {
+fn entry(path: &Path, expected: &[u32]) -> Result<Vec<u8>, ImageError> {
+    let mut file = open(path)?;
+    magic(path, &mut file, expected)?;
+    next_entry(path, &mut file)?.ok_or_else(|| damaged(path, "it is cut off"))
+}
+
+fn open(path: &Path) -> Result<File, ImageError> {
     let failed = |source| ImageError::Read { path: path.to_owned(), source };
     // Not through a link, and without waiting for a fifo's other end.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
-    let mut file = File::from(file);
+    let file = File::from(file);
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(damaged(path, "it is not a regular file"));
     }
-    let mut word = || -> Result<u32, ImageError> {
-        let mut bytes = [0; 4];
-        file.read_exact(&mut bytes).map_err(|error| short(path, error))?;
-        Ok(u32::from_le_bytes(bytes))
-    };
-    for magic in magic {
-        if word()? != *magic {
-            return Err(damaged(path, "it does not begin as CRIU's files do"));
+    Ok(file)
+}
+
+fn magic(path: &Path, file: &mut impl Read, expected: &[u32]) -> Result<(), ImageError> {
+    for expected in expected {
+        match word(path, file)? {
+            Some(found) if found == *expected => {}
+            Some(_) => return Err(damaged(path, "it does not begin as CRIU's files do")),
+            None => return Err(damaged(path, "it is cut off")),
         }
     }
-    let length = word()?;
+    Ok(())
+}
+
+/// None at the end of the file.
+fn next_entry(path: &Path, file: &mut impl Read) -> Result<Option<Vec<u8>>, ImageError> {
+    let Some(length) = word(path, file)? else { return Ok(None) };
     if length > MAX_ENTRY {
-        return Err(damaged(path, "its first entry is too long"));
+        return Err(damaged(path, "an entry is too long"));
     }
     let mut entry = vec![0; usize::try_from(length).unwrap_or(usize::MAX)];
     file.read_exact(&mut entry).map_err(|error| short(path, error))?;
-    Ok(entry)
+    Ok(Some(entry))
+}
+
+/// None at the end of the file.
+fn word(path: &Path, file: &mut impl Read) -> Result<Option<u32>, ImageError> {
+    let mut bytes = [0; 4];
+    let read = file.read(&mut bytes).map_err(|source| ImageError::Read { path: path.to_owned(), source })?;
+    if read == 0 {
+        return Ok(None);
+    }
+    file.read_exact(&mut bytes[read..]).map_err(|error| short(path, error))?;
+    Ok(Some(u32::from_le_bytes(bytes)))
 }
 
 enum Value<'a> {
@@ -236,7 +328,7 @@ fn fields(
     entry: &[u8],
     mut each: impl FnMut(u32, Value<'_>) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
-    let broken = |_: protobuf::Error| damaged(path, "its first entry is not a message");
+    let broken = |_: protobuf::Error| damaged(path, "an entry is not a message");
     let mut input = CodedInputStream::from_bytes(entry);
     while let Some(tag) = input.read_raw_tag_or_eof().map_err(broken)? {
         let number = tag >> 3;
@@ -244,7 +336,7 @@ fn fields(
             Some(WireType::Varint) => each(number, Value::Number(input.read_uint64().map_err(broken)?))?,
             Some(WireType::LengthDelimited) => each(number, Value::Bytes(&input.read_bytes().map_err(broken)?))?,
             Some(wire_type) => input.skip_field(wire_type).map_err(broken)?,
-            None => return Err(damaged(path, "its first entry is not a message")),
+            None => return Err(damaged(path, "an entry is not a message")),
         }
     }
     Ok(())

@@ -118,9 +118,7 @@ fn sentence(error: &str) -> Option<String> {
         format!("the file {file} has changed since the dump: its size is {sizes}")
     } else if let Some(file) = between("Can't open file ", " on restore") {
         format!("the file {file}, which the dumped process had open, cannot be opened")
-    } else if let Some(place) =
-        between("Unsupported mapping found ", "\n").or_else(|| after(error, "Unsupported mapping found "))
-    {
+    } else if let Some(place) = after(error, "Unsupported mapping found ") {
         format!("the process maps something at {place} that CRIU cannot dump")
     } else if has("handle_device_vma plugin failed") {
         "the process maps the memory of a device".to_owned()
@@ -128,6 +126,11 @@ fn sentence(error: &str) -> Option<String> {
         format!("pid {pid}, which the dumped process had, is in use here")
     } else if let Some(pid) = between("Unseizable non-zombie ", " found") {
         format!("process {pid} is traced by another process (a debugger)")
+    } else if let Some(pid) = between("Unable to detach from ", ": No such process") {
+        format!("there is no process {pid}")
+    } else if has("send_fds failed (-22)") {
+        // Of all files, only rings are refused so by the kernel (scm_fp_copy in net/core/scm.c).
+        "the process uses io_uring, which CRIU cannot dump".to_owned()
     } else if has("criu itself is within dumped tree") {
         "criu runs inside the tree that it is to dump".to_owned()
     } else if let Some(plugin) = after(error, "Missing required plugin: ") {
@@ -140,12 +143,8 @@ fn sentence(error: &str) -> Option<String> {
         "the process holds a file lock, and dumping locks (file-locks) is not allowed".to_owned()
     } else if has("Need to set the --tcp-close") {
         "the image was dumped with its TCP connections closed, which the restore must allow too (tcp-close)".to_owned()
-    } else if let Some(what) = between("Can't dump file ", ")\n").or_else(|| after(error, "Can't dump file ")) {
-        if what.contains("io_uring") {
-            format!("the process uses io_uring, which CRIU cannot dump (file {what})")
-        } else {
-            format!("the process has a file open that CRIU cannot dump: {what}")
-        }
+    } else if let Some(what) = after(error, "Can't dump file ") {
+        format!("the process has a file open that CRIU cannot dump: {what}")
     } else if has("is not a session leader") {
         "the process is not the leader of its session, and that is not allowed (shell-job)".to_owned()
     } else if let Some(mount) = between("No mapping for ", " mountpoint") {

@@ -1,4 +1,4 @@
-//! Processes that a restore leaves when criu cannot remove them itself.
+//! Processes that are left when criu cannot remove them itself: those of a half-restored tree, and criu's own helpers.
 //!
 //! The root of a restored tree is this process's child (`rst_sibling`), and so is every other process of it once criu
 //! is dead, if this process is a subreaper. Nobody else knows them: they are found here.
@@ -35,13 +35,16 @@ pub(crate) struct Residue {
 }
 
 impl Residue {
+    /// What a run without a tree of its own, such as a dump, may leave: helpers of criu.
+    pub(crate) fn of_helpers(adoption: Adoption, marker: String) -> Self {
+        Self { adoption, root: None, marker, dumped_pid: None, since: u64::MAX }
+    }
+
     /// Kills what is left of the tree and waits for its end. To be called when criu has ended.
     pub(crate) async fn kill(&mut self) {
         let mut killed = vec![];
         if let Some(root) = self.root.take() {
-            kill_descendants(root.pid());
-            // Already gone is what is wanted.
-            let _ = root.signal(Signal::KILL);
+            kill_tree(&root);
             killed.push(root);
         }
         for pid in children_of(std::process::id()) {
@@ -50,12 +53,11 @@ impl Residue {
             }
             match self.adoption.adopt(pid) {
                 Ok(child) => {
-                    tracing::warn!(pid, "criu left a half-restored process, which is killed");
-                    kill_descendants(pid);
-                    let _ = child.signal(Signal::KILL);
+                    tracing::warn!(pid, "criu left a process, which is killed");
+                    kill_tree(&child);
                     killed.push(child);
                 }
-                Err(error) => tracing::debug!(pid, %error, "a half-restored process has gone by itself"),
+                Err(error) => tracing::debug!(pid, %error, "a process of criu has gone by itself"),
             }
         }
         for child in killed {
@@ -72,6 +74,13 @@ impl Residue {
         let wanted = format!("{MARKER}={}", self.marker);
         environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
     }
+}
+
+/// Kills a process and all its descendants.
+pub(crate) fn kill_tree(root: &Child) {
+    kill_descendants(root.pid());
+    // Already gone is what is wanted.
+    let _ = root.signal(Signal::KILL);
 }
 
 /// Kills all descendants of `pid`, the oldest first.

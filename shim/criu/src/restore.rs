@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use reaper::Child;
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inherit_fd};
-use rustix::process::Signal;
 
 use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
@@ -81,6 +80,7 @@ impl Criu {
         };
         let work_path = request.work_dir.clone().unwrap_or_else(|| images_path.clone());
         image::inspect(&images_path).map_err(RestoreError::Image)?;
+        image::check_pages(&images_path).map_err(RestoreError::Image)?;
         let dumped_pid = image::root_pid(&images_path).map_err(RestoreError::Image)?;
         let images = File::open(&images_path).map_err(at("open", &images_path))?;
         let work = File::open(&work_path).map_err(at("open", &work_path))?;
@@ -219,11 +219,14 @@ impl Undo for UndoRestore {
         self.residue.kill().await;
     }
 
-    /// From network-unlock on CRIU logs a refusal and lets the tree run. It does not when the root is dead: then it
-    /// fails, and kills the rest.
-    fn refusing(&mut self) {
-        if let Some(root) = &self.residue.root {
-            let _ = root.signal(Signal::KILL);
+    /// From pre-resume on CRIU only logs a refusal, and lets the tree run. (It does so at network-unlock too, but has
+    /// to go on from there: rules that it set in a network namespace from outside would stay.) The tree is killed
+    /// first, so that no process of it runs when criu, which holds them all by ptrace, lets go of them.
+    async fn refusing(&mut self, stage: &Stage) -> bool {
+        let heedless = matches!(stage, Stage::PreResume | Stage::PostResume);
+        if heedless && let Some(root) = &self.residue.root {
+            residue::kill_tree(root);
         }
+        heedless
     }
 }

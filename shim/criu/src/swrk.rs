@@ -16,7 +16,7 @@ use crate::client::Criu;
 use crate::error::CallError;
 use crate::residue::MARKER;
 use crate::sys;
-use crate::transport::Channel;
+use crate::transport::{Channel, Received};
 
 /// The descriptor on which criu finds the socket, and the first of those that it inherits.
 const SOCKET: i32 = 3;
@@ -64,6 +64,18 @@ impl Swrk {
 
     pub(crate) fn channel(&self) -> io::Result<&Channel> {
         self.channel.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// The next message, or None when criu has ended or closed the socket. Its end is watched too: helpers that it
+    /// forks keep the socket open when it is killed.
+    pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
+        let channel = self.channel()?;
+        tokio::select! {
+            biased;
+            received = channel.receive() => received,
+            // Its last word may have come at the same time.
+            _ = self.child.wait() => channel.received(),
+        }
     }
 
     /// Ends the conversation and waits for criu's end, which is near: it has answered, or finds the socket closed at

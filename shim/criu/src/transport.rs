@@ -48,22 +48,39 @@ impl Channel {
 
     /// The next message, or None when the other end is closed.
     pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
-        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
         let mut bytes = vec![0; MAX_ANSWER];
         let receive = || receive(self.0.as_fd(), &mut bytes);
-        let (length, flags, descriptors) = self.0.async_io(Interest::READABLE, receive).await?;
-        if length == 0 {
-            return Ok(None);
+        let packet = self.0.async_io(Interest::READABLE, receive).await?;
+        parse(&bytes, packet)
+    }
+
+    /// A message that has arrived already. None if there is none.
+    pub(crate) fn received(&self) -> io::Result<Option<Received>> {
+        let mut bytes = vec![0; MAX_ANSWER];
+        match receive(self.0.as_fd(), &mut bytes) {
+            Ok(packet) => parse(&bytes, packet),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
         }
-        if flags.contains(ReturnFlags::TRUNC) {
-            return Err(invalid(format!("it is longer than {MAX_ANSWER} bytes")));
-        }
-        let message = Criu_resp::parse_from_bytes(&bytes[..length]).map_err(|error| invalid(error.to_string()))?;
-        Ok(Some(Received { message, descriptors }))
     }
 }
 
-fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<(usize, ReturnFlags, Vec<OwnedFd>)> {
+/// Its length, 0 at the end of the conversation, and what came with it.
+type Packet = (usize, ReturnFlags, Vec<OwnedFd>);
+
+fn parse(bytes: &[u8], (length, flags, descriptors): Packet) -> io::Result<Option<Received>> {
+    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
+    if length == 0 {
+        return Ok(None);
+    }
+    if flags.contains(ReturnFlags::TRUNC) {
+        return Err(invalid(format!("it is longer than {MAX_ANSWER} bytes")));
+    }
+    let message = Criu_resp::parse_from_bytes(&bytes[..length]).map_err(|error| invalid(error.to_string()))?;
+    Ok(Some(Received { message, descriptors }))
+}
+
+fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Packet> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(bytes)];

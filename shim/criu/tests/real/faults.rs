@@ -1,0 +1,237 @@
+//! What happens when callbacks fail, criu dies, or nobody waits any more.
+
+use criu::{CallError, DumpError, RestoreError, Stage};
+use rustix::process::{Pid, Signal};
+
+use crate::life::with_pid_namespace;
+use crate::world::{
+    Does, Saboteur, Sentence, Target, World, chain, children, children_of, criu_pids, names, sentence, until,
+};
+
+pub(crate) fn sentences() -> Vec<Sentence> {
+    let mut sentences = vec![
+        sentence!(a_tree_survives_criu_killed_while_it_reads_memory),
+        sentence!(a_cgroup_that_criu_froze_is_thawed_when_criu_is_killed),
+        sentence!(a_cgroup_that_was_frozen_before_stays_frozen),
+        sentence!(what_lay_in_the_images_directory_is_not_removed),
+        sentence!(a_directory_with_an_image_is_not_dumped_into),
+    ];
+    for does in [Does::Fail, Does::KillCriu, Does::Hang] {
+        for stage in [Stage::PreDump, Stage::QueryExternalFiles, Stage::PostDump] {
+            let name = format!("a tree runs on when a dump's {stage} {}", said(does));
+            sentences.push(Sentence::new(name, move |world| Box::pin(sabotaged_dump(world, stage, does))));
+        }
+        for stage in [Stage::PreRestore, Stage::PostRestore, Stage::PreResume, Stage::PostResume] {
+            let name = format!("nothing is left, and a second try works, when a restore's {stage} {}", said(does));
+            sentences.push(Sentence::new(name, move |world| Box::pin(sabotaged_restore(world, stage, does, false))));
+        }
+        for stage in [
+            Stage::PreRestore,
+            Stage::SetupNamespaces,
+            Stage::PostSetupNamespaces,
+            Stage::PostRestore,
+            Stage::PreResume,
+            Stage::PostResume,
+        ] {
+            let name = format!("nothing is left of a pid namespace when a restore's {stage} {}", said(does));
+            sentences.push(Sentence::new(name, move |world| Box::pin(sabotaged_restore(world, stage, does, true))));
+        }
+    }
+    sentences
+}
+
+fn said(does: Does) -> &'static str {
+    match does {
+        Does::Fail => "fails",
+        Does::KillCriu => "finds criu killed",
+        Does::Hang => "hangs and the call is cancelled",
+    }
+}
+
+async fn sabotaged_dump(world: World, stage: Stage, does: Does) {
+    let target = world.target(&["child", "threads"]).await;
+    let request = world.dump_request(&target);
+    let mut notify = Saboteur::at(stage.clone(), does);
+    let hangs = notify.hangs.clone();
+    let stands = stage == Stage::PostDump && does == Does::KillCriu;
+    tokio::select! {
+        result = world.criu.dump(request, &mut notify) => expect(&result.unwrap_err(), &stage, does),
+        () = hangs.notified() => {}
+    }
+    if stands {
+        // Its callback had succeeded: then the images are kept, whatever became of the tree.
+        assert!(names(&world.path("images")).contains(&"inventory.img".to_owned()));
+        until("criu to end", || criu_pids().is_empty()).await;
+    } else {
+        world.is_clean(&world.path("images")).await;
+    }
+    target.runs().await;
+    if !stands {
+        // It can be dumped after all that.
+        world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap();
+        target.child.wait().await;
+        world.restored().await.kill().await;
+    } else {
+        target.kill().await;
+    }
+}
+
+fn expect(error: &DumpError, stage: &Stage, does: Does) {
+    let DumpError::Criu { source, .. } = error else { panic!("{}", chain(error)) };
+    expect_call(source, stage, does);
+}
+
+fn expect_call(error: &CallError, stage: &Stage, does: Does) {
+    match (does, error) {
+        (Does::Fail, CallError::Notify { stage: at, source }) => {
+            assert_eq!((at, source.to_string().as_str()), (stage, "sabotage"));
+        }
+        (Does::KillCriu, CallError::Died { exit, stage: at, .. }) => {
+            assert_eq!((exit.code, at.as_ref()), (128 + 9, Some(stage)));
+        }
+        _ => panic!("{}", chain(error)),
+    }
+}
+
+async fn sabotaged_restore(world: World, stage: Stage, does: Does, namespace: bool) {
+    if namespace {
+        let (outer, inner) = with_pid_namespace(&world).await;
+        world.criu.dump(world.dump_request(&inner), &mut ()).await.unwrap();
+        outer.child.wait().await;
+        inner.child.wait().await;
+    } else {
+        world.dumped(&["child", "threads"]).await;
+    }
+    let mut notify = Saboteur::at(stage.clone(), does);
+    let hangs = notify.hangs.clone();
+    tokio::select! {
+        result = world.criu.restore(world.restore_request(), &mut notify) => {
+            let RestoreError::Criu { source, .. } = result.unwrap_err() else { panic!("{stage}") };
+            expect_call(&source, &stage, does);
+        }
+        () = hangs.notified() => {}
+    }
+    until("the half-restored tree to end", || children().is_empty()).await;
+    let target = world.restored().await;
+    target.runs().await;
+    target.kill().await;
+}
+
+async fn a_tree_survives_criu_killed_while_it_reads_memory(world: World) {
+    let target = world.target(&["memory", "child"]).await;
+    let images = world.folder("images");
+    let request = world.dump_request(&target);
+    let mut notify = ();
+    let dump = world.criu.dump(request, &mut notify);
+    let kill = async {
+        let reading = || names(&images).iter().any(|name| name.starts_with("pages-"));
+        until("criu to read memory", reading).await;
+        for pid in criu_pids() {
+            rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+        }
+    };
+    let (result, ()) = tokio::join!(dump, kill);
+    let DumpError::Criu { source: CallError::Died { .. }, .. } = result.unwrap_err() else { panic!() };
+    world.is_clean(&images).await;
+    target.runs().await;
+    target.kill().await;
+}
+
+/// A freezer cgroup that goes away with this.
+struct Cgroup(std::path::PathBuf);
+
+impl Cgroup {
+    fn with(target: &Target) -> Self {
+        let name = format!("criu-real-{}", std::process::id());
+        let parent = ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup"];
+        let parent = parent.into_iter().find(|path| std::path::Path::new(path).join("cgroup.procs").exists());
+        let path = std::path::Path::new(parent.unwrap()).join(name);
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("cgroup.procs"), target.child.pid().to_string()).unwrap();
+        for pid in children_of(target.child.pid()) {
+            std::fs::write(path.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
+        Self(path)
+    }
+
+    fn freeze(&self, freeze: bool) {
+        let v1 = self.0.join("freezer.state");
+        if v1.exists() {
+            std::fs::write(v1, if freeze { "FROZEN" } else { "THAWED" }).unwrap();
+        } else {
+            std::fs::write(self.0.join("cgroup.freeze"), if freeze { "1" } else { "0" }).unwrap();
+        }
+    }
+
+    fn is_frozen(&self) -> bool {
+        let v1 = std::fs::read_to_string(self.0.join("freezer.state"));
+        match v1 {
+            Ok(state) => state.trim() != "THAWED",
+            Err(_) => std::fs::read_to_string(self.0.join("cgroup.freeze")).unwrap().trim() == "1",
+        }
+    }
+
+    async fn remove(self) {
+        until("the cgroup to be empty", || std::fs::remove_dir(&self.0).is_ok()).await;
+    }
+}
+
+async fn a_cgroup_that_criu_froze_is_thawed_when_criu_is_killed(world: World) {
+    let target = world.target(&["child"]).await;
+    let cgroup = Cgroup::with(&target);
+    let mut request = world.dump_request(&target);
+    request.freeze_cgroup = Some(cgroup.0.clone());
+    let mut notify = Saboteur::at(Stage::QueryExternalFiles, Does::KillCriu);
+    let error = world.criu.dump(request, &mut notify).await.unwrap_err();
+    expect(&error, &Stage::QueryExternalFiles, Does::KillCriu);
+    assert!(!cgroup.is_frozen());
+    target.runs().await;
+    target.kill().await;
+    cgroup.remove().await;
+}
+
+async fn a_cgroup_that_was_frozen_before_stays_frozen(world: World) {
+    let target = world.target(&["child"]).await;
+    let cgroup = Cgroup::with(&target);
+    for does in [None, Some(Does::Fail), Some(Does::KillCriu)] {
+        cgroup.freeze(true);
+        let mut request = world.dump_request(&target);
+        request.freeze_cgroup = Some(cgroup.0.clone());
+        request.leave_running = true;
+        let mut notify = does.map_or_else(Saboteur::none, |does| Saboteur::at(Stage::QueryExternalFiles, does));
+        let result = world.criu.dump(request, &mut notify).await;
+        assert_eq!(result.is_err(), does.is_some(), "{does:?}");
+        assert!(cgroup.is_frozen(), "{does:?}");
+        cgroup.freeze(false);
+        target.runs().await;
+        std::fs::remove_dir_all(world.path("images")).unwrap();
+    }
+    target.kill().await;
+    cgroup.remove().await;
+}
+
+async fn what_lay_in_the_images_directory_is_not_removed(world: World) {
+    let target = world.target(&[]).await;
+    let images = world.folder("images");
+    for name in ["kept.img", "descriptors.json"] {
+        std::fs::write(images.join(name), "kept").unwrap();
+    }
+    let mut notify = Saboteur::at(Stage::PostDump, Does::Fail);
+    world.criu.dump(world.dump_request(&target), &mut notify).await.unwrap_err();
+    let mut left = names(&images);
+    left.sort();
+    assert_eq!(left, ["descriptors.json", "kept.img"]);
+    target.kill().await;
+}
+
+async fn a_directory_with_an_image_is_not_dumped_into(world: World) {
+    let target = world.target(&[]).await;
+    let mut request = world.dump_request(&target);
+    request.leave_running = true;
+    world.criu.dump(request.clone(), &mut ()).await.unwrap();
+    let before = names(&world.path("images")).len();
+    let error = world.criu.dump(request, &mut ()).await.unwrap_err();
+    assert!(error.to_string().contains("holds a checkpoint already"), "{error}");
+    assert_eq!(names(&world.path("images")).len(), before);
+    target.kill().await;
+}

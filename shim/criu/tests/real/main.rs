@@ -1,0 +1,32 @@
+//! The crate against the real CRIU, on real process trees.
+//!
+//! Needs root, criu and util-linux, and a root file system in which CRIU works: the test bed has all that. It
+//! is run with `RUN_IN_BED` of the root Makefile, as the runtime's contract suite is. The sentences run one after the
+//! other, because children are the process's.
+
+// This crate is nothing but tests, which clippy only sees in functions marked as such.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod causes;
+mod faults;
+mod life;
+#[allow(unsafe_code)]
+mod sys;
+mod target;
+mod world;
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+fn main() -> ExitCode {
+    let own: Vec<String> = std::env::args().skip(1).collect();
+    if own.first().is_some_and(|argument| argument == target::TARGET) {
+        return target::main(&own[1..]).into();
+    }
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = Some(1);
+    let sentences = [life::sentences(), faults::sentences(), causes::sentences()];
+    let trials = sentences.into_iter().flatten().map(world::Sentence::trial).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

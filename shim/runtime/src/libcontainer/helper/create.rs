@@ -61,6 +61,9 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     let mut launched_state = state.clone();
     launched_state.pid = adapt::has_new_pids(adapt::linux(&spec)?).then_some(1);
     program.hooks = start_hooks(&mut spec, &launched_state).map(Rc::new);
+    // Only hooks want to know when the program has started.
+    let has_poststart = spec.hooks().as_ref().is_some_and(|hooks| hooks.poststart().iter().flatten().next().is_some());
+    let _starting = has_poststart.then(|| helper.directory.starting()).transpose()?;
     let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
     let mut launched_container = container.clone();
     launched_container.state = launched_state;

@@ -29,12 +29,16 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
     helper.directory.notify(NOTIFY_FILE)?;
     state.status = ContainerStatus::Running;
     helper.directory.save_state(&state)?;
-    let poststart = config.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref());
-    if poststart.is_some()
-        && let Err(error) = run_hooks(poststart, Some(&state), Some(helper.directory.path()), None, None)
-    {
-        // The process runs already. The specification wants a warning, and runc to go on.
-        helper.warnings.push(format!("a poststart hook failed: {}", chain(&error)));
+    let hooks = config.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref()).filter(|hooks| !hooks.is_empty());
+    if hooks.is_some() {
+        // They come after the program has started, and that after the startContainer hooks.
+        if !helper.directory.wait_started()? {
+            helper.warnings.push("the program does not start: the poststart hooks are run before it has".into());
+        }
+        // The process runs already. The specification wants a warning, and to go on.
+        if let Err(error) = run_hooks(hooks, Some(&state), None, None, None) {
+            helper.warnings.push(format!("a poststart hook failed: {}", chain(&error)));
+        }
     }
     Ok(())
 }

@@ -7,9 +7,13 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{ContainerStatus, State};
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +24,11 @@ const STATE: &str = "state.json";
 const CONFIG: &str = "youki_config.json";
 /// Ours: which process `pid` in libcontainer's state means.
 const INIT: &str = "init.json";
+
+/// Ours: locked while init has not become the user's program.
+const STARTING: &str = "starting.lock";
+/// startContainer hooks may take their time.
+const START_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A process, told from a later one with the same pid by when it started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,6 +121,33 @@ impl StateDirectory {
             UnixStream::connect(path)?.write_all(b"start container")
         };
         notify().context(|| "tell the process to go on")
+    }
+
+    /// A lock that the container's init inherits, and that is free when init has become the user's program, or is dead.
+    /// To be kept until init has been cloned.
+    pub(super) fn starting(&self) -> Result<File> {
+        let path = self.path.join(STARTING);
+        let lock = || -> io::Result<File> {
+            let file = File::create(&path)?;
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(file)
+        };
+        lock().context(|| format!("lock {}", path.display()))
+    }
+
+    /// Waits until init has become the user's program; false when it has not in time.
+    pub(super) fn wait_started(&self) -> Result<bool> {
+        let path = self.path.join(STARTING);
+        let file = File::open(&path).context(|| format!("open {}", path.display()))?;
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+                Ok(()) => return Ok(true),
+                Err(Errno::WOULDBLOCK) if Instant::now() > deadline => return Ok(false),
+                Err(Errno::WOULDBLOCK | Errno::INTR) => thread::sleep(Duration::from_millis(1)),
+                Err(error) => return Err(error).context(|| format!("lock {}", path.display())),
+            }
+        }
     }
 
     pub(super) fn state(&self) -> Result<State> {
@@ -235,6 +271,24 @@ mod tests {
         directory.create().unwrap();
         let message = directory.create().unwrap_err().to_string();
         assert!(message.contains("exists"), "{message}");
+    }
+
+    #[test]
+    fn the_start_is_over_when_nobody_holds_the_lock() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = StateDirectory::new(root.path(), "one");
+        directory.create().unwrap();
+        let lock = directory.starting().unwrap();
+        let inherited = lock.try_clone().unwrap();
+        drop(lock);
+        let start = Instant::now();
+        let init = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(inherited);
+        });
+        assert!(directory.wait_started().unwrap());
+        assert!(start.elapsed() >= Duration::from_millis(50));
+        init.join().unwrap();
     }
 
     #[test]

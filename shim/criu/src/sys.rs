@@ -26,3 +26,12 @@ pub(crate) fn close_from(command: &mut Command, first: u32) {
     // SAFETY: the closure runs in the forked child. It makes one system call, and allocates and locks nothing.
     unsafe { command.pre_exec(close) };
 }
+
+/// Descriptor `fd`, which this process was started with.
+#[cfg(test)]
+pub(crate) fn inherited(fd: std::os::fd::RawFd) -> std::os::fd::OwnedFd {
+    use std::os::fd::FromRawFd;
+    // SAFETY: only the test that plays criu calls this, once, for a descriptor that it was started with. Nothing else
+    // in that process knows the number.
+    unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) }
+}

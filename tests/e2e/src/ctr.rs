@@ -117,6 +117,12 @@ impl<'a> Ctr<'a> {
         self.cmd().arg("task").args(args)
     }
 
+    /// `ctr task metrics`, whichever cgroup version.
+    pub fn metrics(&self, id: &str) -> Result<Value> {
+        let text = self.task(&["metrics", "--format", "json", id]).ok()?.text();
+        serde_json::from_str(&text).with_context(|| text.clone())
+    }
+
     /// Sends a signal to init.
     pub fn kill(&self, id: &str, signal: &str) -> Result<()> {
         self.task(&["kill", "--signal", signal, id]).ok().map(drop)

@@ -2,9 +2,10 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::cmd::Running;
 use e2e::{Case, Test, case, ensure_eq, ensure_has, eventually, lines, proc};
+use serde_json::Value;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -24,6 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_signal_to_a_dead_task_is_an_error),
         case!(a_running_task_is_not_deleted_without_force),
         case!(task_ps_lists_init_and_execs),
+        case!(task_metrics_show_limits_memory_and_growing_processor_time),
         case!(a_paused_task_stands_still_and_goes_on),
         case!(a_container_can_be_started_again_after_its_task_ended),
         case!(a_short_lived_init_exits_before_anyone_asks),
@@ -213,6 +215,26 @@ fn task_ps_lists_init_and_execs(t: &Test) -> Result<()> {
     let row = lines(&text).into_iter().find(|line| line.contains(&exec));
     ensure!(row.is_some(), "no {exec} in {text}");
     Ok(())
+}
+
+fn task_metrics_show_limits_memory_and_growing_processor_time(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    t.ctr().start(&id, &["--memory-limit", "50331648"], &["sh", "-c", "while :; do :; done"])?;
+    let first = t.ctr().metrics(&id)?;
+    // The same things have other names on cgroup v2.
+    let number = |metrics: &Value, v1: &str, v2: &str| {
+        let value = metrics.pointer(v1).or(metrics.pointer(v2)).and_then(Value::as_u64);
+        value.with_context(|| format!("neither {v1} nor {v2} in {metrics}"))
+    };
+    ensure_eq!(number(&first, "/memory/usage/limit", "/memory/usage_limit")?, 50_331_648);
+    ensure!(number(&first, "/memory/usage/usage", "/memory/usage")? > 0, "it uses no memory");
+    ensure_eq!(number(&first, "/pids/current", "/pids/current")?, 1);
+    let cpu = |metrics: &Value| number(metrics, "/cpu/usage/total", "/cpu/usage_usec");
+    eventually("processor time to grow", || {
+        let now = t.ctr().metrics(&id)?;
+        ensure!(cpu(&now)? > cpu(&first)?, "{now}");
+        Ok(())
+    })
 }
 
 fn a_paused_task_stands_still_and_goes_on(t: &Test) -> Result<()> {

@@ -147,12 +147,6 @@ fn a_paused_container_stands_still_and_refuses_exec(t: &Test) -> Result<()> {
     grows(before)
 }
 
-/// `metrics` of the task, as JSON, whichever cgroup version.
-fn metrics(t: &Test, id: &str) -> Result<Value> {
-    let text = t.ctr().task(&["metrics", "--format", "json", id]).ok()?.text();
-    serde_json::from_str(&text).with_context(|| text.clone())
-}
-
 fn cpu_nanoseconds(metrics: &Value) -> Result<u64> {
     let v1 = metrics.pointer("/cpu/usage/total").and_then(Value::as_u64);
     let v2 = metrics.pointer("/cpu/usage_usec").and_then(Value::as_u64).map(|us| us * 1000);
@@ -169,9 +163,9 @@ fn stats_show_memory_and_growing_processor_time(t: &Test) -> Result<()> {
         Ok(())
     })?;
     let id = t.nerdctl().inspect(&name)?["Id"].as_str().context("Id")?.to_owned();
-    let first = cpu_nanoseconds(&metrics(t, &id)?)?;
+    let first = cpu_nanoseconds(&t.ctr().metrics(&id)?)?;
     eventually("processor time to grow", || {
-        let now = cpu_nanoseconds(&metrics(t, &id)?)?;
+        let now = cpu_nanoseconds(&t.ctr().metrics(&id)?)?;
         ensure!(now > first, "still {now}");
         Ok(())
     })

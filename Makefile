@@ -58,13 +58,16 @@ test-unit: deps ## Tests that need nothing but this machine
 test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, runc and crun
 	$(RUN_IN_BED) cargo test --locked -p runtime --test contract
 
+# Of the eight cells of the matrix, those that say most; `make test-e2e E2E_TARGETS=` runs all.
+E2E_TARGETS := 2.1/stock,2.1/gpusnap,2.1/gpusnap-runc,2.1/as-runc,2.4/gpusnap,2.4/as-runc
+
 .PHONY: test-e2e
 test-e2e: build testbed ## ctr, nerdctl and the CRI on both containerds, under our shim and under Debian's
-	$(RUN_IN_BED) cargo test --locked -p e2e
+	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=$(E2E_TARGETS) cargo test --locked -p e2e --test suite
 
 .PHONY: test-e2e-stock
 test-e2e-stock: deps testbed ## The same suite under containerd's own shim only
-	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=2.1/stock,2.4/stock cargo test --locked -p e2e
+	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=stock cargo test --locked -p e2e --test suite
 
 .PHONY: bench
 bench: build testbed ## Lifecycle of a container, ours against runc's shim, interleaved

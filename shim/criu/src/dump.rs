@@ -18,6 +18,7 @@ use crate::client::Criu;
 use crate::error::DumpError;
 use crate::freezer::Freezer;
 use crate::image;
+use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{External, ExternalMount, Options, Place, to_rpc};
 use crate::residue::{self, Residue};
@@ -67,7 +68,8 @@ impl Criu {
     ///
     /// # Errors
     /// The tree runs on as before then, frozen if its cgroup was, and the files that CRIU wrote are removed, the log
-    /// excepted. The same holds when the future is dropped, unless `post_dump` has succeeded: then the dump stands.
+    /// excepted. The same holds when the future is dropped. Once `post_dump` has succeeded, the images are kept in any
+    /// case: CRIU may have ended the tree, and they be all that is left of it.
     pub async fn dump(&self, request: DumpRequest, notify: &mut dyn NotifyDump) -> Result<Dumped, DumpError> {
         let pid = request.pid;
         let at = |action: &'static str, path: &Path| {
@@ -94,6 +96,8 @@ impl Criu {
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);
         let undo = UndoDump {
+            pid,
+            blocked: None,
             reaper: self.reaper.clone(),
             marker,
             images: images_path.clone(),
@@ -141,10 +145,16 @@ impl Answers<UndoDump> for AnswersDump<'_> {
     async fn notified(&mut self, at: Notification, undo: &mut UndoDump) -> Result<Option<Criu_opts>, BoxError> {
         match at.stage {
             // Also while CRIU undoes its work: what network_lock did has to be undone with it.
-            Stage::NetworkUnlock => self.notify.network_unlock().await?,
+            Stage::NetworkUnlock => {
+                undo.blocked = None;
+                self.notify.network_unlock().await?;
+            }
             _ if at.failed => {}
             Stage::PreDump => self.notify.pre_dump().await?,
-            Stage::NetworkLock => self.notify.network_lock().await?,
+            Stage::NetworkLock => {
+                self.notify.network_lock().await?;
+                undo.blocked = Some(Network::of(undo.pid)?);
+            }
             Stage::PostDump => {
                 self.notify.post_dump().await?;
                 // With the acknowledgement CRIU may end the tree, of which the images are then all that is left.
@@ -164,6 +174,9 @@ impl Answers<UndoDump> for AnswersDump<'_> {
 }
 
 struct UndoDump {
+    pid: i32,
+    /// The network that CRIU has blocked, or is about to.
+    blocked: Option<Network>,
     reaper: Reaper,
     marker: String,
     images: PathBuf,
@@ -181,6 +194,9 @@ struct UndoDump {
 impl Undo for UndoDump {
     async fn undo(&mut self) {
         Residue::of_helpers(self.reaper.adoption(), self.marker.clone()).kill().await;
+        if let Some(network) = self.blocked.take() {
+            network.unblock(&self.reaper).await;
+        }
         if let Some(freezer) = &self.freezer {
             freezer.restore();
         }

@@ -20,7 +20,7 @@
 //! CRIU alone can put back (rules that block the network, instructions patched for a moment).
 //!
 //! **However criu ends**, what it leaves is removed: image files of a dump that is not whole, a cgroup that it froze,
-//! processes of a half-restored tree.
+//! a network that it blocked, processes of a half-restored tree.
 //!
 //! CRIU's plugins stay switched off: the CUDA plugin would drive the GPU behind the shim's back.
 
@@ -31,6 +31,7 @@ mod error;
 mod freezer;
 pub mod image;
 mod log;
+mod network;
 mod notify;
 mod options;
 mod probe;

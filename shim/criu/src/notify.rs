@@ -79,8 +79,8 @@ impl fmt::Display for Stage {
 
 /// Callbacks of a dump, in the order in which CRIU reaches them. Those that are not overridden succeed.
 ///
-/// When one fails, CRIU lets the tree run again and the dump fails with its error; `network_unlock` and
-/// `query_external_files` excepted, whose failure comes after the point, or is the same as any failure.
+/// When one fails, CRIU lets the tree run again and the dump fails with its error. After a failed `network_unlock` of a
+/// tree that is left running, which CRIU does not heed, the images are whole and stay.
 #[async_trait]
 pub trait NotifyDump: Send {
     /// Nothing is touched yet.

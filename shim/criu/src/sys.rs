@@ -1,8 +1,11 @@
 //! What has to happen in a child between fork and exec.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+
+use rustix::thread::LinkNameSpaceType;
 
 /// Closes every descriptor from `first` on when `command` executes its program: those that this process was given
 /// without `O_CLOEXEC` would be found in a dumped or restored tree, or keep pipes open.
@@ -27,11 +30,22 @@ pub(crate) fn close_from(command: &mut Command, first: u32) {
     unsafe { command.pre_exec(close) };
 }
 
+/// Lets `command` execute its program in a network namespace.
+pub(crate) fn enter_network(command: &mut Command, namespace: OwnedFd) {
+    let enter = move || {
+        let network = Some(LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), network).map_err(io::Error::from)
+    };
+    // SAFETY: the closure runs in the forked child. It makes one system call on a descriptor that it owns, and allocates
+    // and locks nothing.
+    unsafe { command.pre_exec(enter) };
+}
+
 /// Descriptor `fd`, which this process was started with.
 #[cfg(test)]
-pub(crate) fn inherited(fd: std::os::fd::RawFd) -> std::os::fd::OwnedFd {
+pub(crate) fn inherited(fd: std::os::fd::RawFd) -> OwnedFd {
     use std::os::fd::FromRawFd;
     // SAFETY: only the test that plays criu calls this, once, for a descriptor that it was started with. Nothing else
     // in that process knows the number.
-    unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) }
+    unsafe { OwnedFd::from_raw_fd(fd) }
 }

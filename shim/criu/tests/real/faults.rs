@@ -1,6 +1,6 @@
 //! What happens when callbacks fail, criu dies, or nobody waits any more.
 
-use criu::{CallError, DumpError, RestoreError, Stage};
+use criu::{CallError, DumpError, NetworkLock, RestoreError, Stage};
 use rustix::process::{Pid, Signal};
 
 use crate::life::with_pid_namespace;
@@ -13,6 +13,7 @@ pub(crate) fn sentences() -> Vec<Sentence> {
         sentence!(a_tree_survives_criu_killed_while_it_reads_memory),
         sentence!(a_cgroup_that_criu_froze_is_thawed_when_criu_is_killed),
         sentence!(a_cgroup_that_was_frozen_before_stays_frozen),
+        sentence!(a_network_that_criu_blocked_works_again_however_the_dump_fails),
         sentence!(what_lay_in_the_images_directory_is_not_removed),
         sentence!(a_directory_with_an_image_is_not_dumped_into),
     ];
@@ -208,6 +209,33 @@ async fn a_cgroup_that_was_frozen_before_stays_frozen(world: World) {
     }
     target.kill().await;
     cgroup.remove().await;
+}
+
+async fn a_network_that_criu_blocked_works_again_however_the_dump_fails(world: World) {
+    let inside = ["unshare", "--net", "sh", "-c", "ip link set lo up && exec \"$@\"", "sh", "setsid"];
+    let mut command = world.command(&inside, &["talk"]);
+    let target = world.started(&mut command).await;
+    for lock in [NetworkLock::Iptables, NetworkLock::Nftables] {
+        for does in [Does::Fail, Does::KillCriu, Does::Hang] {
+            let mut request = world.dump_request(&target);
+            request.options.empty_network_namespace = true;
+            request.options.network_lock = Some(lock);
+            // The first stage after the network is blocked.
+            let mut notify = Saboteur::at(Stage::QueryExternalFiles, does);
+            let hangs = notify.hangs.clone();
+            tokio::select! {
+                result = world.criu.dump(request, &mut notify) => {
+                    expect(&result.unwrap_err(), &Stage::QueryExternalFiles, does);
+                }
+                () = hangs.notified() => {}
+            }
+            assert!(notify.seen.contains(&Stage::NetworkLock), "{:?}", notify.seen);
+            target.runs().await;
+            until("the dump to be undone", || children().len() == 1).await;
+            std::fs::remove_dir_all(world.path("images")).unwrap();
+        }
+    }
+    target.kill().await;
 }
 
 async fn what_lay_in_the_images_directory_is_not_removed(world: World) {

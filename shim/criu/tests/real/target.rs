@@ -25,6 +25,8 @@ pub(crate) const UNIX_SOCKET: &str = "UNIX_SOCKET";
 #[derive(Default)]
 struct Held {
     child: Option<Child>,
+    /// Two ends of one connection.
+    talk: Option<(TcpStream, TcpStream)>,
     echo: bool,
     memory: Vec<u8>,
     files: Vec<OwnedFd>,
@@ -47,6 +49,10 @@ pub(crate) fn main(arguments: &[String]) -> u8 {
         if let Some(child) = &mut held.child {
             child.stdin.as_mut().unwrap().write_all(b"x").unwrap();
             child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        }
+        if let Some((one, other)) = &mut held.talk {
+            one.write_all(b"x").unwrap();
+            other.read_exact(&mut [0]).unwrap();
         }
         if held.echo {
             println!("{number}");
@@ -79,6 +85,11 @@ fn hold(held: &mut Held, file: &str, thing: &str) -> bool {
             let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
             let accepted = server.accept().unwrap().0;
             held.files.extend([server.into(), client.into(), accepted.into()]);
+        }
+        "talk" => {
+            let server = TcpListener::bind("127.0.0.1:0").unwrap();
+            let client = TcpStream::connect(server.local_addr().unwrap()).unwrap();
+            held.talk = Some((client, server.accept().unwrap().0));
         }
         "unix" => held.files.push(UnixStream::connect(std::env::var(UNIX_SOCKET).unwrap()).unwrap().into()),
         "lock" => {

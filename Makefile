@@ -21,7 +21,7 @@ demo: build testbed ## Build all, start the test bed and show a container's life
 	examples/demo/demo.sh
 
 .PHONY: test
-test: lint test-unit test-contract test-e2e ## Everything that can be tested without a GPU
+test: lint test-unit test-contract test-criu test-e2e ## Everything that can be tested without a GPU
 
 .PHONY: build
 build: deps ## Build the shim: target/release/containerd-shim-gpusnap-v2
@@ -57,6 +57,10 @@ test-unit: deps ## Tests that need nothing but this machine
 .PHONY: test-contract
 test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, runc and crun
 	$(RUN_IN_BED) cargo test --locked -p runtime --test contract
+
+.PHONY: test-criu
+test-criu: deps testbed ## The criu crate against the real CRIU
+	$(RUN_IN_BED) cargo test --locked -p criu --test real
 
 # Of the eight cells of the matrix, those that say most; `make test-e2e E2E_TARGETS=` runs all.
 E2E_TARGETS := 2.1/stock,2.1/gpusnap,2.1/gpusnap-runc,2.1/as-runc,2.4/gpusnap,2.4/as-runc

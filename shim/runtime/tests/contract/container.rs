@@ -72,14 +72,12 @@ impl<'bed> Bundle<'bed> {
     }
 
     pub(crate) async fn create_with(&self, io: ProcessIo) -> Result<Child, RuntimeError> {
-        let request = CreateRequest {
-            id: self.id.clone(),
-            bundle: self.folder.clone(),
-            io,
-            no_pivot_root: false,
-            no_new_keyring: false,
-        };
-        self.bed.runtime.create(request).await
+        self.bed.runtime.create(self.request(io)).await
+    }
+
+    pub(crate) fn request(&self, io: ProcessIo) -> CreateRequest {
+        let (id, bundle) = (self.id.clone(), self.folder.clone());
+        CreateRequest { id, bundle, io, no_pivot_root: false, no_new_keyring: false }
     }
 
     /// Creates and starts it.

@@ -4,17 +4,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use cgroup::Cgroup;
 use oci_spec::runtime::{
-    Capability, LinuxDeviceBuilder, LinuxDeviceType, LinuxIdMappingBuilder, LinuxMemoryBuilder, LinuxNamespaceType,
-    PosixRlimitBuilder, PosixRlimitType, UserBuilder,
+    Capability, LinuxDeviceBuilder, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType, PosixRlimitBuilder,
+    PosixRlimitType, Process, UserBuilder,
 };
+use runtime::CreateRequest;
 use rustix::fs::{FileType, Mode};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use crate::bed::{Bed, sentences};
-use crate::container::soon;
-use crate::spec::{Edit, capabilities, namespace, program, shell};
+use crate::container::{Pipes, Running};
+use crate::spec::{Edit, capabilities, namespace, process, program, shell};
 
 sentences![
     a_container_has_the_environment_and_folder_it_asks_for,
@@ -22,12 +22,18 @@ sentences![
     a_container_has_the_capabilities_it_asks_for,
     a_container_has_the_limits_it_asks_for,
     a_container_has_the_oom_score_it_asks_for,
+    capabilities_that_cannot_be_had_are_left_out_or_refused,
     a_container_is_under_its_seccomp_filter,
+    a_container_starts_with_clean_signals_in_a_session_of_its_own,
+    a_large_environment_arrives,
     a_container_has_its_host_name,
     a_container_has_its_kernel_parameters,
     a_container_sees_its_own_processes_only,
     a_container_can_share_the_processes_of_another,
     a_container_can_join_the_network_of_another,
+    the_containers_of_a_pod_share_what_they_shall,
+    a_container_can_be_made_without_pivot_root,
+    a_container_can_be_made_without_a_keyring_of_its_own,
     a_container_can_have_its_own_users,
     a_container_has_the_usual_devices,
     a_container_has_the_devices_it_asks_for,
@@ -36,8 +42,6 @@ sentences![
     readonly_paths_cannot_be_written,
     a_readonly_root_cannot_be_written,
     a_container_has_no_descriptors_but_three,
-    a_container_is_in_its_own_cgroup_everywhere,
-    a_container_that_wants_too_much_memory_is_killed_and_counted,
 ];
 
 async fn a_container_has_the_environment_and_folder_it_asks_for(bed: &Bed) {
@@ -101,6 +105,63 @@ async fn a_container_has_the_oom_score_it_asks_for(bed: &Bed) {
     assert_eq!(bed.say(&spec).await, "789\n");
     let own = fs::read_to_string("/proc/self/oom_score_adj").unwrap();
     assert_eq!(bed.say(&shell("cat /proc/self/oom_score_adj")).await, own, "without one it is ours");
+}
+
+async fn capabilities_that_cannot_be_had_are_left_out_or_refused(bed: &Bed) {
+    // As for privileged containers. In a container not all can be had.
+    let features = bed.runtime.features().await.unwrap();
+    let names = features.linux().as_ref().unwrap().capabilities().clone().unwrap();
+    let all: Vec<Capability> = names.into_iter().map(|name| serde_json::from_value(name.into()).unwrap()).collect();
+    let spec = shell("grep ^CapEff /proc/self/status | cut -c9-").with_process(|process| {
+        process.set_capabilities(Some(capabilities(&all)));
+    });
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let own = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap().trim();
+    let bundle = bed.bundle(&spec);
+    match bundle.create().await {
+        Ok(running) => {
+            bed.runtime.start(&bundle.id).await.unwrap();
+            assert_eq!(running.end().await.stdout.trim(), own);
+            bundle.delete().await;
+        }
+        Err(error) => assert!(error.to_string().contains("cap"), "{error}"),
+    }
+}
+
+async fn a_container_starts_with_clean_signals_in_a_session_of_its_own(bed: &Bed) {
+    // Rust programs ignore SIGPIPE, and what is ignored or blocked is inherited.
+    let clean = "grep -E '^Sig(Blk|Ign):' /proc/self/status | tr '\\t' ' '";
+    let bundle = bed.bundle(&shell(&format!("exec 2>&1; {clean}; echo up; sleep 600")));
+    let running = bundle.start().await;
+    running.says("up").await;
+    let expected = "SigBlk: 0000000000000000\nSigIgn: 0000000000000000\n";
+    assert_eq!(running.pipes.stdout.so_far(), format!("{expected}up\n"));
+    assert_eq!(bundle.ask(clean).await, expected);
+    let exec = bundle.exec(&process(&["sleep", "600"])).await.unwrap();
+    for child in [&running.child, &exec.child] {
+        let pid = Pid::from_raw(child.pid());
+        assert_eq!(rustix::process::getsid(pid).unwrap(), pid.unwrap());
+        assert_eq!(rustix::process::getpgid(pid).unwrap(), pid.unwrap());
+    }
+    exec.child.signal(Signal::KILL).unwrap();
+    exec.end().await;
+    bundle.kill(running).await;
+}
+
+async fn a_large_environment_arrives(bed: &Bed) {
+    let large = |process: &mut Process| {
+        let mut environment = process.env().clone().unwrap();
+        environment.extend((0..50).map(|number| format!("LARGE_{number}={}", "x".repeat(10_000))));
+        process.set_env(Some(environment));
+    };
+    let script = "env | grep -c ^LARGE_; echo ${#LARGE_49}; sleep 600";
+    let bundle = bed.bundle(&shell(script).with_process(large));
+    let running = bundle.start().await;
+    running.says("50\n10000\n").await;
+    let mut process = process(&["/bin/sh", "-c", "echo ${#LARGE_49}"]);
+    large(&mut process);
+    assert_eq!(bundle.exec(&process).await.unwrap().end().await.stdout, "10000\n");
+    bundle.kill(running).await;
 }
 
 async fn a_container_is_under_its_seccomp_filter(bed: &Bed) {
@@ -183,6 +244,50 @@ async fn a_container_can_join_the_network_of_another(bed: &Bed) {
     let said = bed.say(&spec).await;
     assert_eq!(Path::new(said.trim()), fs::read_link(&path).unwrap());
     first.kill(running).await;
+}
+
+async fn the_containers_of_a_pod_share_what_they_shall(bed: &Bed) {
+    let sandbox = bed.bundle(&shell("echo up; sleep 600"));
+    let pause = sandbox.start().await;
+    pause.says("up").await;
+    let shared = [LinuxNamespaceType::Network, LinuxNamespaceType::Ipc, LinuxNamespaceType::Uts];
+    let path = |kind| format!("/proc/{}/ns/{kind}", pause.child.pid());
+    let mut spec = shell("hostname; for kind in net ipc uts mnt; do readlink /proc/self/ns/$kind; done");
+    for kind in shared {
+        spec = spec.with_namespace(kind, Some(namespace(kind, Some(Path::new(&path(kind))))));
+    }
+    // The host name is the sandbox's.
+    spec.set_hostname(None);
+    let said = bed.say(&spec).await;
+    let said: Vec<_> = said.lines().collect();
+    assert_eq!(said[0], "contract");
+    for (kind, said) in shared.iter().zip(&said[1..]) {
+        assert_eq!(Path::new(said), fs::read_link(path(*kind)).unwrap(), "{kind}");
+    }
+    assert_ne!(Path::new(said[4]), fs::read_link(path(LinuxNamespaceType::Mount)).unwrap());
+    sandbox.kill(pause).await;
+}
+
+async fn a_container_can_be_made_without_pivot_root(bed: &Bed) {
+    let bundle =
+        bed.bundle(&shell("cat /etc/hostname; cut -d' ' -f5 /proc/self/mountinfo | grep -c gpusnap; ls /proc/1/root/"));
+    let (io, pipes) = Pipes::new();
+    let request = CreateRequest { no_pivot_root: true, ..bundle.request(io) };
+    let child = bed.runtime.create(request).await.unwrap();
+    bed.runtime.start(&bundle.id).await.unwrap();
+    let ended = Running { child, pipes }.end().await;
+    assert!(ended.stdout.starts_with("lower\n0\nbin\n"), "{ended:?}");
+    bundle.delete().await;
+}
+
+async fn a_container_can_be_made_without_a_keyring_of_its_own(bed: &Bed) {
+    let bundle = bed.bundle(&shell("exit 3"));
+    let (io, pipes) = Pipes::new();
+    let request = CreateRequest { no_new_keyring: true, ..bundle.request(io) };
+    let child = bed.runtime.create(request).await.unwrap();
+    bed.runtime.start(&bundle.id).await.unwrap();
+    assert_eq!(Running { child, pipes }.end().await.code, 3);
+    bundle.delete().await;
 }
 
 async fn a_container_can_have_its_own_users(bed: &Bed) {
@@ -295,45 +400,4 @@ async fn a_container_has_no_descriptors_but_three(bed: &Bed) {
     // ls has the folder that it reads open as well.
     let said = bed.say(&program(&["ls", "/proc/self/fd"])).await;
     assert_eq!(said.lines().count(), 4, "{said}");
-}
-
-async fn a_container_is_in_its_own_cgroup_everywhere(bed: &Bed) {
-    let bundle = bed.bundle(&shell("cat /proc/self/cgroup; echo up; sleep 600"));
-    let running = bundle.start().await;
-    running.says("up").await;
-    let inside = running.pipes.stdout.so_far();
-    // A cgroup namespace makes its own cgroup the root. The named and the unified hierarchy of a machine that has v1
-    // controllers are no business of all runtimes.
-    let controllers = |line: &&str| !line.contains("name=") && !line.starts_with("0::");
-    for line in inside.lines().filter(|line| line.contains(':')).filter(controllers) {
-        assert!(line.ends_with(":/"), "{line}");
-    }
-    let outside = fs::read_to_string(format!("/proc/{}/cgroup", running.child.pid())).unwrap();
-    for line in outside.lines().filter(controllers) {
-        assert_eq!(Path::new(line.splitn(3, ':').nth(2).unwrap()), bundle.cgroup(), "{line}");
-    }
-    bundle.kill(running).await;
-}
-
-async fn a_container_that_wants_too_much_memory_is_killed_and_counted(bed: &Bed) {
-    let spec = shell("read go; tail /dev/zero").with_linux(|linux| {
-        let memory = LinuxMemoryBuilder::default().limit(32 << 20).swap(32 << 20).build().unwrap();
-        linux.resources_mut().as_mut().unwrap().set_memory(Some(memory));
-    });
-    let bundle = bed.bundle(&spec);
-    let running = bundle.start().await;
-    let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
-    let mut watch = match cgroup.watch_oom() {
-        Ok(watch) => watch,
-        Err(error) => {
-            eprintln!("not tried: {error}");
-            return bundle.kill(running).await;
-        }
-    };
-    running.tell("go");
-    assert_eq!(soon("the want is told", watch.next()).await, Some(()));
-    assert_eq!(cgroup.oom_kills(), 1);
-    assert_eq!(running.end().await.code, 137);
-    bundle.delete().await;
-    soon("the watch ends", async { while watch.next().await.is_some() {} }).await;
 }

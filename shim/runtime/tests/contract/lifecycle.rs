@@ -1,16 +1,14 @@
 //! From creation to deletion.
 
-use std::fs;
 use std::time::Duration;
 
 use cgroup::Cgroup;
-use oci_spec::runtime::{LinuxMemoryBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResourcesBuilder};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResourcesBuilder};
 use rustix::process::Signal;
 
 use crate::bed::{Bed, sentences};
 use crate::container::until;
 use crate::spec::{Edit, process, shell};
-use crate::world::cgroup_hierarchies;
 
 sentences![
     a_created_container_waits_until_it_is_started,
@@ -21,7 +19,6 @@ sentences![
     a_container_is_started_once,
     pause_stops_progress_and_resume_lets_it_go_on,
     exec_while_paused_is_refused,
-    update_changes_the_limits,
     a_created_container_is_deleted,
     a_running_container_is_deleted,
     a_paused_container_is_deleted,
@@ -129,43 +126,6 @@ async fn exec_while_paused_is_refused(bed: &Bed) {
     assert!(error.contains("paused"), "{error}");
     bed.runtime.resume(&bundle.id).await.unwrap();
     assert_eq!(bundle.ask("echo again").await, "again\n");
-    bundle.kill(running).await;
-}
-
-async fn update_changes_the_limits(bed: &Bed) {
-    let limits = |memory, pids| {
-        LinuxResourcesBuilder::default()
-            .memory(LinuxMemoryBuilder::default().limit(memory).build().unwrap())
-            .pids(LinuxPidsBuilder::default().limit(pids).build().unwrap())
-            .build()
-            .unwrap()
-    };
-    let spec = shell("echo up; sleep 600").with_linux(|linux| {
-        let rules = linux.resources().as_ref().unwrap().devices().clone();
-        let mut resources = limits(64 << 20, 50);
-        resources.set_devices(rules);
-        linux.set_resources(Some(resources));
-    });
-    let bundle = bed.bundle(&spec);
-    let running = bundle.start().await;
-    running.says("up").await;
-    let read = |name: &str| {
-        let files = cgroup_hierarchies().into_iter().map(|hierarchy| {
-            let cgroup = bundle.cgroup();
-            hierarchy.join(cgroup.strip_prefix("/").unwrap()).join(name)
-        });
-        let value = files.filter_map(|path| fs::read_to_string(path).ok()).next();
-        value.map(|value| value.trim().to_owned())
-    };
-    let memory = || read("memory.limit_in_bytes").or_else(|| read("memory.max")).unwrap();
-    assert_eq!((memory().as_str(), read("pids.max").as_deref()), ("67108864", Some("50")));
-    bed.runtime.update(&bundle.id, &limits(32 << 20, 60)).await.unwrap();
-    assert_eq!((memory().as_str(), read("pids.max").as_deref()), ("33554432", Some("60")));
-    // Upwards too.
-    bed.runtime.update(&bundle.id, &limits(128 << 20, 70)).await.unwrap();
-    assert_eq!((memory().as_str(), read("pids.max").as_deref()), ("134217728", Some("70")));
-    // What an update does not name stays as it is.
-    assert_eq!(bundle.ask("echo >/dev/null && echo ok").await, "ok\n");
     bundle.kill(running).await;
 }
 

@@ -17,6 +17,7 @@ mod hooks;
 mod isolation;
 mod leaks;
 mod lifecycle;
+mod limits;
 mod mounts;
 mod spec;
 mod terminal;
@@ -53,6 +54,7 @@ fn sentences() -> Vec<Sentence> {
         exec::sentences(),
         failure::sentences(),
         isolation::sentences(),
+        limits::sentences(),
         mounts::sentences(),
         terminal::sentences(),
         hooks::sentences(),

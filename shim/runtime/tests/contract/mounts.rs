@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Capability;
+use oci_spec::runtime::{Capability, LinuxIdMappingBuilder};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use crate::bed::{Bed, sentences};
@@ -14,7 +14,9 @@ sentences![
     a_bind_mount_is_the_hosts_folder,
     a_bind_mount_of_a_file_is_the_hosts_file,
     a_readonly_bind_mount_cannot_be_written,
+    a_readonly_bind_mount_can_hold_all_below_it_read_only,
     bind_mounts_have_the_options_they_ask_for,
+    a_mount_with_mapped_owners_shows_them_mapped,
     a_tmpfs_has_the_size_and_mode_it_asks_for,
     the_place_of_a_mount_is_made,
     mounts_lie_on_each_other_in_order,
@@ -61,6 +63,38 @@ async fn a_readonly_bind_mount_cannot_be_written(bed: &Bed) {
     assert_eq!(ended.stdout, "host\n");
     assert!(ended.stderr.contains("Read-only file system"), "{}", ended.stderr);
     assert_eq!(fs::read_to_string(source.join("file")).unwrap(), "host\n");
+}
+
+async fn a_readonly_bind_mount_can_hold_all_below_it_read_only(bed: &Bed) {
+    let shared = Shared::new(bed);
+    for (option, expected) in [("ro", "before\nnew\n"), ("rro", "before\n")] {
+        let spec = shell("cat /mnt/before/file; touch /mnt/inner/x && echo written; echo new >>/mnt/before/file; cat /mnt/before/file")
+            .with_mount(mount("/mnt", "bind", &shared.place, &["rbind", "rprivate", option]));
+        let ended = bed.run(&spec).await;
+        assert_eq!(ended.stdout, format!("before\n{expected}"), "{option}: {}", ended.stderr);
+        fs::write(shared.place.join("before/file"), "before\n").unwrap();
+    }
+}
+
+async fn a_mount_with_mapped_owners_shows_them_mapped(bed: &Bed) {
+    let features = bed.runtime.features().await.unwrap();
+    let extensions = features.linux().as_ref().unwrap().mount_extensions().clone();
+    let supported = extensions.and_then(|extensions| extensions.idmap().as_ref().and_then(|idmap| *idmap.enabled()));
+    let source = source(bed);
+    let mapping = || {
+        Some(vec![
+            LinuxIdMappingBuilder::default().container_id(0_u32).host_id(5000_u32).size(1000_u32).build().unwrap(),
+        ])
+    };
+    let mut mapped = mount("/mnt", "bind", &source, &["rbind"]);
+    mapped.set_uid_mappings(mapping()).set_gid_mappings(mapping());
+    let spec = shell("stat -c '%u %g' /mnt/file").with_mount(mapped);
+    if supported == Some(true) {
+        assert_eq!(bed.say(&spec).await, "5000 5000\n");
+    } else {
+        // Not as if nothing had been asked.
+        bed.refusal(&bed.bundle(&spec)).await;
+    }
 }
 
 /// Options of a mount, from the container's own mountinfo.

@@ -11,6 +11,7 @@ use reaper::Reaper;
 use runtime::OciRuntime;
 use runtime::command::Command;
 use runtime::libcontainer::Libcontainer;
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::Pid;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
@@ -61,8 +62,11 @@ impl World {
             .prefix("gpusnap-contract-")
             .tempdir_in("/run")
             .map_err(|error| format!("cannot make a folder in /run: {error}"))?;
-        // Users of a container must get through to its root.
-        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        // As on a machine with systemd, where all mounts are shared: what a runtime mounts must not show up here. And
+        // users of a container must get through to its root.
+        rustix::mount::mount("tmpfs", folder.path(), "tmpfs", MountFlags::empty(), Some(c"mode=755"))
+            .and_then(|()| rustix::mount::mount_change(folder.path(), MountPropagationFlags::SHARED))
+            .map_err(|error| format!("cannot mount a tmpfs: {error}"))?;
         make_files(&busybox, &folder.path().join("files"))
             .map_err(|error| format!("cannot copy {busybox:?}: {error}"))?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -108,6 +112,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.folder(), UnmountFlags::DETACH);
         // Runtimes remove a container's cgroup, but not those above it.
         for hierarchy in cgroup_hierarchies() {
             let _ = fs::remove_dir(hierarchy.join(&self.cgroup));

@@ -1,0 +1,202 @@
+//! What a container may use, by its cgroup.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cgroup::Cgroup;
+use oci_spec::runtime::{
+    LinuxCpuBuilder, LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources,
+    LinuxResourcesBuilder,
+};
+use rustix::fs::{FileType, Mode};
+
+use crate::bed::{Bed, sentences};
+use crate::container::{Bundle, soon};
+use crate::spec::{Edit, shell};
+use crate::world::cgroup_hierarchies;
+
+sentences![
+    a_container_is_in_its_own_cgroup_everywhere,
+    a_container_has_the_limits_of_its_resources,
+    update_changes_the_limits,
+    update_of_one_limit_keeps_the_others,
+    a_cgroup_that_is_there_already_is_used,
+    a_container_of_a_pod_is_below_the_pods_cgroup,
+    a_privileged_container_may_use_all_devices,
+    a_container_that_wants_too_much_memory_is_killed_and_counted,
+];
+
+/// A file of the container's cgroup, by its name on v1 or on v2.
+fn read(bundle: &Bundle<'_>, v1: &str, v2: &str) -> String {
+    let files = cgroups(bundle).into_iter().flat_map(|cgroup| [cgroup.join(v1), cgroup.join(v2)]);
+    let value = files.filter_map(|path| fs::read_to_string(path).ok()).next();
+    value.unwrap_or_else(|| panic!("neither {v1} nor {v2}")).trim().to_owned()
+}
+
+/// The container's cgroup in each hierarchy.
+fn cgroups(bundle: &Bundle<'_>) -> Vec<PathBuf> {
+    let path = bundle.cgroup();
+    let path = path.strip_prefix("/").unwrap();
+    cgroup_hierarchies().into_iter().map(|hierarchy| hierarchy.join(path)).collect()
+}
+
+fn memory(bundle: &Bundle<'_>) -> String {
+    read(bundle, "memory.limit_in_bytes", "memory.max")
+}
+
+fn pids(bundle: &Bundle<'_>) -> String {
+    read(bundle, "pids.max", "pids.max")
+}
+
+fn limits(memory: i64, pids: i64) -> LinuxResources {
+    LinuxResourcesBuilder::default()
+        .memory(LinuxMemoryBuilder::default().limit(memory).build().unwrap())
+        .pids(LinuxPidsBuilder::default().limit(pids).build().unwrap())
+        .build()
+        .unwrap()
+}
+
+/// An idle container with these beside the usual device rules.
+fn idle(mut resources: LinuxResources) -> oci_spec::runtime::Spec {
+    shell("echo up; sleep 600").with_linux(|linux| {
+        resources.set_devices(linux.resources().as_ref().unwrap().devices().clone());
+        linux.set_resources(Some(resources));
+    })
+}
+
+async fn a_container_is_in_its_own_cgroup_everywhere(bed: &Bed) {
+    let bundle = bed.bundle(&shell("cat /proc/self/cgroup; echo up; sleep 600"));
+    let running = bundle.start().await;
+    running.says("up").await;
+    let inside = running.pipes.stdout.so_far();
+    // A cgroup namespace makes its own cgroup the root. The named and the unified hierarchy of a machine that has v1
+    // controllers are no business of all runtimes.
+    let controllers = |line: &&str| !line.contains("name=") && !line.starts_with("0::");
+    for line in inside.lines().filter(|line| line.contains(':')).filter(controllers) {
+        assert!(line.ends_with(":/"), "{line}");
+    }
+    let outside = fs::read_to_string(format!("/proc/{}/cgroup", running.child.pid())).unwrap();
+    for line in outside.lines().filter(controllers) {
+        assert_eq!(Path::new(line.splitn(3, ':').nth(2).unwrap()), bundle.cgroup(), "{line}");
+    }
+    bundle.kill(running).await;
+}
+
+async fn a_container_has_the_limits_of_its_resources(bed: &Bed) {
+    let mut resources = limits(64 << 20, 50);
+    let cpu =
+        LinuxCpuBuilder::default().shares(512_u64).quota(30_000_i64).period(100_000_u64).cpus("0").build().unwrap();
+    resources.set_cpu(Some(cpu));
+    let bundle = bed.bundle(&idle(resources));
+    let running = bundle.start().await;
+    running.says("up").await;
+    assert_eq!((memory(&bundle).as_str(), pids(&bundle).as_str()), ("67108864", "50"));
+    // The weight that v2 makes of 512 shares depends on the runtime's age.
+    let weight = read(&bundle, "cpu.shares", "cpu.weight");
+    assert!(weight == "512" || (10..100).contains(&weight.parse::<u32>().unwrap()), "{weight}");
+    let quota = read(&bundle, "cpu.cfs_quota_us", "cpu.max");
+    assert!(["30000", "30000 100000"].contains(&quota.as_str()), "{quota}");
+    assert_eq!(read(&bundle, "cpuset.cpus", "cpuset.cpus"), "0");
+    bundle.kill(running).await;
+}
+
+async fn update_changes_the_limits(bed: &Bed) {
+    let bundle = bed.bundle(&idle(limits(64 << 20, 50)));
+    let running = bundle.start().await;
+    running.says("up").await;
+    for (new, expected) in [(limits(32 << 20, 60), ("33554432", "60")), (limits(128 << 20, 40), ("134217728", "40"))] {
+        bed.runtime.update(&bundle.id, &new).await.unwrap();
+        assert_eq!((memory(&bundle).as_str(), pids(&bundle).as_str()), expected);
+    }
+    // As containerd's clients send it, with the swap that is on top.
+    let both = LinuxMemoryBuilder::default().limit(256 << 20).swap(256 << 20).build().unwrap();
+    bed.runtime.update(&bundle.id, &LinuxResourcesBuilder::default().memory(both).build().unwrap()).await.unwrap();
+    assert_eq!(memory(&bundle), "268435456");
+    bundle.kill(running).await;
+}
+
+async fn update_of_one_limit_keeps_the_others(bed: &Bed) {
+    let mut resources = limits(64 << 20, 50);
+    resources.set_cpu(Some(LinuxCpuBuilder::default().quota(30_000_i64).period(100_000_u64).build().unwrap()));
+    let bundle = bed.bundle(&idle(resources));
+    let running = bundle.start().await;
+    running.says("up").await;
+    let quota = read(&bundle, "cpu.cfs_quota_us", "cpu.max");
+    let shares = LinuxCpuBuilder::default().shares(2048_u64).build().unwrap();
+    bed.runtime.update(&bundle.id, &LinuxResourcesBuilder::default().cpu(shares).build().unwrap()).await.unwrap();
+    assert_eq!((memory(&bundle).as_str(), pids(&bundle).as_str()), ("67108864", "50"));
+    assert_eq!(read(&bundle, "cpu.cfs_quota_us", "cpu.max"), quota);
+    // Devices too: an update has no rules for them.
+    assert_eq!(bundle.ask("echo >/dev/null && echo ok").await, "ok\n");
+    bundle.kill(running).await;
+}
+
+async fn a_cgroup_that_is_there_already_is_used(bed: &Bed) {
+    let bundle = bed.bundle(&idle(limits(64 << 20, 50)));
+    let cgroups = cgroups(&bundle);
+    cgroups.iter().for_each(|cgroup| fs::create_dir_all(cgroup).unwrap());
+    let running = bundle.start().await;
+    running.says("up").await;
+    assert_eq!(memory(&bundle), "67108864");
+    bundle.kill(running).await;
+    // Those that the runtime does not use are still ours.
+    for cgroup in cgroups {
+        let _ = fs::remove_dir(cgroup);
+    }
+}
+
+async fn a_container_of_a_pod_is_below_the_pods_cgroup(bed: &Bed) {
+    let first = bed.bundle(&idle(LinuxResources::default()));
+    let running = first.start().await;
+    running.says("up").await;
+    let second = bed.bundle(&idle(limits(64 << 20, 50)));
+    let other = second.start().await;
+    other.says("up").await;
+    let of = |child: &reaper::Child| Cgroup::of_process(child.pid()).unwrap().pids().unwrap();
+    assert_eq!(of(&running.child), [running.child.pid()]);
+    assert_eq!(of(&other.child), [other.child.pid()]);
+    second.kill(other).await;
+    assert_eq!(of(&running.child), [running.child.pid()], "the pod's other container is untouched");
+    first.kill(running).await;
+}
+
+async fn a_privileged_container_may_use_all_devices(bed: &Bed) {
+    let everything = LinuxDeviceCgroupBuilder::default().allow(true).access("rwm").build().unwrap();
+    let spec = shell("head -c 1 /mnt/zero | tr '\\0' 0; mknod /tmp/port c 1 4 && test -c /tmp/port && echo made")
+        .with_linux(|linux| {
+            linux.resources_mut().as_mut().unwrap().set_devices(Some(vec![everything]));
+            linux.set_masked_paths(None);
+            linux.set_readonly_paths(None);
+            linux.set_seccomp(None);
+        });
+    let bundle = bed.bundle(&spec);
+    let place = bundle.rootfs().join("mnt/zero");
+    let device = rustix::fs::makedev(1, 5);
+    rustix::fs::mknodat(rustix::fs::CWD, place, FileType::CharacterDevice, Mode::from_raw_mode(0o666), device).unwrap();
+    let ended = bundle.start().await.end().await;
+    assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("0made\n", ""));
+    bundle.delete().await;
+}
+
+async fn a_container_that_wants_too_much_memory_is_killed_and_counted(bed: &Bed) {
+    let spec = shell("read go; tail /dev/zero").with_linux(|linux| {
+        let memory = LinuxMemoryBuilder::default().limit(32 << 20).swap(32 << 20).build().unwrap();
+        linux.resources_mut().as_mut().unwrap().set_memory(Some(memory));
+    });
+    let bundle = bed.bundle(&spec);
+    let running = bundle.start().await;
+    let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
+    let mut watch = match cgroup.watch_oom() {
+        Ok(watch) => watch,
+        Err(error) => {
+            eprintln!("not tried: {error}");
+            return bundle.kill(running).await;
+        }
+    };
+    running.tell("go");
+    assert_eq!(soon("the want is told", watch.next()).await, Some(()));
+    assert_eq!(cgroup.oom_kills(), 1);
+    assert_eq!(running.end().await.code, 137);
+    bundle.delete().await;
+    soon("the watch ends", async { while watch.next().await.is_some() {} }).await;
+}

@@ -9,13 +9,20 @@ fn sh(script: &str) -> Command {
     command
 }
 
-fn is_zombie(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
+/// State and parent of a process, from `pid (name) state parent ...`.
+fn stat(pid: i32) -> Option<(char, u32)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = stat.rsplit(')').next()?.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
 }
 
-fn exists(pid: i32) -> bool {
-    std::path::Path::new(&format!("/proc/{pid}")).exists()
+fn is_zombie(pid: i32) -> bool {
+    stat(pid).is_some_and(|(state, _)| state == 'Z')
+}
+
+/// Not reaped yet. That a process of this pid exists says little: on a busy machine it may be another one already.
+fn is_child(pid: i32) -> bool {
+    stat(pid).is_some_and(|(_, parent)| parent == std::process::id())
 }
 
 /// Polls for something that another process brings about; hangs (and is killed by the harness) if it never comes.
@@ -68,7 +75,7 @@ async fn orphan(reaper: &Reaper, script: &str) -> i32 {
 
 async fn an_orphan_that_nobody_knows_is_reaped(reaper: &Reaper) {
     let pid = orphan(reaper, "exit 3").await;
-    until(|| !exists(pid)).await;
+    until(|| !is_child(pid)).await;
 }
 
 async fn an_orphan_that_died_early_is_adopted_with_its_status(reaper: &Reaper) {
@@ -80,7 +87,7 @@ async fn an_orphan_that_died_early_is_adopted_with_its_status(reaper: &Reaper) {
     let child = adoption.adopt(pid).unwrap();
     drop(adoption);
     assert_eq!(child.wait().await.code, 7);
-    assert!(!exists(pid));
+    assert!(!is_child(pid));
 }
 
 async fn a_dead_child_refuses_signals(reaper: &Reaper) {

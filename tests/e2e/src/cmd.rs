@@ -237,11 +237,25 @@ impl Running {
         String::from_utf8_lossy(&self.stdout.so_far()).into_owned()
     }
 
+    /// stderr so far.
+    pub fn stderr(&self) -> String {
+        String::from_utf8_lossy(&self.stderr.so_far()).into_owned()
+    }
+
     /// Waits until stdout holds this text.
     pub fn sees(&self, text: &str) -> Result<()> {
         eventually(&format!("{text:?} on stdout of `{}`", self.line), || {
-            let (out, err) = (self.stdout(), String::from_utf8_lossy(&self.stderr.so_far()).into_owned());
+            let (out, err) = (self.stdout(), self.stderr());
             ensure!(out.contains(text), "stdout so far: {out:?}, stderr: {err:?}");
+            Ok(())
+        })
+    }
+
+    /// Waits until stderr holds this text.
+    pub fn sees_error(&self, text: &str) -> Result<()> {
+        eventually(&format!("{text:?} on stderr of `{}`", self.line), || {
+            let (out, err) = (self.stdout(), self.stderr());
+            ensure!(err.contains(text), "stdout so far: {out:?}, stderr: {err:?}");
             Ok(())
         })
     }

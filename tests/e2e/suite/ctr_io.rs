@@ -14,7 +14,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(stdout_of_50_megabytes_arrives_to_the_last_byte),
         case!(stdout_of_an_exec_of_50_megabytes_arrives_to_the_last_byte),
         case!(the_last_words_before_exit_arrive),
-        case!(stderr_and_stdout_stay_apart),
+        case!(stderr_and_stdout_stay_apart)
+            .except(e2e::target::Shim::Stock, "on a busy machine the last words on stderr get lost under runc's shim"),
         case!(stdin_of_10_megabytes_arrives_and_ends),
         case!(stdin_of_an_exec_arrives_and_ends),
         case!(stdin_is_answered_line_by_line),
@@ -84,15 +85,19 @@ fn the_last_words_before_exit_arrive(t: &Test) -> Result<()> {
 }
 
 fn stderr_and_stdout_stay_apart(t: &Test) -> Result<()> {
-    let script = "echo to stdout; echo to stderr >&2";
-    let id = t.id("c");
-    let out = t.ctr().run(&id, &["--rm"], &["sh", "-c", script]).ok()?;
-    ensure_eq!(out.text(), "to stdout\n");
-    ensure_has!(out.stderr, "to stderr");
+    // It lives until both have been seen: on a loaded machine ctr may come too late to the stderr of a
+    // container that has ended, with runc's shim as well.
+    let script = "echo to stdout; echo to stderr >&2; read line";
+    let (once, id) = (t.id("c"), t.id("c"));
     t.ctr().start_sh(&id, IDLE)?;
-    let out = t.ctr().exec(&id, &["sh", "-c", script]).ok()?;
-    ensure_eq!(out.text(), "to stdout\n");
-    ensure_has!(out.stderr, "to stderr");
+    for cmd in [t.ctr().run(&once, &["--rm"], &["sh", "-c", script]), t.ctr().exec(&id, &["sh", "-c", script])] {
+        let mut client = cmd.spawn()?;
+        client.sees("to stdout\n")?;
+        client.sees_error("to stderr\n")?;
+        client.write(b"\n")?;
+        let out = client.wait()?.expect_code(0)?;
+        ensure_eq!(out.text(), "to stdout\n");
+    }
     Ok(())
 }
 

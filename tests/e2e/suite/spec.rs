@@ -366,6 +366,12 @@ fn the_container_sees_its_own_cgroup_read_only(t: &Test) -> Result<()> {
         json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }),
     )?;
     spec["linux"]["resources"]["memory"] = json!({ "limit": 44_040_192 });
+    // On v2 a container sees only its own part through a cgroup namespace, which every client asks for there.
+    let namespaces = &mut spec["linux"]["namespaces"];
+    let has_one = namespaces.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "cgroup"));
+    if cgroup::is_v2() && !has_one {
+        add(namespaces, json!({ "type": "cgroup" }))?;
+    }
     let out = t.ctr().run_value(&spec)?.expect_code(0)?;
     let text = out.text();
     ensure_has!(text, "refused");

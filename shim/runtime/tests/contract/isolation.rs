@@ -147,11 +147,19 @@ async fn a_container_starts_with_clean_signals_in_a_session_of_its_own(bed: &Bed
     bundle.kill(running).await;
 }
 
-/// Sets of signals from `/proc/PID/status`, but for 32 and 33: they are the C library's own, no program can change
-/// them, and make leaves 32 ignored for all that it runs.
+/// Sets of signals from `/proc/PID/status`, but for those that this process was started with ignored (by nohup or make,
+/// say): no runtime changes them. SIGPIPE is ignored by this program itself, and must not be passed on.
 fn signals(status: &str) -> Vec<(&str, u64)> {
-    let sets = status.lines().filter_map(|line| line.split_once(": "));
-    sets.map(|(name, set)| (name, u64::from_str_radix(set, 16).unwrap() & !(0b11 << 31))).collect()
+    const SIGPIPE: u64 = 1 << 12;
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let inherited = signal_sets(&own).into_iter().find(|(name, _)| *name == "SigIgn").unwrap().1 & !SIGPIPE;
+    signal_sets(status).into_iter().map(|(name, set)| (name, set & !inherited)).collect()
+}
+
+fn signal_sets(status: &str) -> Vec<(&str, u64)> {
+    let lines = status.lines().filter_map(|line| line.split_once(':'));
+    let sets = lines.filter(|(name, _)| matches!(*name, "SigBlk" | "SigIgn"));
+    sets.map(|(name, set)| (name, u64::from_str_radix(set.trim(), 16).unwrap())).collect()
 }
 
 async fn a_large_environment_arrives(bed: &Bed) {

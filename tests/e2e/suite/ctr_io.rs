@@ -14,8 +14,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(stdout_of_50_megabytes_arrives_to_the_last_byte),
         case!(stdout_of_an_exec_of_50_megabytes_arrives_to_the_last_byte),
         case!(the_last_words_before_exit_arrive),
-        case!(stderr_and_stdout_stay_apart)
-            .except(e2e::target::Shim::Stock, "on a busy machine the last words on stderr get lost under runc's shim"),
+        case!(stderr_and_stdout_stay_apart),
         case!(stdin_of_10_megabytes_arrives_and_ends),
         case!(stdin_of_an_exec_arrives_and_ends),
         case!(stdin_is_answered_line_by_line),

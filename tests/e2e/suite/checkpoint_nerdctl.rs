@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
 use e2e::{Case, Cmd, Test, bed, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
 
+use crate::checkpoint_ctr::ticking;
 use crate::nerdctl_life::nerdctl_cases;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -29,12 +30,12 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// Counts on its stdout, so that a restart would be seen.
-const COUNT: &str = "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; sleep 0.05; done";
+const COUNT: &str = "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; tick; done";
 
 /// Starts a container that counts, and that ends on a checkpoint.
 fn start_counting(t: &Test, name: &str, options: &[&str]) -> Result<()> {
     let options = [t.nerdctl().ends_on_checkpoint(), options].concat();
-    t.nerdctl().start_sh(name, &options, COUNT)?;
+    t.nerdctl().start_sh(name, &options, &ticking(COUNT))?;
     t.nerdctl().logs_have(name, "line 3\n")
 }
 
@@ -76,7 +77,7 @@ fn a_checkpoint_ends_the_container_and_a_start_from_it_goes_on(t: &Test) -> Resu
 
 fn a_checkpoint_can_leave_the_container_running(t: &Test) -> Result<()> {
     let name = t.id("c");
-    t.nerdctl().start_sh(&name, &[], COUNT)?;
+    t.nerdctl().start_sh(&name, &[], &ticking(COUNT))?;
     t.nerdctl().logs_have(&name, "line 3\n")?;
     let init = t.nerdctl().pid(&name)?;
     t.nerdctl().checkpoint(&name, "one", &["--leave-running"])?.ok()?;
@@ -100,7 +101,7 @@ fn a_checkpoint_can_leave_the_container_running(t: &Test) -> Result<()> {
 
 fn without_the_annotation_a_checkpoint_leaves_the_container_running(t: &Test) -> Result<()> {
     let name = t.id("c");
-    t.nerdctl().start_sh(&name, &[], COUNT)?;
+    t.nerdctl().start_sh(&name, &[], &ticking(COUNT))?;
     t.nerdctl().logs_have(&name, "line 3\n")?;
     let init = t.nerdctl().pid(&name)?;
     t.nerdctl().checkpoint(&name, "one", &[])?.ok()?;
@@ -142,8 +143,14 @@ fn checkpoints_have_a_folder_of_their_own_by_default(t: &Test) -> Result<()> {
 fn a_checkpoint_can_be_restored_twice(t: &Test) -> Result<()> {
     let name = t.id("c");
     let options = t.nerdctl().ends_on_checkpoint();
-    t.nerdctl().start_sh(&name, options, "i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; sleep 0.05; done")?;
-    let count = || -> Result<u64> { Ok(t.nerdctl().exec_prints(&name, "cat /dev/shm/count")?.parse()?) };
+    t.nerdctl().start_sh(
+        &name,
+        options,
+        &ticking("i=0; while :; do i=$((i+1)); echo $i >/dev/shm/count; tick; done"),
+    )?;
+    let count = || -> Result<u64> {
+        eventually("a number", || Ok(t.nerdctl().exec_prints(&name, "cat /dev/shm/count")?.parse()?))
+    };
     let reaches = |goal| {
         eventually(&format!("it to count to {goal}"), || {
             ensure!(count()? >= goal, "{}", count()?);
@@ -193,8 +200,8 @@ fn a_restored_container_works_with_every_nerdctl_command(t: &Test) -> Result<()>
 
 fn logs_continue_after_a_restore(t: &Test) -> Result<()> {
     let name = t.id("c");
-    let script = "i=0; while :; do i=$((i+1)); echo out $i; echo err $i >&2; sleep 0.05; done";
-    t.nerdctl().start_sh(&name, t.nerdctl().ends_on_checkpoint(), script)?;
+    let script = "i=0; while :; do i=$((i+1)); echo out $i; echo err $i >&2; tick; done";
+    t.nerdctl().start_sh(&name, t.nerdctl().ends_on_checkpoint(), &ticking(script))?;
     for round in 1..4 {
         t.nerdctl().logs_have(&name, &format!("out {}\n", round * 15))?;
         let checkpoint = format!("c{round}");
@@ -263,9 +270,10 @@ fn unpacked() -> Vec<String> {
 
 fn memory_and_writable_layer_survive_many_cycles(t: &Test) -> Result<()> {
     let name = t.id("c");
-    let script = "i=0; while :; do i=$((i+1)); echo $i >/new; mv /new /count; sleep 0.02; done";
-    t.nerdctl().start_sh(&name, t.nerdctl().ends_on_checkpoint(), script)?;
-    let count = || -> Result<u64> { Ok(t.nerdctl().exec_prints(&name, "cat /count")?.parse()?) };
+    let script = "i=0; while :; do i=$((i+1)); echo $i >/count; tick; done";
+    t.nerdctl().start_sh(&name, t.nerdctl().ends_on_checkpoint(), &ticking(script))?;
+    let count =
+        || -> Result<u64> { eventually("a number", || Ok(t.nerdctl().exec_prints(&name, "cat /count")?.parse()?)) };
     let passes = |from| {
         eventually(&format!("it to count past {from}"), || {
             let now = count()?;

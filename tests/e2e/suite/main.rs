@@ -12,7 +12,9 @@ use e2e::{Case, Skip, Test};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 mod bad_input;
+mod checkpoint_cri;
 mod checkpoint_ctr;
+mod checkpoint_faults;
 mod checkpoint_nerdctl;
 mod checkpoint_workloads;
 mod cost;
@@ -43,6 +45,8 @@ fn cases() -> Vec<Case> {
         checkpoint_ctr::cases(),
         checkpoint_nerdctl::cases(),
         checkpoint_workloads::cases(),
+        checkpoint_cri::cases(),
+        checkpoint_faults::cases(),
         cost::cases(),
     ]
     .into_iter()

@@ -1,0 +1,429 @@
+//! Checkpoints and restores that cannot work, and programs that die in the middle of one.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use e2e::target::Shim;
+use e2e::{Case, Output, Running, Test, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
+
+use crate::checkpoint_ctr::{count, counts_past, hold_memory, start_counting, ticking};
+use crate::nerdctl_life::nerdctl_cases;
+
+pub(crate) fn cases() -> Vec<Case> {
+    let hangs = "CRIU waits for ever for pages that a short file does not have, and runc with it";
+    let restores = nerdctl_cases(vec![
+        case!(a_restore_from_an_empty_folder_fails_and_a_second_try_works),
+        case!(a_restore_from_foreign_files_fails_and_a_second_try_works),
+        case!(a_restore_from_a_truncated_process_fails_and_a_second_try_works),
+        case!(a_restore_from_truncated_pages_fails_and_a_second_try_works).except(Shim::Stock, hangs),
+        case!(a_restore_without_a_processs_file_fails_and_a_second_try_works),
+        case!(a_restore_from_a_folder_that_does_not_exist_fails_and_a_second_try_works),
+        case!(a_criu_that_is_killed_while_it_restores_leaves_nothing_and_a_second_try_works).alone(),
+        case!(a_shim_that_is_killed_while_it_restores_leaves_nothing_and_a_second_try_works).alone(),
+    ]);
+    let dumps = vec![
+        case!(an_established_connection_is_named_and_the_container_runs_on),
+        case!(an_external_unix_socket_is_named_and_the_container_runs_on),
+        case!(io_uring_is_refused_and_the_container_runs_on),
+        case!(an_image_folder_that_cannot_be_made_is_named_and_the_container_runs_on),
+        case!(without_criu_a_checkpoint_says_so_and_the_container_runs_on).alone(),
+        case!(a_criu_that_is_too_old_is_named_and_the_container_runs_on)
+            .alone()
+            .except(Shim::Stock, "runc does not ask for CRIU's version unless it needs a feature"),
+        case!(a_criu_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
+        case!(a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
+        case!(a_shim_that_is_killed_while_it_dumps_is_cleaned_up).alone(),
+        case!(a_client_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
+    ];
+    restores.into_iter().chain(dumps).collect()
+}
+
+/// Fails unless the command failed with a message that a user can act on: short, and with this word.
+fn clear_error(t: &Test, out: Output, word: &str) -> Result<()> {
+    let out = out.expect_failure()?;
+    if t.target().shim.is_ours() {
+        ensure_has!(out.stderr, word);
+        let text = out.stderr.trim();
+        ensure!(text.lines().count() <= 3 && text.len() < 2000, "not one clear line: {text}");
+    }
+    Ok(())
+}
+
+/// Checkpoints a container, spoils a copy of the checkpoint, and sees a restore from it fail.
+fn refused(t: &Test, word: &str, spoil: fn(&Path) -> Result<()>) -> Result<()> {
+    let name = t.id("c");
+    let script = "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; tick; done";
+    t.nerdctl().start_sh(&name, t.nerdctl().ends_on_checkpoint(), &ticking(script))?;
+    t.nerdctl().logs_have(&name, "line 3\n")?;
+    let id = t.nerdctl().id(&name)?;
+    t.nerdctl().checkpoint(&name, "good", &[])?.ok()?;
+    t.nerdctl().becomes(&name, "exited")?;
+    let before = t.nerdctl().logs(&name)?.0;
+    let bad = t.nerdctl().checkpoints()?.join("bad");
+    copy(&t.nerdctl().checkpoints()?.join("good"), &bad)?;
+    spoil(&bad)?;
+    clear_error(t, t.nerdctl().restore(&name, "bad")?.run()?, word)?;
+    nothing_runs(&id)?;
+    ensure_eq!(t.nerdctl().logs(&name)?.0, before, "the log");
+    t.nerdctl().restore(&name, "good")?.ok()?;
+    t.nerdctl().logs_have(&name, &format!("line {}\n", lines(&before).len() + 3))?;
+    t.nerdctl().cmd(&["stop", &name]).ok()?;
+    ensure_eq!(t.nerdctl().exit_code(&name)?, 7);
+    t.nerdctl().cmd(&["rm", &name]).ok().map(drop)
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)?.flatten() {
+        fs::copy(entry.path(), to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// Waits until no process is in the cgroup of this container (of containerd's default namespace).
+fn nothing_runs(id: &str) -> Result<()> {
+    eventually(&format!("no process of {id}"), || {
+        let own = format!("/{id}");
+        let left: Vec<_> = proc::all()
+            .into_iter()
+            .filter(|pid| {
+                proc::alive(*pid) && proc::read(*pid, "cgroup").is_ok_and(|c| c.lines().any(|l| l.ends_with(&own)))
+            })
+            .map(|pid| format!("{pid} {}", proc::cmdline(pid)))
+            .collect();
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+}
+
+fn shorten(file: &Path, part: u64) -> Result<()> {
+    let file = fs::OpenOptions::new().write(true).open(file).with_context(|| file.display().to_string())?;
+    Ok(file.set_len(file.metadata()?.len() / part)?)
+}
+
+fn empty(folder: &Path) -> Result<()> {
+    fs::remove_dir_all(folder)?;
+    Ok(fs::create_dir(folder)?)
+}
+
+fn a_restore_from_an_empty_folder_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    refused(t, "ctrd-checkpoint", empty)
+}
+
+fn a_restore_from_foreign_files_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    refused(t, "ctrd-checkpoint", |folder| {
+        empty(folder)?;
+        Ok(fs::write(folder.join("readme.txt"), "holiday pictures\n")?)
+    })
+}
+
+fn a_restore_from_a_truncated_process_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    refused(t, "core-1.img", |folder| shorten(&folder.join("core-1.img"), 20))
+}
+
+fn a_restore_from_truncated_pages_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    refused(t, "pages-1.img", |folder| shorten(&folder.join("pages-1.img"), 3))
+}
+
+fn a_restore_without_a_processs_file_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    refused(t, "core-1.img", |folder| Ok(fs::remove_file(folder.join("core-1.img"))?))
+}
+
+fn a_restore_from_a_folder_that_does_not_exist_fails_and_a_second_try_works(t: &Test) -> Result<()> {
+    // nerdctl notices itself.
+    refused(t, "bad", |folder| Ok(fs::remove_dir_all(folder)?))
+}
+
+/// A container of nerdctl's with much memory, and a checkpoint of it named `good`.
+fn with_large_checkpoint(t: &Test, name: &str) -> Result<()> {
+    let program = "
+import time
+memory = bytearray(400 << 20)
+for at in range(0, len(memory), 4096):
+    memory[at : at + 8] = at.to_bytes(8, 'little')
+count = 0
+while True:
+    count += 1
+    print('line', count, flush=True)
+    time.sleep(0.05)
+";
+    let options = [&["--detach"], t.nerdctl().ends_on_checkpoint()].concat();
+    let id = t.nerdctl().run_image(e2e::PYTHON, name, &options, &["python3", "-c", program]).ok()?.trimmed();
+    t.note_id(&id);
+    t.nerdctl().logs_have(name, "line 3\n")?;
+    t.nerdctl().checkpoint(name, "good", &[])?.ok()?;
+    t.nerdctl().becomes(name, "exited")
+}
+
+/// The shim that serves a container of this id, from its start on.
+fn shim_of(id: &str) -> Result<u32> {
+    eventually(&format!("the shim of {id}"), || {
+        let fits = |pid: &u32| {
+            let line = proc::cmdline(*pid);
+            line.contains("containerd-shim") && line.contains(id) && proc::parent(*pid).is_ok_and(|parent| parent == 1)
+        };
+        proc::all().into_iter().find(fits).context("none yet")
+    })
+}
+
+/// The oldest process below this one whose name begins so.
+fn below(ancestor: u32, name: &str) -> Result<u32> {
+    let named = |pid: &u32| proc::read(*pid, "comm").is_ok_and(|comm| comm.starts_with(name));
+    proc::descendants(ancestor).into_iter().find(named).with_context(|| format!("no {name} below {ancestor}"))
+}
+
+/// Starts a restore of much memory, calls `kill` with the shim when CRIU restores, and sees that nothing is left.
+fn killed_restore(t: &Test, kill: fn(u32) -> Result<()>) -> Result<()> {
+    let name = t.id("c");
+    with_large_checkpoint(t, &name)?;
+    let id = t.nerdctl().id(&name)?;
+    let before = t.nerdctl().logs(&name)?.0;
+    let client = t.nerdctl().restore(&name, "good")?.spawn()?;
+    eventually("CRIU to restore", || {
+        ensure!(proc::alive(client.pid()), "it is over: {} {}", client.stdout(), client.stderr());
+        let shim = shim_of(&id)?;
+        below(shim, "criu")?;
+        kill(shim)
+    })?;
+    client.wait()?.expect_failure()?;
+    nothing_runs(&id)?;
+    ensure_eq!(t.nerdctl().logs(&name)?.0, before, "the log");
+    t.nerdctl().restore(&name, "good")?.ok()?;
+    t.nerdctl().logs_have(&name, &format!("line {}\n", lines(&before).len() + 3))?;
+    t.nerdctl().cmd(&["rm", "--force", &name]).ok()?;
+    nothing_runs(&id)
+}
+
+fn a_criu_that_is_killed_while_it_restores_leaves_nothing_and_a_second_try_works(t: &Test) -> Result<()> {
+    killed_restore(t, |shim| proc::kill(below(shim, "criu")?))
+}
+
+fn a_shim_that_is_killed_while_it_restores_leaves_nothing_and_a_second_try_works(t: &Test) -> Result<()> {
+    killed_restore(t, proc::kill)
+}
+
+/// A checkpoint that fails must not show in the container, which is asked for 10 more steps.
+fn runs_on(t: &Test, id: &str) -> Result<()> {
+    ensure_eq!(t.ctr().status(id)?, "RUNNING");
+    let init = t.ctr().pid(id)?;
+    ensure!(!cgroup::frozen(init)?, "its cgroup is frozen");
+    ensure_eq!(proc::status(init, "TracerPid")?, "0");
+    let now = count(t, id)?;
+    counts_past(t, id, now + 10)?;
+    ensure_eq!(t.ctr().exec(id, &["sh", "-c", "exit 3"]).run()?.code, 3, "the exit code of an exec");
+    Ok(())
+}
+
+/// A Python program that sets something up and then counts.
+fn counting(setup: &str) -> String {
+    format!(
+        "import os, time
+{setup}
+count = 0
+while True:
+    count += 1
+    with open('/new', 'w') as file:
+        file.write(str(count))
+    os.replace('/new', '/count')
+    time.sleep(0.02)"
+    )
+}
+
+/// A checkpoint that fails because of what the program has, twice, whether it would have ended or not.
+fn cannot_be_dumped(t: &Test, options: &[&str], setup: &str, word: &str) -> Result<()> {
+    let id = t.id("c");
+    t.ctr().start_python(&id, options, &counting(setup))?;
+    counts_past(t, &id, 3)?;
+    for exit in [&["--exit"][..], &[]] {
+        clear_error(t, t.ctr().checkpoint_task(&id, exit).run()?, word)?;
+        runs_on(t, &id)?;
+    }
+    t.ctr().remove(&id)
+}
+
+fn an_established_connection_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let setup = "
+import socket
+server = socket.create_server(('127.0.0.1', 0))
+client = socket.create_connection(server.getsockname())
+served = server.accept()";
+    // In the host's network, because nobody brings the loopback of an empty one up.
+    cannot_be_dumped(t, &["--net-host"], setup, "127.0.0.1")
+}
+
+fn an_external_unix_socket_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let folder = t.folder()?.join("outside");
+    fs::create_dir_all(&folder)?;
+    let listener = UnixListener::bind(folder.join("service.sock"))?;
+    let accepted = std::thread::spawn(move || listener.accept().map(|(stream, _)| (listener, stream)));
+    let mount = format!("type=bind,src={},dst=/outside,options=rbind:rw", folder.display());
+    let setup = "
+import socket
+client = socket.socket(socket.AF_UNIX)
+client.connect('/outside/service.sock')";
+    cannot_be_dumped(t, &["--mount", &mount], setup, "service.sock")?;
+    drop(accepted);
+    Ok(())
+}
+
+fn io_uring_is_refused_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let setup = "
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))
+with open('/ring', 'w') as file:
+    file.write(str(ring if ring >= 0 else -ctypes.get_errno()))";
+    t.ctr().start_python(&id, &[], &counting(setup))?;
+    counts_past(t, &id, 3)?;
+    let ring: i64 = t.ctr().exec_prints(&id, "cat /ring")?.parse()?;
+    if ring < 0 {
+        return Err(e2e::Skip::because(format!("no io_uring here: error {}", -ring)));
+    }
+    clear_error(t, t.ctr().checkpoint_task(&id, &[]).run()?, "io_uring")?;
+    runs_on(t, &id)
+}
+
+fn an_image_folder_that_cannot_be_made_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    start_counting(t, &id, &[])?;
+    let folder = format!("{}/image", t.file("a-file", "")?);
+    clear_error(t, t.ctr().checkpoint_task(&id, &["--image-path", &folder]).run()?, &folder)?;
+    runs_on(t, &id)
+}
+
+/// Another program in the place of the bed's `criu`, until it is dropped.
+struct OtherCriu {
+    criu: PathBuf,
+}
+
+impl OtherCriu {
+    fn put(t: &Test, program: &str) -> Result<Self> {
+        let criu = e2e::Cmd::new("sh").args(&["-c", "readlink -f $(command -v criu)"]).ok()?.trimmed();
+        let program = if program.starts_with('/') { program.to_owned() } else { t.script("criu", program)? };
+        e2e::Cmd::new("mount").args(&["--bind", &program, &criu]).ok()?;
+        Ok(Self { criu: PathBuf::from(criu) })
+    }
+}
+
+impl Drop for OtherCriu {
+    fn drop(&mut self) {
+        e2e::Cmd::new("umount").arg("--lazy").arg(self.criu.to_string_lossy()).run().ok();
+    }
+}
+
+fn without_criu_a_checkpoint_says_so_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    start_counting(t, &id, &[])?;
+    {
+        // Its file is there and cannot be executed, as far as anyone who looks for programs can see.
+        let _nothing = OtherCriu::put(t, "/dev/null")?;
+        clear_error(t, t.ctr().checkpoint_task(&id, &[]).run()?, "criu")?;
+        runs_on(t, &id)?;
+    }
+    t.ctr().checkpoint_task(&id, &[]).ok()?;
+    runs_on(t, &id)
+}
+
+fn a_criu_that_is_too_old_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    start_counting(t, &id, &[])?;
+    // Answers as `criu swrk` does: criu_resp { type: VERSION (10), success, version { major 3, minor 8 } }.
+    let old = "if [ \"$1\" = swrk ]; then
+  exec python3 -c '
+import socket, sys
+peer = socket.socket(fileno=int(sys.argv[1]))
+while peer.recv(1 << 20):
+    peer.send(bytes([8, 10, 16, 1, 0x5a, 4, 8, 3, 16, 8]))' \"$2\"
+fi
+echo Version: 3.8";
+    {
+        let _old = OtherCriu::put(t, old)?;
+        let out = t.ctr().checkpoint_task(&id, &[]).run()?;
+        ensure_has!(out.stderr, "3.8");
+        clear_error(t, out, "criu")?;
+        runs_on(t, &id)?;
+    }
+    t.ctr().checkpoint_task(&id, &[]).ok()?;
+    runs_on(t, &id)
+}
+
+/// Starts a dump of much memory, and waits until CRIU writes it.
+fn large_dump(t: &Test, id: &str) -> Result<Running> {
+    hold_memory(t, id, 600)?;
+    let folder = t.folder()?.join("image");
+    let dump = t.ctr().checkpoint_task(id, &["--image-path", &folder.to_string_lossy()]).spawn()?;
+    eventually("CRIU to write pages", || {
+        let written = fs::metadata(folder.join("pages-1.img")).map_or(0, |file| file.len());
+        ensure!(written > 1 << 20, "{written} bytes");
+        Ok(())
+    })?;
+    ensure!(proc::alive(dump.pid()), "the dump was over too soon");
+    Ok(dump)
+}
+
+/// After a dump that failed, a second one works.
+fn can_be_dumped_again(t: &Test, id: &str) -> Result<()> {
+    t.ctr().remove_checkpoints(id).ok()?;
+    let folder = t.folder()?.join("again").to_string_lossy().into_owned();
+    t.ctr().checkpoint_task(id, &["--image-path", &folder]).ok()?;
+    runs_on(t, id)?;
+    t.ctr().remove(id)
+}
+
+fn a_criu_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let dump = large_dump(t, &id)?;
+    proc::kill(below(t.ctr().shim(&id)?, "criu")?)?;
+    dump.wait()?.expect_failure()?;
+    runs_on(t, &id)?;
+    can_be_dumped_again(t, &id)
+}
+
+fn a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let dump = large_dump(t, &id)?;
+    // The shim's child that the dump was begun by: runc, or CRIU where there is no other.
+    let shim = t.ctr().shim(&id)?;
+    let criu = below(shim, "criu")?;
+    let begun = proc::children(shim).into_iter().find(|pid| *pid == criu || proc::descendants(*pid).contains(&criu));
+    let begun = begun.context("no child of the shim dumps")?;
+    proc::kill(begun)?;
+    dump.wait()?.expect_failure()?;
+    proc::gone(criu)?;
+    runs_on(t, &id)?;
+    can_be_dumped_again(t, &id)
+}
+
+fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let dump = large_dump(t, &id)?;
+    let (init, shim) = (t.ctr().pid(&id)?, t.ctr().shim(&id)?);
+    let helpers = proc::descendants(shim);
+    proc::kill(shim)?;
+    dump.wait()?.expect_failure()?;
+    // containerd ends the container of a shim that has gone; nothing of it may be stuck.
+    proc::gone(init)?;
+    for helper in helpers {
+        proc::gone(helper)?;
+    }
+    nothing_runs(&id)?;
+    t.ctr().task(&["rm", "--force", &id]).run()?;
+    t.ctr().task(&["start", "--detach", "--null-io", &id]).ok()?;
+    counts_past(t, &id, 3)?;
+    t.ctr().remove(&id)
+}
+
+fn a_client_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let dump = large_dump(t, &id)?;
+    let criu = below(t.ctr().shim(&id)?, "criu")?;
+    dump.signal(rustix::process::Signal::KILL)?;
+    proc::gone(criu)?;
+    // It was the client who would have resumed it.
+    t.ctr().task(&["resume", &id]).run()?;
+    runs_on(t, &id)?;
+    can_be_dumped_again(t, &id)
+}

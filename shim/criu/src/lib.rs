@@ -48,6 +48,8 @@ mod version;
 pub use client::{CANCEL_GRACE, Criu};
 pub use dump::{DumpRequest, Dumped};
 pub use error::{CallError, DumpError, Missing, PreflightError, Refusal, RestoreError};
+pub use log::explain;
+pub use network::unblock_network;
 pub use notify::{BoxError, NotifyDump, NotifyRestore, Stage};
 pub use options::{
     CgroupMode, CgroupRoot, CgroupRoots, External, ExternalMount, Inherit, JoinNamespace, Namespace, NetworkLock,

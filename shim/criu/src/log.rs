@@ -27,6 +27,18 @@ pub(crate) struct Log {
     pub(crate) path: Option<PathBuf>,
 }
 
+/// What a log that another client of criu has had written says about a failure, with where the log is, on one line; None
+/// if it tells of no error.
+#[must_use]
+pub fn explain(path: &Path) -> Option<String> {
+    let log = read(path, "");
+    if log.errors.is_empty() {
+        return None;
+    }
+    let cause = cause(&log.errors).unwrap_or_else(|| "criu failed".to_owned());
+    Some(format!("{cause}: {} (log: {})", log.errors.join("; "), path.display()))
+}
+
 /// Reads the log at `path` and, if it holds no error, what criu wrote before it had a log.
 pub(crate) fn read(path: &Path, output: &str) -> Log {
     let mut log = Log::default();

@@ -29,6 +29,16 @@ done
 /// Bounds the programs above, which wait for other users of the tables.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
+/// Unblocks the network of process `pid`, in case another client's criu was killed when it had blocked it. To be called
+/// when that criu has ended.
+pub async fn unblock_network(pid: i32, reaper: &Reaper) {
+    match Network::of(pid) {
+        Ok(network) => network.unblock(reaper).await,
+        // The process has ended.
+        Err(error) => tracing::debug!(pid, %error, "no network to unblock"),
+    }
+}
+
 /// A tree's network namespace, held while CRIU blocks it.
 #[derive(Debug)]
 pub(crate) struct Network {
@@ -46,7 +56,7 @@ impl Network {
     /// Unblocks it. To be called when criu has ended without doing so.
     pub(crate) async fn unblock(self, reaper: &Reaper) {
         let path = self.path.display().to_string();
-        tracing::warn!(path, "criu has left a network blocked, which is unblocked");
+        tracing::info!(path, "criu may have left a network blocked, which is unblocked");
         let mut command = Command::new("/bin/sh");
         command.args(["-c", UNBLOCK]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         sys::enter_network(&mut command, self.namespace.into());

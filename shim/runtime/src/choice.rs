@@ -82,6 +82,15 @@ impl Choice {
         Ok(Some(choice))
     }
 
+    /// The runtime's name, without its folder.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.kind {
+            Kind::Libcontainer => "libcontainer".to_owned(),
+            Kind::Command(binary) => binary.file_name().unwrap_or(binary.as_os_str()).to_string_lossy().into_owned(),
+        }
+    }
+
     /// The runtime chosen.
     #[must_use]
     pub fn runtime(&self, reaper: &Reaper) -> Arc<dyn OciRuntime> {

@@ -19,6 +19,10 @@ pub enum Operation {
     Resume,
     /// Change a container's limits.
     Update,
+    /// Save a container's processes.
+    Checkpoint,
+    /// Make a container from saved processes.
+    Restore,
     /// Remove a container.
     Delete,
     /// Describe the runtime.
@@ -34,6 +38,8 @@ impl fmt::Display for Operation {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Update => "update",
+            Self::Checkpoint => "checkpoint",
+            Self::Restore => "restore",
             Self::Delete => "delete",
             Self::Features => "features",
         })
@@ -80,6 +86,12 @@ pub enum RuntimeError {
         /// What was wrong with it.
         message: String,
     },
+    /// CRIU did not dump the container.
+    #[error(transparent)]
+    Dump(#[from] criu::DumpError),
+    /// CRIU did not restore the container.
+    #[error(transparent)]
+    CriuRestore(#[from] criu::RestoreError),
     /// A file of ours around the call could not be read or written.
     #[error("cannot {action} {path} to {operation} container {container}")]
     File {

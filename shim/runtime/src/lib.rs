@@ -8,10 +8,12 @@
 //! What the kernel can be asked directly, without a runtime, is in the crate `cgroup`: who is in the container, signals
 //! to all of them, its statistics and its out-of-memory events.
 
+mod checkpoint;
 mod choice;
 pub mod command;
 mod error;
 pub mod libcontainer;
+mod phase;
 mod spec;
 
 use std::fmt::Debug;
@@ -22,8 +24,10 @@ use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources, Process};
 use reaper::Child;
 
+pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Tcp, Waiting};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
+pub use phase::{Phase, Timeline};
 pub use spec::process_from_json;
 
 /// Standard input and output of a process that a runtime is about to start.
@@ -102,6 +106,17 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// Removes the container: what still runs in it is killed, then its cgroup and the runtime's own state go, and the
     /// poststop hooks run. A container that the runtime does not know is no error: there is nothing to remove.
     async fn delete(&self, id: &str) -> Result<(), RuntimeError>;
+
+    /// Saves the processes of a running or paused container as CRIU images, which any of these runtimes restores. When
+    /// it fails, and when the container is left running, the container is as before: paused if it was. Otherwise its
+    /// init is killed; what the runtime keeps of it goes with [`delete`](Self::delete).
+    ///
+    /// Files of a failed checkpoint may be left in the images directory; the log is kept.
+    async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError>;
+
+    /// Makes a container from images, in place of [`create`](Self::create) and [`start`](Self::start); returns its
+    /// init, which runs. When it fails, nothing is left of the container, and it can be tried again.
+    async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError>;
 
     /// What the runtime supports, as the OCI runtime specification describes it.
     async fn features(&self) -> Result<Features, RuntimeError>;

@@ -55,6 +55,16 @@ impl Call<'_> {
         RuntimeError::File { action, path, operation: self.operation, container: self.container.to_owned(), source }
     }
 
+    /// The error with what CRIU's log says in place of the runtime's own words, which say only that CRIU failed.
+    pub(super) fn explained(&self, error: RuntimeError, log: &Path) -> RuntimeError {
+        match (error, criu::explain(log)) {
+            (RuntimeError::Refused { .. } | RuntimeError::Answer { .. }, Some(explanation)) => {
+                self.refused(explanation)
+            }
+            (error, _) => error,
+        }
+    }
+
     /// The program's name, without its folder.
     fn runtime(&self) -> String {
         self.binary.file_name().unwrap_or(self.binary.as_os_str()).to_string_lossy().into_owned()

@@ -15,6 +15,7 @@
 //! prevented: whoever made the descriptors will find it in them when create or exec fails.
 
 mod call;
+mod checkpoint;
 mod log;
 #[allow(unsafe_code)]
 mod sys;
@@ -30,7 +31,9 @@ use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
 
-use crate::{CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RuntimeError};
+use crate::{
+    CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RestoreRequest, RuntimeError,
+};
 use call::Call;
 
 /// A program with runc's command line.
@@ -192,6 +195,16 @@ impl OciRuntime for Command {
             call.run(&scratch, vec!["update".into(), "--resources".into(), file.into(), id.clone().into()]).await
         })
         .await
+    }
+
+    async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
+        let id = request.id.clone();
+        self.detached(Operation::Checkpoint, &id, async move |command, _| command.checkpoint_now(request).await).await
+    }
+
+    async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
+        let id = request.id.clone();
+        self.detached(Operation::Restore, &id, async move |command, _| command.restore_now(request).await).await
     }
 
     async fn delete(&self, id: &str) -> Result<(), RuntimeError> {

@@ -29,14 +29,14 @@ static NEXT_MARK: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Clone, Debug)]
 pub(super) struct Client {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 #[derive(Debug)]
-struct Inner {
-    reaper: Reaper,
-    root: PathBuf,
-    systemd_cgroup: bool,
+pub(super) struct Inner {
+    pub(super) reaper: Reaper,
+    pub(super) root: PathBuf,
+    pub(super) systemd_cgroup: bool,
 }
 
 /// What a helper left behind.
@@ -48,23 +48,23 @@ struct Outcome {
 
 /// One operation on one container: what its errors have in common.
 #[derive(Clone, Copy)]
-struct Subject<'a> {
-    operation: Operation,
-    id: &'a str,
+pub(super) struct Subject<'a> {
+    pub(super) operation: Operation,
+    pub(super) id: &'a str,
 }
 
 impl Subject<'_> {
-    fn refused(&self, message: String) -> RuntimeError {
+    pub(super) fn refused(&self, message: String) -> RuntimeError {
         let Self { operation, id } = *self;
         RuntimeError::Refused { runtime: NAME.into(), operation, container: id.into(), message }
     }
 
-    fn answer(&self, message: String) -> RuntimeError {
+    pub(super) fn answer(&self, message: String) -> RuntimeError {
         let Self { operation, id } = *self;
         RuntimeError::Answer { runtime: NAME.into(), operation, container: id.into(), message }
     }
 
-    fn file(&self, action: &'static str, path: PathBuf, source: io::Error) -> RuntimeError {
+    pub(super) fn file(&self, action: &'static str, path: PathBuf, source: io::Error) -> RuntimeError {
         let Self { operation, id } = *self;
         RuntimeError::File { action, path, operation, container: id.into(), source }
     }
@@ -168,6 +168,19 @@ impl Client {
         Request { root: root.clone(), id: subject.id.into(), systemd_cgroup: *systemd_cgroup, step }
     }
 
+    /// Runs what blocks for a moment. Its errors are words.
+    pub(super) async fn blocking<T: Send + 'static>(
+        &self,
+        subject: Subject<'_>,
+        work: impl FnOnce(&Inner) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, RuntimeError> {
+        let inner = Arc::clone(&self.inner);
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result.map_err(|message| subject.refused(message)),
+            Err(error) => Err(subject.answer(format!("the call was given up: {error}"))),
+        }
+    }
+
     /// Does what needs no helper.
     async fn here(&self, subject: Subject<'_>, request: Request) -> Result<Option<Reply>, RuntimeError> {
         // To kill a container takes as long as its processes take to die.
@@ -202,7 +215,7 @@ impl Client {
 }
 
 /// Runs an operation to its end even if the caller loses interest: half of one would leave a half-made container.
-async fn detached<T, F>(subject: Subject<'_>, operation: F) -> Result<T, RuntimeError>
+pub(super) async fn detached<T, F>(subject: Subject<'_>, operation: F) -> Result<T, RuntimeError>
 where
     T: Send + 'static,
     F: Future<Output = Result<T, RuntimeError>> + Send + 'static,

@@ -17,11 +17,13 @@
 //! (`helper/fixup.rs`), and keeps libcontainer's state files itself.
 
 mod capability;
+mod checkpoint;
 mod client;
 mod executable;
 mod features;
 mod helper;
 mod protocol;
+mod restore;
 #[allow(unsafe_code)]
 mod sys;
 
@@ -32,7 +34,7 @@ use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
 
-use crate::{CreateRequest, ExecRequest, OciRuntime, Operation, RuntimeError};
+use crate::{CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, RestoreRequest, RuntimeError};
 use client::Client;
 use protocol::Step;
 
@@ -93,6 +95,14 @@ impl OciRuntime for Libcontainer {
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuntimeError> {
         self.simple(Operation::Update, id, Step::Update(Box::new(resources.clone()))).await
+    }
+
+    async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
+        self.client.checkpoint(request).await
+    }
+
+    async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
+        self.client.restore(request).await
     }
 
     async fn delete(&self, id: &str) -> Result<(), RuntimeError> {

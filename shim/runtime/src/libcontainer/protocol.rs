@@ -36,6 +36,19 @@ pub(super) enum Step {
     Resume,
     Update(Box<LinuxResources>),
     Delete,
+    /// Makes the cgroup of a container that is being restored, around criu.
+    Join(Box<Join>),
+    /// Does what has to be done in the namespaces of a container that is being restored.
+    SetUp {
+        pid: i32,
+    },
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Join {
+    /// criu.
+    pub(super) pid: i32,
+    pub(super) resources: LinuxResources,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

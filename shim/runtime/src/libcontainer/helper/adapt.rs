@@ -121,11 +121,8 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
 
     complete(&mut process, &rootfs, warnings)?;
+    resolve_destinations(spec, &rootfs)?;
     for mount in spec.mounts_mut().iter_mut().flatten() {
-        let destination = mount.destination();
-        let action = || format!("find {} in the container", mount.destination().display());
-        let real = rootfs.real_path(destination).context(action)?;
-        mount.set_destination(real);
         for option in mount.options_mut().iter_mut().flatten() {
             // Of the two libcontainer knows the one that is also about the mounts below.
             if option == "nosymfollow" || option == "symfollow" {
@@ -152,6 +149,27 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
+}
+
+/// Completes the specification of a container that comes with its processes: what concerns those is theirs already.
+pub(super) fn for_restore(spec: &mut Spec, cgroup_path: PathBuf) -> Result<()> {
+    let mut linux = linux(spec)?.clone();
+    let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
+    resolve_destinations(spec, &rootfs)?;
+    linux.set_cgroups_path(Some(cgroup_path));
+    devices::complete(linux.resources_mut().get_or_insert_default())?;
+    spec.set_linux(Some(linux));
+    Ok(())
+}
+
+/// Follows links to where mounts will really be.
+fn resolve_destinations(spec: &mut Spec, rootfs: &Root) -> Result<()> {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let action = || format!("find {} in the container", mount.destination().display());
+        let real = rootfs.real_path(mount.destination()).context(action)?;
+        mount.set_destination(real);
+    }
+    Ok(())
 }
 
 /// What a further process of a container is started by: its specification with the process in place of the first one,

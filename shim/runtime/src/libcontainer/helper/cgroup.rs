@@ -215,6 +215,19 @@ impl Place {
         Ok(membership)
     }
 
+    /// Makes another process a member there, for good.
+    pub(super) fn adopt_into_the_rest(&self, pid: i32) -> Result<()> {
+        let Hierarchies::V1(mounts) = &self.hierarchies else { return Ok(()) };
+        let path = format!("/proc/{pid}/cgroup");
+        let own = fs::read_to_string(&path).context(|| format!("read {path}"))?;
+        for mount in mounts.iter().filter(|mount| !mount.is_known() && mount.directory(&own).is_some()) {
+            let directory = below(&mount.point, &self.path);
+            fs::create_dir_all(&directory).context(|| format!("make {}", directory.display()))?;
+            move_to(&directory, pid).context(|| format!("put process {pid} into {}", directory.display()))?;
+        }
+        Ok(())
+    }
+
     fn kill(&self, directories: &[PathBuf]) -> Result<()> {
         let deadline = Instant::now() + DEADLINE;
         let mut wait = SHORTEST_WAIT;
@@ -271,7 +284,11 @@ impl Drop for Membership {
 }
 
 fn move_own(directory: &Path) -> io::Result<()> {
-    fs::write(directory.join("cgroup.procs"), std::process::id().to_string())
+    move_to(directory, std::process::id().cast_signed())
+}
+
+fn move_to(directory: &Path, pid: i32) -> io::Result<()> {
+    fs::write(directory.join("cgroup.procs"), pid.to_string())
 }
 
 fn hierarchies() -> Result<Hierarchies> {

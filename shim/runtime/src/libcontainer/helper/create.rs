@@ -14,7 +14,7 @@ use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, launch};
 use super::program::{StartHooks, Stdio};
 use super::state::Identity;
-use super::{Helper, adapt, delete, devices, fixup, sys, v1_mounts};
+use super::{Helper, adapt, delete, descriptors, devices, fixup, sys, v1_mounts};
 use crate::libcontainer::protocol::Create;
 
 pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<i32> {
@@ -88,6 +88,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     }
     fixup::finish(&spec, &cgroups, pid, request.console_socket.is_some())?;
 
+    descriptors::note(pid, helper.directory.path())?;
     helper.directory.save_init(init)?;
     state.status = ContainerStatus::Created;
     state.pid = Some(pid);

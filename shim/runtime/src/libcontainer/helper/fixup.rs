@@ -184,14 +184,14 @@ impl MountFixup {
 
 /// A network namespace made for the container has a loopback device that is down. In one that was made before, that is
 /// the business of whoever made it.
-fn has_new_network(linux: &Linux) -> bool {
+pub(super) fn has_new_network(linux: &Linux) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| {
         namespace.typ() == LinuxNamespaceType::Network
             && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
     })
 }
 
-fn raise_loopback(init: i32) -> Result<()> {
+pub(super) fn raise_loopback(init: i32) -> Result<()> {
     /// The first device of every network namespace.
     const LOOPBACK: u32 = 1;
     let target = namespace(&init.to_string(), "net")?;

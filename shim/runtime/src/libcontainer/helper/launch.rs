@@ -109,6 +109,11 @@ pub(super) fn give_stdio(stdio: &Stdio, uid: u32) -> Result<()> {
     Ok(())
 }
 
+/// Gives one file to a user, for callers outside.
+pub(in crate::libcontainer) fn give_to(fd: BorrowedFd<'_>, uid: u32) -> std::result::Result<(), String> {
+    give(fd, uid).map_err(|failure| failure.to_string())
+}
+
 /// Gives one file to a user, as runc does: not /dev/null, and not where that cannot be.
 pub(super) fn give(fd: BorrowedFd<'_>, uid: u32) -> Result<()> {
     let stat = rustix::fs::fstat(fd).context(|| "look at the process's standard input and output")?;

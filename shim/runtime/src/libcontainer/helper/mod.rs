@@ -8,7 +8,9 @@ mod adapt;
 mod cgroup;
 mod create;
 mod delete;
+mod descriptors;
 mod devices;
+mod dump;
 mod error;
 mod exec;
 mod filter;
@@ -17,6 +19,7 @@ mod launch;
 mod lifecycle;
 mod log;
 mod program;
+pub(super) mod restore;
 mod rootfs;
 mod seccomp;
 mod state;
@@ -27,13 +30,16 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use super::protocol::{self, Reply, Request, Step};
 use super::sys;
+use crate::{CheckpointRequest, ProcessIo, RestoreRequest};
 use error::{Context, Failure, Result};
 use log::Log;
 use program::Stdio;
+use restore::Prepared;
 use state::StateDirectory;
 
 /// What every step gets.
@@ -43,6 +49,13 @@ struct Helper {
     directory: StateDirectory,
     /// What went wrong without making the step fail.
     warnings: Vec<String>,
+}
+
+impl Helper {
+    fn new(root: &Path, id: &str, systemd_cgroup: bool) -> Self {
+        let directory = StateDirectory::new(root, id);
+        Self { id: id.to_owned(), systemd_cgroup, directory, warnings: Vec::new() }
+    }
 }
 
 /// What is read of everything that others wrote: a config.json of this size has no honest author.
@@ -85,8 +98,7 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
     // Directories that libcontainer makes in a container get the modes that they should have, whatever the shim's mask.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
 
-    let directory = StateDirectory::new(&root, &id);
-    let mut helper = Helper { id, systemd_cgroup, directory, warnings: Vec::new() };
+    let mut helper = Helper::new(&root, &id, systemd_cgroup);
     let pid = match step {
         Step::Create(create) => Some(create::create(&mut helper, &create, stdio)?),
         Step::Exec(exec) => Some(exec::exec(&mut helper, *exec, stdio)?),
@@ -95,6 +107,8 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
         Step::Resume => lifecycle::resume(&helper).map(|()| None)?,
         Step::Update(resources) => lifecycle::update(&helper, &resources).map(|()| None)?,
         Step::Delete => delete::delete(&mut helper).map(|()| None)?,
+        Step::Join(join) => restore::join(&helper, &join).map(|()| None)?,
+        Step::SetUp { pid } => restore::set_up(&helper, pid).map(|()| None)?,
     };
     Ok((pid, helper.warnings))
 }
@@ -103,16 +117,18 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
 /// to read and write a few files, which takes a fraction of the time that a helper takes. `None` if it cannot.
 pub(super) fn without_helper(request: &Request) -> Option<Reply> {
     let Request { root, id, systemd_cgroup, step } = request;
-    let directory = StateDirectory::new(root, id);
-    let mut helper = Helper { id: id.clone(), systemd_cgroup: *systemd_cgroup, directory, warnings: Vec::new() };
+    let mut helper = Helper::new(root, id, *systemd_cgroup);
     let is_possible = validate_id(id).is_ok()
         && match step {
             Step::Start => lifecycle::needs_no_helper(&helper),
             Step::Delete => delete::needs_no_helper(&helper),
+            // systemd must not keep the shim waiting.
+            Step::Join(_) => !*systemd_cgroup,
             _ => false,
         };
     let done = is_possible.then(|| match step {
         Step::Start => lifecycle::start(&mut helper),
+        Step::Join(join) => restore::join(&helper, join),
         _ => delete::delete(&mut helper),
     })?;
     Some(match done {
@@ -120,6 +136,41 @@ pub(super) fn without_helper(request: &Request) -> Option<Reply> {
         Err(failure) => Reply::Failed { message: failure.to_string() },
     })
 }
+
+/// What CRIU is to be asked to dump a container; a note of its streams is put among the images.
+pub(super) fn dump_request(
+    root: &Path,
+    systemd_cgroup: bool,
+    request: &CheckpointRequest,
+) -> std::result::Result<criu::DumpRequest, String> {
+    dump::request(&Helper::new(root, &request.id, systemd_cgroup), request).map_err(|failure| failure.to_string())
+}
+
+/// Makes everything of a container but its cgroup and its processes.
+pub(super) fn prepare_restore(
+    root: &Path,
+    systemd_cgroup: bool,
+    request: &RestoreRequest,
+) -> std::result::Result<Prepared, String> {
+    let mut helper = Helper::new(root, &request.id, systemd_cgroup);
+    let terminal = matches!(request.io, ProcessIo::Terminal { .. });
+    validate_id(&request.id)
+        .and_then(|()| restore::prepare(&mut helper, &request.bundle, &request.images, terminal))
+        .map_err(|failure| failure.to_string())
+}
+
+/// Notes that the processes of a container are there.
+pub(super) fn finish_restore(root: &Path, id: &str, pid: i32) -> std::result::Result<(), String> {
+    restore::finish(&Helper::new(root, id, false), pid).map_err(|failure| failure.to_string())
+}
+
+/// Takes away what only CRIU needed.
+pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), String> {
+    restore::unmount_root(&Helper::new(root, id, false)).map_err(|failure| failure.to_string())
+}
+
+pub(super) use dump::criu_options;
+pub(super) use launch::give_to;
 
 /// The id becomes a file name below the root.
 fn validate_id(id: &str) -> Result<()> {

@@ -107,6 +107,27 @@ impl Root {
         make().context(|| format!("make the directory {} in {}", path.display(), self.path.display()))
     }
 
+    /// Makes an empty file and the directories above it where they are missing, for this owner.
+    pub(super) fn make_file(&self, path: &Path, owner: (u32, u32)) -> Result<()> {
+        let action = || format!("make the file {} in {}", path.display(), self.path.display());
+        match self.resolve(path, OFlags::PATH) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).context(action),
+        }
+        let parent = path.parent().unwrap_or(Path::new("/"));
+        self.make_directory(parent, owner)?;
+        let make = || -> io::Result<()> {
+            let parent = self.resolve(parent, OFlags::PATH | OFlags::DIRECTORY)?;
+            let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
+            let (uid, gid) = owner;
+            Ok(rustix::fs::fchown(&file, Some(rustix::fs::Uid::from_raw(uid)), Some(rustix::fs::Gid::from_raw(gid)))?)
+        };
+        make().context(action)
+    }
+
     /// The home of a user according to the container's passwd file.
     pub(super) fn home(&self, uid: u32) -> Option<String> {
         let file = self.resolve(Path::new("/etc/passwd"), OFlags::RDONLY | OFlags::NONBLOCK).ok()?;

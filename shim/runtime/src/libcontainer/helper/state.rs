@@ -14,6 +14,7 @@ use libcontainer::config::YoukiConfig;
 use libcontainer::container::{ContainerStatus, State};
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -25,6 +26,8 @@ const CONFIG: &str = "youki_config.json";
 /// Ours: which process `pid` in libcontainer's state means.
 const INIT: &str = "init.json";
 
+/// Ours: the container's root during a restore.
+const ROOT: &str = "criu-root";
 /// Ours: locked while init has not become the user's program.
 const STARTING: &str = "starting.lock";
 /// startContainer hooks may take their time.
@@ -102,7 +105,35 @@ impl StateDirectory {
         self.path.try_exists().context(|| format!("read {}", self.path.display()))
     }
 
+    /// Mounts the container's root, and what is mounted in it, where CRIU finds it: it wants a mount point that nothing
+    /// else is mounted over.
+    pub(super) fn mount_root(&self, rootfs: &Path) -> Result<PathBuf> {
+        let path = self.path.join(ROOT);
+        DirBuilder::new().mode(0o700).create(&path).context(|| format!("make {}", path.display()))?;
+        rustix::mount::mount_bind_recursive(rootfs, &path)
+            .context(|| format!("mount the root at {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// Undoes [`mount_root`](Self::mount_root).
+    pub(super) fn unmount_root(&self) -> Result<()> {
+        let path = self.path.join(ROOT);
+        match rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // Not mounted, or not there.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(error) => return Err(error).context(|| format!("unmount {}", path.display())),
+        }
+        match fs::remove_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).context(|| format!("remove {}", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn remove(&self) -> Result<()> {
+        // First: what follows must not find the container's root below.
+        self.unmount_root()?;
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Failure::because(format!("remove {}", self.path.display()), &error))

@@ -1,0 +1,94 @@
+//! What a checkpoint and a restore are asked for with, whichever runtime does them.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use crate::{ProcessIo, Timeline};
+
+/// What is done about established TCP connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tcp {
+    /// They make a checkpoint fail.
+    #[default]
+    Refuse,
+    /// They are saved, and go on where the restored container has the same addresses.
+    Keep,
+    /// They are closed in the restored container.
+    Close,
+}
+
+/// What a checkpoint may contain although it cannot come back, or not everywhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allow {
+    /// Established TCP connections.
+    pub tcp: Tcp,
+    /// Connections by unix sockets to the outside, which the restored container finds closed.
+    pub external_unix_sockets: bool,
+    /// A session or terminal whose leader is outside the container.
+    pub shell_job: bool,
+}
+
+/// A container to be saved.
+#[derive(Clone, Debug)]
+pub struct CheckpointRequest {
+    /// Container id.
+    pub id: String,
+    /// Its init process, in this process's pid namespace.
+    pub init: i32,
+    /// An existing directory for the images, which holds none yet.
+    pub images: PathBuf,
+    /// An existing directory for CRIU's log, `dump.log`.
+    pub work: PathBuf,
+    /// The container goes on. Otherwise its processes are killed once the images are whole.
+    pub leave_running: bool,
+    /// What is no reason to fail.
+    pub allow: Allow,
+    /// Who waits for it: a container that is to be ended is not if nobody does.
+    pub caller: Caller,
+}
+
+/// A container to be made from a checkpoint.
+#[derive(Debug)]
+pub struct RestoreRequest {
+    /// Container id.
+    pub id: String,
+    /// Absolute path of the bundle, with config.json and the mounted rootfs.
+    pub bundle: PathBuf,
+    /// The directory with the images.
+    pub images: PathBuf,
+    /// An existing directory for CRIU's log, `restore.log`.
+    pub work: PathBuf,
+    /// Where the init process's standard input and output go, in place of those that it had.
+    pub io: ProcessIo,
+    /// Use MS_MOVE instead of pivot_root (for a rootfs on a ramdisk).
+    pub no_pivot_root: bool,
+    /// What is no reason to fail.
+    pub allow: Allow,
+    /// Told of the phases.
+    pub timeline: Timeline,
+}
+
+/// Knows whether somebody waits for an operation.
+#[derive(Clone, Debug)]
+pub struct Caller(Weak<()>);
+
+/// Kept by who waits for an operation, as long as he does.
+#[derive(Debug)]
+pub struct Waiting {
+    _alive: Arc<()>,
+}
+
+impl Caller {
+    /// A caller, there until the second is dropped.
+    #[must_use]
+    pub fn new() -> (Self, Waiting) {
+        let alive = Arc::new(());
+        (Self(Arc::downgrade(&alive)), Waiting { _alive: alive })
+    }
+
+    /// Nobody waits any more.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
+}

@@ -1,0 +1,67 @@
+//! Checkpoint and restore: the runtime drives CRIU, and says little when that fails. So CRIU's log is read too.
+
+use std::ffi::OsString;
+
+use reaper::Child;
+
+use super::Command;
+use crate::{Allow, CheckpointRequest, Operation, Phase, RestoreRequest, RuntimeError, Tcp};
+
+impl Command {
+    pub(super) async fn checkpoint_now(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
+        let CheckpointRequest { id, init, images, work, leave_running, allow, caller: _ } = request;
+        let call = self.call(Operation::Checkpoint, &id);
+        let mut arguments: Vec<OsString> = vec!["checkpoint".into(), "--image-path".into(), images.into()];
+        arguments.extend(["--work-path".into(), work.clone().into()]);
+        if leave_running {
+            arguments.push("--leave-running".into());
+        }
+        arguments.extend(flags(allow).map(OsString::from));
+        if allow.tcp == Tcp::Close {
+            return Err(call.refused("this runtime cannot be told to close TCP connections".into()));
+        }
+        arguments.push(id.clone().into());
+        let scratch = call.scratch()?;
+        let dumped = call.run(&scratch, arguments).await;
+        if dumped.is_err() {
+            // criu may have been killed after it had blocked the container's network.
+            criu::unblock_network(init, &self.inner.reaper).await;
+        }
+        dumped.map_err(|error| call.explained(error, &work.join("dump.log")))
+    }
+
+    pub(super) async fn restore_now(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
+        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, allow, timeline } = request;
+        let call = self.call(Operation::Restore, &id);
+        if self.knows(&call)? {
+            return Err(call.refused(format!("container with id {id} exists already")));
+        }
+        timeline.enter(Phase::Restore);
+        let scratch = call.scratch()?;
+        let mut arguments: Vec<OsString> = vec!["restore".into(), "--detach".into(), "--bundle".into(), bundle.into()];
+        arguments.extend(["--image-path".into(), images.into(), "--work-path".into(), work.clone().into()]);
+        if no_pivot_root {
+            arguments.push("--no-pivot".into());
+        }
+        arguments.extend(flags(allow).map(OsString::from));
+        let restored = call.process(&scratch, arguments, io).await;
+        if restored.is_err()
+            && let Err(error) = self.delete_now(&id).await
+        {
+            tracing::error!(container = id, %error, "cannot undo a restore");
+        }
+        timeline.enter(Phase::Resume);
+        restored.map_err(|error| call.explained(error, &work.join("restore.log")))
+    }
+}
+
+/// The flags that all these runtimes have, for both directions.
+fn flags(allow: Allow) -> impl Iterator<Item = &'static str> {
+    let flags = [
+        (allow.tcp == Tcp::Keep, "--tcp-established"),
+        (allow.external_unix_sockets, "--ext-unix-sk"),
+        (allow.shell_job, "--shell-job"),
+        (true, "--file-locks"),
+    ];
+    flags.into_iter().filter_map(|(is_set, flag)| is_set.then_some(flag))
+}

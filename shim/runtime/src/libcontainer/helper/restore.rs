@@ -1,0 +1,250 @@
+//! The parts of a restore that are not CRIU's: state, places for mounts, cgroup, hooks.
+
+use std::path::{Path, PathBuf};
+
+use criu::{ExternalMount, JoinNamespace, Namespace};
+use libcgroups::common::{CgroupManager, ControllerOpt};
+use libcontainer::config::YoukiConfig;
+use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::hooks::run_hooks;
+use oci_spec::runtime::{LinuxResources, Mount, Spec};
+
+use super::cgroup::Place;
+use super::create::check_terminal;
+use super::dump::{is_bind, is_inherited, joined_namespaces, mask};
+use super::error::{Context, Failure, Result};
+use super::rootfs::Root;
+use super::state::Identity;
+use super::{Helper, adapt, delete, descriptors, devices, fixup};
+use crate::libcontainer::protocol::Join;
+
+/// A container that has everything but its processes.
+#[derive(Debug)]
+pub(in crate::libcontainer) struct Prepared {
+    /// Its root, as CRIU wants it: a mount point.
+    pub(in crate::libcontainer) root: PathBuf,
+    pub(in crate::libcontainer) external_mounts: Vec<ExternalMount>,
+    /// Namespaces that CRIU joins.
+    pub(in crate::libcontainer) joined: Vec<JoinNamespace>,
+    /// Namespaces that CRIU inherits as descriptors.
+    pub(in crate::libcontainer) inherited: Vec<(Namespace, PathBuf)>,
+    /// What the standard streams were when the container was dumped.
+    pub(in crate::libcontainer) streams: Vec<String>,
+    /// The container's limits.
+    pub(in crate::libcontainer) resources: LinuxResources,
+    /// Hooks have to run, or a network device to be raised, in its namespaces.
+    pub(in crate::libcontainer) needs_setup: bool,
+    /// The user to whom its standard streams are to belong, as the host has it.
+    pub(in crate::libcontainer) uid: u32,
+}
+
+/// Makes all that has to be there before CRIU; undone by [`delete`].
+pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, terminal: bool) -> Result<Prepared> {
+    let mut spec = adapt::load(bundle)?;
+    adapt::validate(&spec)?;
+    check_terminal(&spec, terminal)?;
+    let streams = descriptors::read(images)?;
+    if terminal && !streams.is_empty() && !streams.iter().any(|stream| stream.starts_with("/dev/pts/")) {
+        return Err(Failure::new("the process wants a terminal, but the one in the checkpoint has none"));
+    }
+    let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
+    let place = Place::new(&path, helper.systemd_cgroup, &helper.id)?;
+    if place.is_populated()? {
+        return Err(Failure::new(format!("the cgroup {} is in use", path.display())));
+    }
+    helper.directory.create()?;
+    let prepared = (|| {
+        let mut container =
+            Container::new(&helper.id, ContainerStatus::Creating, None, bundle, helper.directory.path())?;
+        container.state.use_systemd = place.is_systemd();
+        container.state.annotations = spec.annotations().clone();
+        helper.directory.save_state(&container.state)?;
+        adapt::for_restore(&mut spec, place.path().to_owned())?;
+        helper.directory.save_config(&YoukiConfig::from_spec(&spec, &helper.id)?)?;
+        let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
+        make_mount_points(&spec, &rootfs)?;
+        let root = helper.directory.mount_root(&rootfs)?;
+        let (inherited, joined) =
+            joined_namespaces(&spec)?.into_iter().partition::<Vec<_>, _>(|(kind, _)| is_inherited(*kind));
+        let linux = adapt::linux(&spec)?;
+        let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
+        let hooks = spec.hooks().as_ref();
+        let is_set = |hooks: Option<&Vec<_>>| hooks.is_some_and(|hooks| !hooks.is_empty());
+        Ok(Prepared {
+            external_mounts: external_mounts(&spec, &place, bundle)?,
+            joined: joined.into_iter().map(|(kind, path)| JoinNamespace { kind, path }).collect(),
+            inherited,
+            streams,
+            resources: linux.resources().clone().unwrap_or_default(),
+            needs_setup: fixup::has_new_network(linux)
+                || is_set(hooks.and_then(|hooks| hooks.prestart().as_ref()))
+                || is_set(hooks.and_then(|hooks| hooks.create_runtime().as_ref())),
+            uid: adapt::host_id(linux.uid_mappings().as_deref(), uid),
+            root,
+        })
+    })();
+    prepared.inspect_err(|_| {
+        if let Err(failure) = delete::delete(helper) {
+            tracing::error!("cannot undo it: {failure}");
+        }
+    })
+}
+
+/// What the mounts of the images are to be, by the names that [`dump`](super::dump) and runc give them.
+fn external_mounts(spec: &Spec, place: &Place, bundle: &Path) -> Result<Vec<ExternalMount>> {
+    let mut mounts = vec![mask()];
+    let mut add = |key: &Path, value: &Path| {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        mounts.push(ExternalMount { key: text(key), value: text(value) });
+    };
+    for mount in spec.mounts().iter().flatten() {
+        if is_bind(mount) {
+            add(mount.destination(), &bundle.join(source(mount)?));
+        } else if mount.typ().as_deref() == Some("cgroup") {
+            let hierarchies = place.v1_directories();
+            hierarchies.iter().for_each(|(name, directory)| add(&mount.destination().join(name), directory));
+        }
+    }
+    for device in adapt::linux(spec)?.devices().iter().flatten() {
+        add(device.path(), device.path());
+    }
+    Ok(mounts)
+}
+
+fn source(mount: &Mount) -> Result<&PathBuf> {
+    let missing = || Failure::new(format!("the mount at {} has no source", mount.destination().display()));
+    mount.source().as_ref().ok_or_else(missing)
+}
+
+/// Makes the files and directories on which CRIU mounts, where the new container's root has them not. Those in file
+/// systems that CRIU fills it makes itself.
+fn make_mount_points(spec: &Spec, rootfs: &Path) -> Result<()> {
+    let root = Root::open(rootfs)?;
+    let owner = adapt::host_root(adapt::linux(spec)?);
+    let mounts: Vec<&Mount> = spec.mounts().iter().flatten().collect();
+    for (index, mount) in mounts.iter().enumerate() {
+        let destination = mount.destination();
+        let is_file = is_bind(mount) && source(mount)?.is_file();
+        let over = mounts[..index]
+            .iter()
+            .rfind(|over| destination.starts_with(over.destination()) && over.destination() != Path::new("/"));
+        let make = |root: &Root, path: &Path| match is_file {
+            true => root.make_file(path, owner),
+            false => root.make_directory(path, owner),
+        };
+        match over {
+            None => make(&root, destination)?,
+            Some(over) if is_bind(over) && over.destination() != destination => {
+                let inner = destination.strip_prefix(over.destination()).unwrap_or(destination);
+                // A file that is mounted has nothing below it.
+                if source(over)?.is_dir() {
+                    make(&Root::open(source(over)?)?, inner)?;
+                }
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Makes the cgroup with its limits, and moves criu into it, so that all that criu forks is in it.
+pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
+    let place = helper.place()?;
+    let manager = place.manager()?;
+    let path = place.path().display();
+    // The type is of a version of nix that is libcgroups' own affair.
+    let mut container = Container::default();
+    let criu = container.set_pid(join.pid).pid().ok_or_else(|| Failure::new("criu has no pid"))?;
+    manager.add_task(criu).context(|| format!("put criu into the cgroup {path}"))?;
+    let options = ControllerOpt {
+        resources: &join.resources,
+        disable_oom_killer: false,
+        oom_score_adj: None,
+        freezer_state: None,
+    };
+    manager.apply(&options).context(|| format!("set the limits of the cgroup {path}"))?;
+    place.adopt_into_the_rest(join.pid)?;
+    if place.is_v2() {
+        for directory in place.directories()? {
+            devices::confine(&directory, join.resources.devices().as_deref().unwrap_or_default())?;
+        }
+    }
+    Ok(())
+}
+
+/// What is done in the container's namespaces when they are there and empty: hooks, which make its network, as by runc
+/// at this stage; without them, what [`fixup`] does to a new network.
+pub(super) fn set_up(helper: &Helper, pid: i32) -> Result<()> {
+    let mut state = helper.directory.state()?;
+    state.pid = Some(pid);
+    if fixup::has_new_network(adapt::linux(&adapt::load(&state.bundle)?)?) {
+        fixup::raise_loopback(pid)?;
+    }
+    let Some(hooks) = helper.directory.config()?.hooks else { return Ok(()) };
+    let run = |hooks: Option<&Vec<_>>| run_hooks(hooks, Some(&state), None, None, None);
+    run(hooks.prestart().as_ref()).context(|| "run the prestart hooks")?;
+    run(hooks.create_runtime().as_ref()).context(|| "run the createRuntime hooks")
+}
+
+/// The processes are there: from now on the container is like any other.
+pub(super) fn finish(helper: &Helper, pid: i32) -> Result<()> {
+    let died = || Failure::new("the container's init died while it was restored");
+    let init = Identity::of(pid)?.ok_or_else(died)?;
+    descriptors::note(pid, helper.directory.path())?;
+    helper.directory.save_init(init)?;
+    let mut state = helper.directory.state()?;
+    state.status = ContainerStatus::Running;
+    state.pid = Some(pid);
+    state.creator = Some(rustix::process::geteuid().as_raw());
+    helper.directory.save_state(&state)
+}
+
+/// CRIU has mounted the root where it is to be.
+pub(super) fn unmount_root(helper: &Helper) -> Result<()> {
+    helper.directory.unmount_root()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use oci_spec::runtime::{LinuxBuilder, MountBuilder, RootBuilder, SpecBuilder};
+
+    use super::*;
+
+    #[test]
+    fn mount_points_are_made_where_they_will_be_seen() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir_all(path("root")).unwrap();
+        fs::create_dir_all(path("volume")).unwrap();
+        fs::write(path("file"), "").unwrap();
+        let mount = |kind: &str, source: PathBuf, destination: &str| {
+            MountBuilder::default().typ(kind).source(source).destination(destination).build().unwrap()
+        };
+        let spec = SpecBuilder::default()
+            .root(RootBuilder::default().path(path("root")).build().unwrap())
+            .linux(LinuxBuilder::default().build().unwrap())
+            .mounts(vec![
+                mount("proc", "proc".into(), "/proc"),
+                mount("tmpfs", "tmpfs".into(), "/dev"),
+                mount("tmpfs", "shm".into(), "/dev/shm"),
+                mount("bind", path("file"), "/etc/hosts"),
+                mount("bind", path("volume"), "/data"),
+                mount("bind", path("file"), "/data/inner/file"),
+            ])
+            .build()
+            .unwrap();
+        make_mount_points(&spec, &path("root")).unwrap();
+        assert!(path("root/proc").is_dir());
+        assert!(path("root/dev").is_dir());
+        assert!(!path("root/dev/shm").exists());
+        assert!(path("root/etc/hosts").is_file());
+        assert!(path("volume/inner/file").is_file());
+        assert!(!path("root/data/inner").exists());
+        // What is there already stays.
+        fs::write(path("root/etc/hosts"), "kept").unwrap();
+        make_mount_points(&spec, &path("root")).unwrap();
+        assert_eq!(fs::read_to_string(path("root/etc/hosts")).unwrap(), "kept");
+    }
+}

@@ -1,0 +1,175 @@
+//! Restore, which libcontainer does not have: CRIU makes the processes, and everything around them is made here.
+//!
+//! ```text
+//!  prepare        state directory, mount points, the root as a mount point       helper::prepare_restore
+//!  criu starts ─► the cgroup with its limits is made around criu                 Step::Join
+//!  CRIU:          new namespaces ─► network, prestart and createRuntime hooks    Step::SetUp
+//!                 terminal ─► its master goes to the console socket
+//!                 processes and memory ─► state files                            helper::finish_restore
+//!                 the processes run
+//!  clean          the root's extra mount goes                                    helper::clean_restore
+//! ```
+//!
+//! criu is the shim's child, and so is the restored init (`rst_sibling`): it has the parent it would have had if it had
+//! been created. If anything fails, CRIU's part is undone by the criu crate and the rest by `delete`.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
+use oci_spec::runtime::LinuxResources;
+use reaper::Child;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::client::{Client, Subject, detached};
+use super::helper;
+use super::helper::restore::Prepared;
+use super::protocol::{Join, Step};
+use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+
+impl Client {
+    pub(super) async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
+        let client = self.clone();
+        let id = request.id.clone();
+        detached(Subject { operation: Operation::Restore, id: &id.clone() }, async move {
+            client.restore_now(Subject { operation: Operation::Restore, id: &id }, request).await
+        })
+        .await
+    }
+
+    async fn restore_now(&self, subject: Subject<'_>, request: RestoreRequest) -> Result<Child, RuntimeError> {
+        request.timeline.enter(Phase::Prepare);
+        let (request, prepared) = self
+            .blocking(subject, move |inner| {
+                helper::prepare_restore(&inner.root, inner.systemd_cgroup, &request).map(|prepared| (request, prepared))
+            })
+            .await?;
+        let restored = match self.restore_prepared(subject, request, prepared).await {
+            Ok(root) => self.clean(subject).await.map(|()| root),
+            Err(error) => Err(error),
+        };
+        if restored.is_err()
+            && let Err(error) = self.run(Operation::Delete, subject.id, Step::Delete).await
+        {
+            tracing::error!(container = subject.id, %error, "cannot undo a restore");
+        }
+        restored
+    }
+
+    async fn clean(&self, subject: Subject<'_>) -> Result<(), RuntimeError> {
+        let id = subject.id.to_owned();
+        self.blocking(subject, move |inner| helper::clean_restore(&inner.root, &id)).await
+    }
+
+    async fn restore_prepared(
+        &self,
+        subject: Subject<'_>,
+        request: RestoreRequest,
+        prepared: Prepared,
+    ) -> Result<Child, RuntimeError> {
+        let RestoreRequest { images, work, io, allow, timeline, .. } = request;
+        let mut inherit = Vec::new();
+        for (kind, path) in prepared.inherited {
+            let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
+            inherit.push(Inherit { key: kind.external_key(), fd: file.into() });
+        }
+        let console_socket = match io {
+            ProcessIo::Fds { stdin, stdout, stderr } => {
+                for fd in [&stdin, &stdout, &stderr] {
+                    helper::give_to(fd.as_fd(), prepared.uid).map_err(|message| subject.refused(message))?;
+                }
+                inherit.extend(streams(&prepared.streams, [stdin, stdout, stderr]));
+                None
+            }
+            ProcessIo::Terminal { console_socket } => Some(console_socket),
+        };
+        timeline.enter(Phase::Cgroup);
+        let mut stages = Stages {
+            client: self,
+            subject,
+            resources: Some(prepared.resources),
+            needs_setup: prepared.needs_setup,
+            console_socket,
+            timeline,
+        };
+        let criu_request = criu::RestoreRequest {
+            images_dir: images,
+            work_dir: Some(work),
+            root: Some(prepared.root),
+            external_mounts: prepared.external_mounts,
+            inherit,
+            join_namespaces: prepared.joined,
+            cgroup_roots: CgroupRoots::OfCriu,
+            options: criu::Options { evasive_devices: true, ..helper::criu_options(allow) },
+            ..criu::RestoreRequest::default()
+        };
+        Ok(Criu::new(self.inner.reaper.clone()).restore(criu_request, &mut stages).await?.root)
+    }
+}
+
+/// The new streams in place of the pipes that the dumped process had.
+fn streams(dumped: &[String], new: [OwnedFd; 3]) -> Vec<Inherit> {
+    let pairs = dumped.iter().zip(new).filter(|(link, _)| link.starts_with("pipe:["));
+    pairs.map(|(link, fd)| Inherit { key: link.clone(), fd }).collect()
+}
+
+/// What belongs to CRIU's stages.
+struct Stages<'a> {
+    client: &'a Client,
+    subject: Subject<'a>,
+    /// None once the cgroup is made.
+    resources: Option<LinuxResources>,
+    needs_setup: bool,
+    console_socket: Option<PathBuf>,
+    timeline: Timeline,
+}
+
+#[async_trait]
+impl NotifyRestore for Stages<'_> {
+    async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
+        let resources = self.resources.take().unwrap_or_default();
+        let step = Step::Join(Box::new(Join { pid: criu.pid(), resources }));
+        self.client.run(self.subject.operation, self.subject.id, step).await?;
+        self.timeline.enter(Phase::Restore);
+        Ok(())
+    }
+
+    async fn setup_namespaces(&mut self, root: &Child) -> Result<(), BoxError> {
+        if self.needs_setup {
+            self.timeline.enter(Phase::Hooks);
+            let step = Step::SetUp { pid: root.pid() };
+            self.client.run(self.subject.operation, self.subject.id, step).await?;
+            self.timeline.enter(Phase::Restore);
+        }
+        Ok(())
+    }
+
+    async fn orphan_pts_master(&mut self, master: OwnedFd) -> Result<(), BoxError> {
+        let socket = self.console_socket.as_ref();
+        let socket = socket.ok_or("the checkpoint is of a container with a terminal, and this one has none")?;
+        Ok(send(socket, &master)?)
+    }
+
+    async fn post_restore(&mut self, root: &Child) -> Result<(), BoxError> {
+        let (id, pid) = (self.subject.id.to_owned(), root.pid());
+        self.client.blocking(self.subject, move |inner| helper::finish_restore(&inner.root, &id, pid)).await?;
+        self.timeline.enter(Phase::Resume);
+        Ok(())
+    }
+}
+
+/// Sends a terminal to whoever listens at a socket, as runtimes do at creation.
+fn send(socket: &PathBuf, master: &OwnedFd) -> io::Result<()> {
+    let stream = UnixStream::connect(socket)?;
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [master.as_fd()];
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    // Ancillary data travels with at least one byte; the name is runc's.
+    rustix::net::sendmsg(&stream, &[io::IoSlice::new(b"/dev/ptmx")], &mut ancillary, SendFlags::NOSIGNAL)?;
+    Ok(())
+}

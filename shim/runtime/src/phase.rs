@@ -1,0 +1,145 @@
+//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A step of a checkpoint or of a restore.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Checkpoint: the container is frozen.
+    Freeze,
+    /// Checkpoint: the contents of a /dev/shm that comes from outside are saved.
+    SaveShm,
+    /// Checkpoint: CRIU writes the processes to images.
+    Dump,
+    /// Checkpoint: the images become the checkpoint.
+    Publish,
+    /// Checkpoint: the container is let go, or ended.
+    Release,
+    /// Restore: the checkpoint is read and compared with the container.
+    Inspect,
+    /// Restore: the contents of /dev/shm are put back.
+    LoadShm,
+    /// Restore: standard input and output, the places of mounts, and the runtime's state are made.
+    Prepare,
+    /// Restore: the cgroup is made.
+    Cgroup,
+    /// Restore: CRIU makes the processes again.
+    Restore,
+    /// Restore: the hooks of the container run.
+    Hooks,
+    /// Restore: the processes run and the container takes its place.
+    Resume,
+}
+
+impl Phase {
+    /// Its name in files and metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Freeze => "freeze",
+            Self::SaveShm => "save-shm",
+            Self::Dump => "dump",
+            Self::Publish => "publish",
+            Self::Release => "release",
+            Self::Inspect => "inspect",
+            Self::LoadShm => "load-shm",
+            Self::Prepare => "prepare",
+            Self::Cgroup => "cgroup",
+            Self::Restore => "restore",
+            Self::Hooks => "hooks",
+            Self::Resume => "resume",
+        }
+    }
+}
+
+/// As it fits behind "failed while".
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Freeze => "freezing it",
+            Self::SaveShm => "saving its /dev/shm",
+            Self::Dump => "dumping its processes",
+            Self::Publish => "publishing the images",
+            Self::Release => "letting it go",
+            Self::Inspect => "inspecting the checkpoint",
+            Self::LoadShm => "filling its /dev/shm",
+            Self::Prepare => "preparing its mounts and state",
+            Self::Cgroup => "making its cgroup",
+            Self::Restore => "restoring its processes",
+            Self::Hooks => "running its hooks",
+            Self::Resume => "resuming its processes",
+        })
+    }
+}
+
+/// When the phases of one operation began. Its clones are the same timeline.
+#[derive(Clone, Debug)]
+pub struct Timeline {
+    began: Arc<Mutex<Vec<(Phase, Instant)>>>,
+}
+
+impl Timeline {
+    /// A timeline whose first phase begins now.
+    #[must_use]
+    pub fn start(first: Phase) -> Self {
+        Self { began: Arc::new(Mutex::new(vec![(first, Instant::now())])) }
+    }
+
+    fn began(&self) -> std::sync::MutexGuard<'_, Vec<(Phase, Instant)>> {
+        self.began.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next phase begins now; one that goes on is not begun again.
+    pub fn enter(&self, phase: Phase) {
+        let mut began = self.began();
+        if began.last().is_none_or(|(last, _)| *last != phase) {
+            tracing::debug!(phase = phase.name(), "a phase begins");
+            began.push((phase, Instant::now()));
+        }
+    }
+
+    /// The phase that began last.
+    #[must_use]
+    pub fn current(&self) -> Phase {
+        // A timeline starts with a phase.
+        self.began().last().map_or(Phase::Inspect, |(phase, _)| *phase)
+    }
+
+    /// Each phase with how long it took; the last one until now.
+    #[must_use]
+    pub fn phases(&self) -> Vec<(Phase, Duration)> {
+        let began = self.began();
+        let ends = began.iter().skip(1).map(|(_, begin)| *begin).chain([Instant::now()]);
+        began.iter().zip(ends).map(|((phase, begin), end)| (*phase, end - *begin)).collect()
+    }
+}
+
+/// `freeze 0.001 s, dump 0.120 s`
+impl fmt::Display for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, (phase, duration)) in self.phases().into_iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            write!(f, "{comma}{} {:.3} s", phase.name(), duration.as_secs_f64())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_follow_each_other_without_gaps() {
+        let timeline = Timeline::start(Phase::Freeze);
+        timeline.clone().enter(Phase::Dump);
+        timeline.enter(Phase::Dump);
+        timeline.enter(Phase::Release);
+        let phases: Vec<Phase> = timeline.phases().into_iter().map(|(phase, _)| phase).collect();
+        assert_eq!(phases, [Phase::Freeze, Phase::Dump, Phase::Release]);
+        assert_eq!(timeline.current(), Phase::Release);
+        assert!(timeline.to_string().starts_with("freeze 0."), "{timeline}");
+    }
+}

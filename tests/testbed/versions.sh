@@ -9,7 +9,7 @@ ROOT_PACKAGES=(
   containerd runc crun criu containernetworking-plugins
   iptables nftables iproute2 procps jq ca-certificates busybox-static python3-minimal strace
 )
-BUILD_PACKAGES=(umoci docker-registry gcc libc6-dev)
+BUILD_PACKAGES=(umoci docker-registry gcc libc6-dev libpython3-stdlib)
 
 # What forky had when the tests were written: another version is reported, not refused.
 EXPECTED_DEBIAN=(

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
-use runtime::RuntimeError;
+use runtime::{Phase, RuntimeError};
 
 use crate::container::Status;
 use crate::options::OptionsError;
@@ -25,8 +25,6 @@ pub(crate) enum TaskError {
     WrongState { action: &'static str, process: String, status: Status },
     #[error("{process}: process already finished")]
     Finished { process: String },
-    #[error("{0} is not supported by this shim")]
-    Unsupported(&'static str),
     #[error("request for container {container} carries an unusable {field}: {message}")]
     BadRequest { container: String, field: &'static str, message: String },
     #[error("cannot use the bundle of container {container}")]
@@ -52,6 +50,10 @@ pub(crate) enum TaskError {
     },
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Checkpoint(Box<CheckpointError>),
+    #[error(transparent)]
+    Restore(Box<RestoreError>),
     #[error("cannot {action} {process}")]
     Signal {
         action: &'static str,
@@ -68,6 +70,71 @@ pub(crate) enum TaskError {
     },
     #[error("the shim's work on container {container} was cut off")]
     Gone { container: String },
+}
+
+/// Why a checkpoint was not taken, and what was being done.
+#[derive(Debug, thiserror::Error)]
+#[error("checkpoint of container {container} failed while {phase}")]
+pub(crate) struct CheckpointError {
+    pub(crate) container: String,
+    pub(crate) phase: Phase,
+    #[source]
+    pub(crate) source: CheckpointFailure,
+}
+
+/// Why a step of a checkpoint failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CheckpointFailure {
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot freeze or thaw it")]
+    Cgroup(#[source] CgroupError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("its init, process {pid}, is saved and killed, but does not end")]
+    DoesNotEnd { pid: i32 },
+    #[error("the work was cut off")]
+    CutOff(#[source] tokio::task::JoinError),
+}
+
+/// Why a container was not restored, and what was being done. Nothing is left of the attempt.
+#[derive(Debug, thiserror::Error)]
+#[error("restore of container {container} from {images} failed while {phase}")]
+pub(crate) struct RestoreError {
+    pub(crate) container: String,
+    pub(crate) images: PathBuf,
+    pub(crate) phase: Phase,
+    #[source]
+    pub(crate) source: RestoreFailure,
+}
+
+/// Why a step of a restore failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RestoreFailure {
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Image(#[from] criu::image::ImageError),
+    #[error("the container has an annotation that is not understood: {0}")]
+    Annotation(String),
+    #[error("cannot connect its standard input and output")]
+    Stdio(#[source] crate::stdio::StdioError),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("cannot find its cgroup")]
+    Cgroup(#[source] CgroupError),
+    #[error("the work was cut off")]
+    CutOff(#[source] tokio::task::JoinError),
 }
 
 /// What was wrong with a bundle.
@@ -95,12 +162,13 @@ impl TaskError {
             Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NOT_FOUND,
             Self::ContainerExists { .. } | Self::ExecExists { .. } => Code::ALREADY_EXISTS,
             Self::WrongState { .. } => Code::FAILED_PRECONDITION,
-            Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::BadRequest { .. } | Self::Options(_) => Code::INVALID_ARGUMENT,
             Self::Bundle { .. }
             | Self::Mount { .. }
             | Self::Stdio { .. }
             | Self::Runtime(_)
+            | Self::Checkpoint(_)
+            | Self::Restore(_)
             | Self::Signal { .. }
             | Self::Cgroup { .. }
             | Self::Gone { .. } => Code::UNKNOWN,
@@ -155,7 +223,6 @@ mod tests {
         assert_eq!(code(TaskError::NoContainer { container: "a".into() }), Code::NOT_FOUND);
         assert_eq!(code(TaskError::Finished { process: "a".into() }), Code::NOT_FOUND);
         assert_eq!(code(TaskError::ContainerExists { container: "a".into() }), Code::ALREADY_EXISTS);
-        assert_eq!(code(TaskError::Unsupported("Checkpoint")), Code::UNIMPLEMENTED);
         let wrong = TaskError::WrongState { action: "exec in", process: "a".into(), status: Status::Paused };
         assert_eq!(code(wrong), Code::FAILED_PRECONDITION);
     }

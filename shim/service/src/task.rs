@@ -9,17 +9,19 @@ use containerd_shim::TtrpcContext;
 use containerd_shim::util::convert_to_any;
 use containerd_shim::{ExitSignal, Task};
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
-    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
-    ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse,
-    StatsRequest, StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse,
+    ProcessInfo, ResizePtyRequest, ResumeRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
+    StateResponse, StatsRequest, StatsResponse, Status as ApiStatus, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
+use runtime::Caller;
 use tokio::sync::Notify;
 
+use crate::checkpoint::Wishes;
 use crate::container::{Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
@@ -159,10 +161,12 @@ impl Task for TaskService {
 
     async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id)?;
-        let pid = if request.exec_id.is_empty() {
-            container.operate(|actor| actor.start_init()).await?
-        } else {
+        let pid = if !request.exec_id.is_empty() {
             container.operate(move |actor| actor.start_exec(request.exec_id)).await?
+        } else if container.ask(|actor| Ok(actor.is_to_be_restored())).await? {
+            container.operate(|actor| actor.restore_init()).await?
+        } else {
+            container.operate(|actor| actor.start_init()).await?
         };
         self.started.notify_one();
         Ok(StartResponse { pid, ..StartResponse::default() })
@@ -208,6 +212,17 @@ impl Task for TaskService {
 
     async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
         self.container(&request.id)?.operate(|actor| actor.resume()).await?;
+        Ok(Empty::new())
+    }
+
+    async fn checkpoint(&self, _ctx: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id)?;
+        let annotations = container.ask(|actor| Ok(actor.annotations())).await?;
+        let wishes = Wishes::of(&request, &annotations)?;
+        // ttrpc drops this future when containerd's deadline has passed.
+        let (caller, _waiting) = Caller::new();
+        container.operate(move |actor| actor.checkpoint(wishes, caller)).await?;
+        self.started.notify_one();
         Ok(Empty::new())
     }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::target::Shim;
-use crate::{Cmd, IMAGE, Output, Test, eventually, proc};
+use crate::{Cmd, IMAGE, Output, PYTHON, Test, eventually, proc};
 
 /// `ctr` of the test's containerd, asking for the test's shim.
 pub struct Ctr<'a> {
@@ -34,8 +34,13 @@ impl<'a> Ctr<'a> {
 
     /// `ctr run` of the image. The container is removed when the test ends, however it ends.
     pub fn run(&self, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
+        self.run_image(IMAGE, id, options, argv)
+    }
+
+    /// `ctr run` of an image of the test's choice.
+    pub fn run_image(&self, image: &str, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.removed_at_the_end(id);
-        self.cmd().arg("run").args(&self.runtime()).args(options).args(&[IMAGE, id]).args(argv)
+        self.cmd().arg("run").args(&self.runtime()).args(options).args(&[image, id]).args(argv)
     }
 
     /// `ctr run` of the image by a runtime and options of the test's choice.
@@ -102,9 +107,56 @@ impl<'a> Ctr<'a> {
         self.start(id, &[], &["sh", "-c", script])
     }
 
+    /// Starts a container that runs this Python program in the background.
+    pub fn start_python(&self, id: &str, options: &[&str], program: &str) -> Result<()> {
+        let options = [&["--detach", "--null-io"], options].concat();
+        self.run_image(PYTHON, id, &options, &["python3", "-c", program]).ok().map(drop)
+    }
+
+    /// `ctr task checkpoint`. The images that it makes are removed when the test ends.
+    pub fn checkpoint_task(&self, id: &str, options: &[&str]) -> Cmd {
+        self.test.at_end(self.remove_checkpoints(id));
+        self.task(&["checkpoint"]).args(options).arg(id)
+    }
+
+    /// Removes what `ctr task checkpoint` has made of a container: the images' names have whole seconds in
+    /// them, so that two in one second collide.
+    pub fn remove_checkpoints(&self, id: &str) -> Cmd {
+        let ctr = self.cmd().line();
+        let remove = format!("for i in $({ctr} image ls -q | grep -F /checkpoint/{id}:); do {ctr} image rm $i; done");
+        Cmd::new("sh").args(&["-c", &remove])
+    }
+
+    /// `ctr container checkpoint` of memory and writable layer into an image, which is removed when the test
+    /// ends. The container runs on.
+    pub fn checkpoint(&self, id: &str, image: &str) -> Cmd {
+        self.test.at_end(self.cmd().args(&["image", "rm", image]));
+        self.cmd().args(&["container", "checkpoint", "--task", "--rw", "--image", id, image])
+    }
+
+    /// `ctr container restore` of such an image as a new container.
+    pub fn restore(&self, id: &str, image: &str) -> Cmd {
+        self.removed_at_the_end(id);
+        self.cmd().args(&["container", "restore", "--live", "--rw", id, image])
+    }
+
+    /// Checkpoints a container, removes it, and restores it under another id (or the same).
+    pub fn moves(&self, id: &str, to: &str) -> Result<()> {
+        let image = self.test.id("checkpoint");
+        self.checkpoint(id, &image).ok()?;
+        self.remove(id)?;
+        self.restore(to, &image).ok()?;
+        self.cmd().args(&["image", "rm", &image]).ok().map(drop)
+    }
+
     /// `ctr task exec` of a fresh exec id.
     pub fn exec(&self, id: &str, argv: &[&str]) -> Cmd {
         self.exec_as(id, &self.test.id("x"), argv)
+    }
+
+    /// What a script prints that succeeds in a container.
+    pub fn exec_prints(&self, id: &str, script: &str) -> Result<String> {
+        Ok(self.exec(id, &["sh", "-c", script]).ok()?.trimmed())
     }
 
     /// `ctr task exec` of this exec id.

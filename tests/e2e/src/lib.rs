@@ -23,3 +23,6 @@ pub use test::Test;
 
 /// The image that the test bed imports: busybox with all its applets, and `/bin/sh` as its command.
 pub const IMAGE: &str = "docker.io/test/bb:1";
+
+/// The same image with Debian's Python on top.
+pub const PYTHON: &str = "docker.io/test/python:1";

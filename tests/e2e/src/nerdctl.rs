@@ -1,8 +1,12 @@
 //! `nerdctl`, containerd's client for people.
 
+use std::fs;
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::target::Shim;
 use crate::{Cmd, IMAGE, Test, eventually, proc};
 
 /// `nerdctl` of the test's containerd, asking for the test's shim.
@@ -24,13 +28,18 @@ impl<'a> Nerdctl<'a> {
     /// `nerdctl run` of the image, without network unless the options choose one. The container is removed
     /// when the test ends, however it ends.
     pub fn run(&self, name: &str, options: &[&str], argv: &[&str]) -> Cmd {
+        self.run_image(IMAGE, name, options, argv)
+    }
+
+    /// The same of an image of the test's choice.
+    pub fn run_image(&self, image: &str, name: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.test.at_end(self.cmd(&["rm", "--force", "--volumes", name]));
         // nerdctl refuses to kill what is paused.
         self.test.at_end(self.cmd(&["unpause", name]));
         let runtime = self.test.target().shim.runtime();
         let network = if options.contains(&"--net") { &[][..] } else { &["--net", "none"] };
         let fixed = ["run", "--name", name, "--runtime", runtime, "--pull", "never"];
-        self.cmd(&fixed).args(network).args(options).arg(IMAGE).args(argv)
+        self.cmd(&fixed).args(network).args(options).arg(image).args(argv)
     }
 
     /// Runs a container to its end and gives what it printed.
@@ -51,6 +60,39 @@ impl<'a> Nerdctl<'a> {
     /// Starts a container that runs this script in the background.
     pub fn start_sh(&self, name: &str, options: &[&str], script: &str) -> Result<()> {
         self.start(name, options, &["sh", "-c", script])
+    }
+
+    /// What `run` needs for a container that a checkpoint ends: nerdctl says so itself to `runc.v2` only.
+    pub fn ends_on_checkpoint(&self) -> &'static [&'static str] {
+        match self.test.target().shim {
+            Shim::Stock | Shim::AsRunc => &[],
+            Shim::Gpusnap | Shim::GpusnapRunc => &["--annotation", "gpusnap.dev/on-checkpoint=exit"],
+        }
+    }
+
+    /// `nerdctl checkpoint create` in a folder of the test's: its subfolder of that name has the files.
+    pub fn checkpoint(&self, name: &str, checkpoint: &str, options: &[&str]) -> Result<Cmd> {
+        let folder = self.checkpoints()?.to_string_lossy().into_owned();
+        let create = ["checkpoint", "create", "--checkpoint-dir", &folder];
+        Ok(self.cmd(&create).args(options).args(&[name, checkpoint]))
+    }
+
+    /// `nerdctl start --checkpoint` from there.
+    pub fn restore(&self, name: &str, checkpoint: &str) -> Result<Cmd> {
+        let folder = self.checkpoints()?.to_string_lossy().into_owned();
+        Ok(self.cmd(&["start", "--checkpoint-dir", &folder, "--checkpoint", checkpoint, name]))
+    }
+
+    /// That folder.
+    pub fn checkpoints(&self) -> Result<PathBuf> {
+        let folder = self.test.folder()?.join("checkpoints");
+        fs::create_dir_all(&folder)?;
+        Ok(folder)
+    }
+
+    /// The id, which is what `ctr` calls the container.
+    pub fn id(&self, name: &str) -> Result<String> {
+        Ok(self.inspect(name)?["Id"].as_str().context("Id")?.to_owned())
     }
 
     /// `nerdctl exec`.

@@ -80,6 +80,11 @@ pub fn children(pid: u32) -> Vec<u32> {
     all().into_iter().filter(|child| parent(*child).is_ok_and(|p| p == pid)).collect()
 }
 
+/// Children, their children, and so on.
+pub fn descendants(pid: u32) -> Vec<u32> {
+    children(pid).into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
+}
+
 /// A namespace's identity, such as `net:[4026531840]`.
 pub fn namespace(pid: u32, kind: &str) -> Result<String> {
     link(Path::new(&format!("/proc/{pid}/ns/{kind}")))

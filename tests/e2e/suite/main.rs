@@ -12,6 +12,9 @@ use e2e::{Case, Skip, Test};
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 mod bad_input;
+mod checkpoint_ctr;
+mod checkpoint_nerdctl;
+mod checkpoint_workloads;
 mod cost;
 mod cri_pods;
 mod ctr_events;
@@ -37,6 +40,9 @@ fn cases() -> Vec<Case> {
         cri_pods::cases(),
         bad_input::cases(),
         robustness::cases(),
+        checkpoint_ctr::cases(),
+        checkpoint_nerdctl::cases(),
+        checkpoint_workloads::cases(),
         cost::cases(),
     ]
     .into_iter()

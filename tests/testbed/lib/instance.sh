@@ -165,10 +165,13 @@ ready() {
 }
 
 import_images() {
-  local namespace pids=() pid
+  local namespace file pids=() pid
   for namespace in default k8s.io; do
-    instance_ctr -n "$namespace" image import /opt/gpusnap-bed/images.tar >"$DIR/import-$namespace.log" 2>&1 &
-    pids+=($!)
+    for file in images python; do
+      [ -e "/opt/gpusnap-bed/$file.tar" ] || continue # (a pack may lack Python)
+      instance_ctr -n "$namespace" image import "/opt/gpusnap-bed/$file.tar" >"$DIR/import-$namespace-$file.log" 2>&1 &
+      pids+=($!)
+    done
   done
   for pid in "${pids[@]}"; do
     wait "$pid" || { cat "$DIR"/import-*.log >&2; die "cannot import the images into $NAME"; }

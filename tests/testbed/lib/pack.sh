@@ -2,12 +2,13 @@
 # `testbed pack` and `unpack`: the bed for a machine that has no network and need not be Debian. A pack is an
 # xz-compressed tar of (parts of) a state folder, with a root trimmed to what runs; xz, because Python alone can read it.
 #
-# Parts: base (the root, runc, crun, criu, the images), 2.1 and 2.4 (the containerds), cni, nerdctl, crictl.
+# Parts: base (the root, runc, crun, criu, the images), 2.1 and 2.4 (the containerds), cni, nerdctl, crictl, python (the
+# image with it).
 
 # shellcheck source=../versions.sh
 . "$TESTBED_DIR/versions.sh"
 
-ALL_PARTS=base,2.1,2.4,cni,nerdctl,crictl
+ALL_PARTS=base,2.1,2.4,cni,nerdctl,crictl,python
 CNI_PLUGINS=(bridge host-local loopback portmap firewall tuning)
 
 # What a Debian root cannot do without; ROOT_PACKAGES say the rest.
@@ -46,6 +47,7 @@ pack_files() {
       2.4) find tools/containerd ;;
       cni) printf 'root/usr/lib/cni/%s\n' "${CNI_PLUGINS[@]}" ;;
       nerdctl | crictl) find "tools/$part" ;;
+      python) echo images/python.tar ;;
       *) die "a pack has no part $part, only $ALL_PARTS" ;;
     esac
   done
@@ -56,7 +58,7 @@ pack_files() {
 pack_base() {
   local info=root/var/lib/dpkg/info package
   echo .built
-  find images
+  find images ! -name python.tar
   printf 'root/%s\n' .packages .stamp bin sbin lib lib64 boot dev home host media mnt opt opt/containerd-2.4 opt/containerd-2.4/bin opt/gpusnap-bed \
     proc root run srv sys tmp usr usr/local usr/local/bin var var/lib var/log var/tmp var/cache
   find root/usr/bin root/usr/sbin -lname '/etc/alternatives/*'

@@ -1,7 +1,6 @@
 //! Making a container: everything between containerd's request and an actor that owns the result.
 
-use std::collections::BTreeMap;
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 use cgroup::Cgroup;
@@ -13,7 +12,9 @@ use runtime::{CreateRequest, OciRuntime, ProcessIo};
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
+use crate::checkpoint::{Annotations, Shm};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::{options, pod, rootfs};
@@ -22,9 +23,28 @@ use crate::{options, pod, rootfs};
 const SPEC_SIZE_LIMIT: u64 = 16 << 20;
 
 /// What of a config.json the shim itself needs; the runtime reads the rest.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
+#[serde(default)]
 struct Spec {
     linux: Option<Linux>,
+    annotations: HashMap<String, String>,
+    mounts: Vec<Mount>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Mount {
+    destination: PathBuf,
+    #[serde(rename = "type")]
+    kind: String,
+    source: PathBuf,
+    options: Vec<String>,
+}
+
+impl Mount {
+    fn is_bind(&self) -> bool {
+        self.kind == "bind" || self.options.iter().any(|option| option == "bind" || option == "rbind")
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -56,6 +76,12 @@ impl Spec {
         read().map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
     }
 
+    /// The container's /dev/shm, if it comes from outside.
+    fn shm(&self) -> Option<Shm> {
+        let binds = self.mounts.iter().filter(|mount| mount.is_bind());
+        Shm::find(binds.map(|mount| (mount.destination.as_path(), mount.source.as_path())))
+    }
+
     /// A pid namespace that the runtime makes, not one that it joins.
     fn has_private_pids(&self) -> bool {
         let namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
@@ -65,9 +91,6 @@ impl Spec {
 
 /// Makes the container that `request` describes. On failure nothing is left of it but containerd's own bundle.
 pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Result<Container, TaskError> {
-    if !request.checkpoint.is_empty() {
-        return Err(TaskError::Unsupported("restore from a checkpoint"));
-    }
     let bundle = PathBuf::from(&request.bundle);
     let options = options::decode(request.options.as_ref())?;
     let spec = Spec::read(&request.id, &bundle)?;
@@ -83,7 +106,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     rootfs::mount(&request.id, &request.rootfs, &target).await.inspect_err(|_| pod::leave(&context.bundle, &bundle))?;
     let runtime = (context.runtime_of)(&choice, &context.reaper);
     let new = NewContainer { context, request: &request, bundle, options, runtime: &*runtime };
-    let made = match new.make().await {
+    let made = match new.make_or_wait().await {
         Ok(made) => made,
         Err(error) => {
             if !request.rootfs.is_empty() {
@@ -97,16 +120,25 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let NewContainer { bundle, options, .. } = new;
     let container = Container::start(|mailbox| {
         let mut init = Process::new(stdio(&request));
-        init.child = Some(made.child.clone());
-        init.copies = Some(made.copies);
+        let (child, copies, cgroup) = match made {
+            Some(Made { child, copies, cgroup }) => (Some(child), Some(copies), Some(cgroup)),
+            None => (None, None, None),
+        };
+        init.child.clone_from(&child);
+        init.copies = copies;
         let actor = Actor {
             id: request.id.clone(),
             bundle,
             context: context.clone(),
             runtime,
             owner: owner(context, &request.id, &options),
-            oom_kills: made.cgroup.oom_kills(),
-            cgroup: made.cgroup,
+            runtime_name: choice.name(),
+            oom_kills: cgroup.as_ref().map_or(0, Cgroup::oom_kills),
+            cgroup,
+            checkpoint: FromCheckpoint::of(&request, &options),
+            shm: spec.shm(),
+            annotations: Annotations::of(&spec.annotations),
+            paused_at: None,
             private_pids,
             init,
             init_ended: None,
@@ -116,9 +148,11 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             deleted: false,
         };
         // Before the watch: nothing of a container may be told before its creation.
-        tell_created(context, request, made.child.pid().unsigned_abs());
-        actor.watch("", made.child);
-        actor.watch_oom();
+        tell_created(context, request, actor.init.pid());
+        if let Some(child) = child {
+            actor.watch("", child);
+            actor.watch_oom();
+        }
         actor
     });
     Ok(container)
@@ -171,6 +205,12 @@ struct Made {
 }
 
 impl NewContainer<'_> {
+    /// A container that is made from a checkpoint is made when it is started: until then containerd may still change
+    /// its root.
+    async fn make_or_wait(&self) -> Result<Option<Made>, TaskError> {
+        if self.request.checkpoint.is_empty() { self.make().await.map(Some) } else { Ok(None) }
+    }
+
     async fn make(&self) -> Result<Made, TaskError> {
         let id = &self.request.id;
         let owner = owner(self.context, id, &self.options);

@@ -1,7 +1,7 @@
 //! A container in the shim: one actor that owns its state.
 //!
 //! ```text
-//!            create                start                  init ends, execs are done
+//!            create          start or restore             init ends, execs are done
 //!   (none) ─────────► Created ───────────► Running ─────────────────────────────────► Stopped ──► (deleted)
 //!                        │                 │     ▲                                       ▲  delete
 //!                        │           pause ▼     │ resume                                │
@@ -11,7 +11,10 @@
 //!   exec process: Created (added) ──start──► Running ──► Stopped ──► (deleted)
 //! ```
 //!
-//! What takes time (start, exec, pause, resume, update, delete) is an *operation*. Operations of one container run one
+//! A container that is created from a checkpoint has no process until it is started. A checkpoint leaves the state as it
+//! is, or ends init like any other death.
+//!
+//! What takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one container run one
 //! at a time, in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered at
 //! once whatever runs. An operation's future never touches the state; its completion does, in the actor.
 //!
@@ -20,8 +23,10 @@
 //! until the start has been told, and init's waits for those of all exec processes, because clients take init's exit
 //! as the last word. When init ends and its pid namespace is not its own, what is left in the cgroup is killed.
 
+mod checkpoint;
 mod create;
 mod operations;
+mod restore;
 #[cfg(test)]
 mod tests;
 
@@ -31,6 +36,7 @@ use std::future::{Future, pending};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Instant;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
@@ -41,6 +47,8 @@ use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::create::create;
+use self::restore::FromCheckpoint;
+use crate::checkpoint::{Annotations, Shm};
 use crate::error::TaskError;
 use crate::events::Events;
 use crate::stdio::{Copies, Owner, Stdio};
@@ -159,7 +167,7 @@ impl Container {
 pub(crate) struct Process {
     pub(crate) status: Status,
     pub(crate) stdio: Stdio,
-    /// None for an exec that was added and not started.
+    /// None for an exec that was added and not started, and for an init that is yet to be restored.
     pub(crate) child: Option<Child>,
     pub(crate) exit: watch::Sender<Option<Exit>>,
     copies: Option<Copies>,
@@ -198,8 +206,17 @@ pub(crate) struct Actor {
     pub(crate) bundle: PathBuf,
     context: Context,
     runtime: Arc<dyn OciRuntime>,
+    /// Its name, for those who read a checkpoint.
+    runtime_name: String,
     owner: Owner,
-    cgroup: Cgroup,
+    /// None before the start of a container that is made from a checkpoint.
+    cgroup: Option<Cgroup>,
+    /// What it is made from.
+    checkpoint: Option<FromCheckpoint>,
+    /// Its /dev/shm, if that comes from outside.
+    shm: Option<Shm>,
+    annotations: Annotations,
+    paused_at: Option<Instant>,
     /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
     private_pids: bool,
     init: Process,
@@ -281,8 +298,8 @@ impl Actor {
 
     /// Reports out-of-memory kills to the mailbox.
     fn watch_oom(&self) {
-        let mailbox = self.mailbox.clone();
-        match self.cgroup.watch_oom() {
+        let (mailbox, Some(cgroup)) = (self.mailbox.clone(), &self.cgroup) else { return };
+        match cgroup.watch_oom() {
             Ok(mut watch) => {
                 tokio::spawn(async move {
                     while watch.next().await.is_some() {
@@ -300,7 +317,7 @@ impl Actor {
     }
 
     fn tell_oom(&mut self) {
-        let kills = self.cgroup.oom_kills();
+        let kills = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
         if kills > self.oom_kills {
             self.oom_kills = kills;
             self.context.events.publish(TaskOOM { container_id: self.id.clone(), ..TaskOOM::default() });
@@ -313,7 +330,7 @@ impl Actor {
             self.tell_oom();
             self.init_ended = Some(exit);
             if !self.private_pids
-                && let Err(error) = self.cgroup.signal_all(Signal::KILL)
+                && let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.signal_all(Signal::KILL))
             {
                 tracing::warn!("container {}: processes may be left: {}", self.id, crate::error::chain(&error));
             }

@@ -1,7 +1,9 @@
 //! What is done with a container once it is there.
 
 use std::future::Future;
+use std::time::Instant;
 
+use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
@@ -142,6 +144,7 @@ impl Actor {
             let paused = runtime.pause(&id).await;
             |actor: &mut Self| {
                 actor.change_status(paused, Status::Paused)?;
+                actor.paused_at = Some(Instant::now());
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskPaused { container_id, ..TaskPaused::default() });
                 Ok(())
@@ -229,6 +232,7 @@ impl Actor {
             self.ended("", exit);
         }
         self.deleted = true;
+        self.forget_checkpoint();
         pod::leave(&self.context.bundle, &self.bundle);
         let deleted = self.deleted_process(&self.init);
         self.context.events.publish(TaskDelete {
@@ -288,7 +292,7 @@ impl Actor {
         if all && exec.is_empty() {
             let failed =
                 |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
-            return self.cgroup.signal_all(number).map_err(failed);
+            return self.cgroup()?.signal_all(number).map_err(failed);
         }
         match child.signal(number) {
             Ok(()) => {}
@@ -300,7 +304,7 @@ impl Actor {
         // On cgroup v1 a frozen process does not even die.
         if number == Signal::KILL && self.init.status == Status::Paused {
             let failed = |source| TaskError::Cgroup { action: "thaw", container: self.id.clone(), source };
-            self.cgroup.thaw().map_err(failed)?;
+            self.cgroup()?.thaw().map_err(failed)?;
         }
         Ok(())
     }
@@ -334,7 +338,8 @@ impl Actor {
     /// Every process of the container, with the id of those that were started by exec.
     pub(crate) fn pids(&mut self) -> Result<Vec<(u32, Option<String>)>, TaskError> {
         let failed = |source| TaskError::Cgroup { action: "list", container: self.id.clone(), source };
-        let pids = self.cgroup.pids().map_err(failed)?;
+        let Some(cgroup) = &self.cgroup else { return Ok(Vec::new()) };
+        let pids = cgroup.pids().map_err(failed)?;
         let exec_of = |pid| self.execs.iter().find(|(_, process)| process.pid() == pid).map(|(exec, _)| exec.clone());
         Ok(pids.into_iter().map(i32::unsigned_abs).map(|pid| (pid, exec_of(pid))).collect())
     }
@@ -345,6 +350,10 @@ impl Actor {
             return Err(TaskError::Finished { process: self.name("") });
         }
         let failed = |source| TaskError::Cgroup { action: "read", container: self.id.clone(), source };
-        self.cgroup.metrics().map_err(failed)
+        self.cgroup()?.metrics().map_err(failed)
+    }
+
+    fn cgroup(&self) -> Result<&Cgroup, TaskError> {
+        self.cgroup.as_ref().ok_or_else(|| self.wrong_state("ask the cgroup of", "", self.init.status))
     }
 }

@@ -1,0 +1,167 @@
+//! What the client asks of a checkpoint, and what the container's annotations say where the client says nothing.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use containerd_shim_protos::api::CheckpointTaskRequest;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim::oci::CheckpointOptions;
+use runtime::{Allow, Tcp};
+
+use crate::error::TaskError;
+
+/// `exit` or `continue`: what becomes of the container where the client does not say. nerdctl and the CRI say it to
+/// runtimes of runc's name only.
+const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
+/// `refuse`, `keep` or `close`: what is done about established TCP connections.
+const TCP: &str = "gpusnap.dev/tcp";
+/// A field of containerd 2.4's options that containerd-shim-protos does not know.
+const PARENT_PATH: u32 = 10;
+const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
+
+/// The container's annotations that concern checkpoints.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Annotations {
+    on_checkpoint: Option<String>,
+    tcp: Option<String>,
+}
+
+impl Annotations {
+    pub(crate) fn of(all: &HashMap<String, String>) -> Self {
+        Self { on_checkpoint: all.get(ON_CHECKPOINT).cloned(), tcp: all.get(TCP).cloned() }
+    }
+
+    fn exit(&self) -> Result<bool, String> {
+        match self.on_checkpoint.as_deref() {
+            None | Some("continue") => Ok(false),
+            Some("exit") => Ok(true),
+            Some(other) => Err(format!("{ON_CHECKPOINT}: {other:?} is neither \"exit\" nor \"continue\"")),
+        }
+    }
+
+    /// None where they say nothing.
+    pub(crate) fn tcp(&self) -> Result<Option<Tcp>, String> {
+        match self.tcp.as_deref() {
+            None => Ok(None),
+            Some("refuse") => Ok(Some(Tcp::Refuse)),
+            Some("keep") => Ok(Some(Tcp::Keep)),
+            Some("close") => Ok(Some(Tcp::Close)),
+            Some(other) => Err(format!("{TCP}: {other:?} is none of \"refuse\", \"keep\" and \"close\"")),
+        }
+    }
+}
+
+/// What is asked of one checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wishes {
+    pub(crate) folder: PathBuf,
+    /// Where the client wants CRIU's log.
+    pub(crate) work: Option<PathBuf>,
+    /// The container is to end.
+    pub(crate) exit: bool,
+    pub(crate) allow: Allow,
+}
+
+impl Wishes {
+    pub(crate) fn of(request: &CheckpointTaskRequest, annotations: &Annotations) -> Result<Self, TaskError> {
+        let bad = |field: &'static str, message: String| TaskError::BadRequest {
+            container: request.id.clone(),
+            field,
+            message,
+        };
+        let absolute = |field: &'static str, path: &str| {
+            let path = PathBuf::from(path);
+            if path.is_absolute() { Ok(path) } else { Err(bad(field, format!("{path:?} is not absolute"))) }
+        };
+        let folder = absolute("path", &request.path)?;
+        let annotation = |message| bad("annotation", message);
+        let annotated_tcp = annotations.tcp().map_err(annotation)?;
+        let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
+            let exit = annotations.exit().map_err(annotation)?;
+            let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
+            return Ok(Self { folder, work: None, exit, allow });
+        };
+        if options.type_url.rsplit('/').next() != Some(OPTIONS) {
+            return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
+        }
+        let options =
+            CheckpointOptions::parse_from_bytes(&options.value).map_err(|error| bad("options", error.to_string()))?;
+        if options.special_fields.unknown_fields().get(PARENT_PATH).is_some() {
+            return Err(bad("options", "checkpoints on top of others (parent_path) are not supported".into()));
+        }
+        let work = Some(&options.work_path).filter(|path| !path.is_empty());
+        Ok(Self {
+            folder,
+            work: work.map(|path| absolute("work_path", path)).transpose()?,
+            exit: options.exit,
+            allow: Allow {
+                tcp: annotated_tcp.unwrap_or(if options.open_tcp { Tcp::Keep } else { Tcp::Refuse }),
+                external_unix_sockets: options.external_unix_sockets,
+                shell_job: options.terminal,
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    fn annotations(all: &[(&str, &str)]) -> Annotations {
+        Annotations::of(&all.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+    }
+
+    fn request(options: Option<CheckpointOptions>) -> CheckpointTaskRequest {
+        let options = options.map(|options| Any {
+            type_url: OPTIONS.into(),
+            value: options.write_to_bytes().unwrap(),
+            ..Any::default()
+        });
+        CheckpointTaskRequest {
+            id: "c".into(),
+            path: "/images".into(),
+            options: options.into(),
+            ..CheckpointTaskRequest::default()
+        }
+    }
+
+    #[test]
+    fn without_options_the_container_goes_on_unless_it_says_otherwise() {
+        assert!(!Wishes::of(&request(None), &annotations(&[])).unwrap().exit);
+        assert!(!Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "continue")])).unwrap().exit);
+        assert!(Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap().exit);
+        let error = Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "stop")])).unwrap_err().to_string();
+        assert!(error.contains("on-checkpoint") && error.contains("stop"), "{error}");
+    }
+
+    #[test]
+    fn options_have_the_last_word_on_the_end() {
+        let options = CheckpointOptions { work_path: "/work".into(), ..CheckpointOptions::default() };
+        let wishes = Wishes::of(&request(Some(options)), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap();
+        assert!(!wishes.exit);
+        assert_eq!(wishes.work, Some("/work".into()));
+    }
+
+    #[test]
+    fn the_container_has_the_last_word_on_its_connections() {
+        let tcp = |open_tcp, all: &[_]| {
+            let options = CheckpointOptions { open_tcp, ..CheckpointOptions::default() };
+            Wishes::of(&request(Some(options)), &annotations(all)).unwrap().allow.tcp
+        };
+        assert_eq!(tcp(false, &[]), Tcp::Refuse);
+        assert_eq!(tcp(true, &[]), Tcp::Keep);
+        assert_eq!(tcp(true, &[(TCP, "close")]), Tcp::Close);
+    }
+
+    #[test]
+    fn relative_paths_and_foreign_options_are_refused() {
+        let mut relative = request(None);
+        relative.path = "images".into();
+        assert!(Wishes::of(&relative, &annotations(&[])).unwrap_err().to_string().contains("absolute"));
+        let mut foreign = request(None);
+        foreign.options = Some(Any { type_url: "example.Options".into(), ..Any::default() }).into();
+        assert!(Wishes::of(&foreign, &annotations(&[])).unwrap_err().to_string().contains("example.Options"));
+    }
+}

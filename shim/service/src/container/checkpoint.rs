@@ -1,0 +1,210 @@
+//! Taking a checkpoint.
+//!
+//! ```text
+//!            Freeze ──► SaveShm ──► Dump ──► Publish ──► Release
+//!               │          │         │          │           ├ continue: thawed if it ran before
+//!               └──────────┴─────────┴──────────┘           └ exit: CRIU has killed it; its exit is waited for
+//!                          │ failure
+//!                          ▼
+//!               the draft is removed, the freezer is as before: the container goes on as it was
+//! ```
+//!
+//! containerd has paused the container, as a rule, and resumes it after the answer: then it is frozen all the time, and
+//! Freeze has nothing to do. One that runs is stopped by CRIU, and frozen here before if something is saved beside the
+//! processes, which has to fit them.
+//!
+//! It is an operation like others: `State`, `Kill` and `Wait` are answered meanwhile. Where nobody waits for the answer
+//! any more (containerd's deadline has passed), a container that containerd paused for the checkpoint would stay paused
+//! for ever, because the same deadline keeps containerd from resuming it: it is resumed here.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cgroup::Cgroup;
+use containerd_shim_protos::events::task::TaskCheckpointed;
+use reaper::Child;
+use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Timeline};
+
+use super::{Actor, Status};
+use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes};
+use crate::error::{CheckpointError, CheckpointFailure, TaskError};
+
+/// CRIU's name for its log of a dump.
+const LOG: &str = "dump.log";
+/// How long after a pause a checkpoint still counts as what the pause was made for. containerd saves a writable layer
+/// in between.
+const PAUSED_FOR_IT: Duration = Duration::from_secs(60);
+/// A killed process is gone in milliseconds, unless it has much memory to give back.
+const END: Duration = Duration::from_secs(30);
+
+impl Actor {
+    /// Saves the container as `wishes` says.
+    pub(crate) fn checkpoint(
+        &mut self,
+        wishes: Wishes,
+        caller: Caller,
+    ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
+        let paused = match self.init.status {
+            Status::Running if self.init_ended.is_none() => false,
+            Status::Paused => true,
+            Status::Running => return Err(self.wrong_state("checkpoint", "", Status::Stopped)),
+            status => return Err(self.wrong_state("checkpoint", "", status)),
+        };
+        let (Some(child), Some(cgroup)) = (self.init.child.clone(), self.cgroup.clone()) else {
+            return Err(self.wrong_state("checkpoint", "", self.init.status));
+        };
+        let paused_for_it = paused && self.paused_at.is_some_and(|at| at.elapsed() < PAUSED_FOR_IT);
+        let resume = self.resume();
+        let work = Work {
+            id: self.id.clone(),
+            namespace: self.context.namespace.clone(),
+            bundle: self.bundle.clone(),
+            runtime: Arc::clone(&self.runtime),
+            runtime_name: self.runtime_name.clone(),
+            child,
+            cgroup,
+            shm: self.shm.clone(),
+            paused,
+            timeline: Timeline::start(Phase::Freeze),
+            wishes,
+            caller: caller.clone(),
+        };
+        Ok(async move {
+            let folder = work.wishes.folder.to_string_lossy().into_owned();
+            let done = work.run().await;
+            // Whether or not it was taken: who paused the container for it cannot resume it.
+            let resumed = match resume {
+                Ok(resume) if paused_for_it && caller.is_gone() => Some(resume.await),
+                _ => None,
+            };
+            move |actor: &mut Self| {
+                if let Some(resumed) = resumed {
+                    tracing::warn!("container {}: resumed, since nobody waits for its checkpoint any more", actor.id);
+                    if let Err(error) = resumed(actor) {
+                        tracing::error!("container {} stays paused: {}", actor.id, crate::error::chain(&error));
+                    }
+                }
+                done?;
+                let container_id = actor.id.clone();
+                let checkpointed = TaskCheckpointed { container_id, checkpoint: folder, ..TaskCheckpointed::default() };
+                actor.context.events.publish(checkpointed);
+                Ok(())
+            }
+        })
+    }
+}
+
+/// One checkpoint of one container.
+struct Work {
+    id: String,
+    namespace: String,
+    bundle: PathBuf,
+    runtime: Arc<dyn OciRuntime>,
+    runtime_name: String,
+    child: Child,
+    cgroup: Cgroup,
+    shm: Option<Shm>,
+    /// The container was paused before.
+    paused: bool,
+    timeline: Timeline,
+    wishes: Wishes,
+    caller: Caller,
+}
+
+impl Work {
+    async fn run(self) -> Result<(), TaskError> {
+        let taken = self.take().await;
+        let settled = self.settle(taken.is_ok()).await;
+        match taken.and(settled) {
+            Ok(()) => {
+                tracing::info!("container {} is checkpointed: {}", self.id, self.timeline);
+                Ok(())
+            }
+            Err(source) => {
+                let phase = self.timeline.current();
+                Err(TaskError::Checkpoint(Box::new(CheckpointError { container: self.id, phase, source })))
+            }
+        }
+    }
+
+    async fn take(&self) -> Result<(), CheckpointFailure> {
+        let Wishes { folder, work, exit, allow } = &self.wishes;
+        let at = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| CheckpointFailure::File { action, path, source }
+        };
+        let draft = Draft::begin(folder).map_err(at("use the folder", folder))?;
+        let log = LogFolder::make(work.as_deref(), &self.namespace, &self.id, LOG);
+        let log = log.map_err(at("make a folder for the log of", folder))?;
+        if !self.paused && self.shm.is_some() {
+            let cgroup = self.cgroup.clone();
+            blocking(move || cgroup.freeze()).await?.map_err(CheckpointFailure::Cgroup)?;
+        }
+        if let Some(shm) = self.shm.clone() {
+            self.timeline.enter(Phase::SaveShm);
+            let images = draft.folder().to_owned();
+            blocking(move || shm.save(&images)).await?.map_err(at("save /dev/shm in", draft.folder()))?;
+        }
+        self.timeline.enter(Phase::Dump);
+        let request = CheckpointRequest {
+            id: self.id.clone(),
+            init: self.child.pid(),
+            images: draft.folder().to_owned(),
+            work: log.path().to_owned(),
+            leave_running: !exit,
+            allow: *allow,
+            caller: self.caller.clone(),
+        };
+        if let Err(error) = self.runtime.checkpoint(request).await {
+            // Where containerd's own shim leaves it, and its users look for it.
+            if let Err(error) = std::fs::copy(log.path().join(LOG), self.bundle.join("criu-dump.log")) {
+                tracing::debug!("container {}: no log of the failed dump: {error}", self.id);
+            }
+            return Err(error.into());
+        }
+        self.timeline.enter(Phase::Publish);
+        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, &self.timeline);
+        let written = manifest.write(draft.folder());
+        let published = match written {
+            Ok(()) => draft.publish(),
+            Err(error) if *exit => {
+                let folder = draft.keep();
+                return Err(at("finish the checkpoint, which is all that is left of the container, in", &folder)(
+                    error,
+                ));
+            }
+            Err(error) => Err(error),
+        };
+        published.map_err(at("publish the checkpoint in", folder))?;
+        log.remove();
+        Ok(())
+    }
+
+    /// Lets the container go as it was, or waits for its end.
+    async fn settle(&self, taken: bool) -> Result<(), CheckpointFailure> {
+        let killed = self.wishes.exit && self.timeline.current() == Phase::Publish;
+        if taken {
+            self.timeline.enter(Phase::Release);
+        }
+        let (cgroup, paused) = (self.cgroup.clone(), self.paused);
+        let put_back = move || match (paused && !killed, cgroup.is_frozen()?) {
+            // A runtime that fails may leave it so.
+            (true, false) if !taken => cgroup.freeze(),
+            // What CRIU has killed dies only then.
+            (false, true) => cgroup.thaw(),
+            _ => Ok(()),
+        };
+        blocking(put_back).await?.map_err(CheckpointFailure::Cgroup)?;
+        if killed && tokio::time::timeout(END, self.child.wait()).await.is_err() {
+            return Err(CheckpointFailure::DoesNotEnd { pid: self.child.pid() });
+        }
+        Ok(())
+    }
+}
+
+/// Runs what waits for files or for the kernel.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, CheckpointFailure> {
+    tokio::task::spawn_blocking(work).await.map_err(CheckpointFailure::CutOff)
+}

@@ -1,0 +1,234 @@
+//! Starting a container from a checkpoint.
+//!
+//! ```text
+//!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ──► Running
+//!      │           │           │                       │                            │
+//!      └───────────┴───────────┴─────────── failure ───┴────────────────────────────┘
+//!                                              ▼
+//!                     nothing is left of it: Created, as before, and start can be tried again
+//! ```
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use cgroup::Cgroup;
+use containerd_shim_protos::api::CreateTaskRequest;
+use containerd_shim_protos::events::task::TaskStart;
+use containerd_shim_protos::shim::oci::Options;
+use reaper::{Child, Reaper};
+use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
+use rustix::process::Signal;
+
+use super::{Actor, Status};
+use crate::checkpoint::{Annotations, LogFolder, Manifest, Shm, remove_if_containerds};
+use crate::error::{RestoreError, RestoreFailure, TaskError};
+use crate::stdio::{Copies, Owner, Stdio};
+
+/// CRIU's name for its log of a restore.
+const LOG: &str = "restore.log";
+
+/// What a container is to be made from.
+#[derive(Clone, Debug)]
+pub(super) struct FromCheckpoint {
+    images: PathBuf,
+    /// Where the client wants CRIU's log.
+    work: Option<PathBuf>,
+    no_pivot_root: bool,
+}
+
+impl FromCheckpoint {
+    pub(super) fn of(request: &CreateTaskRequest, options: &Options) -> Option<Self> {
+        let work = Some(&options.criu_work_path).filter(|path| !path.is_empty());
+        (!request.checkpoint.is_empty()).then(|| Self {
+            images: request.checkpoint.clone().into(),
+            work: work.map(PathBuf::from),
+            no_pivot_root: options.no_pivot_root,
+        })
+    }
+}
+
+impl Actor {
+    /// A container that has no process until it is started.
+    pub(crate) fn is_to_be_restored(&self) -> bool {
+        self.checkpoint.is_some() && self.init.child.is_none()
+    }
+
+    /// The container's annotations about checkpoints.
+    pub(crate) fn annotations(&self) -> Annotations {
+        self.annotations.clone()
+    }
+
+    /// Makes the processes of a container that was created from a checkpoint.
+    pub(crate) fn restore_init(
+        &mut self,
+    ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
+        let Some(checkpoint) = self.checkpoint.clone().filter(|_| self.is_to_be_restored()) else {
+            return Err(self.wrong_state("restore", "", self.init.status));
+        };
+        let work = Work {
+            id: self.id.clone(),
+            bundle: self.bundle.clone(),
+            runtime: Arc::clone(&self.runtime),
+            reaper: self.context.reaper.clone(),
+            owner: self.owner.clone(),
+            stdio: self.init.stdio.clone(),
+            shm: self.shm.clone(),
+            annotations: self.annotations.clone(),
+            timeline: Timeline::start(Phase::Inspect),
+            checkpoint,
+        };
+        self.init.starting = true;
+        Ok(async move {
+            let restored = work.run().await;
+            move |actor: &mut Self| {
+                actor.init.starting = false;
+                let restored = restored?;
+                actor.init.status = Status::Running;
+                actor.init.copies = Some(restored.copies);
+                actor.init.child = Some(restored.child.clone());
+                actor.oom_kills = restored.cgroup.oom_kills();
+                actor.cgroup = Some(restored.cgroup);
+                let (container_id, pid) = (actor.id.clone(), actor.init.pid());
+                actor.context.events.publish(TaskStart { container_id, pid, ..TaskStart::default() });
+                actor.watch("", restored.child);
+                actor.watch_oom();
+                Ok(pid)
+            }
+        })
+    }
+
+    /// Nothing will be restored from it any more.
+    pub(super) fn forget_checkpoint(&mut self) {
+        if let Some(checkpoint) = self.checkpoint.take() {
+            remove_if_containerds(&checkpoint.images);
+        }
+    }
+}
+
+struct Restored {
+    child: Child,
+    copies: Copies,
+    cgroup: Cgroup,
+}
+
+/// One restore of one container.
+struct Work {
+    id: String,
+    bundle: PathBuf,
+    runtime: Arc<dyn OciRuntime>,
+    reaper: Reaper,
+    owner: Owner,
+    stdio: Stdio,
+    shm: Option<Shm>,
+    annotations: Annotations,
+    timeline: Timeline,
+    checkpoint: FromCheckpoint,
+}
+
+impl Work {
+    async fn run(self) -> Result<Restored, TaskError> {
+        match self.restore().await {
+            Ok(restored) => {
+                tracing::info!("container {} is restored: {}", self.id, self.timeline);
+                let images = self.checkpoint.images;
+                // It may be large, and nobody waits for it.
+                tokio::task::spawn_blocking(move || remove_if_containerds(&images));
+                Ok(restored)
+            }
+            Err(source) => {
+                let (images, phase) = (self.checkpoint.images, self.timeline.current());
+                Err(TaskError::Restore(Box::new(RestoreError { container: self.id, images, phase, source })))
+            }
+        }
+    }
+
+    async fn restore(&self) -> Result<Restored, RestoreFailure> {
+        let images = self.checkpoint.images.as_path();
+        let at = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| RestoreFailure::File { action, path, source }
+        };
+        let allow = self.inspect(images)?;
+        let log = LogFolder::make(self.checkpoint.work.as_deref(), &self.owner.namespace, &self.id, LOG);
+        let log = log.map_err(at("make a folder for the log of", images))?;
+        if let Some(shm) = self.shm.clone() {
+            self.timeline.enter(Phase::LoadShm);
+            let from = images.to_owned();
+            let loaded = tokio::task::spawn_blocking(move || shm.load(&from)).await.map_err(RestoreFailure::CutOff)?;
+            loaded.map_err(at("fill /dev/shm from", images))?;
+        } else if Shm::is_saved(images) {
+            tracing::warn!("container {}: it has no /dev/shm for the contents in the checkpoint", self.id);
+        }
+        self.timeline.enter(Phase::Prepare);
+        let (io, prepared) = self.stdio.prepare(&self.owner, &self.reaper).await.map_err(RestoreFailure::Stdio)?;
+        let request = RestoreRequest {
+            id: self.id.clone(),
+            bundle: self.bundle.clone(),
+            images: images.to_owned(),
+            work: log.path().to_owned(),
+            io,
+            no_pivot_root: self.checkpoint.no_pivot_root,
+            allow,
+            timeline: self.timeline.clone(),
+        };
+        let child = match self.runtime.restore(request).await {
+            Ok(child) => child,
+            Err(error) => {
+                prepared.abandon().await;
+                return Err(error.into());
+            }
+        };
+        let joined = match prepared.connect().await {
+            Ok(copies) => self.join(&child).map(|cgroup| Restored { child: child.clone(), copies, cgroup }),
+            Err(error) => Err(RestoreFailure::Stdio(error)),
+        };
+        match joined {
+            Ok(restored) => {
+                log.remove();
+                Ok(restored)
+            }
+            Err(failure) => {
+                self.undo(&child).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// What the restore has to allow.
+    fn inspect(&self, images: &Path) -> Result<Allow, RestoreFailure> {
+        let image = criu::image::inspect(images)?;
+        let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
+            action: "read gpusnap.json in",
+            path: images.to_owned(),
+            source,
+        })?;
+        // What another shim has dumped was allowed then.
+        let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
+        let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
+        let mut allow = manifest.map_or(other, |manifest| manifest.allow());
+        if let Some(tcp) = self.annotations.tcp().map_err(RestoreFailure::Annotation)? {
+            allow.tcp = tcp;
+        }
+        Ok(allow)
+    }
+
+    fn join(&self, child: &Child) -> Result<Cgroup, RestoreFailure> {
+        let pid_file = self.bundle.join("init.pid");
+        std::fs::write(&pid_file, child.pid().to_string()).map_err(|source| RestoreFailure::File {
+            action: "write",
+            path: pid_file,
+            source,
+        })?;
+        Cgroup::of_process(child.pid()).map_err(RestoreFailure::Cgroup)
+    }
+
+    async fn undo(&self, child: &Child) {
+        if let Err(error) = self.runtime.delete(&self.id).await {
+            tracing::error!("container {} may be left behind: {}", self.id, crate::error::chain(&error));
+            // It may have ended by itself.
+            let _ = child.signal(Signal::KILL);
+        }
+        child.wait().await;
+    }
+}

@@ -73,6 +73,12 @@ test-e2e: build testbed ## ctr, nerdctl and the CRI on both containerds, under o
 test-e2e-stock: deps testbed ## The same suite under containerd's own shim only
 	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=stock cargo test --locked -p e2e --test suite
 
+# Not part of `test`: the first build of Kubernetes takes ten minutes on two cores. `GPUSNAP_K8S_TARGETS=2.4/gpusnap` runs one cell.
+.PHONY: test-k8s
+test-k8s: build ## Pods, and the kubelet's checkpoint API, on a one-node Kubernetes in the test bed
+	tests/k8s/cluster build
+	tests/k8s/test
+
 .PHONY: bench
 bench: build testbed ## Lifecycle of a container, ours against runc's shim, interleaved
 	$(TESTBED) in $(CURDIR)/tests/bench/lifecycle.sh

@@ -20,7 +20,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -29,6 +29,10 @@ use tokio::sync::{Notify, watch};
 
 /// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
 pub const UNKNOWN_EXIT_CODE: u32 = 255;
+
+/// How long a process that has ended is left to its tracer before it is asked for again.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// How and when a process ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,7 +199,14 @@ impl Watcher {
             }
             Err(error) => tracing::error!(pid = self.pid, %error, "cannot watch a pidfd"),
         }
-        let exit = self.reap();
+        let mut pause = SHORTEST_PAUSE;
+        let exit = loop {
+            match self.reap() {
+                Some(exit) => break exit,
+                None => tokio::time::sleep(pause).await,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        };
         self.exited.send_replace(Some(exit));
         // What hides behind this child in the order of waitid(P_ALL) can be seen now.
         self.shared.sweep.notify_one();
@@ -203,7 +214,10 @@ impl Watcher {
 
     /// Reaping and forgetting the pid are one step under the lock: once reaped, the number may come back as another
     /// child, which must not be forgotten in its place.
-    fn reap(&self) -> Exit {
+    ///
+    /// None while a tracer holds it: the process has ended, its pidfd says so, but its parent cannot wait for it before
+    /// the tracer has. CRIU traces what it dumps, and kills it so.
+    fn reap(&self) -> Option<Exit> {
         let mut children = self.shared.children();
         let status = loop {
             match waitid(Id::PIDFd(self.pidfd.as_fd()), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
@@ -211,12 +225,15 @@ impl Watcher {
                 other => break other,
             }
         };
+        if matches!(status, Ok(WaitStatus::StillAlive)) {
+            return None;
+        }
         children.known.remove(&self.pid);
         let code = match status {
             Ok(WaitStatus::Exited(_, code)) => u32::from(code.to_ne_bytes()[0]),
             Ok(WaitStatus::Signaled(_, signal, _)) => 128 + signal as u32,
             Ok(status) => {
-                tracing::error!(pid = self.pid, ?status, "a pidfd was readable before its process ended");
+                tracing::error!(pid = self.pid, ?status, "a child ended in a way that no process ends");
                 UNKNOWN_EXIT_CODE
             }
             Err(error) => {
@@ -224,7 +241,7 @@ impl Watcher {
                 UNKNOWN_EXIT_CODE
             }
         };
-        Exit { code, at: SystemTime::now() }
+        Some(Exit { code, at: SystemTime::now() })
     }
 }
 

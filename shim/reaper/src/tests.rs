@@ -60,10 +60,12 @@ async fn many_children_ending_at_once_keep_their_codes(reaper: &Reaper) {
     }
 }
 
-/// Spawns a shell that leaves an orphan running `script` and returns the orphan's pid.
+/// Spawns a shell that leaves an orphan running `script` and returns the orphan's pid. It waits until it is one: the
+/// shell would reap a child that is faster.
 async fn orphan(reaper: &Reaper, script: &str) -> i32 {
     let (mut read, write) = std::io::pipe().unwrap();
-    let mut command = sh(&format!("({script}) >/dev/null & echo $!"));
+    let wait = "while kill -0 $$ 2>/dev/null; do sleep 0.01; done";
+    let mut command = sh(&format!("({wait}; {script}) >/dev/null & echo $!"));
     command.stdout(Stdio::from(write));
     let parent = reaper.spawn(&mut command).unwrap();
     drop(command);

@@ -35,6 +35,9 @@ bind "$IMAGES" /opt/gpusnap-bed ro
 for tool in nerdctl crictl; do
   [ ! -e "$TOOLS/$tool" ] || bind "$TOOLS/$tool/$tool" "/usr/local/bin/$tool" ro
 done
+# the whole folder, so that what is built while the bed is up shows in it
+mkdir -p "$TOOLS"
+bind "$TOOLS" "$BED_TOOLS" ro
 bind "$REPO" "$REPO"
 for path in ${GPUSNAP_TESTBED_BIND:-}; do # FROM[:TO] ..., for what the tests need besides the checkout
   bind "${path%%:*}" "${path#*:}"

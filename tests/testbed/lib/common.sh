@@ -10,6 +10,7 @@ REPO=$(cd "$TESTBED_DIR/../.." && pwd -P)
 
 BED_RUN=/run/gpusnap-testbed # inside the bed: its own bookkeeping
 BED_DATA=/var/lib/gpusnap-bed
+BED_TOOLS=/opt/gpusnap-tools # $TOOLS, as the bed sees it
 BED_PATH=/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin
 
 say() { echo "testbed: $*" >&2; }

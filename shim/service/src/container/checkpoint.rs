@@ -116,7 +116,7 @@ struct Work {
 impl Work {
     async fn run(self) -> Result<(), TaskError> {
         let taken = self.take().await;
-        let settled = self.settle().await;
+        let settled = self.settle(taken.is_ok()).await;
         match taken.and(settled) {
             Ok(()) => {
                 tracing::info!("container {} is checkpointed: {}", self.id, self.timeline);
@@ -183,25 +183,22 @@ impl Work {
     }
 
     /// Lets the container go as it was, or waits for its end.
-    async fn settle(&self) -> Result<(), CheckpointFailure> {
-        let ends = self.wishes.exit && self.timeline.current() == Phase::Publish;
-        let frozen = self.paused && !ends;
-        if ends {
+    async fn settle(&self, taken: bool) -> Result<(), CheckpointFailure> {
+        let killed = self.wishes.exit && self.timeline.current() == Phase::Publish;
+        if taken {
             self.timeline.enter(Phase::Release);
         }
-        let cgroup = self.cgroup.clone();
-        let put_back = move || match (frozen, cgroup.is_frozen()?) {
-            (true, false) => cgroup.freeze(),
-            // Those that CRIU has killed die only then.
+        let (cgroup, paused) = (self.cgroup.clone(), self.paused);
+        let put_back = move || match (paused && !killed, cgroup.is_frozen()?) {
+            // A runtime that fails may leave it so.
+            (true, false) if !taken => cgroup.freeze(),
+            // What CRIU has killed dies only then.
             (false, true) => cgroup.thaw(),
-            (true, true) | (false, false) => Ok(()),
+            _ => Ok(()),
         };
         blocking(put_back).await?.map_err(CheckpointFailure::Cgroup)?;
-        if ends && tokio::time::timeout(END, self.child.wait()).await.is_err() {
+        if killed && tokio::time::timeout(END, self.child.wait()).await.is_err() {
             return Err(CheckpointFailure::DoesNotEnd { pid: self.child.pid() });
-        }
-        if self.timeline.current() == Phase::Publish {
-            self.timeline.enter(Phase::Release);
         }
         Ok(())
     }

@@ -60,6 +60,9 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
         orphan_pts_master: true,
         // A network is made by whoever makes the container: hooks, or the CRI.
         empty_network_namespace: true,
+        // CRIU blocks a network by running iptables-restore four times, 70 ms each way, so that nobody notices that the
+        // ends of connections are gone for a while. Where none survives there is nobody.
+        network_lock: (allow.tcp != Tcp::Keep).then_some(criu::NetworkLock::Skip),
         manage_cgroups: Some(criu::CgroupMode::Default),
         config_file: Some("/etc/criu/gpusnap.conf".into()),
         ..Options::default()

@@ -11,6 +11,8 @@ use e2e::{Case, Cmd, IMAGE, PYTHON, Skip, Test, case, cgroup, ensure_eq, ensure_
 use serde_json::{Value, json};
 
 use crate::checkpoint_ctr::ticking;
+use crate::cri_pods::own_processes;
+use crate::ctr_exit::IDLE;
 
 pub(crate) fn cases() -> Vec<Case> {
     let loses = "the container's /dev/shm is the sandbox's, whose contents runc's shim does not save";
@@ -39,10 +41,6 @@ fn restoring(case: Case) -> Case {
 /// Counts in its log and in a file.
 const COUNT: &str = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo line $i.; echo $i >/count; tick; done";
 
-fn none() -> Value {
-    Value::Null
-}
-
 /// `crictl checkpoint` into a file of this name, in a folder of its own.
 fn checkpoint(t: &Test, id: &str, name: &str) -> Result<String> {
     let archive = t.folder()?.join(name).to_string_lossy().into_owned();
@@ -63,11 +61,16 @@ fn from_registry(t: &Test, image: &str) -> Result<String> {
     let ctr = || t.bed().client("ctr").args(&["--address", &t.bed().address(), "--namespace", "k8s.io", "image"]);
     ctr().args(&["tag", "--force", image, &name]).ok()?;
     ctr().args(&["push", "--plain-http", &name]).ok()?;
+    // Only what was pulled has a digest to be pulled by.
+    t.cri().cmd(&["pull", &name]).ok()?;
     Ok(name)
 }
 
+/// A container of this image (or archive) with processes of its own, as the kubelet asks for.
 fn image(name: &str) -> Value {
-    json!({ "image": { "image": name } })
+    let mut config = own_processes();
+    config["image"] = json!({ "image": name });
+    config
 }
 
 /// Waits until the log has lines with a number beyond this.
@@ -80,9 +83,9 @@ fn counts_past(t: &Test, id: &str, from: u64) -> Result<u64> {
 }
 
 fn a_checkpoint_of_a_pods_container_is_an_archive_and_the_container_goes_on(t: &Test) -> Result<()> {
-    let pod = t.cri().pod(&none())?;
-    let id = pod.start("one", &ticking(COUNT), &none())?;
-    let neighbour = pod.start("two", &ticking(COUNT), &none())?;
+    let pod = t.cri().pod(&own_processes())?;
+    let id = pod.start("one", &ticking(COUNT), &own_processes())?;
+    let neighbour = pod.start("two", &ticking(COUNT), &own_processes())?;
     counts_past(t, &id, 3)?;
     let init = t.cri().pid(&id)?;
     let archive = checkpoint(t, &id, "one.tar")?;
@@ -110,8 +113,8 @@ fn a_checkpoint_of_a_pods_container_is_an_archive_and_the_container_goes_on(t: &
 }
 
 fn a_checkpoint_of_a_pods_container_can_be_taken_again_and_again(t: &Test) -> Result<()> {
-    let pod = t.cri().pod(&none())?;
-    let id = pod.start("one", &ticking(COUNT), &none())?;
+    let pod = t.cri().pod(&own_processes())?;
+    let id = pod.start("one", &ticking(COUNT), &own_processes())?;
     let mut last = counts_past(t, &id, 3)?;
     for round in 0..5 {
         checkpoint(t, &id, &format!("{round}.tar"))?;
@@ -121,8 +124,8 @@ fn a_checkpoint_of_a_pods_container_can_be_taken_again_and_again(t: &Test) -> Re
 }
 
 fn a_container_that_has_exited_has_no_checkpoint(t: &Test) -> Result<()> {
-    let pod = t.cri().pod(&none())?;
-    let id = pod.start("one", "exit 3", &none())?;
+    let pod = t.cri().pod(&own_processes())?;
+    let id = pod.start("one", "exit 3", &own_processes())?;
     t.cri().exited(&id)?;
     let archive = t.folder()?.join("one.tar").to_string_lossy().into_owned();
     let out = t.cri().cmd(&["checkpoint", "--export", &archive, &id]).run()?.expect_failure()?;
@@ -134,12 +137,12 @@ fn a_container_that_has_exited_has_no_checkpoint(t: &Test) -> Result<()> {
 /// Runs a script in a pod until it counts, checkpoints it, removes the pod, and restores in another.
 fn moves<'a>(t: &'a Test, source: &str, script: &str) -> Result<(Pod<'a>, String)> {
     let source = from_registry(t, source)?;
-    let old = t.cri().pod(&none())?;
+    let old = t.cri().pod(&own_processes())?;
     let id = old.start("one", script, &image(&source))?;
     counts_past(t, &id, 3)?;
     let archive = checkpoint(t, &id, "one.tar")?;
     t.cri().cmd(&["rmp", "--force", &old.id]).ok()?;
-    let new = t.cri().pod(&none())?;
+    let new = t.cri().pod(&own_processes())?;
     let restored = new.start("one", script, &image(&archive))?;
     Ok((new, restored))
 }
@@ -186,7 +189,7 @@ fn a_restored_pods_container_can_be_checkpointed_and_restored_again(t: &Test) ->
     let before = counts_past(t, &id, 3)?;
     let archive = checkpoint(t, &id, "two.tar")?;
     t.cri().cmd(&["rmp", "--force", &pod.id]).ok()?;
-    let pod = t.cri().pod(&none())?;
+    let pod = t.cri().pod(&own_processes())?;
     let id = pod.start("one", "", &image(&archive))?;
     counts_past(t, &id, before).map(drop)
 }
@@ -218,7 +221,7 @@ fn dev_shm_of_a_pod_is_restored(t: &Test) -> Result<()> {
     let (pod, id) = moves(t, IMAGE, &ticking(&script))?;
     ensure_eq!(t.cri().exec_prints(&id, "cat /dev/shm/folder/file; readlink /proc/1/fd/5")?, "kept\n/dev/shm/open");
     // It is the pod's: another container of it sees the same.
-    let other = pod.start("two", "while :; do sleep 0.1; done", &none())?;
+    let other = pod.start("two", IDLE, &own_processes())?;
     ensure_eq!(t.cri().exec_prints(&other, "cat /dev/shm/folder/file")?, "kept");
     let now = counts_past(t, &id, 3)?;
     counts_past(t, &id, now).map(drop)
@@ -253,7 +256,7 @@ while True:
 
 fn an_archive_without_images_is_refused_and_the_pod_works(t: &Test) -> Result<()> {
     let source = from_registry(t, IMAGE)?;
-    let pod = t.cri().pod(&none())?;
+    let pod = t.cri().pod(&own_processes())?;
     let id = pod.start("one", &ticking(COUNT), &image(&source))?;
     counts_past(t, &id, 3)?;
     let archive = checkpoint(t, &id, "one.tar")?;
@@ -268,7 +271,7 @@ fn an_archive_without_images_is_refused_and_the_pod_works(t: &Test) -> Result<()
         }
     }
     Cmd::new("sh").args(&["-c", &format!("cd {folder} && tar -cf {bad} *")]).ok()?;
-    let new = t.cri().pod(&none())?;
+    let new = t.cri().pod(&own_processes())?;
     let restored = new.create("one", "", &image(&bad))?;
     t.cri().cmd(&["start", &restored]).run()?.expect_failure()?;
     t.cri().cmd(&["rm", "--force", &restored]).ok()?;

@@ -33,7 +33,7 @@ fn none() -> Value {
 }
 
 /// What the kubelet asks for; the protocol's default is one pid namespace for the whole pod.
-fn own_processes() -> Value {
+pub(crate) fn own_processes() -> Value {
     json!({ "linux": { "security_context": { "namespace_options": { "pid": 1 } } } })
 }
 

@@ -136,6 +136,8 @@ fn sentence(error: &str) -> Option<String> {
         "the process maps the memory of a device".to_owned()
     } else if let Some(pid) = between("Can't fork for ", ": File exists") {
         format!("pid {pid}, which the dumped process had, is in use here")
+    } else if let Some(pid) = between("Unseizable non-zombie ", " found, state D") {
+        format!("process {pid} waits in the kernel (for a vforked child, or for a device), where it cannot be stopped")
     } else if let Some(pid) = between("Unseizable non-zombie ", " found") {
         format!("process {pid} is traced by another process (a debugger)")
     } else if let Some(pid) = between("Unable to detach from ", ": No such process") {

@@ -14,6 +14,7 @@ mod log;
 mod manifest;
 mod shm;
 mod temporary;
+pub(crate) mod vfork;
 mod wishes;
 
 pub(crate) use draft::Draft;

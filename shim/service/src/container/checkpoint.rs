@@ -9,9 +9,9 @@
 //!               the draft is removed, the freezer is as before: the container goes on as it was
 //! ```
 //!
-//! containerd has paused the container, as a rule, and resumes it after the answer: then it is frozen all the time, and
-//! Freeze has nothing to do. One that runs is stopped by CRIU, and frozen here before if something is saved beside the
-//! processes, which has to fit them.
+//! containerd has paused the container, as a rule, and resumes it after the answer. One that runs is frozen here, so that
+//! what is saved beside the processes fits them. Either way Freeze looks for processes that were caught in the middle
+//! of a `vfork`, which cannot be dumped, and lets the container run for another moment if there are any.
 //!
 //! It is an operation like others: `State`, `Kill` and `Wait` are answered meanwhile. Where nobody waits for the answer
 //! any more (containerd's deadline has passed), a container that containerd paused for the checkpoint would stay paused
@@ -22,13 +22,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cgroup::Cgroup;
+use cgroup::{Cgroup, CgroupError};
 use containerd_shim_protos::events::task::TaskCheckpointed;
 use reaper::Child;
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Timeline};
 
 use super::{Actor, Status};
-use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes};
+use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes, vfork};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
 
 /// CRIU's name for its log of a dump.
@@ -36,6 +36,10 @@ const LOG: &str = "dump.log";
 /// How long after a pause a checkpoint still counts as what the pause was made for. containerd saves a writable layer
 /// in between.
 const PAUSED_FOR_IT: Duration = Duration::from_secs(60);
+/// How long a container runs that was frozen at a bad moment. A child that was vforked executes its program within a
+/// millisecond, unless it has to wait for a processor.
+const SHORTEST_MOMENT: Duration = Duration::from_millis(1);
+const LONGEST_MOMENT: Duration = Duration::from_millis(500);
 /// A killed process is gone in milliseconds, unless it has much memory to give back.
 const END: Duration = Duration::from_secs(30);
 
@@ -138,10 +142,8 @@ impl Work {
         let draft = Draft::begin(folder).map_err(at("use the folder", folder))?;
         let log = LogFolder::make(work.as_deref(), &self.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", folder))?;
-        if !self.paused && self.shm.is_some() {
-            let cgroup = self.cgroup.clone();
-            blocking(move || cgroup.freeze()).await?.map_err(CheckpointFailure::Cgroup)?;
-        }
+        let (cgroup, paused) = (self.cgroup.clone(), self.paused);
+        blocking(move || freeze(&cgroup, paused)).await??;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::SaveShm);
             let images = draft.folder().to_owned();
@@ -201,6 +203,29 @@ impl Work {
             return Err(CheckpointFailure::DoesNotEnd { pid: self.child.pid() });
         }
         Ok(())
+    }
+}
+
+/// Freezes the cgroup, if it is not frozen, at a moment when its processes can be dumped.
+fn freeze(cgroup: &Cgroup, mut is_frozen: bool) -> Result<(), CheckpointFailure> {
+    let mut moment = SHORTEST_MOMENT;
+    loop {
+        if !is_frozen {
+            match cgroup.freeze() {
+                // The user has put the shim into the container's cgroup. CRIU stops the processes by itself.
+                Err(CgroupError::Own { .. }) => return Ok(()),
+                frozen => frozen.map_err(CheckpointFailure::Cgroup)?,
+            }
+        }
+        let Some(pid) = vfork::waiting(&cgroup.pids().map_err(CheckpointFailure::Cgroup)?) else { return Ok(()) };
+        if moment > LONGEST_MOMENT {
+            return Err(CheckpointFailure::Vfork { pid });
+        }
+        tracing::debug!(pid, "a process is in the middle of a vfork, and is given another moment");
+        cgroup.thaw().map_err(CheckpointFailure::Cgroup)?;
+        is_frozen = false;
+        std::thread::sleep(moment);
+        moment = moment * 3 / 2;
     }
 }
 

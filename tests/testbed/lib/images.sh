@@ -26,11 +26,11 @@ dpkg -L "$version-minimal" "lib$version-minimal" "lib$version-stdlib" | sort -u 
   grep -vE '/lib-dynload/(_(ssl|hashlib|sqlite3|dbm|gdbm|curses|test|ctypes_test|xx|interp|remote_debugging|codecs|zstd)|readline|xx)' |
   while read -r path; do [ -d "$path" ] || echo "$path"; done >python.files
 grep '\.so$' python.files | xargs ldd "/usr/bin/$version" |
-  sed -n -E 's|.* => (/[^ ]*) .*|\1|p; s|^\s*(/lib64/[^ ]*) .*|\1|p' | sort -u >>python.files
+  sed -n -E 's|.* => (/[^ ]*) .*|\1|p; s|^\s*(/lib64/[^ ]*) .*|\1|p' | sort -u >python.libs
 while read -r path; do
   mkdir -p "python/$(dirname "$path")"
   cp -L "$path" "python/$path"
-done <python.files
+done < <(cat python.files python.libs)
 "$version" -m compileall -q -b -s python "python/usr/lib/$version"
 find python -name '*.py' -delete
 ln -s "$version" python/usr/bin/python3
@@ -64,4 +64,4 @@ for image in oci:bb oci-python:python; do
 done
 pack_layout oci images.tar
 pack_layout oci-python python.tar
-rm -rf oci oci-python bb pause python python.files pause.c images.sh
+rm -rf oci oci-python bb pause python python.files python.libs pause.c images.sh

@@ -67,10 +67,9 @@ pub(super) fn features() -> Features {
     features.set_hooks(Some(owned(&hooks)));
     features.set_mount_options(Some(owned(&MOUNT_OPTIONS)));
     features.set_linux(Some(linux()));
-    // Checkpoints are not this runtime's: the shim makes them, whichever runtime a container has.
     features.set_annotations(Some(HashMap::from([(
         "org.opencontainers.runc.checkpoint.enabled".to_owned(),
-        false.to_string(),
+        true.to_string(),
     )])));
     features
 }
@@ -168,7 +167,7 @@ mod tests {
         assert!(features["mountOptions"].as_array().unwrap().iter().any(|option| option == "rro"));
         // User namespaces of pods need id-mapped mounts.
         assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);
-        assert_eq!(features["annotations"]["org.opencontainers.runc.checkpoint.enabled"], "false");
+        assert_eq!(features["annotations"]["org.opencontainers.runc.checkpoint.enabled"], "true");
         assert_eq!(features["linux"]["namespaces"][2], "mount");
         assert_eq!(features["linux"]["seccomp"]["enabled"], true);
     }

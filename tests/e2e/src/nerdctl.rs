@@ -83,6 +83,19 @@ impl<'a> Nerdctl<'a> {
         Ok(self.cmd(&["start", "--checkpoint-dir", &folder, "--checkpoint", checkpoint, name]))
     }
 
+    /// The same until it is done. nerdctl packs the files anew; if that gives the very blob that `checkpoint create`
+    /// had made and let go, the garbage collector can take it before it is used.
+    pub fn restored(&self, name: &str, checkpoint: &str) -> Result<()> {
+        eventually(&format!("{name} to start from {checkpoint}"), || {
+            let out = self.restore(name, checkpoint)?.run()?;
+            let collected = out.stderr.contains("content digest") && out.stderr.contains("not found");
+            ensure!(!collected, "{out}");
+            Ok(out)
+        })?
+        .expect_code(0)
+        .map(drop)
+    }
+
     /// That folder.
     pub fn checkpoints(&self) -> Result<PathBuf> {
         let folder = self.test.folder()?.join("checkpoints");

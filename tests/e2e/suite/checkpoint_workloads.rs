@@ -1,11 +1,12 @@
 //! What kinds of programs survive a checkpoint and a restore as another container.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use e2e::pty::Pty;
 use e2e::target::Shim;
-use e2e::{Case, Cmd, Test, case, ensure_eq, ensure_has, eventually, proc};
+use e2e::{Case, Cmd, Test, bed, case, ensure_eq, ensure_has, eventually, proc};
 
 use crate::checkpoint_ctr::{count, counts_past, hold_memory, start_counting, ticking};
 
@@ -27,6 +28,7 @@ pub(crate) fn cases() -> Vec<Case> {
             .except(Shim::Stock, "CRIU fails on a process that waits for its vfork, and runc does not try again"),
         case!(an_exec_session_is_part_of_the_checkpoint),
         case!(twenty_generations_of_new_containers_survive),
+        case!(one_container_survives_many_cycles).alone(),
         case!(two_gigabytes_of_memory_survive).alone(),
     ]
 }
@@ -372,6 +374,43 @@ fn twenty_generations_of_new_containers_survive(t: &Test) -> Result<()> {
         id = next;
     }
     t.ctr().remove(&id)
+}
+
+/// How many cycles a test does: `GPUSNAP_E2E_CYCLES`, or enough to see something pile up.
+fn cycles() -> Result<u64> {
+    match std::env::var("GPUSNAP_E2E_CYCLES") {
+        Ok(text) => text.parse().with_context(|| format!("GPUSNAP_E2E_CYCLES={text}")),
+        Err(_) => Ok(30),
+    }
+}
+
+/// Every folder that containerd has unpacked a checkpoint into.
+fn unpacked() -> BTreeSet<String> {
+    let names = fs::read_dir("/tmp").into_iter().flatten().flatten();
+    let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("ctrd-checkpoint")).collect()
+}
+
+fn one_container_survives_many_cycles(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let mut last = start_counting(t, &id, &[])?;
+    let (before, folders) = (bed::leaks()?, unpacked());
+    for cycle in 1..=cycles()? {
+        moved(t, &id, &id).with_context(|| format!("cycle {cycle}"))?;
+        let now = count(t, &id)?;
+        ensure!(now > last, "cycle {cycle}: it was at {last} and is at {now}");
+        last = now;
+    }
+    // The same container runs: what there is of it is there once, but for its sockets' names.
+    let after = bed::leaks()?;
+    let alike =
+        |all: &BTreeSet<String>| all.iter().filter(|line| !line.starts_with("socket ")).cloned().collect::<Vec<_>>();
+    ensure_eq!(after.len(), before.len(), "{:?}", after.symmetric_difference(&before).collect::<Vec<_>>());
+    ensure_eq!(alike(&after), alike(&before));
+    if t.target().shim.is_ours() {
+        ensure_eq!(unpacked(), folders, "unpacked checkpoints in /tmp");
+    }
+    Ok(())
 }
 
 fn two_gigabytes_of_memory_survive(t: &Test) -> Result<()> {

@@ -443,7 +443,11 @@ fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
         proc::gone(pid)?;
     }
     nothing_runs(&id)?;
-    t.ctr().task(&["rm", "--force", &id]).run()?;
+    eventually("the task to be cleaned up", || {
+        t.ctr().task(&["rm", "--force", &id]).run()?;
+        ensure!(!t.ctr().task(&["ls"]).ok()?.text().contains(&id), "it is still listed");
+        Ok(())
+    })?;
     t.ctr().task(&["start", "--detach", "--null-io", &id]).ok()?;
     counts_past(t, &id, 3)?;
     t.ctr().remove(&id)

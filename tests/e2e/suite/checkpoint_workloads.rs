@@ -19,7 +19,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_file_mapped_from_dev_shm_survives),
         case!(a_small_file_that_is_deleted_but_open_survives),
         case!(a_large_file_that_is_deleted_but_open_survives)
-            .except(Shim::Stock, "runc leaves CRIU's limit for deleted files at 1 MB"),
+            .except(Shim::Stock, LIMIT)
+            .except(Shim::GpusnapRunc, LIMIT),
         case!(a_shell_on_a_terminal_with_a_job_survives),
         case!(sockets_timers_and_signals_survive),
         case!(a_container_with_its_own_user_survives),
@@ -32,6 +33,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(two_gigabytes_of_memory_survive).alone(),
     ]
 }
+
+const LIMIT: &str = "runc leaves CRIU's limit for deleted files at 1 MB";
 
 /// Tells how far a program is, in a file that a reader never sees half-written.
 const TELL: &str = "import os, time
@@ -401,12 +404,14 @@ fn one_container_survives_many_cycles(t: &Test) -> Result<()> {
         ensure!(now > last, "cycle {cycle}: it was at {last} and is at {now}");
         last = now;
     }
-    // The same container runs: what there is of it is there once, but for its sockets' names.
+    // The same container runs: what there is of it is there once. (Its sockets have other names, and a restored one has
+    // no socket to be started by.)
     let after = bed::leaks()?;
-    let alike =
-        |all: &BTreeSet<String>| all.iter().filter(|line| !line.starts_with("socket ")).cloned().collect::<Vec<_>>();
-    ensure_eq!(after.len(), before.len(), "{:?}", after.symmetric_difference(&before).collect::<Vec<_>>());
-    ensure_eq!(alike(&after), alike(&before));
+    let (sockets, rest): (Vec<_>, Vec<_>) = after.into_iter().partition(|line| line.starts_with("socket "));
+    let (sockets_before, rest_before): (Vec<_>, Vec<_>) =
+        before.into_iter().partition(|line| line.starts_with("socket "));
+    ensure_eq!(rest, rest_before);
+    ensure!(sockets.len() <= sockets_before.len(), "{sockets:?}, before {sockets_before:?}");
     if t.target().shim.is_ours() {
         ensure_eq!(unpacked(), folders, "unpacked checkpoints in /tmp");
     }

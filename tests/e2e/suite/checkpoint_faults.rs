@@ -9,6 +9,7 @@ use e2e::target::Shim;
 use e2e::{Case, Output, Running, Test, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
 
 use crate::checkpoint_ctr::{count, counts_past, hold_memory, start_counting, ticking};
+use crate::checkpoint_workloads::forget_unpacked;
 use crate::nerdctl_life::nerdctl_cases;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -143,6 +144,7 @@ fn a_restore_from_a_folder_that_does_not_exist_fails_and_a_second_try_works(t: &
 
 /// A container of nerdctl's with much memory, and a checkpoint of it named `good`.
 fn with_large_checkpoint(t: &Test, name: &str) -> Result<()> {
+    forget_unpacked(t);
     let program = "
 import time
 memory = bytearray(400 << 20)

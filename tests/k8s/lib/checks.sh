@@ -77,14 +77,24 @@ checkpoint() { # POD CONTAINER
   mv "$archive" "$work/archive-$1"
 }
 
-archive_is_whole() {
+# several times: whether the two meet is luck
+checkpoints() { # POD CONTAINER FILE
+  for _ in 1 2 3 4 5; do
+    checkpoint "$1" "$2"
+    archive_is_whole "$1" "$2"
+    # runc's shim leaves it out
+    [ "$class" = runc ] || archive_has_shm "$1" "$3"
+  done
+}
+
+archive_is_whole() { # POD [CONTAINER that is still the one that was checkpointed]
   local file
   mkdir -p "$work/archive"
   tar -xf "$work/archive-$1" -C "$work/archive"
   for file in checkpoint/{inventory,pstree,core-1,mm-1,pagemap-1,pages-1,files}.img config.dump spec.dump status.dump container.log; do
     [ -s "$work/archive/$file" ] || says "no $file, but: $(cd "$work/archive" && echo ./* checkpoint/*)"
   done
-  [ "$(jq -r .id "$work/archive/config.dump")" = "$(container_id "$1" "$2")" ] || says "config.dump is another container's"
+  [ -z "${2:-}" ] || [ "$(jq -r .id "$work/archive/config.dump")" = "$(container_id "$1" "$2")" ] || says "config.dump is another container's"
   # INVENTORY_MAGIC of CRIU
   [ "$(head -c 4 "$work/archive/checkpoint/inventory.img" | od -An -tx1 | tr -d ' ')" = 16313158 ] || says "inventory.img is not CRIU's"
   [ "$1" != counter ] || tar -tzf "$work/archive/rootfs-diff.tar" | grep -x 'tmp/n'
@@ -95,8 +105,33 @@ archive_has_shm() {
   tar -xOf "$work/archive-$1" checkpoint/dev-shm.tar | tar -tf - | grep -x "$2"
 }
 
-no_checkpoint() {
-  ! ask_for_checkpoint "$1" "$2"
+no_checkpoint() { # POD CONTAINER WHY (an expression that the message matches)
+  local answer
+  ! answer=$(ask_for_checkpoint "$1" "$2" 2>&1) || says "$answer"
+  [[ $answer =~ $3 ]] || says "$answer"
+}
+
+# A connection has to be there first; and nothing may come of it that either side notices.
+refuses() {
+  ready connected
+  counts_on connected client
+  no_checkpoint connected main "$1"
+  counts_on connected main
+  counts_on connected client
+}
+
+keeps_connection() {
+  ready keeps
+  counts_on keeps client
+  checkpoint keeps main
+  counts_on keeps main
+  counts_on keeps client
+}
+
+leaves() {
+  checkpoint leaves main
+  archive_is_whole leaves
+  restarted leaves
 }
 
 shares_shm() {

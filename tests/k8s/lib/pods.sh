@@ -8,6 +8,8 @@ pod_counter() {
     -e 's|^  name: counter$|&\n  annotations: {gpusnap.dev/test: "reached"}|' "$root/examples/kubernetes/pod.yaml"
 }
 
+annotated() { sed "s|^metadata: {name: [^}]*|&, annotations: {$1}|"; } # ANNOTATION: of the pod on standard input
+
 # pod NAME CLASS [FIELD]...: the head of a pod; its containers follow
 pod() {
   local name=$1 class=$2 field; shift 2
@@ -30,14 +32,33 @@ pod_shared() {
   container reader 'while :; do cat /dev/shm/n; sleep 0.2; done'
 }
 
-# Its /dev/shm is a volume, as PyTorch's users do it, and files in it come, grow and go all the time.
+# Its /dev/shm is a volume, as PyTorch's users make it, and files in it come, grow, shrink and go all the time.
 pod_churns() {
   local mount='volumeMounts: [{name: shm, mountPath: /dev/shm}]'
   pod churns "$1" 'volumes: [{name: shm, emptyDir: {medium: Memory}}]'
   # shellcheck disable=SC2016
   container main 'echo kept >/dev/shm/kept; n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done' "$mount"
   # shellcheck disable=SC2016
-  container other 'n=0; while :; do n=$(((n+1)%300)); echo $n >>/dev/shm/log; echo $n >/dev/shm/$n; rm -f /dev/shm/$(((n+150)%300)); done' "$mount"
+  container comes 'n=0; while :; do n=$(((n+1)%300)); echo $n >/dev/shm/$n; rm -f /dev/shm/$(((n+150)%300)); done' "$mount"
+  container grows 'while :; do cat /bin/busybox >/dev/shm/grows; done' "$mount"
+}
+
+# Each line that the client writes comes back over the connection.
+pod_connected() {
+  pod "${2:-connected}" "$1"
+  # shellcheck disable=SC2016
+  container main 'nc -ll -p 8080 -e cat & n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done'
+  # shellcheck disable=SC2016
+  container client 'until nc 127.0.0.1 8080 -e true; do sleep 0.1; done
+    n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done | nc 127.0.0.1 8080'
+}
+
+pod_keeps() { pod_connected "$1" keeps | annotated "gpusnap.dev/tcp: keep"; }
+
+pod_leaves() {
+  pod leaves "$1" | annotated "gpusnap.dev/on-checkpoint: exit"
+  # shellcheck disable=SC2016
+  container main 'n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done'
 }
 
 pod_ends() {

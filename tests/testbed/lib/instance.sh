@@ -224,7 +224,7 @@ clear_state() {
     # (a restored container's cgroup is the one its spec names, not one of its own id)
     path=$(jq -r '.linux.cgroupsPath // empty' "$bundle/config.json" 2>/dev/null) || path=
     [ -z "$path" ] || find /sys/fs/cgroup -depth -type d \( -path "*$path" -o -path "*$path/*" \) -exec rmdir {} \; 2>/dev/null || :
-    rm -rf "/run/containerd/runc/$namespace/$id"
+    rm -rf "/run/containerd/runc/$namespace/$id" "/run/containerd/gpusnap/$namespace/$id"
   done
   # the last mounted first
   for path in $(cut -d' ' -f5 /proc/self/mountinfo | grep -E "^(/run/$NAME|$BED_DATA/$NAME)/" | tac); do

@@ -103,6 +103,10 @@ fn mount(line: &str) -> Option<Mount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ').skip(3);
     let (root, point) = (before.next()?, before.next()?);
+    // What a criu that restores something has mounted for itself, and for that long.
+    if point.contains("/.criu.cgyard.") {
+        return None;
+    }
     let mut after = after.split(' ');
     let unified = match after.next()? {
         "cgroup" => false,

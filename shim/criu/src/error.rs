@@ -88,6 +88,14 @@ pub enum CallError {
         /// Why.
         source: io::Error,
     },
+    /// It failed, and is older than [`crate::MINIMUM`].
+    #[error("criu is {found}, and {needed} is needed")]
+    TooOld {
+        /// What is installed.
+        found: Version,
+        /// What is needed.
+        needed: Version,
+    },
     /// It ended without an answer.
     #[error("criu {}{}{}", ended(exit), after(stage.as_ref()), said(errors, log.as_ref()))]
     Died {

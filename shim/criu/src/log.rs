@@ -1,5 +1,6 @@
 //! CRIU's log, and what its errors come to.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -8,6 +9,8 @@ use std::path::{Path, PathBuf};
 const MAX_ERRORS: usize = 5;
 /// Longest line that is looked at.
 const MAX_LINE: usize = 1024;
+/// Established connections that are remembered: more than this are not needed to name one.
+const MAX_CONNECTIONS: usize = 10_000;
 /// How much of a log is read. A dump of thousands of mappings writes some ten MB at level 4.
 const MAX_LOG: u64 = 256 << 20;
 
@@ -61,7 +64,7 @@ pub(crate) fn errors(text: impl Read) -> Vec<String> {
     let mut errors: Vec<String> = vec![];
     let mut lines = BufReader::new(text);
     let mut line = vec![];
-    let mut context = String::new();
+    let mut context = Context::default();
     while errors.len() < MAX_ERRORS {
         line.clear();
         match lines.read_until(b'\n', &mut line) {
@@ -74,18 +77,12 @@ pub(crate) fn errors(text: impl Read) -> Vec<String> {
         }
         line.truncate(MAX_LINE);
         let line = String::from_utf8_lossy(&line);
-        if let Some(name) = context_of(&line) {
-            context = name;
-        }
+        context.learn(&line);
         let Some(error) = error_in(&line) else { continue };
         if HARMLESS.iter().any(|harmless| error.contains(harmless)) {
             continue;
         }
-        // Some errors leave out the object, which the line before names.
-        let error = match !context.is_empty() && error.contains("Consider using --ext-unix-sk") {
-            true => format!("{error} [{context}]"),
-            false => error,
-        };
+        let error = context.complete(error);
         if errors.last() != Some(&error) {
             errors.push(error);
         }
@@ -93,17 +90,70 @@ pub(crate) fn errors(text: impl Read) -> Vec<String> {
     errors
 }
 
+/// Some errors leave out the object, which a line before names.
+#[derive(Default)]
+struct Context {
+    /// A unix socket whose other end is elsewhere.
+    unix_socket: Option<String>,
+    /// Established connections: inode number, and where they are.
+    connections: HashMap<String, String>,
+    /// The inode number of the socket that is being dumped.
+    socket: Option<String>,
+    /// The image file that was last found missing, which CRIU takes for an empty one.
+    missing_image: Option<String>,
+}
+
+impl Context {
+    fn learn(&mut self, line: &str) {
+        if let Some((_, socket)) = line.split_once("Runaway socket: ") {
+            // `sk unix: Runaway socket: ino 12 ... name /run/x`
+            self.unix_socket = Some(socket.trim().to_owned());
+        } else if let Some((_, socket)) = line.split_once("Collected: ino ")
+            && line.contains("TCP_ESTABLISHED")
+        {
+            self.connection(socket);
+        } else if let Some((_, socket)) = line.split_once("Searching for socket ") {
+            self.socket = socket.split_whitespace().next().map(str::to_owned);
+        } else if let Some((_, rest)) = line.split_once(") No ")
+            && let Some(image) = rest.trim_end().strip_suffix(" image")
+        {
+            self.missing_image = Some(image.to_owned());
+        }
+    }
+
+    /// `0xf1 family AF_INET type SOCK_STREAM port 5000 state TCP_ESTABLISHED src_addr 127.0.0.1`
+    fn connection(&mut self, socket: &str) {
+        let words: Vec<&str> = socket.split_whitespace().collect();
+        let after = |name: &str| words.iter().position(|word| *word == name).and_then(|at| words.get(at + 1));
+        if let (Some(inode), Some(port), Some(address)) = (words.first(), after("port"), after("src_addr"))
+            && self.connections.len() < MAX_CONNECTIONS
+        {
+            self.connections.insert((*inode).to_owned(), format!("{address} port {port}"));
+        }
+    }
+
+    fn complete(&self, error: String) -> String {
+        let object = if error.contains("Consider using --ext-unix-sk") {
+            self.unix_socket.as_ref()
+        } else if error.contains("Connected TCP socket, ") {
+            self.socket.as_ref().and_then(|inode| self.connections.get(inode))
+        } else if error.contains("(empty-image)") {
+            return match &self.missing_image {
+                Some(image) => error.replace("(empty-image)", &format!("{image}, which is missing")),
+                None => error,
+            };
+        } else {
+            None
+        };
+        object.map_or_else(|| error.clone(), |object| format!("{error} [{object}]"))
+    }
+}
+
 /// `(00.001) pie: 12: Error (criu/tty.c:1): tty: what` holds `tty: what`.
 fn error_in(line: &str) -> Option<String> {
     let rest = line.split_once("Error (").map(|(_, rest)| rest)?;
     let message = rest.split_once("): ").map_or(rest, |(_, message)| message);
     Some(message.trim().to_owned())
-}
-
-/// The socket in a line such as `sk unix: Runaway socket: ino 12 ... name /run/x`.
-fn context_of(line: &str) -> Option<String> {
-    let (_, socket) = line.split_once("Runaway socket: ")?;
-    Some(socket.trim().to_owned())
 }
 
 /// A sentence for a well-known cause, which names the object.
@@ -121,7 +171,10 @@ fn sentence(error: &str) -> Option<String> {
     let known = if has("Connected TCP socket in image") {
         "the image holds an established TCP connection, and neither keeping nor closing it is allowed".to_owned()
     } else if has("Connected TCP socket") {
-        "the process has an established TCP connection, and neither keeping nor closing it is allowed".to_owned()
+        let connection = between("[", "]").map_or_else(String::new, |connection| format!(" ({connection})"));
+        format!(
+            "the process has an established TCP connection{connection}, and neither keeping nor closing it is allowed"
+        )
     } else if has("External socket is used") {
         let socket = between("[", "]").map_or_else(String::new, |socket| format!(" ({socket})"));
         format!("the process uses a unix socket whose other end is outside{socket}, and that is not allowed")
@@ -168,7 +221,10 @@ fn sentence(error: &str) -> Option<String> {
     } else if let Some(version) = after(error, "Not supported images version ") {
         format!("the image has version {version}, which this criu does not know")
     } else if let Some(file) = after(error, "Magic doesn't match for ").or_else(|| after(error, "Unexpected EOF on ")) {
-        format!("the image file {file} is damaged")
+        match file.strip_suffix(", which is missing") {
+            Some(file) => format!("the image file {file} is missing"),
+            None => format!("the image file {file} is damaged"),
+        }
     } else {
         return None;
     };

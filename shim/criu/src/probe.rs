@@ -13,7 +13,7 @@ use crate::client::Criu;
 use crate::error::{CallError, Missing, PreflightError};
 use crate::log;
 use crate::notify::BoxError;
-use crate::swrk::{self, Swrk};
+use crate::swrk::{self, Mounts, Swrk};
 use crate::version::{MINIMUM, Version};
 
 /// Bounds `criu check`, which tries the kernel's features one by one: about 0.1 s, more on a busy machine.
@@ -38,6 +38,20 @@ impl Criu {
     pub async fn version(&self) -> Result<Version, CallError> {
         let answer = self.ask(Criu_req_type::VERSION, None).await?;
         answer.version.as_ref().and_then(Version::of).ok_or_else(|| strange("it has no version"))
+    }
+
+    /// The error that tells that criu is too old, if it is. To be asked when criu has failed: what it says then need not
+    /// make that clear.
+    pub async fn too_old(&self) -> Option<CallError> {
+        let mut command = swrk::command(self);
+        command.arg("--version").current_dir("/");
+        let (child, output) = swrk::spawn(self, command, vec![]).ok()?;
+        if tokio::time::timeout(CHECK_TIMEOUT, child.wait()).await.is_err() {
+            let _ = child.signal(rustix::process::Signal::KILL);
+            return None;
+        }
+        let found = Version::in_text(&output.text())?;
+        (found < MINIMUM).then_some(CallError::TooOld { found, needed: MINIMUM })
     }
 
     /// Which optional features criu and the kernel have.
@@ -89,7 +103,7 @@ impl Criu {
         let mut message = Criu_req::new();
         message.set_type(kind);
         message.features = features.into();
-        let swrk = Swrk::start(self, Path::new("/"), "", vec![])?;
+        let swrk = Swrk::start(self, Path::new("/"), "", vec![], Mounts::Shared)?;
         // It writes no log; what it says of errors comes with its output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {

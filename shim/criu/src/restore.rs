@@ -18,7 +18,7 @@ use crate::options::{
     CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
 };
 use crate::residue::{self, Residue};
-use crate::swrk::{FIRST_INHERITED, Swrk};
+use crate::swrk::{FIRST_INHERITED, Mounts, Swrk};
 
 /// Name of the log in the work directory, as runc has it.
 const LOG: &str = "restore.log";
@@ -93,7 +93,7 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, &work_path, &marker, inherited).map_err(failed)?;
+        let swrk = Swrk::start(self, &work_path, &marker, inherited, Mounts::Own).map_err(failed)?;
         let criu = swrk.child.clone();
         let since = residue::start_time(criu.pid()).unwrap_or(u64::MAX);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };
@@ -127,7 +127,7 @@ impl Criu {
             }
             Err(source) => {
                 call.abandon().await;
-                Err(failed(source))
+                Err(failed(self.too_old().await.unwrap_or(source)))
             }
         }
     }

@@ -32,6 +32,20 @@ impl Version {
             sublevel: u32::try_from(answer.sublevel()).ok()?,
         })
     }
+
+    /// What `criu --version` prints: `Version: 4.2.1`.
+    pub(crate) fn in_text(text: &str) -> Option<Self> {
+        let version = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
+        let mut numbers = version.trim().split('.').map(|number| {
+            let digits = number.find(|c: char| !c.is_ascii_digit()).map_or(number, |end| &number[..end]);
+            digits.parse().ok()
+        });
+        Some(Self {
+            major: numbers.next()??,
+            minor: numbers.next().flatten().unwrap_or(0),
+            sublevel: numbers.next().flatten().unwrap_or(0),
+        })
+    }
 }
 
 impl fmt::Display for Version {

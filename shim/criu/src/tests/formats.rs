@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use crate::image::{self, ImageError};
 use crate::log;
 use crate::options::{CgroupRoot, CgroupRoots, External, Namespace};
+use crate::version::Version;
 
 /// The smallest directory that passes for an image: a tree whose root was process 7.
 pub(super) fn write_image(folder: &Path) {
@@ -102,6 +103,28 @@ fn the_first_errors_of_a_log_are_kept_without_their_places() {
     assert_eq!(log::errors(many.as_bytes()).len(), 5);
     let long = format!("Error (x.c:1): {}", "y".repeat(1 << 20));
     assert!(log::errors(long.as_bytes())[0].len() < 2048);
+}
+
+#[test]
+fn errors_get_the_object_that_a_line_before_names() {
+    let text = "(00.1) inet: \tCollected: ino 0xa1 family AF_INET    type SOCK_STREAM    port     5000 state TCP_ESTABLISHED  src_addr 127.0.0.1\n\
+                (00.1) inet: \tCollected: ino 0xa2 family AF_INET    type SOCK_STREAM    port       22 state TCP_ESTABLISHED  src_addr 10.0.0.1\n\
+                (00.2) sockets: Searching for socket 0xa1 family 2\n\
+                (00.2) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.\n";
+    let errors = log::errors(text.as_bytes());
+    assert!(errors[0].ends_with("[127.0.0.1 port 5000]"), "{errors:?}");
+    assert!(log::cause(&errors).unwrap().contains("connection (127.0.0.1 port 5000),"));
+    let text = "(00.1) No core-1.img image\n(00.1) Error (criu/protobuf.c:72): Unexpected EOF on (empty-image)\n";
+    assert_eq!(log::cause(&log::errors(text.as_bytes())).unwrap(), "the image file core-1.img is missing");
+}
+
+#[test]
+fn the_version_is_read_from_what_criu_prints() {
+    let version = |text| Version::in_text(text).map(|version| version.to_string());
+    assert_eq!(version("Version: 4.2.1\nGitID: x\n").unwrap(), "4.2.1");
+    assert_eq!(version("warning\nVersion: 3.8").unwrap(), "3.8");
+    assert_eq!(version("Version: 4.3-dev").unwrap(), "4.3");
+    assert_eq!(version("no such thing"), None);
 }
 
 #[test]

@@ -56,13 +56,14 @@ impl Call<'_> {
     }
 
     /// The error with what CRIU's log says in place of the runtime's own words, which say only that CRIU failed.
-    pub(super) fn explained(&self, error: RuntimeError, log: &Path) -> RuntimeError {
-        match (error, criu::explain(log)) {
-            (RuntimeError::Refused { .. } | RuntimeError::Answer { .. }, Some(explanation)) => {
-                self.refused(explanation)
-            }
-            (error, _) => error,
+    pub(super) async fn explained(&self, error: RuntimeError, log: &Path) -> RuntimeError {
+        if !matches!(error, RuntimeError::Refused { .. } | RuntimeError::Answer { .. }) {
+            return error;
         }
+        if let Some(too_old) = criu::Criu::new(self.reaper.clone()).too_old().await {
+            return self.refused(too_old.to_string());
+        }
+        criu::explain(log).map_or(error, |explanation| self.refused(explanation))
     }
 
     /// The program's name, without its folder.

@@ -27,7 +27,10 @@ impl Command {
             // criu may have been killed after it had blocked the container's network.
             criu::unblock_network(init, &self.inner.reaper).await;
         }
-        dumped.map_err(|error| call.explained(error, &work.join("dump.log")))
+        match dumped {
+            Ok(()) => Ok(()),
+            Err(error) => Err(call.explained(error, &work.join("dump.log")).await),
+        }
     }
 
     pub(super) async fn restore_now(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
@@ -50,8 +53,13 @@ impl Command {
         {
             tracing::error!(container = id, %error, "cannot undo a restore");
         }
-        timeline.enter(Phase::Resume);
-        restored.map_err(|error| call.explained(error, &work.join("restore.log")))
+        match restored {
+            Ok(child) => {
+                timeline.enter(Phase::Resume);
+                Ok(child)
+            }
+            Err(error) => Err(call.explained(error, &work.join("restore.log")).await),
+        }
     }
 }
 

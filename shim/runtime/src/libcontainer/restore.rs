@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
@@ -27,6 +28,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::client::{Client, Subject, detached};
 use super::helper;
+use super::helper::HostName;
 use super::helper::restore::Prepared;
 use super::protocol::{Join, Step};
 use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
@@ -93,6 +95,7 @@ impl Client {
             subject,
             resources: Some(prepared.resources),
             needs_setup: prepared.needs_setup,
+            host_name: prepared.host_name,
             console_socket,
             timeline,
         };
@@ -107,7 +110,13 @@ impl Client {
             options: criu::Options { evasive_devices: true, ..helper::criu_options(allow) },
             ..criu::RestoreRequest::default()
         };
-        Ok(Criu::new(self.inner.reaper.clone()).restore(criu_request, &mut stages).await?.root)
+        let restored = Criu::new(self.inner.reaper.clone()).restore(criu_request, &mut stages).await;
+        if restored.is_err()
+            && let Err(error) = stages.put_back_host_name().await
+        {
+            tracing::error!(container = subject.id, %error, "cannot undo a restore");
+        }
+        Ok(restored?.root)
     }
 }
 
@@ -124,8 +133,18 @@ struct Stages<'a> {
     /// None once the cgroup is made.
     resources: Option<LinuxResources>,
     needs_setup: bool,
+    /// None unless it joins one.
+    host_name: Option<Arc<HostName>>,
+    /// Where the terminal goes; None once it is there, or without one.
     console_socket: Option<PathBuf>,
     timeline: Timeline,
+}
+
+impl Stages<'_> {
+    async fn put_back_host_name(&self) -> Result<(), RuntimeError> {
+        let Some(host_name) = self.host_name.clone() else { return Ok(()) };
+        self.client.blocking(self.subject, move |_| helper::put_back(&host_name)).await
+    }
 }
 
 #[async_trait]
@@ -148,13 +167,20 @@ impl NotifyRestore for Stages<'_> {
         Ok(())
     }
 
+    async fn post_setup_namespaces(&mut self) -> Result<(), BoxError> {
+        Ok(self.put_back_host_name().await?)
+    }
+
     async fn orphan_pts_master(&mut self, master: OwnedFd) -> Result<(), BoxError> {
-        let socket = self.console_socket.as_ref();
+        let socket = self.console_socket.take();
         let socket = socket.ok_or("the checkpoint is of a container with a terminal, and this one has none")?;
-        Ok(send(socket, &master)?)
+        Ok(send(&socket, &master)?)
     }
 
     async fn post_restore(&mut self, root: &Child) -> Result<(), BoxError> {
+        if self.console_socket.is_some() {
+            return Err("the process wants a terminal, but the one in the checkpoint has none".into());
+        }
         let (id, pid) = (self.subject.id.to_owned(), root.pid());
         self.client.blocking(self.subject, move |inner| helper::finish_restore(&inner.root, &id, pid)).await?;
         self.timeline.enter(Phase::Resume);

@@ -56,8 +56,11 @@ impl Bed {
     pub(crate) fn try_out(world: &Arc<World>, which: Which, sentence: &Sentence) -> Result<(), Failed> {
         let _context = world.handle.enter();
         let bed = Self::new(world, which);
-        // The embedded runtime opens its executable once, and keeps it.
-        assert!(world.handle.block_on(bed.runtime.start("contract-unknown")).is_err());
+        // The embedded runtime opens its executable once, and keeps it. Sentences may use it beside another one.
+        for which in [which, Which::Libcontainer] {
+            let runtime = world.runtime(which, bed.root.clone());
+            assert!(world.handle.block_on(runtime.start("contract-unknown")).is_err());
+        }
         let before = bed.traces();
         let result = std::panic::catch_unwind(AssertUnwindSafe(|| {
             world.handle.block_on(async { tokio::time::timeout(LIMIT, (sentence.run)(&bed)).await })
@@ -78,6 +81,11 @@ impl Bed {
         let root = folder.path().join("state");
         let runtime = world.runtime(which, root.clone());
         Self { which, world: Arc::clone(world), runtime, root, folder, ids: Mutex::default() }
+    }
+
+    /// The same place with another runtime.
+    pub(crate) fn beside(&self, which: Which) -> Self {
+        Self::new(&self.world, which)
     }
 
     /// A folder for what a sentence needs.

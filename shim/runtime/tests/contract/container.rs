@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{PipeWriter, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,13 +17,14 @@ use tokio::net::unix::pipe;
 
 use crate::bed::Bed;
 use crate::spec;
+use crate::world::Which;
 
 /// How long something may take that happens within milliseconds when all is well.
 const SOON: Duration = Duration::from_secs(20);
 
 /// A folder with a config.json and a mounted root, as containerd hands it over.
 pub(crate) struct Bundle<'bed> {
-    bed: &'bed Bed,
+    pub(crate) bed: &'bed Bed,
     pub(crate) id: String,
     pub(crate) folder: PathBuf,
 }
@@ -120,6 +121,11 @@ impl<'bed> Bundle<'bed> {
 
     pub(crate) async fn delete(&self) {
         self.bed.runtime.delete(&self.id).await.unwrap();
+        if self.bed.which == Which::Crun {
+            // It does not see this hierarchy here, but the CRIU that it starts does.
+            let path = self.cgroup();
+            let _ = fs::remove_dir(Path::new("/sys/fs/cgroup/unified").join(path.strip_prefix("/").unwrap()));
+        }
     }
 
     /// Kills a running container and deletes it.

@@ -20,7 +20,7 @@ sentences![
 const KINDS: [&str; 6] = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
 
 /// A container with a hook of each kind that runs the script that `script` makes of the kind's name.
-fn with_hooks(mut spec: Spec, script: impl Fn(&str) -> String) -> Spec {
+pub(crate) fn with_hooks(mut spec: Spec, script: impl Fn(&str) -> String) -> Spec {
     let one = |kind: &str| Some(vec![hook(&script(kind))]);
     let mut hooks = Hooks::default();
     #[allow(deprecated, reason = "nvidia-container-runtime's own hook is still one of these")]

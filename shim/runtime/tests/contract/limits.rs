@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use cgroup::Cgroup;
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxPidsBuilder, LinuxResources,
-    LinuxResourcesBuilder,
+    LinuxResourcesBuilder, Spec,
 };
+use reaper::Child;
 use rustix::fs::{FileType, Mode};
 
 use crate::bed::{Bed, sentences};
@@ -40,15 +41,15 @@ fn cgroups(bundle: &Bundle<'_>) -> Vec<PathBuf> {
     cgroup_hierarchies().into_iter().map(|hierarchy| hierarchy.join(path)).collect()
 }
 
-fn memory(bundle: &Bundle<'_>) -> String {
+pub(crate) fn memory(bundle: &Bundle<'_>) -> String {
     read(bundle, "memory.limit_in_bytes", "memory.max")
 }
 
-fn pids(bundle: &Bundle<'_>) -> String {
+pub(crate) fn pids(bundle: &Bundle<'_>) -> String {
     read(bundle, "pids.max", "pids.max")
 }
 
-fn limits(memory: i64, pids: i64) -> LinuxResources {
+pub(crate) fn limits(memory: i64, pids: i64) -> LinuxResources {
     LinuxResourcesBuilder::default()
         .memory(LinuxMemoryBuilder::default().limit(memory).build().unwrap())
         .pids(LinuxPidsBuilder::default().limit(pids).build().unwrap())
@@ -57,11 +58,29 @@ fn limits(memory: i64, pids: i64) -> LinuxResources {
 }
 
 /// An idle container with these beside the usual device rules.
-fn idle(mut resources: LinuxResources) -> oci_spec::runtime::Spec {
-    shell("echo up; sleep 600").with_linux(|linux| {
+fn idle(resources: LinuxResources) -> Spec {
+    with_limits(shell("echo up; sleep 600"), resources)
+}
+
+/// A container with these beside its device rules.
+pub(crate) fn with_limits(spec: Spec, mut resources: LinuxResources) -> Spec {
+    spec.with_linux(|linux| {
         resources.set_devices(linux.resources().as_ref().unwrap().devices().clone());
         linux.set_resources(Some(resources));
     })
+}
+
+/// A process is in the container's cgroup, in every hierarchy. The named and the unified hierarchy of a machine that has
+/// v1 controllers are no business of all runtimes.
+pub(crate) fn assert_in_its_cgroup(bundle: &Bundle<'_>, child: &Child) {
+    let outside = fs::read_to_string(format!("/proc/{}/cgroup", child.pid())).unwrap();
+    for line in outside.lines().filter(has_controllers) {
+        assert_eq!(Path::new(line.splitn(3, ':').nth(2).unwrap()), bundle.cgroup(), "{line}");
+    }
+}
+
+fn has_controllers(line: &&str) -> bool {
+    !line.contains("name=") && !line.starts_with("0::")
 }
 
 async fn a_container_is_in_its_own_cgroup_everywhere(bed: &Bed) {
@@ -69,16 +88,11 @@ async fn a_container_is_in_its_own_cgroup_everywhere(bed: &Bed) {
     let running = bundle.start().await;
     running.says("up").await;
     let inside = running.pipes.stdout.so_far();
-    // A cgroup namespace makes its own cgroup the root. The named and the unified hierarchy of a machine that has v1
-    // controllers are no business of all runtimes.
-    let controllers = |line: &&str| !line.contains("name=") && !line.starts_with("0::");
-    for line in inside.lines().filter(|line| line.contains(':')).filter(controllers) {
+    // A cgroup namespace makes its own cgroup the root.
+    for line in inside.lines().filter(|line| line.contains(':')).filter(has_controllers) {
         assert!(line.ends_with(":/"), "{line}");
     }
-    let outside = fs::read_to_string(format!("/proc/{}/cgroup", running.child.pid())).unwrap();
-    for line in outside.lines().filter(controllers) {
-        assert_eq!(Path::new(line.splitn(3, ':').nth(2).unwrap()), bundle.cgroup(), "{line}");
-    }
+    assert_in_its_cgroup(&bundle, &running.child);
     bundle.kill(running).await;
 }
 
@@ -152,7 +166,7 @@ async fn a_container_of_a_pod_is_below_the_pods_cgroup(bed: &Bed) {
     let second = bed.bundle(&idle(limits(64 << 20, 50)));
     let other = second.start().await;
     other.says("up").await;
-    let of = |child: &reaper::Child| Cgroup::of_process(child.pid()).unwrap().pids().unwrap();
+    let of = |child: &Child| Cgroup::of_process(child.pid()).unwrap().pids().unwrap();
     assert_eq!(of(&running.child), [running.child.pid()]);
     assert_eq!(of(&other.child), [other.child.pid()]);
     second.kill(other).await;

@@ -10,15 +10,19 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod bed;
+mod checkpoint;
 mod container;
 mod exec;
 mod failure;
 mod hooks;
+mod image;
 mod isolation;
 mod leaks;
 mod lifecycle;
 mod limits;
 mod mounts;
+mod restore;
+mod restored;
 mod spec;
 mod terminal;
 mod world;
@@ -59,6 +63,9 @@ fn sentences() -> Vec<Sentence> {
         terminal::sentences(),
         hooks::sentences(),
         leaks::sentences(),
+        checkpoint::sentences(),
+        restore::sentences(),
+        restored::sentences(),
     ]
     .concat()
 }

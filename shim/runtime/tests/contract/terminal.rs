@@ -25,23 +25,23 @@ sentences![
 ];
 
 /// The listening end of a console socket.
-struct Console {
+pub(crate) struct Console {
     listener: UnixListener,
     path: PathBuf,
 }
 
 impl Console {
-    fn new(bed: &Bed) -> Self {
+    pub(crate) fn new(bed: &Bed) -> Self {
         let path = bed.folder().join(format!("console-{}", bed.world.number()));
         Self { listener: UnixListener::bind(&path).unwrap(), path }
     }
 
-    fn io(&self) -> ProcessIo {
+    pub(crate) fn io(&self) -> ProcessIo {
         ProcessIo::Terminal { console_socket: self.path.clone() }
     }
 
     /// The master that the runtime has sent.
-    async fn master(self) -> Master {
+    pub(crate) async fn master(self) -> Master {
         let (stream, _) = soon("the runtime connects", self.listener.accept()).await.unwrap();
         let stream = stream.into_std().unwrap();
         stream.set_nonblocking(false).unwrap();
@@ -63,14 +63,14 @@ impl Console {
     }
 }
 
-struct Master {
+pub(crate) struct Master {
     file: std::fs::File,
     heard: String,
 }
 
 impl Master {
     /// Reads until it hears `what`; returns all before that.
-    async fn hears(&mut self, what: &str) -> String {
+    pub(crate) async fn hears(&mut self, what: &str) -> String {
         let Self { file, heard } = self;
         loop {
             if let Some((before, after)) = heard.split_once(what) {
@@ -88,17 +88,17 @@ impl Master {
         }
     }
 
-    fn types(&mut self, text: &str) {
+    pub(crate) fn types(&mut self, text: &str) {
         self.file.write_all(text.as_bytes()).unwrap();
     }
 
-    fn resize(&self, rows: u16, columns: u16) {
+    pub(crate) fn resize(&self, rows: u16, columns: u16) {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         rustix::termios::tcsetwinsize(&self.file, size).unwrap();
     }
 
     /// Nobody has the other end any more.
-    async fn ends(mut self) {
+    pub(crate) async fn ends(mut self) {
         let end = tokio::task::spawn_blocking(move || {
             let mut buffer = [0; 1024];
             loop {

@@ -173,10 +173,10 @@ fn is_static(elf: &[u8]) -> bool {
 }
 
 /// The applets that the sentences use.
-const APPLETS: [&str; 36] = [
+const APPLETS: [&str; 37] = [
     "cat", "chmod", "cp", "cut", "dd", "echo", "env", "false", "find", "grep", "head", "hostname", "id", "kill", "ln",
-    "ls", "mkdir", "mknod", "mount", "mv", "ps", "pwd", "readlink", "rm", "setsid", "sh", "sleep", "sort", "stat",
-    "stty", "tail", "test", "touch", "tr", "true", "tty",
+    "ls", "mkdir", "mknod", "mount", "mv", "nc", "ps", "pwd", "readlink", "rm", "setsid", "sh", "sleep", "sort",
+    "stat", "stty", "tail", "test", "touch", "tr", "true", "tty",
 ];
 
 fn make_files(busybox: &Path, files: &Path) -> std::io::Result<()> {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use criu::{DumpRequest, External, ExternalMount, Namespace, Options};
 use libcontainer::container::ContainerStatus;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 use rustix::fs::OFlags;
 
 use super::cgroup::Place;
@@ -17,7 +17,9 @@ use super::{Helper, adapt, descriptors};
 use crate::{Allow, CheckpointRequest, Tcp};
 
 /// What stands for a masked file in images.
-const MASK: &str = "/dev/null";
+pub(super) const MASK: &str = "/dev/null";
+/// What the OCI runtime specification gives to every container.
+const DEVICES: [&str; 6] = ["/dev/full", "/dev/null", "/dev/random", "/dev/tty", "/dev/urandom", "/dev/zero"];
 /// Largest deleted file that is kept in the images. CRIU's own limit of 1 MiB refuses what programs do every day, a
 /// log that was rotated away; a bound it needs, because such files are copied byte by byte.
 const GHOST_LIMIT: u32 = 1 << 30;
@@ -84,19 +86,20 @@ fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<Extern
         let path = path.to_string_lossy().into_owned();
         mounts.push(ExternalMount { key: path.clone(), value: path });
     };
+    let linux = adapt::linux(spec)?;
     for mount in spec.mounts().iter().flatten() {
         let destination = mount.destination();
         let real =
             root.real_path(destination).context(|| format!("find {} in the container", destination.display()))?;
         if is_bind(mount) {
             add(&real);
-        } else if mount.typ().as_deref() == Some("cgroup") {
+        } else if mount.typ().as_deref() == Some("cgroup") && !has_new_cgroup(linux) {
+            // In a namespace of their own they are mounts that CRIU can make again.
             place.v1_directories().iter().for_each(|(name, _)| add(&real.join(name)));
         }
     }
-    let linux = adapt::linux(spec)?;
     // With a user namespace they are bind mounts. Otherwise there is no mount of this name, which CRIU does not mind.
-    linux.devices().iter().flatten().for_each(|device| add(device.path()));
+    device_paths(linux).for_each(&mut add);
     for masked in linux.masked_paths().iter().flatten() {
         let path = Path::new(masked);
         match root.resolve(path, OFlags::PATH) {
@@ -107,6 +110,18 @@ fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<Extern
         }
     }
     Ok(mounts)
+}
+
+/// Devices of every container and those of this one.
+pub(super) fn device_paths(linux: &Linux) -> impl Iterator<Item = &Path> {
+    let own = linux.devices().iter().flatten().map(|device| device.path().as_path());
+    DEVICES.into_iter().map(Path::new).chain(own)
+}
+
+/// The container has a cgroup namespace of its own.
+fn has_new_cgroup(linux: &Linux) -> bool {
+    let namespaces = linux.namespaces().iter().flatten();
+    namespaces.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup)
 }
 
 pub(super) fn is_bind(mount: &oci_spec::runtime::Mount) -> bool {

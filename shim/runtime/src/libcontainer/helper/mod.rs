@@ -15,6 +15,7 @@ mod error;
 mod exec;
 mod filter;
 mod fixup;
+mod host_name;
 mod launch;
 mod lifecycle;
 mod log;
@@ -164,12 +165,18 @@ pub(super) fn finish_restore(root: &Path, id: &str, pid: i32) -> std::result::Re
     restore::finish(&Helper::new(root, id, false), pid).map_err(|failure| failure.to_string())
 }
 
+/// Gives the namespace that the container joins its host name again.
+pub(super) fn put_back(host_name: &HostName) -> std::result::Result<(), String> {
+    host_name.put_back().map_err(|failure| failure.to_string())
+}
+
 /// Takes away what only CRIU needed.
 pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), String> {
     restore::unmount_root(&Helper::new(root, id, false)).map_err(|failure| failure.to_string())
 }
 
 pub(super) use dump::criu_options;
+pub(super) use host_name::HostName;
 pub(super) use launch::give_to;
 
 /// The id becomes a file name below the root.

@@ -1,6 +1,7 @@
 //! The parts of a restore that are not CRIU's: state, places for mounts, cgroup, hooks.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use criu::{ExternalMount, JoinNamespace, Namespace};
 use libcgroups::common::{CgroupManager, ControllerOpt};
@@ -11,8 +12,9 @@ use oci_spec::runtime::{LinuxResources, Mount, Spec};
 
 use super::cgroup::Place;
 use super::create::check_terminal;
-use super::dump::{is_bind, is_inherited, joined_namespaces, mask};
+use super::dump::{MASK, device_paths, is_bind, is_inherited, joined_namespaces, mask};
 use super::error::{Context, Failure, Result};
+use super::host_name::HostName;
 use super::rootfs::Root;
 use super::state::Identity;
 use super::{Helper, adapt, delete, descriptors, devices, fixup};
@@ -30,6 +32,8 @@ pub(in crate::libcontainer) struct Prepared {
     pub(in crate::libcontainer) inherited: Vec<(Namespace, PathBuf)>,
     /// What the standard streams were when the container was dumped.
     pub(in crate::libcontainer) streams: Vec<String>,
+    /// The host name of the namespace that it joins, to be put back when CRIU has set another one.
+    pub(in crate::libcontainer) host_name: Option<Arc<HostName>>,
     /// The container's limits.
     pub(in crate::libcontainer) resources: LinuxResources,
     /// Hooks have to run, or a network device to be raised, in its namespaces.
@@ -44,9 +48,12 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
     adapt::validate(&spec)?;
     check_terminal(&spec, terminal)?;
     let streams = descriptors::read(images)?;
-    if terminal && !streams.is_empty() && !streams.iter().any(|stream| stream.starts_with("/dev/pts/")) {
+    // Where there is none of them, it may have a terminal or not: runc notes the streams before the terminal is there.
+    if terminal && streams.iter().any(|stream| stream.starts_with("pipe:[")) {
         return Err(Failure::new("the process wants a terminal, but the one in the checkpoint has none"));
     }
+    // Before its cgroup is found to be in use, by itself.
+    helper.directory.expect_none()?;
     let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
     let place = Place::new(&path, helper.systemd_cgroup, &helper.id)?;
     if place.is_populated()? {
@@ -72,6 +79,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
         let is_set = |hooks: Option<&Vec<_>>| hooks.is_some_and(|hooks| !hooks.is_empty());
         Ok(Prepared {
             external_mounts: external_mounts(&spec, &place, bundle)?,
+            host_name: host_name(&joined)?,
             joined: joined.into_iter().map(|(kind, path)| JoinNamespace { kind, path }).collect(),
             inherited,
             streams,
@@ -90,6 +98,11 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
     })
 }
 
+fn host_name(joined: &[(Namespace, PathBuf)]) -> Result<Option<Arc<HostName>>> {
+    let path = joined.iter().find_map(|(kind, path)| (*kind == Namespace::Uts).then_some(path));
+    path.map(|path| HostName::of(path).map(Arc::new)).transpose()
+}
+
 /// What the mounts of the images are to be, by the names that [`dump`](super::dump) and runc give them.
 fn external_mounts(spec: &Spec, place: &Place, bundle: &Path) -> Result<Vec<ExternalMount>> {
     let mut mounts = vec![mask()];
@@ -105,8 +118,12 @@ fn external_mounts(spec: &Spec, place: &Place, bundle: &Path) -> Result<Vec<Exte
             hierarchies.iter().for_each(|(name, directory)| add(&mount.destination().join(name), directory));
         }
     }
-    for device in adapt::linux(spec)?.devices().iter().flatten() {
-        add(device.path(), device.path());
+    // crun's name for a masked file is its place.
+    for masked in adapt::linux(spec)?.masked_paths().iter().flatten() {
+        add(Path::new(masked), Path::new(MASK));
+    }
+    for device in device_paths(adapt::linux(spec)?) {
+        add(device, device);
     }
     Ok(mounts)
 }

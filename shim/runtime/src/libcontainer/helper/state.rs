@@ -30,6 +30,8 @@ const INIT: &str = "init.json";
 const ROOT: &str = "criu-root";
 /// Ours: locked while init has not become the user's program.
 const STARTING: &str = "starting.lock";
+/// Clients look for the last word.
+const EXISTS: &str = "a container with this id exists";
 /// startContainer hooks may take their time.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -94,11 +96,14 @@ impl StateDirectory {
         }
         match DirBuilder::new().mode(0o711).create(&self.path) {
             Ok(()) => Ok(()),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Failure::new("a container with this id exists"))
-            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(Failure::new(EXISTS)),
             Err(error) => Err(Failure::because(format!("make {}", self.path.display()), &error)),
         }
+    }
+
+    /// An error when it is there.
+    pub(super) fn expect_none(&self) -> Result<()> {
+        if self.exists()? { Err(Failure::new(EXISTS)) } else { Ok(()) }
     }
 
     pub(super) fn exists(&self) -> Result<bool> {

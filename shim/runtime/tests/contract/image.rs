@@ -1,0 +1,154 @@
+//! Checkpoints of containers, and containers made of them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+use reaper::Child;
+use runtime::{Allow, Caller, CheckpointRequest, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+
+use crate::bed::Bed;
+use crate::container::{Bundle, Ended, Pipes, Running};
+use crate::spec::Edit;
+use crate::world::Which;
+
+/// Paths that specifications mask, and that are directories.
+const DIRECTORIES: [&str; 4] = ["/proc/acpi", "/proc/asound", "/proc/scsi", "/sys/firmware"];
+
+/// A folder for a checkpoint: its images, and the logs of who made and used it.
+pub(crate) struct Image {
+    folder: PathBuf,
+}
+
+impl Image {
+    pub(crate) fn new(bed: &Bed) -> Self {
+        let image = Self { folder: bed.folder().join(format!("checkpoint-{}", bed.world.number())) };
+        fs::create_dir_all(image.images()).unwrap();
+        fs::create_dir(image.work()).unwrap();
+        image
+    }
+
+    pub(crate) fn images(&self) -> PathBuf {
+        self.folder.join("images")
+    }
+
+    pub(crate) fn work(&self) -> PathBuf {
+        self.folder.join("work")
+    }
+
+    /// A copy, to be spoilt.
+    pub(crate) fn copy(&self, bed: &Bed) -> Self {
+        let copy = Self::new(bed);
+        for entry in fs::read_dir(self.images()).unwrap().map(|entry| entry.unwrap()) {
+            fs::copy(entry.path(), copy.images().join(entry.file_name())).unwrap();
+        }
+        copy
+    }
+
+    /// Its largest file of memory.
+    pub(crate) fn pages(&self) -> PathBuf {
+        let entries = fs::read_dir(self.images()).unwrap().map(|entry| entry.unwrap().path());
+        let pages = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("pages-");
+        entries.filter(|path| pages(path)).max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap()
+    }
+}
+
+impl Bundle<'_> {
+    /// Saves the container, which goes on.
+    pub(crate) async fn checkpoint(&self, running: &Running) -> Image {
+        let image = Image::new(self.bed);
+        self.checkpoint_to(&image, &running.child, |request| request.leave_running = true).await.unwrap();
+        image
+    }
+
+    /// Saves the container, which ends by that, and deletes it.
+    pub(crate) async fn swap_out(&self, running: Running) -> (Image, Ended) {
+        let image = Image::new(self.bed);
+        self.checkpoint_to(&image, &running.child, |_| {}).await.unwrap();
+        let ended = running.end().await;
+        assert_eq!(ended.code, 137);
+        self.delete().await;
+        (image, ended)
+    }
+
+    pub(crate) async fn checkpoint_to(
+        &self,
+        image: &Image,
+        init: &Child,
+        change: impl FnOnce(&mut CheckpointRequest),
+    ) -> Result<(), RuntimeError> {
+        let (caller, _waiting) = Caller::new();
+        let mut request = CheckpointRequest {
+            id: self.id.clone(),
+            init: init.pid(),
+            images: image.images(),
+            work: image.work(),
+            leave_running: false,
+            allow: Allow::default(),
+            caller,
+        };
+        change(&mut request);
+        self.bed.runtime.checkpoint(request).await
+    }
+
+    /// Makes the container from a checkpoint, its standard input and output being new pipes.
+    pub(crate) async fn restore(&self, image: &Image) -> Running {
+        self.restore_allowing(image, Allow::default()).await.unwrap()
+    }
+
+    pub(crate) async fn restore_allowing(&self, image: &Image, allow: Allow) -> Result<Running, RuntimeError> {
+        let (io, pipes) = Pipes::new();
+        self.restore_with(image, io, allow).await.map(|child| Running { child, pipes })
+    }
+
+    pub(crate) async fn restore_with(&self, image: &Image, io: ProcessIo, allow: Allow) -> Result<Child, RuntimeError> {
+        let request = RestoreRequest {
+            id: self.id.clone(),
+            bundle: self.folder.clone(),
+            images: image.images(),
+            work: image.work(),
+            io,
+            no_pivot_root: false,
+            allow,
+            timeline: Timeline::start(Phase::Inspect),
+        };
+        self.bed.runtime.restore(request).await
+    }
+}
+
+impl Bed {
+    /// A specification like this one, of a container that can be restored. crun before 1.29 restores none that masks
+    /// directories, unless its state is where it has it by default: containers/crun#2239.
+    pub(crate) fn savable(&self, spec: &Spec) -> Spec {
+        spec.clone().with_linux(|linux| {
+            if self.which == Which::Crun {
+                linux
+                    .masked_paths_mut()
+                    .iter_mut()
+                    .for_each(|paths| paths.retain(|path| !DIRECTORIES.contains(&path.as_str())));
+            }
+        })
+    }
+
+    /// The reason why a container cannot be restored; nothing may be left of it.
+    pub(crate) async fn restore_refusal(&self, bundle: &Bundle<'_>, image: &Image) -> String {
+        let before = self.traces();
+        match bundle.restore_allowing(image, Allow::default()).await {
+            Ok(running) => {
+                bundle.kill(running).await;
+                panic!("it was restored");
+            }
+            Err(error) => {
+                let left = self.settle(&before);
+                assert!(left.is_empty(), "after {error}: {left:?}");
+                chain(&error)
+            }
+        }
+    }
+}
+
+/// An error with its causes.
+pub(crate) fn chain(error: &RuntimeError) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -6,7 +6,7 @@ DEBIAN_SUITE=forky
 
 # Packages of the root. The first list is also what a pack carries; the second stays on machines that build.
 ROOT_PACKAGES=(
-  containerd runc crun criu containernetworking-plugins
+  containerd runc crun criu libcriu2 containernetworking-plugins
   iptables nftables iproute2 procps jq ca-certificates busybox-static python3-minimal strace
 )
 BUILD_PACKAGES=(umoci docker-registry gcc libc6-dev libpython3-stdlib)

@@ -22,7 +22,7 @@ use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{External, ExternalMount, Options, Place, to_rpc};
 use crate::residue::{self, Residue};
-use crate::swrk::{Mounts, Swrk};
+use crate::swrk::Swrk;
 
 /// Name of the log in the work directory, as runc has it: containerd copies it out of there.
 const LOG: &str = "dump.log";
@@ -91,7 +91,7 @@ impl Criu {
 
         let failed = |source| DumpError::Criu { pid, source };
         let marker = residue::marker();
-        let swrk = Swrk::start(self, work_path, &marker, vec![], Mounts::Shared).map_err(failed)?;
+        let swrk = Swrk::start(self, work_path, &marker, vec![]).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);

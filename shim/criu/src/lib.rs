@@ -56,5 +56,6 @@ pub use options::{
     Options,
 };
 pub use probe::Features;
+pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
 pub use version::{CONTAINERD_MINIMUM, MINIMUM, Version};

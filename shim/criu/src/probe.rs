@@ -13,7 +13,7 @@ use crate::client::Criu;
 use crate::error::{CallError, Missing, PreflightError};
 use crate::log;
 use crate::notify::BoxError;
-use crate::swrk::{self, Mounts, Swrk};
+use crate::swrk::{self, Swrk};
 use crate::version::{MINIMUM, Version};
 
 /// Bounds `criu check`, which tries the kernel's features one by one: about 0.1 s, more on a busy machine.
@@ -103,7 +103,7 @@ impl Criu {
         let mut message = Criu_req::new();
         message.set_type(kind);
         message.features = features.into();
-        let swrk = Swrk::start(self, Path::new("/"), "", vec![], Mounts::Shared)?;
+        let swrk = Swrk::start(self, Path::new("/"), "", vec![])?;
         // It writes no log; what it says of errors comes with its output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {

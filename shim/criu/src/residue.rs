@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use reaper::{Adoption, Child};
+use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 /// Environment variable of one run of criu. Its forks keep it until they get the memory of the process that they are
@@ -123,4 +124,18 @@ fn stat(pid: i32) -> Option<Stat> {
 /// When a process was started, in clock ticks since boot.
 pub(crate) fn start_time(pid: i32) -> Option<u64> {
     stat(pid).map(|stat| stat.started)
+}
+
+/// Removes the mounts that a criu which was killed during a restore has left in its working directory. To be called when
+/// it has ended.
+pub fn remove_cgroup_mounts(work: &Path) {
+    let Ok(entries) = std::fs::read_dir(work) else { return };
+    for entry in entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b".criu.cgyard.")) {
+        let path = entry.path();
+        // All that is mounted in it goes with it.
+        let unmounted = rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        if let Err(error) = std::fs::remove_dir(&path) {
+            tracing::warn!(path = %path.display(), %error, ?unmounted, "cannot remove what a dead criu has mounted");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use crate::options::{
     CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
 };
 use crate::residue::{self, Residue};
-use crate::swrk::{FIRST_INHERITED, Mounts, Swrk};
+use crate::swrk::{FIRST_INHERITED, Swrk};
 
 /// Name of the log in the work directory, as runc has it.
 const LOG: &str = "restore.log";
@@ -93,11 +93,12 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, &work_path, &marker, inherited, Mounts::Own).map_err(failed)?;
+        let swrk = Swrk::start(self, &work_path, &marker, inherited).map_err(failed)?;
         let criu = swrk.child.clone();
         let since = residue::start_time(criu.pid()).unwrap_or(u64::MAX);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };
-        let mut call = Call::new(swrk, UndoRestore { residue, _open: (images, work) }, log.clone());
+        let mut call =
+            Call::new(swrk, UndoRestore { residue, work: work_path.clone(), _open: (images, work) }, log.clone());
 
         let roots = request.cgroup_roots;
         let restored = async {
@@ -145,6 +146,7 @@ fn message(request: &RestoreRequest, place: Place<'_>) -> Criu_req {
     opts.inherit_fd =
         request.inherit.iter().zip(FIRST_INHERITED..).map(|(inherit, fd)| inherit_fd(inherit, fd)).collect();
     opts.join_ns = request.join_namespaces.iter().map(join_namespace).collect();
+    opts.cgroup_yard = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|cgroup| cgroup_yard(&cgroup));
     opts.lsm_profile.clone_from(&request.lsm_profile);
     opts.lsm_mount_context.clone_from(&request.lsm_mount_context);
     opts.mntns_compat_mode = request.mntns_compat_mode.then_some(true);
@@ -153,6 +155,20 @@ fn message(request: &RestoreRequest, place: Place<'_>) -> Criu_req {
     message.set_type(Criu_req_type::RESTORE);
     message.opts = Some(opts).into();
     message
+}
+
+/// Where the hierarchies of cgroup v1 are mounted under the names that CRIU gives them. Otherwise it mounts all of them
+/// in its working directory for as long as it restores, where others take them for the machine's; and leaves them
+/// there when it is killed.
+fn cgroup_yard(cgroup: &str) -> Option<String> {
+    const YARD: &str = "/sys/fs/cgroup";
+    let names = cgroup.lines().filter_map(|line| line.split(':').nth(1));
+    let folder = |name: &str| match name {
+        "" => "unified".to_owned(),
+        name => name.strip_prefix("name=").unwrap_or(name).to_owned(),
+    };
+    let mut is_mounted = names.map(|name| Path::new(YARD).join(folder(name)).join("cgroup.procs").exists());
+    is_mounted.all(|is_mounted| is_mounted).then(|| YARD.to_owned())
 }
 
 fn inherit_fd(inherit: &Inherit, fd: i32) -> Inherit_fd {
@@ -196,6 +212,8 @@ impl Answers<UndoRestore> for AnswersRestore<'_> {
 
 struct UndoRestore {
     residue: Residue,
+    /// The work directory.
+    work: PathBuf,
     /// The images and the work directory, which CRIU opens by number as long as it runs.
     _open: (File, File),
 }
@@ -217,6 +235,7 @@ impl UndoRestore {
 impl Undo for UndoRestore {
     async fn undo(&mut self) {
         self.residue.kill().await;
+        residue::remove_cgroup_mounts(&self.work);
     }
 
     /// From pre-resume on CRIU only logs a refusal, and lets the tree run. (It does so at network-unlock too, but has

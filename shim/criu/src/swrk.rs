@@ -31,16 +31,6 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// How much of standard output and error is read: what comes before the log is open is a line or two.
 const MAX_OUTPUT: u64 = 64 << 10;
 
-/// Where criu mounts what it needs for itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mounts {
-    /// In this process's mount namespace.
-    Shared,
-    /// In one of its own, so that its mounts are seen by nobody else, and are gone with it. A restore mounts every
-    /// cgroup hierarchy in its directory, where others take them for the machine's.
-    Own,
-}
-
 /// A running criu, or one that has ended by itself.
 #[derive(Debug)]
 pub(crate) struct Swrk {
@@ -59,15 +49,11 @@ impl Swrk {
         directory: &Path,
         marker: &str,
         inherited: Vec<OwnedFd>,
-        mounts: Mounts,
     ) -> Result<Self, CallError> {
         let failed = |source| CallError::Start { path: criu.path.clone(), source };
         let (channel, theirs) = Channel::pair().map_err(failed)?;
         let mut command = command(criu);
         command.args(["swrk", &SOCKET.to_string()]).env(MARKER, marker).current_dir(directory);
-        if mounts == Mounts::Own {
-            sys::unshare_mounts(&mut command);
-        }
         let mut mappings = vec![FdMapping { parent_fd: theirs, child_fd: SOCKET }];
         for (fd, child_fd) in inherited.into_iter().zip(FIRST_INHERITED..) {
             mappings.push(FdMapping { parent_fd: fd, child_fd });

@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use rustix::mount::MountPropagationFlags;
 use rustix::thread::LinkNameSpaceType;
 
 /// Closes every descriptor from `first` on when `command` executes its program: those that this process was given
@@ -49,20 +48,4 @@ pub(crate) fn inherited(fd: std::os::fd::RawFd) -> OwnedFd {
     // SAFETY: only the test that plays criu calls this, once, for a descriptor that it was started with. Nothing else
     // in that process knows the number.
     unsafe { OwnedFd::from_raw_fd(fd) }
-}
-
-/// Gives `command` a mount namespace of its own, into which mounts of this one still spread, but not the other way
-/// round. Without the privilege it stays in this one.
-pub(crate) fn unshare_mounts(command: &mut Command) {
-    let unshare = || {
-        // SAFETY: the call takes a number, and concerns only the forked child, which has one thread.
-        if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
-            let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::PermissionDenied { Ok(()) } else { Err(error) };
-        }
-        let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        rustix::mount::mount_change(c"/", slave).map_err(io::Error::from)
-    };
-    // SAFETY: the closure runs in the forked child. It makes two system calls, and allocates and locks nothing.
-    unsafe { command.pre_exec(unshare) };
 }

@@ -48,6 +48,9 @@ impl Command {
         }
         arguments.extend(flags(allow).map(OsString::from));
         let restored = call.process(&scratch, arguments, io).await;
+        if restored.is_err() {
+            criu::remove_cgroup_mounts(&work);
+        }
         if restored.is_err()
             && let Err(error) = self.delete_now(&id).await
         {

@@ -1,7 +1,7 @@
 //! Checkpoints of containers, and containers made of them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
 use reaper::Child;
@@ -43,13 +43,6 @@ impl Image {
             fs::copy(entry.path(), copy.images().join(entry.file_name())).unwrap();
         }
         copy
-    }
-
-    /// Its largest file of memory.
-    pub(crate) fn pages(&self) -> PathBuf {
-        let entries = fs::read_dir(self.images()).unwrap().map(|entry| entry.unwrap().path());
-        let pages = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("pages-");
-        entries.filter(|path| pages(path)).max_by_key(|path| fs::metadata(path).unwrap().len()).unwrap()
     }
 }
 

@@ -189,6 +189,16 @@ fn dump_stats_of(path: &Path, entry: &[u8]) -> Result<DumpStats, ImageError> {
     Ok(stats)
 }
 
+/// Reads a directory's inventory, and checks what CRIU does not: that the files of memory are whole.
+///
+/// # Errors
+/// When it holds no image, or a damaged one.
+pub fn check(directory: &Path) -> Result<Image, ImageError> {
+    let image = inspect(directory)?;
+    check_pages(directory)?;
+    Ok(image)
+}
+
 /// The pid that the root had in its own pid namespace.
 pub(crate) fn root_pid(directory: &Path) -> Result<Option<i32>, ImageError> {
     let path = directory.join(PSTREE);

@@ -79,8 +79,7 @@ impl Criu {
             move |source| RestoreError::Directory { images, action, path, source }
         };
         let work_path = request.work_dir.clone().unwrap_or_else(|| images_path.clone());
-        image::inspect(&images_path).map_err(RestoreError::Image)?;
-        image::check_pages(&images_path).map_err(RestoreError::Image)?;
+        image::check(&images_path).map_err(RestoreError::Image)?;
         let dumped_pid = image::root_pid(&images_path).map_err(RestoreError::Image)?;
         let images = File::open(&images_path).map_err(at("open", &images_path))?;
         let work = File::open(&work_path).map_err(at("open", &work_path))?;

@@ -80,8 +80,9 @@ test-k8s: build ## Pods, and the kubelet's checkpoint API, on a one-node Kuberne
 	tests/k8s/test
 
 .PHONY: bench
-bench: build testbed ## Lifecycle of a container, ours against runc's shim, interleaved
+bench: build testbed ## Lifecycle, checkpoint and restore of a container, ours against runc's shim, interleaved
 	$(TESTBED) in $(CURDIR)/tests/bench/lifecycle.sh
+	$(TESTBED) in $(CURDIR)/tests/bench/checkpoint.sh
 
 .PHONY: clean
 clean: ## Stop and remove the test bed, remove build results

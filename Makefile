@@ -64,10 +64,13 @@ test-criu: deps testbed ## The criu crate against the real CRIU
 
 # Of the eight cells of the matrix, those that say most; `make test-e2e E2E_TARGETS=` runs all.
 E2E_TARGETS := 2.1/stock,2.1/gpusnap,2.1/gpusnap-runc,2.1/as-runc,2.4/gpusnap,2.4/as-runc
+# Those of them for the tests of checkpoint and restore, 3 minutes each; empty for all.
+E2E_CHECKPOINT_TARGETS := 2.1/gpusnap
 
 .PHONY: test-e2e
 test-e2e: build testbed ## ctr, nerdctl and the CRI on both containerds, under our shim and under Debian's
-	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=$(E2E_TARGETS) cargo test --locked -p e2e --test suite
+	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=$(E2E_TARGETS) GPUSNAP_E2E_CHECKPOINT_TARGETS=$(E2E_CHECKPOINT_TARGETS) \
+		cargo test --locked -p e2e --test suite
 
 .PHONY: test-e2e-stock
 test-e2e-stock: deps testbed ## The same suite under containerd's own shim only

@@ -42,12 +42,24 @@ fn cases() -> Vec<Case> {
         cri_pods::cases(),
         bad_input::cases(),
         robustness::cases(),
+        cost::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Environment variable that chooses targets, as [`TARGETS`] does, for the tests of checkpoint and restore, which take as
+/// long as all others together (default: the same).
+const CHECKPOINT_TARGETS: &str = "GPUSNAP_E2E_CHECKPOINT_TARGETS";
+
+fn checkpoint_cases() -> Vec<Case> {
+    [
         checkpoint_ctr::cases(),
         checkpoint_nerdctl::cases(),
         checkpoint_workloads::cases(),
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),
-        cost::cases(),
     ]
     .into_iter()
     .flatten()
@@ -98,9 +110,12 @@ fn left_behind() -> BTreeSet<String> {
 /// All tests on all targets: first those that run beside others, then those that want to be alone.
 fn trials(list: &str) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
+    let with_checkpoints = Target::chosen(&std::env::var(CHECKPOINT_TARGETS).unwrap_or_default())?;
     for alone in [false, true] {
         for target in Target::chosen(list)? {
-            trials.extend(cases().into_iter().filter(|case| case.alone == alone).map(|case| trial(case, target)));
+            let checkpoints = if with_checkpoints.contains(&target) { checkpoint_cases() } else { Vec::new() };
+            let cases = cases().into_iter().chain(checkpoints).filter(|case| case.alone == alone);
+            trials.extend(cases.map(|case| trial(case, target)));
         }
     }
     Ok(trials)

@@ -70,20 +70,21 @@ fn sentences() -> Vec<Sentence> {
     .concat()
 }
 
-/// What crun 1.28 does not do as runc does, found by trying.
-const NOT_CRUNS: [(&str, &str); 5] = [
-    ("a_restore_that_fails_leaves_nothing_and_can_be_tried_again", "crun leaves its state behind"),
-    ("bind_mounts_come_from_the_new_container", "crun makes no mount points inside of bind mounts"),
-    ("hooks_run_at_a_restore", "crun runs other hooks at a restore"),
-    ("a_restored_container_can_have_its_own_users", "crun does not tell CRIU of bound devices"),
-    ("a_cgroup_mount_shows_the_new_cgroup", "crun shows the old one"),
+/// Sentences about restores that do not hold on crun 1.28. Why has not been looked into: it is tried for its images.
+const NOT_CRUNS: [&str; 5] = [
+    "a_restore_that_fails_leaves_nothing_and_can_be_tried_again",
+    "bind_mounts_come_from_the_new_container",
+    "hooks_run_at_a_restore",
+    "a_restored_container_can_have_its_own_users",
+    "a_cgroup_mount_shows_the_new_cgroup",
 ];
 
 fn trial(world: &Result<Arc<World>, String>, which: Which, sentence: Sentence) -> Trial {
     let name = format!("{which}::{}", sentence.name);
-    let differs = NOT_CRUNS.iter().find(|(differs, _)| which == Which::Crun && *differs == sentence.name);
-    if let Some((_, why)) = differs {
-        return Trial::ignorable_test(name, move || Ok(Completion::ignored_with(*why)));
+    if which == Which::Crun && NOT_CRUNS.contains(&sentence.name) {
+        return Trial::ignorable_test(name, || {
+            Ok(Completion::ignored_with("it failed on crun 1.28, and was not studied"))
+        });
     }
     let world = match world {
         Ok(world) => world.missing(which).map_or_else(|| Ok(Arc::clone(world)), Err),

@@ -41,6 +41,7 @@ pub(super) enum Step {
     /// Does what has to be done in the namespaces of a container that is being restored.
     SetUp {
         pid: i32,
+        raise_loopback: bool,
     },
 }
 

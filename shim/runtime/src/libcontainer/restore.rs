@@ -94,7 +94,8 @@ impl Client {
             client: self,
             subject,
             resources: Some(prepared.resources),
-            needs_setup: prepared.needs_setup,
+            raise_loopback: prepared.raise_loopback,
+            has_hooks: prepared.has_hooks,
             host_name: prepared.host_name,
             console_socket,
             timeline,
@@ -132,7 +133,8 @@ struct Stages<'a> {
     subject: Subject<'a>,
     /// None once the cgroup is made.
     resources: Option<LinuxResources>,
-    needs_setup: bool,
+    raise_loopback: bool,
+    has_hooks: bool,
     /// None unless it joins one.
     host_name: Option<Arc<HostName>>,
     /// Where the terminal goes; None once it is there, or without one.
@@ -158,9 +160,9 @@ impl NotifyRestore for Stages<'_> {
     }
 
     async fn setup_namespaces(&mut self, root: &Child) -> Result<(), BoxError> {
-        if self.needs_setup {
+        if self.raise_loopback || self.has_hooks {
             self.timeline.enter(Phase::Hooks);
-            let step = Step::SetUp { pid: root.pid() };
+            let step = Step::SetUp { pid: root.pid(), raise_loopback: self.raise_loopback };
             self.client.run(self.subject.operation, self.subject.id, step).await?;
             self.timeline.enter(Phase::Restore);
         }

@@ -157,7 +157,6 @@ fn copy_with_holes(file: &File, metadata: &fs::Metadata) -> io::Result<File> {
             copy.write_all_at(&buffer[..read], at)?;
             at += read as u64;
         }
-        at = at.max(data + 1);
     }
     Ok(copy)
 }

@@ -226,7 +226,7 @@ impl NewContainer<'_> {
         match self.finish(&child, prepared).await {
             Ok((copies, cgroup)) => Ok(Made { child, copies, cgroup }),
             Err(error) => {
-                self.undo(&child).await;
+                undo(self.runtime, id, &child).await;
                 Err(error)
             }
         }
@@ -270,13 +270,14 @@ impl NewContainer<'_> {
             }
         }
     }
+}
 
-    async fn undo(&self, child: &Child) {
-        if let Err(error) = self.runtime.delete(&self.request.id).await {
-            tracing::error!("container {} may be left behind: {}", self.request.id, crate::error::chain(&error));
-            // It may have ended by itself.
-            let _ = child.signal(Signal::KILL);
-        }
-        child.wait().await;
+/// Removes a container that its runtime has made, and that cannot be used.
+pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
+    if let Err(error) = runtime.delete(id).await {
+        tracing::error!("container {id} may be left behind: {}", crate::error::chain(&error));
+        // It may have ended by itself.
+        let _ = child.signal(Signal::KILL);
     }
+    child.wait().await;
 }

@@ -18,8 +18,8 @@ use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
 use reaper::{Child, Reaper};
 use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
-use rustix::process::Signal;
 
+use super::create::undo;
 use super::{Actor, Status};
 use crate::checkpoint::{Annotations, LogFolder, Manifest, Shm, remove_if_containerds};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
@@ -189,7 +189,7 @@ impl Work {
                 Ok(restored)
             }
             Err(failure) => {
-                self.undo(&child).await;
+                undo(&*self.runtime, &self.id, &child).await;
                 Err(failure)
             }
         }
@@ -221,14 +221,5 @@ impl Work {
             source,
         })?;
         Cgroup::of_process(child.pid()).map_err(RestoreFailure::Cgroup)
-    }
-
-    async fn undo(&self, child: &Child) {
-        if let Err(error) = self.runtime.delete(&self.id).await {
-            tracing::error!("container {} may be left behind: {}", self.id, crate::error::chain(&error));
-            // It may have ended by itself.
-            let _ = child.signal(Signal::KILL);
-        }
-        child.wait().await;
     }
 }

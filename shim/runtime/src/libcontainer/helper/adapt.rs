@@ -93,11 +93,10 @@ pub(super) fn linux(spec: &Spec) -> Result<&Linux> {
     spec.linux().as_ref().ok_or_else(|| Failure::new("the specification has no section linux"))
 }
 
-/// Whether the container gets a pid namespace that is made for it.
-pub(super) fn has_new_pids(linux: &Linux) -> bool {
+/// Whether the container gets a namespace of this kind that is made for it.
+pub(super) fn has_new(linux: &Linux, kind: LinuxNamespaceType) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| {
-        namespace.typ() == LinuxNamespaceType::Pid
-            && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
+        namespace.typ() == kind && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
     })
 }
 

@@ -201,28 +201,26 @@ impl Place {
     /// process is when it is made.
     pub(super) fn join_the_rest(&self) -> Result<Membership> {
         let mut membership = Membership { left: Vec::new() };
-        let Hierarchies::V1(mounts) = &self.hierarchies else { return Ok(membership) };
-        let path = "/proc/self/cgroup";
-        let own = fs::read_to_string(path).context(|| format!("read {path}"))?;
-        for mount in mounts.iter().filter(|mount| !mount.is_known()) {
-            // Not in it: then this process is not to be found in it either.
-            let Some(left) = mount.directory(&own) else { continue };
-            let directory = below(&mount.point, &self.path);
-            fs::create_dir_all(&directory).context(|| format!("make {}", directory.display()))?;
-            membership.left.push(left);
-            move_own(&directory).context(|| format!("join {}", directory.display()))?;
-        }
+        self.move_into_the_rest(std::process::id().cast_signed(), &mut membership.left)?;
         Ok(membership)
     }
 
     /// Makes another process a member there, for good.
     pub(super) fn adopt_into_the_rest(&self, pid: i32) -> Result<()> {
+        self.move_into_the_rest(pid, &mut Vec::new())
+    }
+
+    /// `left` is told where the process was before.
+    fn move_into_the_rest(&self, pid: i32, left: &mut Vec<PathBuf>) -> Result<()> {
         let Hierarchies::V1(mounts) = &self.hierarchies else { return Ok(()) };
         let path = format!("/proc/{pid}/cgroup");
-        let own = fs::read_to_string(&path).context(|| format!("read {path}"))?;
-        for mount in mounts.iter().filter(|mount| !mount.is_known() && mount.directory(&own).is_some()) {
+        let cgroup = fs::read_to_string(&path).context(|| format!("read {path}"))?;
+        for mount in mounts.iter().filter(|mount| !mount.is_known()) {
+            // Not in it: then this process is not to be found in it either.
+            let Some(before) = mount.directory(&cgroup) else { continue };
             let directory = below(&mount.point, &self.path);
             fs::create_dir_all(&directory).context(|| format!("make {}", directory.display()))?;
+            left.push(before);
             move_to(&directory, pid).context(|| format!("put process {pid} into {}", directory.display()))?;
         }
         Ok(())
@@ -276,15 +274,11 @@ pub(super) struct Membership {
 impl Drop for Membership {
     fn drop(&mut self) {
         for directory in &self.left {
-            if let Err(error) = move_own(directory) {
+            if let Err(error) = move_to(directory, std::process::id().cast_signed()) {
                 tracing::error!("cannot go back to {}: {error}", directory.display());
             }
         }
     }
-}
-
-fn move_own(directory: &Path) -> io::Result<()> {
-    move_to(directory, std::process::id().cast_signed())
 }
 
 fn move_to(directory: &Path, pid: i32) -> io::Result<()> {

@@ -7,7 +7,7 @@ use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus, State};
 use libcontainer::notify_socket::NOTIFY_FILE;
 use libcontainer::process::args::ContainerType;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::cgroup::Place;
 use super::error::{Context, Failure, Result};
@@ -59,7 +59,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     }
     // What hooks in the container are told. The first process of a new pid namespace knows its pid beforehand.
     let mut launched_state = state.clone();
-    launched_state.pid = adapt::has_new_pids(adapt::linux(&spec)?).then_some(1);
+    launched_state.pid = adapt::has_new(adapt::linux(&spec)?, LinuxNamespaceType::Pid).then_some(1);
     program.hooks = start_hooks(&mut spec, &launched_state).map(Rc::new);
     // Only hooks want to know when the program has started.
     let has_poststart = spec.hooks().as_ref().is_some_and(|hooks| hooks.poststart().iter().flatten().next().is_some());

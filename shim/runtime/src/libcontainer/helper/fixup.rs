@@ -47,7 +47,7 @@ pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: i32, terminal: bool
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         give_terminal(init, adapt::host_id(adapt::linux(spec)?.uid_mappings().as_deref(), uid))?;
     }
-    if has_new_network(adapt::linux(spec)?) {
+    if adapt::has_new(adapt::linux(spec)?, LinuxNamespaceType::Network) {
         raise_loopback(init)?;
     }
     let fixups: Vec<MountFixup> =
@@ -184,13 +184,6 @@ impl MountFixup {
 
 /// A network namespace made for the container has a loopback device that is down. In one that was made before, that is
 /// the business of whoever made it.
-pub(super) fn has_new_network(linux: &Linux) -> bool {
-    linux.namespaces().iter().flatten().any(|namespace| {
-        namespace.typ() == LinuxNamespaceType::Network
-            && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
-    })
-}
-
 pub(super) fn raise_loopback(init: i32) -> Result<()> {
     /// The first device of every network namespace.
     const LOOPBACK: u32 = 1;

@@ -109,7 +109,7 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
         Step::Update(resources) => lifecycle::update(&helper, &resources).map(|()| None)?,
         Step::Delete => delete::delete(&mut helper).map(|()| None)?,
         Step::Join(join) => restore::join(&helper, &join).map(|()| None)?,
-        Step::SetUp { pid } => restore::set_up(&helper, pid).map(|()| None)?,
+        Step::SetUp { pid, raise_loopback } => restore::set_up(&helper, pid, raise_loopback).map(|()| None)?,
     };
     Ok((pid, helper.warnings))
 }
@@ -172,7 +172,7 @@ pub(super) fn put_back(host_name: &HostName) -> std::result::Result<(), String> 
 
 /// Takes away what only CRIU needed.
 pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), String> {
-    restore::unmount_root(&Helper::new(root, id, false)).map_err(|failure| failure.to_string())
+    StateDirectory::new(root, id).unmount_root().map_err(|failure| failure.to_string())
 }
 
 pub(super) use dump::criu_options;

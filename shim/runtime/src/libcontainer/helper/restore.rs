@@ -8,7 +8,7 @@ use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks::run_hooks;
-use oci_spec::runtime::{LinuxResources, Mount, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Spec};
 
 use super::cgroup::Place;
 use super::create::check_terminal;
@@ -36,8 +36,10 @@ pub(in crate::libcontainer) struct Prepared {
     pub(in crate::libcontainer) host_name: Option<Arc<HostName>>,
     /// The container's limits.
     pub(in crate::libcontainer) resources: LinuxResources,
-    /// Hooks have to run, or a network device to be raised, in its namespaces.
-    pub(in crate::libcontainer) needs_setup: bool,
+    /// Its network is new, and the loopback device in it down.
+    pub(in crate::libcontainer) raise_loopback: bool,
+    /// Hooks have to run in its namespaces.
+    pub(in crate::libcontainer) has_hooks: bool,
     /// The user to whom its standard streams are to belong, as the host has it.
     pub(in crate::libcontainer) uid: u32,
 }
@@ -84,8 +86,8 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
             inherited,
             streams,
             resources: linux.resources().clone().unwrap_or_default(),
-            needs_setup: fixup::has_new_network(linux)
-                || is_set(hooks.and_then(|hooks| hooks.prestart().as_ref()))
+            raise_loopback: adapt::has_new(linux, LinuxNamespaceType::Network),
+            has_hooks: is_set(hooks.and_then(|hooks| hooks.prestart().as_ref()))
                 || is_set(hooks.and_then(|hooks| hooks.create_runtime().as_ref())),
             uid: adapt::host_id(linux.uid_mappings().as_deref(), uid),
             root,
@@ -191,10 +193,10 @@ pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
 
 /// What is done in the container's namespaces when they are there and empty: hooks, which make its network, as by runc
 /// at this stage; without them, what [`fixup`] does to a new network.
-pub(super) fn set_up(helper: &Helper, pid: i32) -> Result<()> {
+pub(super) fn set_up(helper: &Helper, pid: i32, raise_loopback: bool) -> Result<()> {
     let mut state = helper.directory.state()?;
     state.pid = Some(pid);
-    if fixup::has_new_network(adapt::linux(&adapt::load(&state.bundle)?)?) {
+    if raise_loopback {
         fixup::raise_loopback(pid)?;
     }
     let Some(hooks) = helper.directory.config()?.hooks else { return Ok(()) };
@@ -214,11 +216,6 @@ pub(super) fn finish(helper: &Helper, pid: i32) -> Result<()> {
     state.pid = Some(pid);
     state.creator = Some(rustix::process::geteuid().as_raw());
     helper.directory.save_state(&state)
-}
-
-/// CRIU has mounted the root where it is to be.
-pub(super) fn unmount_root(helper: &Helper) -> Result<()> {
-    helper.directory.unmount_root()
 }
 
 #[cfg(test)]

@@ -16,6 +16,8 @@ sizes=("${@:-10}")
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 testbed=$root/tests/testbed/testbed
+# shellcheck source=tests/bench/row.sh
+source "$here/row.sh"
 shims=${GPUSNAP_SHIM_DIR:-$root/target/release}
 work=$(mktemp -d)
 trap '"$testbed" stop bench-stock >/dev/null 2>&1 || :; "$testbed" stop bench-ours >/dev/null 2>&1 || :; rm -rf "$work"' EXIT
@@ -72,14 +74,7 @@ round() { # VARIANT ID MEGABYTES
 report() { # SERIES
   local variant
   for variant in "${variants[@]}"; do
-    sort -n "$work/$variant.$1" | awk -v name="$variant" -v reference="$work/reference" '
-      { times[NR] = $1 / 1000 }
-      END {
-        median = times[int((NR + 1) / 2)]
-        if (name == "runc-shim") { print median >reference; base = median } else { getline base <reference }
-        printf "    %-22s median %7.1f ms   quartiles %7.1f - %7.1f ms   ratio %.2f\n",
-          name, median, times[int((NR + 3) / 4)], times[int((3 * NR + 3) / 4)], median / base
-      }'
+    row "$variant" "$work/$variant.$1" "$work/reference"
   done
 }
 

@@ -9,6 +9,8 @@ rounds=${1:-40}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 testbed=$root/tests/testbed/testbed
+# shellcheck source=tests/bench/row.sh
+source "$here/row.sh"
 shims=${GPUSNAP_SHIM_DIR:-$root/target/release}
 work=$(mktemp -d)
 instance=bench
@@ -45,13 +47,6 @@ for containerd in 2.1 2.4; do
   "$testbed" stop "$instance" >/dev/null
   echo "containerd $containerd, $rounds rounds: ctr run --rm of /bin/true"
   for variant in "${variants[@]}"; do
-    sort -n "$work/$variant" | awk -v name="$variant" -v reference="$work/reference" '
-      { times[NR] = $1 / 1000 }
-      END {
-        median = times[int((NR + 1) / 2)]
-        if (name == "runc-shim") { print median >reference; base = median } else { getline base <reference }
-        printf "  %-22s median %6.1f ms   quartiles %6.1f - %6.1f ms   ratio %.2f\n",
-          name, median, times[int((NR + 3) / 4)], times[int((3 * NR + 3) / 4)], median / base
-      }'
+    row "$variant" "$work/$variant" "$work/reference"
   done
 done

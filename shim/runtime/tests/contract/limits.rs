@@ -12,7 +12,7 @@ use reaper::Child;
 use rustix::fs::{FileType, Mode};
 
 use crate::bed::{Bed, sentences};
-use crate::container::{Bundle, soon};
+use crate::container::{Bundle, Running, soon};
 use crate::spec::{Edit, shell};
 use crate::world::cgroup_hierarchies;
 
@@ -199,6 +199,11 @@ async fn a_container_that_wants_too_much_memory_is_killed_and_counted(bed: &Bed)
     });
     let bundle = bed.bundle(&spec);
     let running = bundle.start().await;
+    want_is_told(&bundle, running).await;
+}
+
+/// Lets a container that waits for a word run out of memory, and sees that it is told.
+pub(crate) async fn want_is_told(bundle: &Bundle<'_>, running: Running) {
     let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
     let mut watch = match cgroup.watch_oom() {
         Ok(watch) => watch,

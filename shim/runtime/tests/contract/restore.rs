@@ -8,7 +8,6 @@ use rustix::process::{Pid, Signal};
 
 use crate::bed::{Bed, sentences};
 use crate::checkpoint::{COUNTER, counter, counter_as, counts_on};
-use crate::container::soon;
 use crate::image::{Image, chain};
 use crate::limits;
 use crate::spec::{Edit, hook, mount, process, shell};
@@ -323,21 +322,8 @@ async fn a_restored_container_that_wants_too_much_memory_is_killed_and_counted(b
     running.says("up\n").await;
     let (image, _) = bundle.swap_out(running).await;
     let running = bundle.restore(&image).await;
-    let cgroup = cgroup::Cgroup::of_process(running.child.pid()).unwrap();
-    cgroup.metrics().unwrap();
-    let mut watch = match cgroup.watch_oom() {
-        Ok(watch) => watch,
-        Err(error) => {
-            eprintln!("not tried: {error}");
-            return bundle.kill(running).await;
-        }
-    };
-    running.tell("go");
-    assert_eq!(soon("the want is told", watch.next()).await, Some(()));
-    assert_eq!(cgroup.oom_kills(), 1);
-    assert_eq!(running.end().await.code, 137);
-    bundle.delete().await;
-    soon("the watch ends", async { while watch.next().await.is_some() {} }).await;
+    cgroup::Cgroup::of_process(running.child.pid()).unwrap().metrics().unwrap();
+    limits::want_is_told(&bundle, running).await;
 }
 
 /// The other runtimes that can restore what this one saves, as far as they are here.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest,
+    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest, PauseRequest,
     ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
@@ -26,6 +26,7 @@ use runtime::{
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
 
 use super::Context;
 use crate::events::Events;
@@ -234,6 +235,17 @@ impl Bench {
         let mut request = create_request(self.bundle.path());
         request.checkpoint = images.to_str().unwrap().into();
         self.service.create(&ctx(), request).await.map(drop)
+    }
+
+    /// A checkpoint that goes on until `let_go`.
+    async fn held_checkpoint_of_a_paused_container(&self, images: &Path) -> JoinHandle<ttrpc::Result<Empty>> {
+        self.pause().await.unwrap();
+        self.hold().await;
+        let service = Arc::clone(&self.service);
+        let request = checkpoint_request(images, None);
+        let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
+        tokio::task::yield_now().await;
+        checkpoint
     }
 
     async fn checkpoint(&self, images: &Path, options: Option<CheckpointOptions>) -> ttrpc::Result<()> {
@@ -577,12 +589,7 @@ async fn only_what_runs_can_be_checkpointed() {
 async fn state_is_answered_during_a_checkpoint() {
     let bench = Bench::started("sleep 1000").await;
     let images = tempfile::tempdir().unwrap();
-    bench.pause().await.unwrap();
-    bench.hold().await;
-    let service = Arc::clone(&bench.service);
-    let request = checkpoint_request(images.path(), None);
-    let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
-    tokio::task::yield_now().await;
+    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
     assert_eq!(bench.status().await, ApiStatus::PAUSED);
     assert!(!checkpoint.is_finished());
     bench.let_go();
@@ -593,12 +600,7 @@ async fn state_is_answered_during_a_checkpoint() {
 async fn a_container_paused_for_a_checkpoint_that_nobody_waits_for_runs_on() {
     let mut bench = Bench::started("sleep 1000").await;
     let images = tempfile::tempdir().unwrap();
-    bench.pause().await.unwrap();
-    bench.hold().await;
-    let service = Arc::clone(&bench.service);
-    let request = checkpoint_request(images.path(), None);
-    let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
-    tokio::task::yield_now().await;
+    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
     bench.status().await;
     checkpoint.abort();
     let _ = checkpoint.await;

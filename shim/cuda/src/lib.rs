@@ -11,13 +11,20 @@
 #![deny(unsafe_code)]
 
 mod call;
+mod client;
 mod driver;
+mod guardian;
 pub mod hold;
+mod host;
 mod inventory;
 pub mod process;
+mod protocol;
 pub mod residue;
-//mod session;
+mod session;
 
 pub use call::{CALLER, Pair, caller_main};
+pub use client::{CudaError, Guardian};
 pub use driver::{CudaResult, Driver, DriverError, LIBRARY_VARIABLE, ProcessState};
+pub use session::{Resumed, SessionError, Suspended, SuspendedProcess};
+pub use guardian::{GUARDIAN, guardian_main};
 pub use inventory::{Gpu, GpuProcess, Inventory, NVML_VARIABLE};

@@ -1,0 +1,179 @@
+//! What a session does to the machine that it runs on.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use cgroup::Cgroup;
+
+use crate::call::{Answer, Call, CallFailure, Callers};
+use crate::hold::Hold;
+use crate::inventory::Inventory;
+use crate::process::{self, RunState};
+use crate::residue;
+use crate::session::{Host, SessionError};
+
+/// NVML answers in some ten milliseconds, unless it has to wake a GPU.
+const INVENTORY: Duration = Duration::from_secs(20);
+/// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
+const CLEANING: Duration = Duration::from_secs(10);
+
+/// The machine, as far as one container reaches.
+pub(crate) struct Machine {
+    cgroup: Cgroup,
+    callers: Callers,
+    hold: Hold,
+    /// Anonymous memory of processes before a checkpoint, in bytes.
+    anonymous: HashMap<i32, u64>,
+}
+
+impl Machine {
+    pub(crate) fn new(cgroup: Cgroup, program: PathBuf) -> Self {
+        let mut callers = Callers::new(program);
+        callers.prepare(1);
+        Self { cgroup, callers, hold: Hold::new(), anonymous: HashMap::new() }
+    }
+}
+
+fn container(action: &'static str) -> impl Fn(cgroup::CgroupError) -> SessionError {
+    move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
+}
+
+fn process(action: &'static str, pid: i32) -> impl Fn(&dyn std::error::Error) -> SessionError {
+    move |error| SessionError::Process { action: action.to_owned(), process: name(pid), why: chain(error) }
+}
+
+/// An error and its sources, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// `process 123 (python3)`
+fn name(pid: i32) -> String {
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(comm) => format!("process {pid} ({})", comm.trim()),
+        Err(_) => format!("process {pid}"),
+    }
+}
+
+impl Host for Machine {
+    fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
+        self.cgroup.pids().map_err(container("list the processes of"))
+    }
+
+    fn touches_gpu(&mut self, pid: i32) -> bool {
+        process::touches_gpu(pid) || self.has_drivers_threads(pid)
+    }
+
+    fn has_drivers_threads(&mut self, pid: i32) -> bool {
+        process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| process::is_drivers(&thread.name)))
+    }
+
+    fn left(&mut self, pid: i32) -> Option<String> {
+        if let Some(mapping) = process::device_mappings(pid).unwrap_or_default().into_iter().next() {
+            return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));
+        }
+        let fd = process::device_fds(pid).unwrap_or_default().into_iter().next()?;
+        let path = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
+        Some(format!("descriptor {fd} of {}", path.display()))
+    }
+
+    fn is_gone(&mut self, pid: i32) -> bool {
+        process::run_state(pid) == RunState::Dead
+    }
+
+    fn describe(&mut self, pid: i32) -> String {
+        let name = name(pid);
+        let state = match process::run_state(pid) {
+            RunState::Running => return name,
+            RunState::Dead => "it is dead".to_owned(),
+            RunState::Stopped => "it is stopped".to_owned(),
+            RunState::Traced(tracer) => format!("it is traced by {}", self::name(tracer)),
+        };
+        format!("{name}, {state},")
+    }
+
+    fn namespace_pid(&mut self, pid: i32) -> i32 {
+        process::namespace_pid(pid).unwrap_or(pid)
+    }
+
+    fn staged(&mut self, pid: i32, is_first: bool) -> u64 {
+        let mappings = process::anonymous_mappings(pid).unwrap_or_default();
+        let now = mappings.iter().map(|mapping| mapping.end - mapping.start).sum();
+        if is_first {
+            self.anonymous.insert(pid, now);
+        }
+        now - self.anonymous.get(&pid).copied().unwrap_or(now).min(now)
+    }
+
+    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+        let hold = &mut self.hold;
+        self.callers.make(calls, limit, &mut || {
+            // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
+            if let Err(error) = hold.watch() {
+                tracing::debug!("{}", chain(&error));
+            }
+        })
+    }
+
+    fn inventory(&mut self) -> Result<Inventory, CallFailure> {
+        self.callers.inventory(INVENTORY)
+    }
+
+    fn is_frozen(&mut self) -> Result<bool, SessionError> {
+        self.cgroup.is_frozen().map_err(container("ask for the freezer of"))
+    }
+
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.cgroup.freeze().map_err(container("freeze"))
+    }
+
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError> {
+        self.cgroup.freeze_at_rest(false).map_err(container("freeze"))
+    }
+
+    fn thaw(&mut self) -> Result<(), SessionError> {
+        self.cgroup.thaw().map_err(container("thaw"))
+    }
+
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
+    }
+
+    fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
+        let held = self.hold.settle(Instant::now() + limit);
+        held.map_err(|error| SessionError::Container { action: "hold all threads of".into(), why: chain(&error) })
+    }
+
+    fn let_go(&mut self) {
+        self.hold.let_go();
+    }
+
+    fn is_stopped(&mut self, pid: i32) -> bool {
+        process::run_state(pid) == RunState::Stopped
+    }
+
+    fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.wake(pid).map_err(|error| process("wake", pid)(&error))
+    }
+
+    fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.put_to_sleep(pid).map_err(|error| process("stop again", pid)(&error))
+    }
+
+    fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+        let cleaned = residue::clean(pid, Instant::now() + CLEANING);
+        cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
+    }
+
+    fn sleep(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}

@@ -1,0 +1,26 @@
+//! What the shim and its guardian say to each other: one JSON value a line, over a socket.
+
+use std::time::Duration;
+
+use phase::Phase;
+use serde::{Deserialize, Serialize};
+
+use crate::call::Pair;
+use crate::session::{Resumed, SessionError, Suspended};
+
+/// What a guardian is to do.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    Suspend { patience: Duration, limit: Duration },
+    Resume { frozen: bool, pairs: Vec<Pair>, limit: Duration },
+}
+
+/// What it says meanwhile, and in the end.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Report {
+    Began(Phase),
+    Suspended(Result<Suspended, SessionError>),
+    Resumed(Result<Resumed, SessionError>),
+}

@@ -15,6 +15,7 @@ use tokio::net::UnixStream;
 
 use crate::call::Pair;
 use crate::guardian::GUARDIAN;
+use crate::inventory::Inventory;
 use crate::protocol::{Order, Report};
 use crate::session::{Resumed, SessionError, Suspended};
 
@@ -42,40 +43,54 @@ pub enum CudaError {
 #[derive(Debug)]
 pub struct Guardian {
     reaper: Reaper,
-    init: i32,
     process: Child,
     socket: BufReader<UnixStream>,
 }
 
 impl Guardian {
-    /// Starts the guardian of the container that the process `init` belongs to. This binary has to run
-    /// [`crate::guardian_main`] when it is given [`GUARDIAN`], and [`crate::caller_main`] likewise.
+    /// Starts a guardian, which loads the driver already. This binary has to run [`crate::guardian_main`] when its first
+    /// argument is [`GUARDIAN`], and [`crate::caller_main`] likewise.
     ///
     /// # Errors
     /// When it cannot be started.
-    pub fn start(reaper: &Reaper, init: i32) -> Result<Self, CudaError> {
-        let (process, socket) = spawn(reaper, init).map_err(CudaError::Spawn)?;
-        Ok(Self { reaper: reaper.clone(), init, process, socket: BufReader::new(socket) })
+    pub fn start(reaper: &Reaper) -> Result<Self, CudaError> {
+        let (process, socket) = spawn(reaper).map_err(CudaError::Spawn)?;
+        Ok(Self { reaper: reaper.clone(), process, socket: BufReader::new(socket) })
     }
 
-    /// Moves the GPU state of the container to its memory and leaves it frozen, or leaves it as it was. See
+    /// What this node has of GPUs.
+    ///
+    /// # Errors
+    /// When there is no driver, or it does not answer.
+    pub async fn inventory(&mut self, timeline: &Timeline) -> Result<Inventory, CudaError> {
+        match self.order(&Order::Inventory, timeline).await {
+            Some(Report::Inventory(inventory)) => Ok(inventory?),
+            Some(_) | None => {
+                self.replace()?;
+                Err(CudaError::Died)
+            }
+        }
+    }
+
+    /// Moves the GPU state of the container that the process `pid` belongs to to its memory and leaves it frozen, or leaves it as it was. See
     /// [`SessionError`] for what can be in the way. GPU work may go on for `patience`; then the driver may take `limit`.
     ///
     /// # Errors
     /// When the state cannot be moved.
     pub async fn suspend(
         &mut self,
+        pid: i32,
         patience: Duration,
         limit: Duration,
         was_frozen: bool,
         timeline: &Timeline,
     ) -> Result<Suspended, CudaError> {
-        match self.order(&Order::Suspend { patience, limit }, timeline).await {
+        match self.order(&Order::Suspend { pid, patience, limit }, timeline).await {
             Some(Report::Suspended(suspended)) => Ok(suspended?),
             Some(_) | None => {
                 let failed_at = timeline.current();
                 self.replace()?;
-                self.resume(was_frozen, Vec::new(), limit, timeline).await?;
+                self.resume(pid, was_frozen, Vec::new(), limit, timeline).await?;
                 timeline.enter(failed_at);
                 Err(CudaError::Died)
             }
@@ -88,12 +103,13 @@ impl Guardian {
     /// When the state cannot be moved.
     pub async fn resume(
         &mut self,
+        pid: i32,
         frozen: bool,
         pairs: Vec<Pair>,
         limit: Duration,
         timeline: &Timeline,
     ) -> Result<Resumed, CudaError> {
-        let order = Order::Resume { frozen, pairs, limit };
+        let order = Order::Resume { pid, frozen, pairs, limit };
         for _ in 0..MOST_GUARDIANS {
             if let Some(Report::Resumed(resumed)) = self.order(&order, timeline).await {
                 return Ok(resumed?);
@@ -113,7 +129,7 @@ impl Guardian {
         tracing::warn!(guardian = self.process.pid(), "a guardian of CUDA processes died; another takes its place");
         // One that hung up and lives would be in the way.
         let _ = self.process.signal(Signal::KILL);
-        let (process, socket) = spawn(&self.reaper, self.init).map_err(CudaError::Spawn)?;
+        let (process, socket) = spawn(&self.reaper).map_err(CudaError::Spawn)?;
         self.process = process;
         self.socket = BufReader::new(socket);
         Ok(())
@@ -138,12 +154,12 @@ impl Guardian {
     }
 }
 
-fn spawn(reaper: &Reaper, init: i32) -> io::Result<(Child, UnixStream)> {
+fn spawn(reaper: &Reaper) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = BlockingUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let mut command = Command::new("/proc/self/exe");
     // A group of its own: what is sent to the shim's must not reach it.
-    command.arg(GUARDIAN).arg(init.to_string()).process_group(0);
+    command.arg(GUARDIAN).process_group(0);
     command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
     let process = reaper.spawn(&mut command)?;
     drop(command);

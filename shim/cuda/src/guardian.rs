@@ -10,12 +10,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use cgroup::Cgroup;
 use phase::Phase;
 
-use crate::host::{Machine, chain};
+use crate::call::{Callers, Pair};
+use crate::host::{INVENTORY, Machine, chain};
 use crate::protocol::{Order, Report};
-use crate::session::Session;
+use crate::session::{Host, Resumed, Session, SessionError, Suspended};
 
 /// First argument by which this binary knows that it is to be a guardian.
 pub const GUARDIAN: &str = "cuda-guardian";
@@ -23,16 +23,11 @@ pub const GUARDIAN: &str = "cuda-guardian";
 /// How long the driver may take to put everything back for a shim that is dead: 80 GB at 4 GB/s (cuda.md), and more.
 const LAST_RESUME: Duration = Duration::from_secs(300);
 
-/// Serves one container. To be run by `main` when the first argument is [`GUARDIAN`]; the next is the pid of a process
-/// of the container, and standard input is the socket to the shim.
+/// Serves one container. To be run by `main` when the first argument is [`GUARDIAN`]; standard input is the socket to the
+/// shim.
 #[must_use]
-pub fn guardian_main(mut arguments: impl Iterator<Item = std::ffi::OsString>) -> ExitCode {
-    let pid = arguments.next().and_then(|pid| pid.to_str()?.parse().ok());
-    let served = match pid {
-        Some(pid) => serve(pid),
-        None => Err(io::Error::new(io::ErrorKind::InvalidInput, "the pid of a process is missing")),
-    };
-    match served {
+pub fn guardian_main() -> ExitCode {
+    match Guardian::new().and_then(Guardian::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{GUARDIAN}: {}", chain(&error));
@@ -41,45 +36,77 @@ pub fn guardian_main(mut arguments: impl Iterator<Item = std::ffi::OsString>) ->
     }
 }
 
-fn serve(pid: i32) -> io::Result<()> {
-    let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let cgroup = Cgroup::of_process(pid).map_err(io::Error::other)?;
-    let mut machine = Machine::new(cgroup.clone(), PathBuf::from("/proc/self/exe"));
-    let mut orders = BufReader::new(socket.try_clone()?);
-    let mut reports = socket;
-    let was_frozen = cgroup.is_frozen().map_err(io::Error::other)?;
-    // A guardian that takes another's place does not know what that one did.
-    let mut is_owed = true;
-    let mut line = String::new();
-    loop {
-        line.clear();
-        // A shim that was killed hangs up, with or without an error.
-        if matches!(orders.read_line(&mut line), Ok(0) | Err(_)) {
-            break;
+struct Guardian {
+    reports: UnixStream,
+    callers: Callers,
+    /// What it has to put back by itself: a container, and whether that is to be left frozen.
+    owed: Option<(i32, bool)>,
+}
+
+impl Guardian {
+    fn new() -> io::Result<Self> {
+        let reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
+        callers.prepare(1);
+        Ok(Self { reports, callers, owed: None })
+    }
+
+    fn serve(mut self) -> io::Result<()> {
+        let mut orders = BufReader::new(self.reports.try_clone()?);
+        let mut line = String::new();
+        loop {
+            line.clear();
+            // A shim that was killed hangs up, with or without an error.
+            if matches!(orders.read_line(&mut line), Ok(0) | Err(_)) {
+                break;
+            }
+            let report = self.obey(serde_json::from_str(&line)?);
+            // Whoever does not listen any more has hung up: the next read says so.
+            drop(write(&mut self.reports, &report));
         }
-        // Whoever does not listen any more has hung up: the next read says so.
-        let mut progress = |phase: Phase| drop(write(&mut reports, &Report::Began(phase)));
-        let session = Session::new(&mut machine, &mut progress);
-        let report = match serde_json::from_str(&line)? {
-            Order::Suspend { patience, limit } => {
-                let suspended = session.suspend(patience, limit);
-                is_owed = suspended.is_ok();
-                Report::Suspended(suspended)
-            }
-            Order::Resume { frozen, pairs, limit } => {
-                let resumed = session.resume(frozen, &pairs, limit);
-                is_owed = resumed.is_err();
-                Report::Resumed(resumed)
-            }
-        };
-        drop(write(&mut reports, &report));
+        let Some((pid, frozen)) = self.owed else { return Ok(()) };
+        let mut machine = Machine::of(pid, &mut self.callers).map_err(io::Error::other)?;
+        let resumed = Session::new(&mut machine, &mut |_| {}).resume(frozen, &[], LAST_RESUME);
+        resumed.map(drop).map_err(io::Error::other)
     }
-    if is_owed {
-        // Whoever froze the container before is not there to thaw it if that was the shim.
-        let resumed = Session::new(&mut machine, &mut |_| {}).resume(was_frozen, &[], LAST_RESUME);
-        resumed.map_err(io::Error::other)?;
+
+    fn obey(&mut self, order: Order) -> Report {
+        match order {
+            Order::Inventory => {
+                let taken = self.callers.inventory(INVENTORY);
+                Report::Inventory(taken.map_err(|failure| SessionError::NoDriver(failure.to_string())))
+            }
+            Order::Suspend { pid, patience, limit } => Report::Suspended(self.suspend(pid, patience, limit)),
+            Order::Resume { pid, frozen, pairs, limit } => Report::Resumed(self.resume(pid, frozen, &pairs, limit)),
+        }
     }
-    Ok(())
+
+    fn suspend(&mut self, pid: i32, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
+        let mut machine = Machine::of(pid, &mut self.callers)?;
+        let was_frozen = machine.is_frozen()?;
+        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(patience, limit)?;
+        self.owed = Some((pid, was_frozen));
+        Ok(suspended)
+    }
+
+    fn resume(
+        &mut self,
+        pid: i32,
+        frozen: bool,
+        pairs: &[Pair],
+        limit: Duration,
+    ) -> Result<Resumed, SessionError> {
+        self.owed = Some((pid, frozen));
+        let mut machine = Machine::of(pid, &mut self.callers)?;
+        let resumed = Session::new(&mut machine, &mut begins(&mut self.reports)).resume(frozen, pairs, limit)?;
+        self.owed = None;
+        Ok(resumed)
+    }
+}
+
+fn begins(reports: &mut UnixStream) -> impl FnMut(Phase) {
+    // As above.
+    |phase| drop(write(reports, &Report::Began(phase)))
 }
 
 fn write(reports: &mut UnixStream, report: &Report) -> io::Result<()> {

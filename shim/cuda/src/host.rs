@@ -1,7 +1,6 @@
 //! What a session does to the machine that it runs on.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cgroup::Cgroup;
@@ -14,24 +13,24 @@ use crate::residue;
 use crate::session::{Host, SessionError};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
-const INVENTORY: Duration = Duration::from_secs(20);
+pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
 /// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
 const CLEANING: Duration = Duration::from_secs(10);
 
 /// The machine, as far as one container reaches.
-pub(crate) struct Machine {
+pub(crate) struct Machine<'a> {
     cgroup: Cgroup,
-    callers: Callers,
+    callers: &'a mut Callers,
     hold: Hold,
     /// Anonymous memory of processes before a checkpoint, in bytes.
     anonymous: HashMap<i32, u64>,
 }
 
-impl Machine {
-    pub(crate) fn new(cgroup: Cgroup, program: PathBuf) -> Self {
-        let mut callers = Callers::new(program);
-        callers.prepare(1);
-        Self { cgroup, callers, hold: Hold::new(), anonymous: HashMap::new() }
+impl<'a> Machine<'a> {
+    /// What concerns the container that a process belongs to.
+    pub(crate) fn of(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
+        let cgroup = Cgroup::of_process(pid).map_err(container("find the cgroup of"))?;
+        Ok(Self { cgroup, callers, hold: Hold::new(), anonymous: HashMap::new() })
     }
 }
 
@@ -63,7 +62,7 @@ fn name(pid: i32) -> String {
     }
 }
 
-impl Host for Machine {
+impl Host for Machine<'_> {
     fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
         self.cgroup.pids().map_err(container("list the processes of"))
     }
@@ -127,6 +126,12 @@ impl Host for Machine {
         self.callers.inventory(INVENTORY)
     }
 
+    fn memory_left(&mut self) -> Option<(u64, String)> {
+        let of_container = self.cgroup.memory_left().map(|left| (left, "the memory limit of the container".to_owned()));
+        let of_machine = available_memory().map(|left| (left, "the memory of the machine".to_owned()));
+        of_container.into_iter().chain(of_machine).min()
+    }
+
     fn is_frozen(&mut self) -> Result<bool, SessionError> {
         self.cgroup.is_frozen().map_err(container("ask for the freezer of"))
     }
@@ -176,4 +181,11 @@ impl Host for Machine {
     fn sleep(&mut self, time: Duration) {
         std::thread::sleep(time);
     }
+}
+
+/// `MemAvailable` of /proc/meminfo, in bytes.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
 }

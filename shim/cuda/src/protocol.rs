@@ -6,14 +6,18 @@ use phase::Phase;
 use serde::{Deserialize, Serialize};
 
 use crate::call::Pair;
+use crate::inventory::Inventory;
 use crate::session::{Resumed, SessionError, Suspended};
 
 /// What a guardian is to do.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Order {
-    Suspend { patience: Duration, limit: Duration },
-    Resume { frozen: bool, pairs: Vec<Pair>, limit: Duration },
+    /// Says what this node has of GPUs.
+    Inventory,
+    /// Of the container that this process belongs to.
+    Suspend { pid: i32, patience: Duration, limit: Duration },
+    Resume { pid: i32, frozen: bool, pairs: Vec<Pair>, limit: Duration },
 }
 
 /// What it says meanwhile, and in the end.
@@ -21,6 +25,7 @@ pub(crate) enum Order {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Report {
     Began(Phase),
+    Inventory(Result<Inventory, SessionError>),
     Suspended(Result<Suspended, SessionError>),
     Resumed(Result<Resumed, SessionError>),
 }

@@ -65,6 +65,8 @@ pub(crate) trait Host {
     /// Makes all calls at once, and holds on to what is held meanwhile.
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
     fn inventory(&mut self) -> Result<Inventory, CallFailure>;
+    /// Bytes that the container may still use, and what limits them.
+    fn memory_left(&mut self) -> Option<(u64, String)>;
     fn is_frozen(&mut self) -> Result<bool, SessionError>;
     fn freeze(&mut self) -> Result<(), SessionError>;
     /// Freezes at a moment when what is there can be dumped.
@@ -130,6 +132,18 @@ pub enum SessionError {
         process: String,
         /// Why not.
         why: String,
+    },
+    /// The state on the GPUs would not fit into memory.
+    #[error(
+        "{gib:.1} GiB on the GPU have to be moved to memory, and {left:.1} GiB are left ({limit}): give it more memory"
+    )]
+    Memory {
+        /// What is on the GPUs.
+        gib: f64,
+        /// What is left.
+        left: f64,
+        /// What leaves no more: the container's limit or the machine.
+        limit: String,
     },
     /// After the checkpoint something of the driver is left, which CRIU cannot dump.
     #[error("{process} still holds {what}, which cannot be saved")]
@@ -252,6 +266,9 @@ impl<'a, H: Host> Session<'a, H> {
         }
         (self.progress)(Phase::CudaCheckpoint);
         let inventory = self.host.inventory().ok();
+        if let Some(inventory) = &inventory {
+            self.check_memory(inventory)?;
+        }
         self.checkpoint(limit)?;
         (self.progress)(Phase::CleanResidue);
         let mut cleaned = 0;
@@ -380,6 +397,19 @@ impl<'a, H: Host> Session<'a, H> {
             self.host.wake(pid)?;
         }
         Ok(())
+    }
+
+    /// The driver fills the memory of the processes, and the kernel would kill them for it.
+    fn check_memory(&mut self, inventory: &Inventory) -> Result<(), SessionError> {
+        let is_member = |pid: u32| self.members.iter().any(|member| member.pid.unsigned_abs() == pid);
+        let processes = inventory.gpus.iter().flat_map(|gpu| &gpu.processes);
+        let needed: u64 = processes.filter(|p| is_member(p.pid)).filter_map(|p| p.memory).sum();
+        match self.host.memory_left() {
+            Some((left, limit)) if left < needed => {
+                Err(SessionError::Memory { gib: gib(needed), left: gib(left), limit })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn checkpoint(&mut self, limit: Duration) -> Result<(), SessionError> {
@@ -565,4 +595,9 @@ impl<'a, H: Host> Session<'a, H> {
         }
         failure.map_or(Ok(Resumed { restored }), Err)
     }
+}
+
+/// For messages.
+fn gib(bytes: u64) -> f64 {
+    Duration::from_nanos(bytes).as_secs_f64() * 1e9 / f64::from(1 << 30)
 }

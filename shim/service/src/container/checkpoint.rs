@@ -67,6 +67,7 @@ impl Actor {
         let work = Work {
             id: self.id.clone(),
             namespace: self.context.namespace.clone(),
+            logs: self.context.logs.clone(),
             bundle: self.bundle.clone(),
             runtime: Arc::clone(&self.runtime),
             runtime_name: self.runtime_name.clone(),
@@ -107,6 +108,7 @@ impl Actor {
 struct Work {
     id: String,
     namespace: String,
+    logs: PathBuf,
     bundle: PathBuf,
     runtime: Arc<dyn OciRuntime>,
     runtime_name: String,
@@ -143,7 +145,7 @@ impl Work {
             move |source| CheckpointFailure::File { action, path, source }
         };
         let draft = Draft::begin(folder).map_err(at("use the folder", folder))?;
-        let log = LogFolder::make(work.as_deref(), &self.namespace, &self.id, LOG);
+        let log = LogFolder::make(&self.logs, work.as_deref(), &self.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", folder))?;
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
         blocking(move || freeze(&cgroup, paused)).await??;

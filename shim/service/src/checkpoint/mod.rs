@@ -14,7 +14,6 @@ mod log;
 mod manifest;
 mod shm;
 mod temporary;
-pub(crate) mod vfork;
 mod wishes;
 
 pub(crate) use draft::Draft;

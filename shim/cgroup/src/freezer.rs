@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::{Cgroup, CgroupError, Hierarchy, file, process};
+use crate::{Cgroup, CgroupError, Hierarchy, file, process, vfork};
 
 /// How long freezing may take. It takes the kernel less than a millisecond, but a process in an uninterruptible wait,
 /// for a dead network file system say, is frozen only when that ends.
@@ -15,6 +15,39 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// The v1 freezer can miss a process that is born while it freezes, and then waits for it for ever; asking it again
 /// helps. runc and the kernel's own tests do the same.
 const ASK_AGAIN: u32 = 20;
+
+/// How long a container runs that was frozen at a bad moment. A child that was vforked executes its program within a
+/// millisecond, unless it has to wait for a processor.
+const SHORTEST_MOMENT: Duration = Duration::from_millis(1);
+const LONGEST_MOMENT: Duration = Duration::from_millis(20);
+
+/// How often it is given one, 4 s in all. A shell that does nothing but start programs is in the middle of it nine times
+/// out of ten on a busy machine.
+pub(crate) const MOMENTS: u32 = 200;
+
+pub(crate) fn freeze_at_rest(cgroup: &Cgroup, mut is_frozen: bool, moments: u32) -> Result<(), CgroupError> {
+    let mut moment = SHORTEST_MOMENT;
+    let mut tries = 0;
+    loop {
+        if !is_frozen {
+            match freeze(cgroup) {
+                // The user has put this process into the container's cgroup. CRIU stops the others by itself.
+                Err(CgroupError::Own { .. }) => return Ok(()),
+                frozen => frozen?,
+            }
+        }
+        let Some(pid) = vfork::waiting(&cgroup.pids()?) else { return Ok(()) };
+        if tries == moments {
+            return Err(CgroupError::Vfork { pid });
+        }
+        tracing::debug!(pid, "a process is in the middle of a vfork, and is given another moment");
+        thaw(cgroup)?;
+        is_frozen = false;
+        std::thread::sleep(moment);
+        moment = (moment * 3 / 2).min(LONGEST_MOMENT);
+        tries += 1;
+    }
+}
 
 pub(crate) fn freeze(cgroup: &Cgroup) -> Result<(), CgroupError> {
     let directory = cgroup.directory();

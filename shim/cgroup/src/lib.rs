@@ -19,6 +19,7 @@ mod sys;
 mod tests;
 mod v1;
 mod v2;
+mod vfork;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -62,6 +63,12 @@ pub enum CgroupError {
         action: &'static str,
         /// The cgroup's directory.
         path: PathBuf,
+    },
+    /// A process stands in the middle of a `vfork`, whenever it is looked at.
+    #[error("process {pid} waits for a child that it has vforked, and is never at rest")]
+    Vfork {
+        /// The process.
+        pid: i32,
     },
     /// The kernel offers no notification of out-of-memory kills here: there is no memory controller.
     #[error("no memory controller for the cgroup {path}")]
@@ -148,6 +155,18 @@ impl Cgroup {
     /// half a second; it is thawed again then.
     pub fn freeze(&self) -> Result<(), CgroupError> {
         freezer::freeze(self)
+    }
+
+    /// Freezes it, unless `is_frozen`, at a moment when no process of it waits in `vfork` for a child to execute a
+    /// program: the child stands still too, so such a process waits on in the kernel, where CRIU cannot stop it. A
+    /// cgroup caught so is thawed for another moment, again and again for 4 s.
+    ///
+    /// A cgroup that this process is in itself is left as it is.
+    ///
+    /// # Errors
+    /// [`CgroupError::Vfork`] when there was no such moment: it is left frozen then. Otherwise as [`Self::freeze`].
+    pub fn freeze_at_rest(&self, is_frozen: bool) -> Result<(), CgroupError> {
+        freezer::freeze_at_rest(self, is_frozen, freezer::MOMENTS)
     }
 
     /// Whether it was frozen by [`Self::freeze`] or a runtime. A cgroup that is gone is not.

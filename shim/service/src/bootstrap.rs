@@ -140,7 +140,7 @@ impl Shim for GpusnapShim {
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
-        let context = Context { namespace, bundle, reaper, events, runtime_of };
+        let context = Context { namespace, bundle, logs: crate::checkpoint::LOGS.into(), reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 

@@ -96,8 +96,6 @@ pub(crate) enum CheckpointFailure {
     Cgroup(#[source] CgroupError),
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    #[error("process {pid} waits for a child that it has vforked, and cannot be dumped meanwhile")]
-    Vfork { pid: i32 },
     #[error("its init, process {pid}, is saved and killed, but does not end")]
     DoesNotEnd { pid: i32 },
     #[error("the work was cut off")]

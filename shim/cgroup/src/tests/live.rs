@@ -211,6 +211,56 @@ fn v1_processes_that_fork_all_the_time_do_not_outrun_a_kill() {
 }
 
 #[test]
+fn v1_a_shell_that_starts_programs_all_the_time_is_frozen_between_them() {
+    if let Some(bed) = Bed::v1() {
+        let running = bed.run(BUSY);
+        assert_is_frozen_at_rest(&Cgroup::of_process(running.pid()).unwrap());
+    }
+}
+
+#[test]
+fn v2_a_shell_that_starts_programs_all_the_time_is_frozen_between_them() {
+    if let Some(bed) = Bed::v2() {
+        let _running = bed.run(BUSY);
+        assert_is_frozen_at_rest(&bed.unified());
+    }
+}
+
+/// Debian's shell uses vfork.
+const BUSY: &str = "while :; do /bin/true; done";
+
+fn assert_is_frozen_at_rest(cgroup: &Cgroup) {
+    for round in 0..30 {
+        // As a runtime leaves it that has paused it at any moment.
+        let is_frozen = round % 2 == 0;
+        if is_frozen {
+            cgroup.freeze().unwrap();
+        }
+        cgroup.freeze_at_rest(is_frozen).unwrap();
+        assert!(cgroup.is_frozen().unwrap());
+        assert_eq!(crate::vfork::waiting(&cgroup.pids().unwrap()), None);
+        cgroup.thaw().unwrap();
+    }
+}
+
+#[test]
+fn v1_a_process_that_waits_for_a_vforked_child_for_ever_is_named_and_left_frozen() {
+    let Some(bed) = Bed::v1() else { return };
+    if !Path::new("/usr/bin/perl").exists() {
+        return eprintln!("skipped: no perl on this machine");
+    }
+    // CLONE_VFORK and SIGCHLD, without CLONE_VM: the child may do as it likes.
+    let running = bed.run(&format!("exec perl -e 'syscall({}, 0x4011, 0, 0, 0, 0); sleep 600'", libc::SYS_clone));
+    let cgroup = Cgroup::of_process(running.pid()).unwrap();
+    until(|| cgroup.pids().unwrap().len() == 2);
+    match crate::freezer::freeze_at_rest(&cgroup, false, 3) {
+        Err(CgroupError::Vfork { pid }) => assert_eq!(pid, running.pid()),
+        other => panic!("{other:?}"),
+    }
+    assert!(cgroup.is_frozen().unwrap());
+}
+
+#[test]
 fn v2_is_frozen_thawed_and_killed() {
     let Some(bed) = Bed::v2() else { return };
     let cgroup = bed.unified();

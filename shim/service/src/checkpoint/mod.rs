@@ -14,11 +14,10 @@ mod log;
 mod manifest;
 mod shm;
 mod temporary;
-pub(crate) mod vfork;
 mod wishes;
 
 pub(crate) use draft::Draft;
-pub(crate) use log::LogFolder;
+pub(crate) use log::{LogFolder, ROOT as LOGS};
 pub(crate) use manifest::Manifest;
 pub(crate) use shm::Shm;
 pub(crate) use temporary::remove_if_containerds;

@@ -22,13 +22,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cgroup::{Cgroup, CgroupError};
+use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
 use reaper::Child;
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Timeline};
 
 use super::{Actor, Status};
-use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes, vfork};
+use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
 
 /// CRIU's name for its log of a dump.
@@ -36,13 +36,6 @@ const LOG: &str = "dump.log";
 /// How long after a pause a checkpoint still counts as what the pause was made for. containerd saves a writable layer
 /// in between.
 const PAUSED_FOR_IT: Duration = Duration::from_secs(60);
-/// How long a container runs that was frozen at a bad moment. A child that was vforked executes its program within a
-/// millisecond, unless it has to wait for a processor.
-const SHORTEST_MOMENT: Duration = Duration::from_millis(1);
-const LONGEST_MOMENT: Duration = Duration::from_millis(20);
-/// How often it is given one, 4 s in all. A shell that does nothing but start programs is in the middle of it nine times
-/// out of ten on a busy machine.
-const MOMENTS: u32 = 200;
 /// A killed process is gone in milliseconds, unless it has much memory to give back.
 const END: Duration = Duration::from_secs(30);
 
@@ -67,6 +60,7 @@ impl Actor {
         let work = Work {
             id: self.id.clone(),
             namespace: self.context.namespace.clone(),
+            logs: self.context.logs.clone(),
             bundle: self.bundle.clone(),
             runtime: Arc::clone(&self.runtime),
             runtime_name: self.runtime_name.clone(),
@@ -107,6 +101,7 @@ impl Actor {
 struct Work {
     id: String,
     namespace: String,
+    logs: PathBuf,
     bundle: PathBuf,
     runtime: Arc<dyn OciRuntime>,
     runtime_name: String,
@@ -143,10 +138,10 @@ impl Work {
             move |source| CheckpointFailure::File { action, path, source }
         };
         let draft = Draft::begin(folder).map_err(at("use the folder", folder))?;
-        let log = LogFolder::make(work.as_deref(), &self.namespace, &self.id, LOG);
+        let log = LogFolder::make(&self.logs, work.as_deref(), &self.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", folder))?;
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
-        blocking(move || freeze(&cgroup, paused)).await??;
+        blocking(move || cgroup.freeze_at_rest(paused)).await?.map_err(CheckpointFailure::Cgroup)?;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::SaveShm);
             let images = draft.folder().to_owned();
@@ -206,31 +201,6 @@ impl Work {
             return Err(CheckpointFailure::DoesNotEnd { pid: self.child.pid() });
         }
         Ok(())
-    }
-}
-
-/// Freezes the cgroup, if it is not frozen, at a moment when its processes can be dumped.
-fn freeze(cgroup: &Cgroup, mut is_frozen: bool) -> Result<(), CheckpointFailure> {
-    let mut moment = SHORTEST_MOMENT;
-    let mut tries = 0;
-    loop {
-        if !is_frozen {
-            match cgroup.freeze() {
-                // The user has put the shim into the container's cgroup. CRIU stops the processes by itself.
-                Err(CgroupError::Own { .. }) => return Ok(()),
-                frozen => frozen.map_err(CheckpointFailure::Cgroup)?,
-            }
-        }
-        let Some(pid) = vfork::waiting(&cgroup.pids().map_err(CheckpointFailure::Cgroup)?) else { return Ok(()) };
-        if tries == MOMENTS {
-            return Err(CheckpointFailure::Vfork { pid });
-        }
-        tracing::debug!(pid, "a process is in the middle of a vfork, and is given another moment");
-        cgroup.thaw().map_err(CheckpointFailure::Cgroup)?;
-        is_frozen = false;
-        std::thread::sleep(moment);
-        moment = (moment * 3 / 2).min(LONGEST_MOMENT);
-        tries += 1;
     }
 }
 

@@ -60,6 +60,8 @@ pub(crate) struct Context {
     pub(crate) namespace: String,
     /// Bundle of the container that the shim was started for.
     pub(crate) bundle: PathBuf,
+    /// Where logs of failed checkpoints and restores go.
+    pub(crate) logs: PathBuf,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
     /// Makes the runtime that was chosen for a container.

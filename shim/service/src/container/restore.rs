@@ -11,6 +11,7 @@
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
@@ -27,6 +28,8 @@ use crate::stdio::{Copies, Owner, Stdio};
 
 /// CRIU's name for its log of a restore.
 const LOG: &str = "restore.log";
+/// A process that the kernel counts as dead is reaped in no time, unless a tracer holds it.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// What a container is to be made from.
 #[derive(Clone, Debug)]
@@ -69,6 +72,7 @@ impl Actor {
         let work = Work {
             id: self.id.clone(),
             bundle: self.bundle.clone(),
+            logs: self.context.logs.clone(),
             runtime: Arc::clone(&self.runtime),
             reaper: self.context.reaper.clone(),
             owner: self.owner.clone(),
@@ -87,8 +91,8 @@ impl Actor {
                 actor.init.status = Status::Running;
                 actor.init.copies = Some(restored.copies);
                 actor.init.child = Some(restored.child.clone());
-                actor.oom_kills = restored.cgroup.oom_kills();
-                actor.cgroup = Some(restored.cgroup);
+                actor.oom_kills = restored.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
+                actor.cgroup = restored.cgroup;
                 let (container_id, pid) = (actor.id.clone(), actor.init.pid());
                 actor.context.events.publish(TaskStart { container_id, pid, ..TaskStart::default() });
                 actor.watch("", restored.child);
@@ -109,13 +113,15 @@ impl Actor {
 struct Restored {
     child: Child,
     copies: Copies,
-    cgroup: Cgroup,
+    /// None if it has ended by now.
+    cgroup: Option<Cgroup>,
 }
 
 /// One restore of one container.
 struct Work {
     id: String,
     bundle: PathBuf,
+    logs: PathBuf,
     runtime: Arc<dyn OciRuntime>,
     reaper: Reaper,
     owner: Owner,
@@ -150,7 +156,8 @@ impl Work {
             move |source| RestoreFailure::File { action, path, source }
         };
         let allow = self.inspect(images)?;
-        let log = LogFolder::make(self.checkpoint.work.as_deref(), &self.owner.namespace, &self.id, LOG);
+        let work = self.checkpoint.work.as_deref();
+        let log = LogFolder::make(&self.logs, work, &self.owner.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", images))?;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::LoadShm);
@@ -180,7 +187,7 @@ impl Work {
             }
         };
         let joined = match prepared.connect().await {
-            Ok(copies) => self.join(&child).map(|cgroup| Restored { child: child.clone(), copies, cgroup }),
+            Ok(copies) => self.join(&child).await.map(|cgroup| Restored { child: child.clone(), copies, cgroup }),
             Err(error) => Err(RestoreFailure::Stdio(error)),
         };
         match joined {
@@ -213,13 +220,21 @@ impl Work {
         Ok(allow)
     }
 
-    fn join(&self, child: &Child) -> Result<Cgroup, RestoreFailure> {
+    async fn join(&self, child: &Child) -> Result<Option<Cgroup>, RestoreFailure> {
         let pid_file = self.bundle.join("init.pid");
         std::fs::write(&pid_file, child.pid().to_string()).map_err(|source| RestoreFailure::File {
             action: "write",
             path: pid_file,
             source,
         })?;
-        Cgroup::of_process(child.pid()).map_err(RestoreFailure::Cgroup)
+        // It may go on from the last step of its life: that is a restore as good as any.
+        if child.exit().is_some() {
+            return Ok(None);
+        }
+        match Cgroup::of_process(child.pid()) {
+            // On version 1 the kernel says of a dead process that it is in no cgroup.
+            Err(_) if tokio::time::timeout(ENDING, child.wait()).await.is_ok() => Ok(None),
+            found => found.map(Some).map_err(RestoreFailure::Cgroup),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio as ProcessStdio};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -145,6 +145,7 @@ struct Bench {
     exit: Arc<ExitSignal>,
     events: mpsc::UnboundedReceiver<Envelope>,
     bundle: TempDir,
+    logs: TempDir,
 }
 
 const PLENTY: usize = 1000;
@@ -179,20 +180,21 @@ impl Bench {
             deletes: Mutex::default(),
         });
         let fake = Arc::clone(&runtime);
-        let bundle = tempfile::tempdir().unwrap();
+        let (bundle, logs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         // A pid namespace of its own: without one the shim would kill this test's whole cgroup.
         let config = r#"{"ociVersion":"1.2.0","linux":{"namespaces":[{"type":"pid"}]}}"#;
         std::fs::write(bundle.path().join("config.json"), config).unwrap();
         let context = Context {
             namespace: "test".into(),
             bundle: bundle.path().to_owned(),
+            logs: logs.path().to_owned(),
             reaper,
             events: publisher,
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),
         };
         let exit = Arc::new(ExitSignal::default());
         let service = Arc::new(TaskService::new(context, Arc::clone(&exit)));
-        Self { service, runtime, exit, events, bundle }
+        Self { service, runtime, exit, events, bundle, logs }
     }
 
     /// With a created container.
@@ -272,6 +274,10 @@ impl Bench {
     async fn exec(&self, exec_id: &str, script: &str) -> ttrpc::Result<()> {
         self.add_exec(exec_id, script).await?;
         self.start(exec_id).await
+    }
+
+    fn log_folder(&self, name: &str) -> PathBuf {
+        self.logs.path().join("test").join(name)
     }
 
     async fn status(&self) -> ApiStatus {
@@ -544,6 +550,7 @@ async fn a_checkpoint_leaves_the_container_as_it_was() {
     bench.checkpoint(images.path(), None).await.unwrap();
     assert_eq!(bench.status().await, ApiStatus::RUNNING);
     assert!(images.path().join("gpusnap.json").exists());
+    assert!(!bench.log_folder("c.dump").exists());
     assert_eq!(bench.told("checkpointed").await, ["create", "start", "checkpointed"]);
     bench.pause().await.unwrap();
     bench.checkpoint(images.path(), None).await.unwrap();
@@ -573,6 +580,7 @@ async fn a_failed_checkpoint_leaves_nothing_but_the_container() {
     assert!(error.contains("dumping") && error.contains("as told"), "{error}");
     assert_eq!(bench.status().await, ApiStatus::RUNNING);
     assert_eq!(std::fs::read_dir(images.path()).unwrap().count(), 1);
+    assert!(bench.log_folder("c.dump").exists());
 }
 
 #[tokio::test]

@@ -72,25 +72,25 @@ impl Guardian {
         }
     }
 
-    /// Moves the GPU state of the container that the process `pid` belongs to to its memory and leaves it frozen, or leaves it as it was. See
-    /// [`SessionError`] for what can be in the way. GPU work may go on for `patience`; then the driver may take `limit`.
+    /// Moves the GPU state of the container that the process `pid` belongs to to its memory and leaves it frozen; on failure
+    /// it is as before, and frozen if it was `paused`. See [`SessionError`] for what can be in the way. GPU work may go on for `patience`; then the driver may take `limit`.
     ///
     /// # Errors
     /// When the state cannot be moved.
     pub async fn suspend(
         &mut self,
         pid: i32,
+        paused: bool,
         patience: Duration,
         limit: Duration,
-        was_frozen: bool,
         timeline: &Timeline,
     ) -> Result<Suspended, CudaError> {
-        match self.order(&Order::Suspend { pid, patience, limit }, timeline).await {
+        match self.order(&Order::Suspend { pid, paused, patience, limit }, timeline).await {
             Some(Report::Suspended(suspended)) => Ok(suspended?),
             Some(_) | None => {
                 let failed_at = timeline.current();
                 self.replace()?;
-                self.resume(pid, was_frozen, Vec::new(), limit, timeline).await?;
+                self.resume(pid, paused, Vec::new(), limit, timeline).await?;
                 timeline.enter(failed_at);
                 Err(CudaError::Died)
             }

@@ -15,7 +15,7 @@ use phase::Phase;
 use crate::call::{Callers, Pair};
 use crate::host::{INVENTORY, Machine, chain};
 use crate::protocol::{Order, Report};
-use crate::session::{Host, Resumed, Session, SessionError, Suspended};
+use crate::session::{Resumed, Session, SessionError, Suspended};
 
 /// First argument by which this binary knows that it is to be a guardian.
 pub const GUARDIAN: &str = "cuda-guardian";
@@ -76,16 +76,23 @@ impl Guardian {
                 let taken = self.callers.inventory(INVENTORY);
                 Report::Inventory(taken.map_err(|failure| SessionError::NoDriver(failure.to_string())))
             }
-            Order::Suspend { pid, patience, limit } => Report::Suspended(self.suspend(pid, patience, limit)),
+            Order::Suspend { pid, paused, patience, limit } => {
+                Report::Suspended(self.suspend(pid, paused, patience, limit))
+            }
             Order::Resume { pid, frozen, pairs, limit } => Report::Resumed(self.resume(pid, frozen, &pairs, limit)),
         }
     }
 
-    fn suspend(&mut self, pid: i32, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
+    fn suspend(
+        &mut self,
+        pid: i32,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Suspended, SessionError> {
         let mut machine = Machine::of(pid, &mut self.callers)?;
-        let was_frozen = machine.is_frozen()?;
-        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(patience, limit)?;
-        self.owed = Some((pid, was_frozen));
+        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(paused, patience, limit)?;
+        self.owed = Some((pid, paused));
         Ok(suspended)
     }
 

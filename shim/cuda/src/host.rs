@@ -15,6 +15,7 @@ use crate::session::{Host, SessionError};
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
 /// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
+const WAKING: Duration = Duration::from_secs(10);
 const CLEANING: Duration = Duration::from_secs(10);
 
 /// The machine, as far as one container reaches.
@@ -132,10 +133,6 @@ impl Host for Machine<'_> {
         of_container.into_iter().chain(of_machine).min()
     }
 
-    fn is_frozen(&mut self) -> Result<bool, SessionError> {
-        self.cgroup.is_frozen().map_err(container("ask for the freezer of"))
-    }
-
     fn freeze(&mut self) -> Result<(), SessionError> {
         self.cgroup.freeze().map_err(container("freeze"))
     }
@@ -158,7 +155,10 @@ impl Host for Machine<'_> {
     }
 
     fn let_go(&mut self) {
-        self.hold.let_go();
+        // Those that are left go with the guardian.
+        if let Err(error) = self.hold.let_go() {
+            tracing::warn!("{}", chain(&error));
+        }
     }
 
     fn is_stopped(&mut self, pid: i32) -> bool {
@@ -166,7 +166,7 @@ impl Host for Machine<'_> {
     }
 
     fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
-        self.hold.wake(pid).map_err(|error| process("wake", pid)(&error))
+        self.hold.wake(pid, Instant::now() + WAKING).map_err(|error| process("wake", pid)(&error))
     }
 
     fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError> {

@@ -67,7 +67,6 @@ pub(crate) trait Host {
     fn inventory(&mut self) -> Result<Inventory, CallFailure>;
     /// Bytes that the container may still use, and what limits them.
     fn memory_left(&mut self) -> Option<(u64, String)>;
-    fn is_frozen(&mut self) -> Result<bool, SessionError>;
     fn freeze(&mut self) -> Result<(), SessionError>;
     /// Freezes at a moment when what is there can be dumped.
     fn freeze_at_rest(&mut self) -> Result<(), SessionError>;
@@ -227,12 +226,17 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// Moves all GPU state to the memory of its processes and leaves the container frozen. Locking may take until
-    /// `patience` is over; the driver may take `limit` for its checkpoint. On failure the container is as before.
-    pub(crate) fn suspend(mut self, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
-        let was_frozen = self.host.is_frozen()?;
+    /// `patience` is over; the driver may take `limit` for its checkpoint. On failure the container is as before, and
+    /// frozen if it was paused.
+    pub(crate) fn suspend(
+        mut self,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Suspended, SessionError> {
         self.suspend_thawed(patience, limit).map_err(|failure| {
             let members = self.members.iter().map(|member| (member.pid, member.is_stopped)).collect();
-            match self.put_back(members, was_frozen, &[], limit) {
+            match self.put_back(members, paused, &[], limit) {
                 Ok(_) => failure,
                 Err(undoing) => SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() },
             }

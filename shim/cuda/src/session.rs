@@ -236,7 +236,7 @@ impl<'a, H: Host> Session<'a, H> {
     ) -> Result<Suspended, SessionError> {
         self.suspend_thawed(patience, limit).map_err(|failure| {
             let members = self.members.iter().map(|member| (member.pid, member.is_stopped)).collect();
-            match self.put_back(members, paused, &[], limit) {
+            match self.put_back(Some(members), paused, &[], limit) {
                 Ok(_) => failure,
                 Err(undoing) => SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() },
             }
@@ -458,13 +458,13 @@ impl<'a, H: Host> Session<'a, H> {
     /// Gives all processes of the container their GPU state back, whatever state they are in, and leaves the container
     /// frozen or not.
     pub(crate) fn resume(mut self, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
-        self.put_back(Vec::new(), frozen, pairs, limit)
+        self.put_back(None, frozen, pairs, limit)
     }
 
-    /// `known` are processes with whether they were stopped by a signal; others are looked for.
+    /// `known` are processes with whether they were stopped by a signal; without any, all that there are.
     fn put_back(
         &mut self,
-        known: Vec<(i32, bool)>,
+        known: Option<Vec<(i32, bool)>>,
         frozen: bool,
         pairs: &[Pair],
         limit: Duration,
@@ -479,17 +479,18 @@ impl<'a, H: Host> Session<'a, H> {
 
     fn put_back_held(
         &mut self,
-        known: Vec<(i32, bool)>,
+        known: Option<Vec<(i32, bool)>>,
         frozen: bool,
         pairs: &[Pair],
         limit: Duration,
     ) -> Result<Resumed, SessionError> {
-        let mut members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
-        for pid in self.host.pids()? {
-            if !members.contains(&pid) && self.host.has_drivers_threads(pid) {
-                members.push(pid);
-            }
-        }
+        let known = match known {
+            Some(known) => known,
+            None => self.host.pids()?.into_iter().map(|pid| (pid, false)).collect(),
+        };
+        let known: Vec<(i32, bool)> =
+            known.into_iter().filter(|(pid, _)| self.host.has_drivers_threads(*pid)).collect();
+        let members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
         self.hold_all(&members)?;
         self.host.thaw()?;
         let mut stopped: Vec<i32> = known.into_iter().filter_map(|(pid, stopped)| stopped.then_some(pid)).collect();
@@ -605,3 +606,6 @@ impl<'a, H: Host> Session<'a, H> {
 fn gib(bytes: u64) -> f64 {
     Duration::from_nanos(bytes).as_secs_f64() * 1e9 / f64::from(1 << 30)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! The driver API's C functions: `CUresult cu...(...)`, with the signatures of cuda.h 13.0.
 
-#![allow(non_snake_case)]
+// The names and the arguments are NVIDIA's.
+#![allow(non_snake_case, clippy::too_many_arguments)]
 
 use std::ffi::{c_char, c_void};
 use std::time::Duration;

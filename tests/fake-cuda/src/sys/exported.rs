@@ -103,7 +103,10 @@ macro_rules! exports {
         $(
             #[unsafe(no_mangle)]
             extern "C" fn $name($($argument: $type),*) -> u32 {
-                $report((|| $body)())
+                fn call($($argument: $type),*) -> crate::code::Result<()> {
+                    $body
+                }
+                $report(call($($argument),*))
             }
         )*
     };

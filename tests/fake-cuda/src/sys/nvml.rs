@@ -1,5 +1,6 @@
 //! NVML's C functions: `nvmlReturn_t nvml...(...)`, with the signatures of nvml.h 13.0.
 
+// The names are NVIDIA's.
 #![allow(non_snake_case)]
 
 use std::ffi::c_char;

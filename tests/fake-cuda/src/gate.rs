@@ -23,13 +23,15 @@ impl Gate {
     /// Begins a call; waits while the gate is closed.
     pub(crate) fn enter(&self) -> Pass<'_> {
         loop {
+            // Not counted while it waits: a debugger may hold it there when the gate is opened and closed again.
+            while self.closed.load(SeqCst) != 0 {
+                os::wait(&self.closed, 1, Scope::Process, None);
+            }
             self.inside.fetch_add(1, SeqCst);
             let pass = Pass(self);
             if self.closed.load(SeqCst) == 0 {
                 return pass;
             }
-            drop(pass);
-            os::wait(&self.closed, 1, Scope::Process, None);
         }
     }
 

@@ -25,7 +25,11 @@ pub(crate) fn left(cgroup: &Cgroup) -> Option<u64> {
         Hierarchy::V1(directories) => (directories.get("memory")?, V1),
         Hierarchy::V2(directory) => (directory.as_path(), V2),
     };
-    directory.ancestors().take_while(|above| above.join("cgroup.procs").exists()).filter_map(|at| left_in(at, &files)).min()
+    directory
+        .ancestors()
+        .take_while(|above| above.join("cgroup.procs").exists())
+        .filter_map(|at| left_in(at, &files))
+        .min()
 }
 
 fn left_in(directory: &Path, files: &Files) -> Option<u64> {

@@ -321,10 +321,8 @@ impl Callers {
 
 /// Which of the waiting callers have something to say.
 fn ready(asked: &[Result<Caller, CallFailure>], waiting: &[usize], timeout: Duration) -> Vec<usize> {
-    let sockets: Vec<&UnixStream> = waiting
-        .iter()
-        .filter_map(|&index| asked[index].as_ref().ok().map(|caller| caller.replies.get_ref()))
-        .collect();
+    let sockets: Vec<&UnixStream> =
+        waiting.iter().filter_map(|&index| asked[index].as_ref().ok().map(|caller| caller.replies.get_ref())).collect();
     let mut polled: Vec<PollFd<'_>> = sockets.iter().map(|socket| PollFd::new(socket, PollFlags::IN)).collect();
     let timeout = Timespec::try_from(timeout).unwrap_or_default();
     // An interrupted or failed wait is one without a result.

@@ -96,13 +96,7 @@ impl Guardian {
         Ok(suspended)
     }
 
-    fn resume(
-        &mut self,
-        pid: i32,
-        frozen: bool,
-        pairs: &[Pair],
-        limit: Duration,
-    ) -> Result<Resumed, SessionError> {
+    fn resume(&mut self, pid: i32, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
         self.owed = Some((pid, frozen));
         let mut machine = Machine::of(pid, &mut self.callers)?;
         let resumed = Session::new(&mut machine, &mut begins(&mut self.reports)).resume(frozen, pairs, limit)?;

@@ -25,6 +25,6 @@ mod session;
 pub use call::{CALLER, Pair, caller_main};
 pub use client::{CudaError, Guardian};
 pub use driver::{CudaResult, Driver, DriverError, LIBRARY_VARIABLE, ProcessState};
-pub use session::{Resumed, SessionError, Suspended, SuspendedProcess};
 pub use guardian::{GUARDIAN, guardian_main};
 pub use inventory::{Gpu, GpuProcess, Inventory, NVML_VARIABLE};
+pub use session::{Resumed, SessionError, Suspended, SuspendedProcess};

@@ -16,8 +16,18 @@ pub(crate) enum Order {
     /// Says what this node has of GPUs.
     Inventory,
     /// Of the container that this process belongs to.
-    Suspend { pid: i32, paused: bool, patience: Duration, limit: Duration },
-    Resume { pid: i32, frozen: bool, pairs: Vec<Pair>, limit: Duration },
+    Suspend {
+        pid: i32,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    },
+    Resume {
+        pid: i32,
+        frozen: bool,
+        pairs: Vec<Pair>,
+        limit: Duration,
+    },
 }
 
 /// What it says meanwhile, and in the end.

@@ -289,10 +289,10 @@ impl<'a, H: Host> Session<'a, H> {
         self.host.freeze_at_rest()?;
         // Frozen, they cannot run on.
         self.host.let_go();
-        let processes = self.members.iter().map(|member| SuspendedProcess {
-            pid: self.host.namespace_pid(member.pid),
-            staged: member.staged,
-        });
+        let processes = self
+            .members
+            .iter()
+            .map(|member| SuspendedProcess { pid: self.host.namespace_pid(member.pid), staged: member.staged });
         Ok(Suspended { inventory, processes: processes.collect(), cleaned })
     }
 

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use self::sys::{Functions, LoadFailure};
 pub(crate) use self::sys::GpuPair;
+use self::sys::{Functions, LoadFailure};
 
 /// Environment variable that names the libcuda to use.
 pub const LIBRARY_VARIABLE: &str = "GPUSNAP_LIBCUDA";

@@ -38,8 +38,7 @@ struct RestoreArgs {
 /// `CUcheckpointCheckpointArgs`, `CUcheckpointUnlockArgs`: nothing of them is used.
 type NoArgs = [u64; 8];
 
-type GetProcAddress =
-    unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64, *mut c_int) -> c_uint;
+type GetProcAddress = unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64, *mut c_int) -> c_uint;
 type DriverGetVersion = unsafe extern "C" fn(*mut c_int) -> c_uint;
 type GetState = unsafe extern "C" fn(c_int, *mut c_uint) -> c_uint;
 type GetRestoreThread = unsafe extern "C" fn(c_int, *mut c_int) -> c_uint;

@@ -291,8 +291,7 @@ fn work_that_does_not_end_fails_the_session_by_its_deadline() {
 #[test]
 fn managed_memory_is_named_and_everything_undone() {
     let failure = Some(CallFailure::Refused(CudaResult::NOT_SUPPORTED));
-    let mut host =
-        FakeHost::of([(101, process(RUNNING)), (102, Process { checkpoint: failure, ..process(RUNNING) })]);
+    let mut host = FakeHost::of([(101, process(RUNNING)), (102, Process { checkpoint: failure, ..process(RUNNING) })]);
     let error = host.suspend().unwrap_err();
     assert!(matches!(&error, SessionError::Managed { process } if process == "process 102"), "{error}");
     assert!(host.is_untouched());
@@ -328,10 +327,8 @@ fn a_restore_that_fails_is_tried_again() {
     let mut host = FakeHost::of([(101, Process { restore_fails: 2, ..process(CHECKPOINTED) })]);
     host.resume(true).unwrap();
     assert!(host.is_untouched());
-    let mut host = FakeHost::of([
-        (101, Process { restore_fails: 9, ..process(CHECKPOINTED) }),
-        (102, process(CHECKPOINTED)),
-    ]);
+    let mut host =
+        FakeHost::of([(101, Process { restore_fails: 9, ..process(CHECKPOINTED) }), (102, process(CHECKPOINTED))]);
     let error = host.resume(true).unwrap_err().to_string();
     assert!(error.contains("cannot restore process 101"), "{error}");
     assert_eq!(host.cuda(102), RUNNING, "the others have their state back");

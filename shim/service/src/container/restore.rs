@@ -22,8 +22,8 @@ use cuda::{Guardian, Pair};
 use reaper::{Child, Reaper};
 use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
 
-use super::create::undo;
 use super::checkpoint::GPU;
+use super::create::undo;
 use super::{Actor, Status};
 use crate::checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 use crate::error::{RestoreError, RestoreFailure, TaskError};

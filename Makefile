@@ -21,7 +21,7 @@ demo: build testbed ## Build all, start the test bed and show a container's life
 	examples/demo/demo.sh
 
 .PHONY: test
-test: lint test-unit test-contract test-criu test-e2e ## Everything that can be tested without a GPU
+test: lint test-unit test-fake-cuda test-contract test-criu test-e2e ## Everything that can be tested without a GPU
 
 .PHONY: build
 build: deps ## Build the shim: target/release/containerd-shim-gpusnap-v2
@@ -53,6 +53,10 @@ $(TOOLS)/bin/cargo-deny:
 .PHONY: test-unit
 test-unit: deps ## Tests that need nothing but this machine
 	cargo test --workspace --exclude e2e --locked --lib --bins
+
+.PHONY: test-fake-cuda
+test-fake-cuda: deps ## The simulated GPU driver that the tests below use
+	cargo test --locked -p fake-cuda --test '*'
 
 .PHONY: test-contract
 test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, runc and crun

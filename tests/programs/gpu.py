@@ -93,6 +93,7 @@ END:
 WORDS_PER_TILE = 1 << 18  # 1 MiB: what is summed in each round
 BLOCK = 256
 PERIOD = 0.05
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Failed(Exception):
@@ -210,9 +211,12 @@ class Children:
             self.forked.append(pid)
 
     def spawn(self, count, arguments):
+        # Blocked until they have handlers: they inherit it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for at in range(count):
             command = [sys.executable, os.path.abspath(__file__), *arguments, "--name", f"w{at}"]
             self.spawned.append(subprocess.Popen(command))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def check(self):
         for pid in self.forked:
@@ -238,8 +242,9 @@ class Program:
         self.options = options
         self.signals = set()
         self.output = os.open(options.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if options.log else 1
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in SIGNALS:
             signal.signal(number, lambda number, _frame: self.signals.add(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def say(self, line):
         prefix = f"{self.options.name} " if self.options.name else ""

@@ -24,7 +24,7 @@ pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
 
-use crate::process;
+use crate::process::{self, RunState};
 pub use error::{HoldError, ReleaseError, Waits};
 pub use jobs::JobError;
 
@@ -102,7 +102,7 @@ impl Hold {
     }
 
     pub(crate) fn take_scope(&mut self, pid: i32, scope: Scope) -> Result<(), HoldError> {
-        if process::run_state(pid) == process::RunState::Dead {
+        if process::run_state(pid) == RunState::Dead {
             return Err(HoldError::Gone { pid });
         }
         let held = self.processes.entry(pid).or_insert(Held { scope, threads: BTreeMap::new() });
@@ -201,14 +201,23 @@ impl Hold {
             for (pid, held) in self.processes.iter_mut().filter(|(pid, _)| concerns(**pid)) {
                 refused = refused.or(held.detach(*pid).err());
             }
-            // Who has ended cannot be detached from: it is waited for when its other threads have ended too.
             self.processes.retain(|pid, held| !concerns(*pid) || !held.threads.is_empty());
-            let concerned = self.processes.iter().filter(|(pid, _)| concerns(**pid));
-            let mut left = concerned
+            let left: Vec<_> = self
+                .processes
+                .iter()
+                .filter(|(pid, _)| concerns(**pid))
                 .flat_map(|(pid, held)| held.threads.iter().map(|(tid, stand)| (*pid, *tid, *stand)))
-                .filter(|(_, _, stand)| *stand != Stand::Ended);
-            let Some((pid, tid, _)) = left.next() else { return Ok(()) };
+                .collect();
+            if left.is_empty() {
+                return Ok(());
+            }
             if Instant::now() >= deadline {
+                // Who has ended cannot be detached from. If the other threads are not dying they are let go, and this
+                // one is waited for when they have ended.
+                let lives = |pid: i32| process::run_state(pid) != RunState::Dead;
+                let moving = |(pid, _, stand): &&(i32, i32, Stand)| *stand != Stand::Ended || !lives(*pid);
+                let mut left = left.iter().filter(moving);
+                let Some((pid, tid, _)) = left.next().copied() else { return refused.map_or(Ok(()), Err) };
                 let name = process::thread_name(pid, tid).unwrap_or_default();
                 let moving = ReleaseError::Moving { pid, tid, name, others: left.count(), waits: Waits::of(pid, tid) };
                 return Err(refused.unwrap_or(moving));
@@ -236,8 +245,7 @@ impl Hold {
     }
 
     fn forget_dead(&mut self) {
-        self.processes
-            .retain(|pid, held| !held.threads.is_empty() || process::run_state(*pid) != process::RunState::Dead);
+        self.processes.retain(|pid, held| !held.threads.is_empty() || process::run_state(*pid) != RunState::Dead);
     }
 }
 

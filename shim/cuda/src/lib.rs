@@ -5,3 +5,5 @@
 pub mod hold;
 pub mod process;
 pub mod residue;
+#[cfg(test)]
+mod testbed;

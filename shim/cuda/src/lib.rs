@@ -3,6 +3,7 @@
 #![deny(unsafe_code)]
 
 pub mod hold;
+pub mod inject;
 pub mod process;
 pub mod residue;
 #[cfg(test)]

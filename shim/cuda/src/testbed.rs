@@ -67,6 +67,11 @@ impl Program {
         Self { child, input, pid, values: numbers[2], delivered: numbers[3], memory, thaw: RefCell::new(None) }
     }
 
+    /// Starts one that says nothing.
+    pub(crate) fn spawn(name: &str) -> Child {
+        Command::new(own()).env(PLAY, name).stdin(Stdio::null()).spawn().unwrap()
+    }
+
     fn read(&self, address: u64) -> u64 {
         let mut bytes = [0; 8];
         self.memory.read_exact_at(&mut bytes, address).unwrap();
@@ -247,6 +252,55 @@ fn drivers_thread() {
     is_started.recv().unwrap();
 }
 
+fn many() -> ! {
+    drivers_thread();
+    thread("computes", || sys::compute());
+    thread("sleeps", || {
+        loop {
+            count(if sys::sleep_once(2) { 1 } else { 6 });
+        }
+    });
+    thread("reads", || {
+        for _ in std::io::stdin().lock().lines() {
+            count(2);
+        }
+    });
+    ready();
+    loop {
+        count(3);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn have_residue(directory: &str) {
+    for number in 0..3 {
+        sys::map(&open_in(directory, &format!("mapped{number}")));
+    }
+    for number in 0..5 {
+        let file = open_in(directory, &format!("open{number}"));
+        if number < 2 {
+            rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        }
+        std::mem::forget(file);
+    }
+}
+
+fn open_in(directory: &str, name: &str) -> File {
+    let file = Path::new(directory).join(name);
+    fs::write(&file, [7; 8192]).unwrap();
+    File::options().read(true).write(true).open(file).unwrap()
+}
+
+/// How many steps are left until the program dies; 0 for never.
+static STEPS: AtomicU32 = AtomicU32::new(0);
+
+/// A step of an injection, at which a program that plays an injector may die.
+pub(crate) fn step() {
+    if STEPS.load(Ordering::Relaxed) > 0 && STEPS.fetch_sub(1, Ordering::Relaxed) == 1 {
+        sys::exit(137);
+    }
+}
+
 /// What a program plays. It runs before `main` does, so that it is in the first thread of its process, and that has no
 /// other threads than its own: the tests' `main` runs tests in a thread of theirs. Nothing, in a run of the tests.
 fn play() {
@@ -258,25 +312,7 @@ fn play() {
     }
     match play {
         // 0 computes, 1 sleeps, 2 waits for input, 3 is the first thread, 4 is the driver's.
-        "many" => {
-            drivers_thread();
-            thread("computes", || sys::compute());
-            thread("sleeps", || {
-                loop {
-                    count(if sys::sleep_once(2) { 1 } else { 6 });
-                }
-            });
-            thread("reads", || {
-                for _ in std::io::stdin().lock().lines() {
-                    count(2);
-                }
-            });
-            ready();
-            loop {
-                count(3);
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
+        "many" => many(),
         // Threads come and go all the time.
         "churn" => {
             drivers_thread();
@@ -328,9 +364,80 @@ fn play() {
         }
         // One thread in one long system call after the other.
         "sleeper" => {
+            let alternate = sys::set_alternate_stack();
             ready();
             loop {
+                count(if sys::alternate_stack() == alternate { 5 } else { 7 });
                 count(if sys::sleep_once(300) { 1 } else { 6 });
+            }
+        }
+        // One thread that computes.
+        "computer" => {
+            ready();
+            sys::compute();
+        }
+        // One thread that waits for input.
+        "reader" => {
+            ready();
+            for line in std::io::stdin().lock().lines() {
+                assert_eq!(line.unwrap(), "line");
+                count(2);
+            }
+        }
+        // Has files of a directory open and mapped, and does all that "many" does too.
+        "residue" => {
+            have_residue(argument);
+            many();
+        }
+        // It cannot open anything more.
+        "residue-full" => {
+            have_residue(argument);
+            while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
+            many();
+        }
+        // There is nothing in its root directory.
+        "residue-jailed" => {
+            have_residue(argument);
+            let jail = Path::new(argument).join("jail");
+            fs::create_dir(&jail).unwrap();
+            rustix::process::chroot(&jail).unwrap();
+            many();
+        }
+        // It does nothing.
+        "residue-only" => {
+            have_residue(argument);
+            ready();
+            sys::sleep_once(3_600_000);
+        }
+        "clean" => {
+            let (pid, directory) = argument.split_once(' ').unwrap();
+            let matches = |path: &Path| path.starts_with(directory);
+            crate::residue::clean_matching(pid.parse().unwrap(), soon(), matches).unwrap();
+            sys::exit(0);
+        }
+        // Injects harmless calls, and dies before the step of this number.
+        "inject" => {
+            let mut words = argument.split(' ').map(|word| word.parse::<u32>().unwrap());
+            let (pid, step) = (i32::try_from(words.next().unwrap()).unwrap(), words.next().unwrap());
+            STEPS.store(step, Ordering::Relaxed);
+            let mut hold = crate::hold::Hold::new();
+            hold.take_scope(pid, crate::hold::Scope::All).unwrap();
+            let mut injector = crate::inject::Injector::attach(&mut hold, pid, soon()).unwrap();
+            for _ in 0..3 {
+                assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(pid));
+            }
+            injector.finish().unwrap();
+            hold.let_go().unwrap();
+            // It was through before: there are no more steps.
+            sys::exit(0);
+        }
+        "inject-always" => {
+            let pid = argument.parse().unwrap();
+            loop {
+                let mut hold = crate::hold::Hold::new();
+                hold.take_scope(pid, crate::hold::Scope::All).unwrap();
+                let mut injector = crate::inject::Injector::attach(&mut hold, pid, soon()).unwrap();
+                injector.call(libc::SYS_getpid, [0; 6]).unwrap();
             }
         }
         "hold" => {

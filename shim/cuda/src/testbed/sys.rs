@@ -78,3 +78,38 @@ fn round(seed: f64) -> f64 {
     }
     lanes.iter().sum()
 }
+
+/// Maps the first 8 KiB of a file, shared and for good.
+pub(crate) fn map(file: &std::fs::File) -> usize {
+    use std::os::fd::AsRawFd;
+    let (access, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
+    // SAFETY: a new mapping at an address that the kernel chooses. Nothing in this process uses it.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), 8192, access, libc::MAP_SHARED, fd, 0) };
+    assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    address as usize
+}
+
+/// Ends this process at once. From 128 on, the code is as of one that a signal has ended.
+pub(crate) fn exit(code: libc::c_int) -> ! {
+    // SAFETY: ends this process. Nothing of it is used after.
+    unsafe { libc::_exit(code) }
+}
+
+/// Gives the calling thread a stack for signal handlers, and says where it is.
+pub(crate) fn set_alternate_stack() -> usize {
+    let memory = Box::leak(Box::new([0_u8; 65536]));
+    let stack = libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: memory.len() };
+    // SAFETY: the memory is leaked, so it is there as long as the thread, and nobody else uses it.
+    let done = unsafe { libc::sigaltstack(&raw const stack, std::ptr::null_mut()) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    memory.as_ptr() as usize
+}
+
+/// Where the calling thread's stack for signal handlers is.
+pub(crate) fn alternate_stack() -> usize {
+    let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
+    // SAFETY: nothing is set, and what is written fits: it is of the type that the call fills.
+    let done = unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    stack.ss_sp as usize
+}

@@ -24,7 +24,7 @@ pub(crate) mod sys;
 #[cfg(test)]
 mod tests;
 
-use crate::process;
+use crate::process::{self, RunState};
 pub use error::{HoldError, ReleaseError, Waits};
 pub use jobs::JobError;
 
@@ -102,7 +102,7 @@ impl Hold {
     }
 
     pub(crate) fn take_scope(&mut self, pid: i32, scope: Scope) -> Result<(), HoldError> {
-        if process::run_state(pid) == process::RunState::Dead {
+        if process::run_state(pid) == RunState::Dead {
             return Err(HoldError::Gone { pid });
         }
         let held = self.processes.entry(pid).or_insert(Held { scope, threads: BTreeMap::new() });
@@ -201,14 +201,23 @@ impl Hold {
             for (pid, held) in self.processes.iter_mut().filter(|(pid, _)| concerns(**pid)) {
                 refused = refused.or(held.detach(*pid).err());
             }
-            // Who has ended cannot be detached from: it is waited for when its other threads have ended too.
             self.processes.retain(|pid, held| !concerns(*pid) || !held.threads.is_empty());
-            let concerned = self.processes.iter().filter(|(pid, _)| concerns(**pid));
-            let mut left = concerned
+            let left: Vec<_> = self
+                .processes
+                .iter()
+                .filter(|(pid, _)| concerns(**pid))
                 .flat_map(|(pid, held)| held.threads.iter().map(|(tid, stand)| (*pid, *tid, *stand)))
-                .filter(|(_, _, stand)| *stand != Stand::Ended);
-            let Some((pid, tid, _)) = left.next() else { return Ok(()) };
+                .collect();
+            if left.is_empty() {
+                return Ok(());
+            }
             if Instant::now() >= deadline {
+                // Who has ended cannot be detached from. If the other threads are not dying they are let go, and this
+                // one is waited for when they have ended.
+                let lives = |pid: i32| process::run_state(pid) != RunState::Dead;
+                let moving = |(pid, _, stand): &&(i32, i32, Stand)| *stand != Stand::Ended || !lives(*pid);
+                let mut left = left.iter().filter(moving);
+                let Some((pid, tid, _)) = left.next().copied() else { return refused.map_or(Ok(()), Err) };
                 let name = process::thread_name(pid, tid).unwrap_or_default();
                 let moving = ReleaseError::Moving { pid, tid, name, others: left.count(), waits: Waits::of(pid, tid) };
                 return Err(refused.unwrap_or(moving));
@@ -236,8 +245,7 @@ impl Hold {
     }
 
     fn forget_dead(&mut self) {
-        self.processes
-            .retain(|pid, held| !held.threads.is_empty() || process::run_state(*pid) != process::RunState::Dead);
+        self.processes.retain(|pid, held| !held.threads.is_empty() || process::run_state(*pid) != RunState::Dead);
     }
 }
 
@@ -371,32 +379,74 @@ fn is_stopped_and_frozen(pid: i32, tid: i32) -> bool {
 
 /// How a tracee stands; `None` when it is dead, and reaped, or is no tracee any more.
 pub(crate) fn look(pid: i32, tid: i32) -> io::Result<Option<Stand>> {
-    let Some(id) = Pid::from_raw(tid) else { return Ok(None) };
-    let all = WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned());
-    let now = all | WaitIdOptions::NOHANG;
-    let both = WaitIdOptions::STOPPED | WaitIdOptions::EXITED;
-    // Not consumed: see the module's comment.
-    let status = match rustix::process::waitid(WaitId::Pid(id), now | both | WaitIdOptions::NOWAIT) {
-        Ok(status) => status,
-        // Not a tracee: a thread that has executed a program has taken over the id of the process's first.
-        Err(rustix::io::Errno::CHILD) => return Ok(None),
+    match glance(tid)? {
+        Glance::Moving => {
+            let ended = matches!(process::letter(pid, tid), Ok(b'Z'));
+            Ok(Some(if ended { Stand::Ended } else { Stand::Called }))
+        }
+        Glance::Stop(Stop::Signal(signal)) => Ok(Some(Stand::Still { signal })),
+        Glance::Stop(Stop::Event | Stop::Syscall) => Ok(Some(Stand::Still { signal: 0 })),
+        // A thread that has executed a program has taken over the id of its process's first, and has none of its own.
+        Glance::Gone => Ok(None),
+        Glance::Dead => {
+            // Whoever is a child of this process is waited for elsewhere in it, and for its exit status.
+            if let Some(id) = Pid::from_raw(tid).filter(|_| tid != pid || !is_own_child(pid)) {
+                rustix::process::waitid(WaitId::Pid(id), ALWAYS | WaitIdOptions::EXITED)?;
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// How each wait is: at once, and for threads as for processes.
+const ALWAYS: WaitIdOptions =
+    WaitIdOptions::NOHANG.union(WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned()));
+
+/// What a wait for a tracee says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Glance {
+    /// It has not stopped.
+    Moving,
+    /// It stands still.
+    Stop(Stop),
+    /// It waits to be reaped.
+    Dead,
+    /// It is no tracee.
+    Gone,
+}
+
+/// Where a tracee stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// Because it was told to, or by job control.
+    Event,
+    /// In the delivery of a signal.
+    Signal(i32),
+    /// At the beginning or the end of a system call.
+    Syscall,
+}
+
+/// What a tracee does. Nothing is consumed: see the module's comment.
+pub(crate) fn glance(tid: i32) -> io::Result<Glance> {
+    let Some(id) = Pid::from_raw(tid) else { return Ok(Glance::Gone) };
+    let options = ALWAYS | WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+    let status = match rustix::process::waitid(WaitId::Pid(id), options) {
+        Ok(Some(status)) => status,
+        Ok(None) => return Ok(Glance::Moving),
+        Err(rustix::io::Errno::CHILD) => return Ok(Glance::Gone),
         Err(errno) => return Err(errno.into()),
     };
-    let Some(status) = status else {
-        let ended = matches!(process::letter(pid, tid), Ok(b'Z'));
-        return Ok(Some(if ended { Stand::Ended } else { Stand::Called }));
-    };
-    if let Some(stop) = status.stopping_signal().or(status.trapping_signal()) {
-        // A signal, and above it the event. No event: the delivery of that signal, or a system call.
-        let delivery = stop >> 8 == 0 && stop != libc::SIGTRAP | 0x80;
-        return Ok(Some(Stand::Still { signal: if delivery { stop } else { 0 } }));
-    }
-    // Whoever is a child of this process is waited for elsewhere in it, and for its exit status.
-    if tid != pid || !is_own_child(pid) {
-        rustix::process::waitid(WaitId::Pid(id), now | WaitIdOptions::EXITED)?;
-    }
-    Ok(None)
+    let Some(stop) = status.stopping_signal().or(status.trapping_signal()) else { return Ok(Glance::Dead) };
+    // A signal, and above it the event if it is one.
+    Ok(Glance::Stop(match stop {
+        event if event >> 8 != 0 => Stop::Event,
+        SYSCALL_STOP => Stop::Syscall,
+        signal => Stop::Signal(signal),
+    }))
 }
+
+/// How a stop at a system call shows with `PTRACE_O_TRACESYSGOOD`.
+const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
 fn is_own_child(pid: i32) -> bool {
     let own = rustix::process::getpid().as_raw_nonzero().get();

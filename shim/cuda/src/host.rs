@@ -8,7 +8,7 @@ use cgroup::Cgroup;
 use crate::call::{Answer, Call, CallFailure, Callers};
 use crate::hold::Hold;
 use crate::inventory::Inventory;
-use crate::process::{self, RunState};
+use crate::process::{self, Range, RunState};
 use crate::residue;
 use crate::session::{Host, SessionError};
 
@@ -23,8 +23,8 @@ pub(crate) struct Machine<'a> {
     cgroup: Cgroup,
     callers: &'a mut Callers,
     hold: Hold,
-    /// Anonymous memory of processes before a checkpoint, in bytes.
-    anonymous: HashMap<i32, u64>,
+    /// Anonymous memory of processes before a checkpoint.
+    anonymous: HashMap<i32, Vec<Range>>,
 }
 
 impl<'a> Machine<'a> {
@@ -105,12 +105,13 @@ impl Host for Machine<'_> {
     }
 
     fn staged(&mut self, pid: i32, is_first: bool) -> u64 {
-        let mappings = process::anonymous_mappings(pid).unwrap_or_default();
-        let now = mappings.iter().map(|mapping| mapping.end - mapping.start).sum();
+        let now = process::anonymous_mappings(pid).unwrap_or_default();
         if is_first {
             self.anonymous.insert(pid, now);
+            return 0;
         }
-        now - self.anonymous.get(&pid).copied().unwrap_or(now).min(now)
+        let before = self.anonymous.get(&pid).unwrap_or(&now);
+        process::gained(before, &now).iter().map(Range::len).sum()
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {

@@ -16,11 +16,14 @@ mod driver;
 mod guardian;
 pub mod hold;
 mod host;
+pub mod inject;
 mod inventory;
 pub mod process;
 mod protocol;
 pub mod residue;
 mod session;
+#[cfg(test)]
+mod testbed;
 
 pub use call::{CALLER, Pair, caller_main};
 pub use client::{CudaError, Guardian};

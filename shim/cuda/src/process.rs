@@ -76,7 +76,6 @@ pub(crate) struct Mapping {
     pub(crate) path: PathBuf,
 }
 
-#[expect(dead_code, reason = "being written")]
 impl Mapping {
     pub(crate) fn is_executable(&self) -> bool {
         self.access[2] == b'x'

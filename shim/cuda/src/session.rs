@@ -209,6 +209,8 @@ pub struct Resumed {
 pub(crate) struct Session<'a, H: Host> {
     host: &'a mut H,
     progress: &'a mut dyn FnMut(Phase),
+    /// What is done now undoes something, and is no phase of its own.
+    is_undoing: bool,
     /// Processes that use CUDA, in the order in which they were found, with whether they were stopped by a signal.
     members: Vec<Member>,
 }
@@ -222,7 +224,7 @@ struct Member {
 
 impl<'a, H: Host> Session<'a, H> {
     pub(crate) fn new(host: &'a mut H, progress: &'a mut dyn FnMut(Phase)) -> Self {
-        Self { host, progress, members: Vec::new() }
+        Self { host, progress, is_undoing: false, members: Vec::new() }
     }
 
     /// Moves all GPU state to the memory of its processes and leaves the container frozen. Locking may take until
@@ -235,6 +237,7 @@ impl<'a, H: Host> Session<'a, H> {
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         self.suspend_thawed(patience, limit).map_err(|failure| {
+            self.is_undoing = true;
             let members = self.members.iter().map(|member| (member.pid, member.is_stopped)).collect();
             match self.put_back(Some(members), paused, &[], limit) {
                 Ok(_) => failure,
@@ -243,8 +246,14 @@ impl<'a, H: Host> Session<'a, H> {
         })
     }
 
+    fn enter(&mut self, phase: Phase) {
+        if !self.is_undoing {
+            (self.progress)(phase);
+        }
+    }
+
     fn suspend_thawed(&mut self, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
-        (self.progress)(Phase::Discover);
+        self.enter(Phase::Discover);
         self.host.thaw()?;
         let begin = Instant::now();
         let mut residue = Vec::new();
@@ -256,9 +265,9 @@ impl<'a, H: Host> Session<'a, H> {
             if self.members.iter().all(|member| member.is_locked) {
                 break;
             }
-            (self.progress)(Phase::Lock);
+            self.enter(Phase::Lock);
             self.lock(begin, patience)?;
-            (self.progress)(Phase::Hold);
+            self.enter(Phase::Hold);
             for member in &self.members {
                 self.host.hold(member.pid)?;
             }
@@ -268,13 +277,13 @@ impl<'a, H: Host> Session<'a, H> {
             self.host.freeze_at_rest()?;
             return Ok(Suspended::default());
         }
-        (self.progress)(Phase::CudaCheckpoint);
+        self.enter(Phase::CudaCheckpoint);
         let inventory = self.host.inventory().ok();
         if let Some(inventory) = &inventory {
             self.check_memory(inventory)?;
         }
         self.checkpoint(limit)?;
-        (self.progress)(Phase::CleanResidue);
+        self.enter(Phase::CleanResidue);
         let mut cleaned = 0;
         for pid in residue {
             if self.host.clean(pid)? > 0 {
@@ -282,7 +291,7 @@ impl<'a, H: Host> Session<'a, H> {
             }
         }
         self.check_conditions()?;
-        (self.progress)(Phase::Freeze);
+        self.enter(Phase::Freeze);
         for member in self.members.iter().filter(|member| member.is_stopped) {
             self.host.put_to_sleep(member.pid)?;
         }
@@ -554,7 +563,7 @@ impl<'a, H: Host> Session<'a, H> {
                 }
             }
         }
-        (self.progress)(Phase::CudaRestore);
+        self.enter(Phase::CudaRestore);
         let mut restored = 0;
         for tries in 1..=RESTORE_TRIES {
             let wanted = std::mem::take(&mut checkpointed);
@@ -584,7 +593,7 @@ impl<'a, H: Host> Session<'a, H> {
             }
             self.host.sleep(BETWEEN_TRIES);
         }
-        (self.progress)(Phase::Unlock);
+        self.enter(Phase::Unlock);
         locked.reverse();
         let calls: Vec<_> = locked.iter().map(|pid| (*pid, Call::Unlock)).collect();
         for (pid, result) in locked.into_iter().zip(self.host.calls(&calls, SHORT_CALL)) {

@@ -292,7 +292,7 @@ fn is_killed(t: &Test, role: &str, at_ms: &[u64]) -> Result<()> {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
         std::thread::sleep(Duration::from_millis(*at));
-        let is_it = |pid: &u32| proc::cmdline(*pid).split(' ').take(2).any(|word| word == role);
+        let is_it = |pid: &u32| proc::cmdline(*pid).split(' ').take(2).any(|word| word.rsplit('/').next() == Some(role));
         killed += proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
         // It may have been taken all the same: what counts is the container.
         checkpoint.wait()?;

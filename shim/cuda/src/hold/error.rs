@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use cgroup::Cgroup;
+
 use crate::process;
 
 /// Why threads are not held. Those that were taken before stay so until they are let go.
@@ -101,6 +103,8 @@ pub struct Waits {
     pub place: String,
     /// The number of the system call that it is in.
     pub syscall: Option<i64>,
+    /// Whether its cgroup is frozen.
+    pub frozen: bool,
 }
 
 impl Waits {
@@ -110,20 +114,15 @@ impl Waits {
         Self {
             state: process::letter(pid, tid).map_or('?', char::from),
             place: if place == "0" { String::new() } else { place },
+            frozen: Cgroup::of_process(pid).and_then(|cgroup| cgroup.is_frozen()).unwrap_or(false),
             syscall: read("syscall").split_whitespace().next().and_then(|number| number.parse().ok()),
         }
-    }
-
-    /// Whether it is a freezer that keeps it.
-    fn is_frozen(&self) -> bool {
-        // The functions of the v1 and the v2 freezer.
-        self.place.contains("refrigerator") || self.place.contains("freezer_trap")
     }
 }
 
 impl fmt::Display for Waits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_frozen() {
+        if self.frozen {
             return write!(f, "in a frozen cgroup");
         }
         write!(f, "in state {}", self.state)?;

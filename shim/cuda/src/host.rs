@@ -175,7 +175,7 @@ impl Host for Machine<'_> {
     }
 
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
-        let cleaned = residue::clean(pid, Instant::now() + CLEANING);
+        let cleaned = residue::clean_with(&mut self.hold, pid, Instant::now() + CLEANING);
         cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
     }
 

@@ -17,7 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_restored_gpu_program_can_be_checkpointed_again),
         case!(a_gpu_checkpoint_that_exits_ends_the_task),
         case!(a_paused_gpu_container_stays_paused_after_its_checkpoint),
-        case!(a_checkpoint_says_what_was_on_gpus),
+        case!(a_checkpoint_of_a_gpu_program_says_what_it_had),
         case!(processes_forked_from_a_gpu_program_are_saved_with_it),
         case!(gpu_workers_under_a_process_without_gpu_are_saved),
         case!(a_program_on_two_gpus_is_saved),
@@ -104,7 +104,7 @@ fn a_paused_gpu_container_stays_paused_after_its_checkpoint(t: &Test) -> Result<
     gpu.computes(&id)
 }
 
-fn a_checkpoint_says_what_was_on_gpus(t: &Test) -> Result<()> {
+fn a_checkpoint_of_a_gpu_program_says_what_it_had(t: &Test) -> Result<()> {
     let (gpu, id) = (Gpu::one(t)?, t.id("g"));
     gpu.start(&id, &["--size", "32"])?;
     let folder = t.folder()?.join("images");
@@ -292,7 +292,8 @@ fn is_killed(t: &Test, role: &str, at_ms: &[u64]) -> Result<()> {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
         std::thread::sleep(Duration::from_millis(*at));
-        let is_it = |pid: &u32| proc::cmdline(*pid).split(' ').take(2).any(|word| word.rsplit('/').next() == Some(role));
+        let is_it =
+            |pid: &u32| proc::cmdline(*pid).split(' ').take(2).any(|word| word.rsplit('/').next() == Some(role));
         killed += proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
         // It may have been taken all the same: what counts is the container.
         checkpoint.wait()?;

@@ -3,7 +3,7 @@
 //! Everything here is a look at one moment: the process may end, or its pid may be another's, right after. Whoever
 //! keeps a pid over time keeps an [`Identity`].
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -307,7 +307,7 @@ fn mapping(line: &[u8]) -> Option<Mapping> {
     let inode = std::str::from_utf8(fields.nth(2)?).ok()?.parse().ok()?;
     let path = fields.next().unwrap_or_default();
     let blanks = path.iter().take_while(|byte| **byte == b' ').count();
-    let path = PathBuf::from(std::ffi::OsString::from_vec(path.get(blanks..)?.to_vec()));
+    let path = PathBuf::from(OsString::from_vec(path.get(blanks..)?.to_vec()));
     Some(Mapping { range, access, inode, path })
 }
 
@@ -371,3 +371,6 @@ pub(crate) fn status_field<'a>(status: &'a [u8], key: &str) -> Option<&'a str> {
 fn malformed(pid: i32, file: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/{file} is not as expected"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,7 +43,7 @@ impl Hold {
     /// has other signals to handle or blocks SIGCONT; it runs then when all are let go. Its parent learns that it was
     /// continued, as a shell would want to.
     ///
-    /// Nothing is continued when an error is returned, but what was taken is held.
+    /// When an error is returned the process may be continued or not; what was taken is held.
     ///
     /// # Errors
     /// When a thread cannot be held or does not stand still by the deadline, or the process has ended.

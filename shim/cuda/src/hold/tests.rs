@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{Hold, HoldError, ReleaseError};
+use super::{Hold, HoldError, ReleaseError, Waits};
 use crate::process::{self, RunState};
 use crate::testbed::{Freezer, Program, REAL_TIME, await_that, soon, sys, wait};
 
@@ -361,7 +361,13 @@ fn a_thread_that_waits_uninterruptibly_is_named_and_stops_later() {
         return;
     };
     let pid = i32::try_from(child.id()).unwrap();
-    await_that("it waits", || process::letter(pid, pid).is_ok_and(|state| state == b'D'));
+    // It waits for the disk too, when it starts.
+    let is_in_fork = || {
+        Waits::of(pid, pid)
+            .syscall
+            .is_some_and(|call| [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&call))
+    };
+    await_that("it waits", || process::letter(pid, pid).is_ok_and(|state| state == b'D') && is_in_fork());
     let mut hold = Hold::new();
     hold.take(pid).unwrap();
     let error = hold.settle(Instant::now() + Duration::from_millis(30)).unwrap_err();

@@ -44,13 +44,13 @@ fn a_computation_is_not_disturbed() {
 fn a_sleep_goes_on_for_the_rest_of_its_time() {
     let program = Program::play("sleeper");
     program.await_progress(1);
-    let (start, slept) = (Instant::now(), program.value(1));
+    let slept = program.value(1);
     for _ in 0..80 {
         inject(&program);
         std::thread::sleep(Duration::from_millis(10));
     }
-    await_that("it has slept", || program.value(1) >= slept + 3);
-    assert!(start.elapsed() < Duration::from_millis(3000), "sleeps begin anew");
+    // Begun anew each time, not one sleep would have ended.
+    assert!(program.value(1) >= slept + 2, "no sleep ends");
     assert_unhurt(&program);
 }
 

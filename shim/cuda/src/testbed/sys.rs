@@ -53,30 +53,62 @@ pub(crate) fn queue_signal(pid: i32, signal: libc::c_int) -> io::Result<()> {
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Computes with values in as many registers as there are, until they are not what they must be.
+/// Computes with values in registers, and compares them with what they must be.
 pub(crate) fn compute() -> ! {
-    let expected = round(1.0);
+    let pattern: [u8; 64] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default() ^ 0xa5);
     loop {
-        if round(1.0).to_bits() == expected.to_bits() {
-            VALUES[0].fetch_add(1, Ordering::Relaxed);
-        } else {
-            VALUES[7].fetch_add(1, Ordering::Relaxed);
-        }
+        VALUES[if is_kept(&pattern) { 0 } else { 7 }].fetch_add(1, Ordering::Relaxed);
     }
 }
 
-#[inline(never)]
-fn round(seed: f64) -> f64 {
-    let mut lanes = [0.0_f64; 16];
-    for (number, lane) in (0_u32..).zip(lanes.iter_mut()) {
-        *lane = seed + f64::from(number);
-    }
-    for _ in 0..500 {
-        for lane in &mut lanes {
-            *lane = (*lane).mul_add(1.000_1, 0.5).sqrt() + 1.0;
+/// Whether vector registers keep a pattern while the program does nothing else for about a millisecond.
+#[cfg(target_arch = "x86_64")]
+fn is_kept(pattern: &[u8; 64]) -> bool {
+    use std::arch::{asm, is_x86_feature_detected};
+    let mut kept = [[0_u8; 64]; 2];
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the processor has these instructions. They read the pattern and write the two arrays, of 64 bytes each,
+        // and all registers that they use are said, but those from 16 on, which nothing else here is compiled to use.
+        unsafe {
+            asm!(
+                "vmovdqu64 zmm1, [{pattern}]", "vmovdqu64 zmm29, [{pattern}]",
+                "2: dec {rounds}", "jnz 2b",
+                "vmovdqu64 [{kept}], zmm1", "vmovdqu64 [{kept} + 64], zmm29", "vzeroupper",
+                pattern = in(reg) pattern.as_ptr(), kept = in(reg) kept.as_mut_ptr(),
+                rounds = inout(reg) 1_000_000_u64 => _, out("xmm1") _, options(nostack),
+            );
         }
+    } else if is_x86_feature_detected!("avx") {
+        // SAFETY: as above, with the first 32 bytes of each.
+        unsafe {
+            asm!(
+                "vmovdqu ymm1, [{pattern}]", "vmovdqu ymm13, [{pattern}]",
+                "2: dec {rounds}", "jnz 2b",
+                "vmovdqu [{kept}], ymm1", "vmovdqu [{kept} + 64], ymm13", "vzeroupper",
+                pattern = in(reg) pattern.as_ptr(), kept = in(reg) kept.as_mut_ptr(),
+                rounds = inout(reg) 1_000_000_u64 => _, out("xmm1") _, out("xmm13") _, options(nostack),
+            );
+        }
+        return kept.iter().all(|kept| kept[..32] == pattern[..32]);
+    } else {
+        // SAFETY: as above, with the first 16 bytes of each.
+        unsafe {
+            asm!(
+                "movdqu xmm1, [{pattern}]", "movdqu xmm13, [{pattern}]",
+                "2: dec {rounds}", "jnz 2b",
+                "movdqu [{kept}], xmm1", "movdqu [{kept} + 64], xmm13",
+                pattern = in(reg) pattern.as_ptr(), kept = in(reg) kept.as_mut_ptr(),
+                rounds = inout(reg) 1_000_000_u64 => _, out("xmm1") _, out("xmm13") _, options(nostack),
+            );
+        }
+        return kept.iter().all(|kept| kept[..16] == pattern[..16]);
     }
-    lanes.iter().sum()
+    kept.iter().all(|kept| kept == pattern)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_kept(pattern: &[u8; 64]) -> bool {
+    std::hint::black_box(pattern)[0] == 0xa5
 }
 
 /// Maps the first 8 KiB of a file, shared and for good.

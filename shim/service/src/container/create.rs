@@ -139,6 +139,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             shm: spec.shm(),
             annotations: Annotations::of(&spec.annotations),
             paused_at: None,
+            killed: false,
             private_pids,
             init,
             init_ended: None,

@@ -219,6 +219,8 @@ pub(crate) struct Actor {
     shm: Option<Shm>,
     annotations: Annotations,
     paused_at: Option<Instant>,
+    /// SIGKILL was sent since the last pause began.
+    killed: bool,
     /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
     private_pids: bool,
     init: Process,

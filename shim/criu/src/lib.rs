@@ -34,6 +34,7 @@ mod log;
 mod network;
 mod notify;
 mod options;
+mod orphan;
 mod probe;
 mod residue;
 mod restore;
@@ -55,6 +56,7 @@ pub use options::{
     CgroupMode, CgroupRoot, CgroupRoots, External, ExternalMount, Inherit, JoinNamespace, Namespace, NetworkLock,
     Options,
 };
+pub use orphan::end_orphans;
 pub use probe::Features;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};

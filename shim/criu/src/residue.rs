@@ -10,8 +10,8 @@ use reaper::{Adoption, Child};
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
-/// Environment variable of one run of criu. Its forks keep it until they get the memory of the process that they are
-/// to become, which has an environment of its own.
+/// Environment variable of one run of criu. The programs that it executes have it; criu itself and its forks write their
+/// title over it, where criu was built so.
 pub(crate) const MARKER: &str = "GPUSNAP_CRIU_RUN";
 
 /// A value for [`MARKER`] that no other run has.

@@ -163,7 +163,18 @@ impl Host for Machine<'_> {
     }
 
     fn is_stopped(&mut self, pid: i32) -> bool {
-        process::run_state(pid) == RunState::Stopped
+        // Its own threads may be held, which is another kind of halt. What matters is the driver's.
+        let threads = process::threads(pid).unwrap_or_default();
+        let mut drivers = threads.iter().filter(|thread| process::is_drivers(&thread.name)).peekable();
+        if drivers.peek().is_none() {
+            return process::run_state(pid) == RunState::Stopped;
+        }
+        drivers.any(|thread| state_letter(pid, thread.tid) == Some('T'))
+    }
+
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+        let mappings = process::device_mappings(pid).unwrap_or_default();
+        mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect()
     }
 
     fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
@@ -182,6 +193,12 @@ impl Host for Machine<'_> {
     fn sleep(&mut self, time: Duration) {
         std::thread::sleep(time);
     }
+}
+
+/// What /proc/PID/task/TID/stat says of a thread.
+fn state_letter(pid: i32, tid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.

@@ -36,6 +36,12 @@ const FIRST_LOCK: Duration = Duration::from_millis(500);
 const LONGEST_LOCK: Duration = Duration::from_secs(8);
 /// How much longer than its timeout a lock may take to answer.
 const LOCK_GRACE: Duration = Duration::from_secs(5);
+/// How long a process takes, once it is thawed, to be seen as stopped by a signal if it was.
+const STOPPING: Duration = Duration::from_millis(5);
+/// How long a state may take: it costs less than a millisecond, and loading libcuda some 20.
+const STATE: Duration = Duration::from_secs(3);
+/// How long a process may have something of the driver's and no context, on its way to have one. cuInit takes 0.3 s.
+const INITIALISING: Duration = Duration::from_millis(1500);
 /// How long a thread may take to come to a halt. One that waits for a disk takes as long as the disk.
 const HALT: Duration = Duration::from_secs(10);
 /// How long other tracers, such as a criu that is being killed, may keep a process.
@@ -77,6 +83,8 @@ pub(crate) trait Host {
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
     fn let_go(&mut self);
     fn is_stopped(&mut self, pid: i32) -> bool;
+    /// Where it has devices of the driver mapped: begin and end.
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
     /// Lets the driver's threads of a stopped process run, and nothing else of it.
     fn wake(&mut self, pid: i32) -> Result<(), SessionError>;
     /// Stops it again.
@@ -151,6 +159,12 @@ pub enum SessionError {
         process: String,
         /// A mapping or descriptor, with its path.
         what: String,
+    },
+    /// A process was in the middle of its start.
+    #[error("{process} is about to use CUDA: try again when it does")]
+    Starting {
+        /// Pid and name.
+        process: String,
     },
     /// New processes that use CUDA kept appearing.
     #[error("processes that use CUDA keep appearing in the container")]
@@ -255,6 +269,7 @@ impl<'a, H: Host> Session<'a, H> {
     fn suspend_thawed(&mut self, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
         self.enter(Phase::Discover);
         self.host.thaw()?;
+        self.host.sleep(STOPPING);
         let begin = Instant::now();
         let mut residue = Vec::new();
         for pass in 0.. {
@@ -277,6 +292,7 @@ impl<'a, H: Host> Session<'a, H> {
             self.host.freeze_at_rest()?;
             return Ok(Suspended::default());
         }
+        self.wait_for_beginners(&residue)?;
         self.enter(Phase::CudaCheckpoint);
         let inventory = self.host.inventory().ok();
         if let Some(inventory) = &inventory {
@@ -333,9 +349,40 @@ impl<'a, H: Host> Session<'a, H> {
         Ok(residue)
     }
 
+    /// What touches the GPU without a context was forked from a process that has one, or is about to get its own. The
+    /// latter must not be freed of the GPU; nor can it be saved half way.
+    fn wait_for_beginners(&mut self, residue: &[i32]) -> Result<(), SessionError> {
+        let mut inherited: Vec<(u64, u64)> = Vec::new();
+        for pid in self.members.iter().map(|member| member.pid).collect::<Vec<_>>() {
+            inherited.extend(self.host.mappings(pid));
+        }
+        let mut unsure = Vec::new();
+        for pid in residue {
+            let mappings = self.host.mappings(*pid);
+            if mappings.is_empty() || !mappings.iter().all(|mapping| inherited.contains(mapping)) {
+                unsure.push(*pid);
+            }
+        }
+        if unsure.is_empty() {
+            return Ok(());
+        }
+        self.host.sleep(INITIALISING);
+        for pid in unsure {
+            if self.state(pid)?.is_some() {
+                return Err(SessionError::Starting { process: self.host.describe(pid) });
+            }
+        }
+        Ok(())
+    }
+
     /// The driver's word on a process; None for one without CUDA, or that is gone.
     fn state(&mut self, pid: i32) -> Result<Option<ProcessState>, SessionError> {
-        match self.host.calls(&[(pid, Call::State)], SHORT_CALL).pop() {
+        let mut answer = self.host.calls(&[(pid, Call::State)], STATE).pop();
+        if answer == Some(Err(CallFailure::Hangs)) && self.host.is_stopped(pid) {
+            self.host.wake(pid)?;
+            answer = self.host.calls(&[(pid, Call::State)], SHORT_CALL).pop();
+        }
+        match answer {
             Some(Ok(Answer::State(state))) => Ok(Some(state)),
             Some(Err(CallFailure::Refused(CudaResult::NOT_INITIALIZED))) => Ok(None),
             Some(Err(_)) if self.host.is_gone(pid) => Ok(None),
@@ -502,6 +549,8 @@ impl<'a, H: Host> Session<'a, H> {
         let members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
         self.hold_all(&members)?;
         self.host.thaw()?;
+        self.host.settle(HALT)?;
+        self.host.sleep(STOPPING);
         let mut stopped: Vec<i32> = known.into_iter().filter_map(|(pid, stopped)| stopped.then_some(pid)).collect();
         for pid in &members {
             if self.host.is_stopped(*pid) {

@@ -115,6 +115,12 @@ pub struct Adoption {
 }
 
 impl Adoption {
+    /// Whether the child `pid` is watched already.
+    #[must_use]
+    pub fn knows(&self, pid: i32) -> bool {
+        self.reaper.shared.children().known.contains(&pid)
+    }
+
     /// Watches the child `pid`, which may be dead already.
     ///
     /// # Errors

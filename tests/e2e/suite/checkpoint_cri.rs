@@ -158,7 +158,10 @@ fn a_pods_container_is_restored_from_its_archive_into_another_pod(t: &Test) -> R
         .iter()
         .map(|line| line.trim_start_matches("line ").trim_end_matches('.').parse().with_context(|| (*line).to_owned()))
         .collect::<Result<_>>()?;
-    ensure!(numbers.windows(2).all(|pair| pair[1] == pair[0] + 1), "{numbers:?}");
+    // The container ran on, and containerd saved its log when it had saved its processes: what was logged in between comes
+    // once more.
+    let jumps: Vec<&[u64]> = numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1).collect();
+    ensure!(jumps.len() <= 1 && jumps.iter().all(|pair| pair[1] <= pair[0]), "{numbers:?}");
     for kind in ["net", "ipc", "uts"] {
         ensure_eq!(proc::namespace(t.cri().pid(&id)?, kind)?, proc::namespace(pod.pid()?, kind)?, "{kind}");
     }

@@ -39,7 +39,12 @@ pub(crate) fn cases() -> Vec<Case> {
             .alone()
             .except(Shim::Stock, "runc does not ask for CRIU's version unless it needs a feature"),
         case!(a_criu_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
-        case!(a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
+        case!(a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running)
+            .alone()
+            .except(Shim::Stock, "criu outlives runc, and freezes the container again when containerd has resumed it"),
+        case!(a_runtime_that_is_killed_while_it_restores_leaves_nothing)
+            .alone()
+            .except(Shim::Stock, "runc's shim answers that the restore failed while criu goes on with it"),
         case!(a_shim_that_is_killed_while_it_dumps_is_cleaned_up).alone(),
         case!(a_client_that_is_killed_while_it_dumps_leaves_the_container_running).alone(),
     ];
@@ -179,6 +184,12 @@ fn shim_of(id: &str) -> Result<u32> {
 fn below(ancestor: u32, name: &str) -> Result<u32> {
     let named = |pid: &u32| proc::read(*pid, "comm").is_ok_and(|comm| comm.starts_with(name));
     proc::descendants(ancestor).into_iter().find(named).with_context(|| format!("no {name} below {ancestor}"))
+}
+
+/// The shim's child that this CRIU was started by: runc, or itself where there is no other.
+fn begun_by(shim: u32, criu: u32) -> Result<u32> {
+    let leads = |pid: &u32| *pid == criu || proc::descendants(*pid).contains(&criu);
+    proc::children(shim).into_iter().find(leads).context("no child of the shim leads to CRIU")
 }
 
 /// Starts a restore of much memory, calls `kill` with the shim when CRIU restores, and sees that nothing is left.
@@ -424,13 +435,30 @@ fn a_criu_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -
 fn a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
     let id = t.id("c");
     let dump = large_dump(t, &id)?;
-    // The shim's child that the dump was begun by: runc, or CRIU where there is no other.
-    let criu = dump.criu;
-    let begun =
-        proc::children(dump.shim).into_iter().find(|pid| *pid == criu || proc::descendants(*pid).contains(&criu));
-    let begun = begun.context("no child of the shim dumps")?;
-    proc::kill(begun)?;
+    proc::kill(begun_by(dump.shim, dump.criu)?)?;
     survives(t, &id, dump)
+}
+
+fn a_runtime_that_is_killed_while_it_restores_leaves_nothing(t: &Test) -> Result<()> {
+    forget_unpacked(t);
+    let (old, new, image) = (t.id("old"), t.id("new"), t.id("checkpoint"));
+    hold_memory(t, &old, 400)?;
+    t.ctr().checkpoint(&old, &image).ok()?;
+    t.ctr().remove(&old)?;
+    let client = t.ctr().restore(&new, &image).spawn()?;
+    eventually("CRIU to restore", || {
+        ensure!(proc::alive(client.pid()), "it is over: {} {}", client.stdout(), client.stderr());
+        let shim = shim_of(&new)?;
+        proc::kill(begun_by(shim, below(shim, "criu")?)?)
+    })?;
+    client.wait()?.expect_failure()?;
+    nothing_runs(&new)?;
+    t.ctr().remove(&new)?;
+    ensure!(cgroup::folders_named(&new).is_empty(), "cgroups are left: {:?}", cgroup::folders_named(&new));
+    t.ctr().restore(&new, &image).ok()?;
+    let now = count(t, &new)?;
+    counts_past(t, &new, now)?;
+    t.ctr().remove(&new)
 }
 
 fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {

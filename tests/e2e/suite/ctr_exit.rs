@@ -27,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(task_ps_lists_init_and_execs),
         case!(task_metrics_show_limits_memory_and_growing_processor_time),
         case!(a_paused_task_stands_still_and_goes_on),
+        case!(a_task_that_is_never_at_rest_is_paused_and_killed),
         case!(a_container_can_be_started_again_after_its_task_ended),
         case!(a_short_lived_init_exits_before_anyone_asks),
     ]
@@ -261,6 +262,36 @@ fn a_paused_task_stands_still_and_goes_on(t: &Test) -> Result<()> {
     t.ctr().task(&["resume", &id]).ok()?;
     ensure_eq!(t.ctr().status(&id)?, "RUNNING");
     grows(before)
+}
+
+fn a_task_that_is_never_at_rest_is_paused_and_killed(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    // The child is vforked, and waits for a writer of the pipe before it executes the program; the parent waits for that.
+    let program = "import os
+os.mkfifo('/pipe')
+os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, '/pipe', os.O_RDONLY, 0)])";
+    t.ctr().start_python(&id, &[], program)?;
+    let init = t.ctr().pid(&id)?;
+    eventually("a child", || {
+        ensure!(!proc::children(init).is_empty(), "there is none");
+        Ok(())
+    })?;
+    t.ctr().task(&["pause", &id]).ok()?;
+    ensure_eq!(t.ctr().status(&id)?, "PAUSED");
+    ensure!(e2e::cgroup::frozen(init)?, "its cgroup is not frozen");
+    t.ctr().task(&["resume", &id]).ok()?;
+    ensure_eq!(t.ctr().status(&id)?, "RUNNING");
+    let pause = t.ctr().task(&["pause", &id]).spawn()?;
+    eventually("it to be frozen", || {
+        ensure!(e2e::cgroup::frozen(init)?, "it is not");
+        Ok(())
+    })?;
+    t.ctr().kill(&id, "SIGKILL")?;
+    // It may come too late for that.
+    pause.wait()?;
+    t.ctr().becomes(&id, "STOPPED")?;
+    ensure_eq!(t.ctr().delete_task(&id)?, 137);
+    Ok(())
 }
 
 fn a_container_can_be_started_again_after_its_task_ended(t: &Test) -> Result<()> {

@@ -101,7 +101,10 @@ bed_clear() {
   rm -rf --one-file-system "$SCRATCH"
 }
 
-bed_gone() { ! bed_alive; }
+bed_gone() {
+  thaw_cgroups
+  ! bed_alive
+}
 
 cmd_clean() {
   [ -d "$STATE" ] || return 0

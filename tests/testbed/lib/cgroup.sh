@@ -61,6 +61,16 @@ settle_cgroups() {
   done < <(cgroup_mounts)
 }
 
+# On version 1 a frozen process does not die: one that was being checkpointed when its test was killed.
+thaw_cgroups() {
+  local dir state
+  while read -r dir _; do
+    while read -r state; do
+      echo THAWED 2>/dev/null >"$state" || :
+    done < <(find "$dir/$BED_ID" -name freezer.state 2>/dev/null)
+  done < <(cgroup_mounts)
+}
+
 # Kill what is left in the bed's cgroups and remove them.
 remove_cgroups() {
   local dir

@@ -10,6 +10,8 @@ enum Cuda {
     No,
     /// Forked from a CUDA process.
     Residue,
+    /// In the middle of cuInit.
+    Beginner,
     State(ProcessState),
 }
 
@@ -208,6 +210,13 @@ impl Host for FakeHost {
         self.processes[&pid].stopped
     }
 
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+        match self.processes[&pid].cuda {
+            Cuda::Beginner => vec![(3, 4)],
+            _ => vec![(1, 2)],
+        }
+    }
+
     fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
         let process = self.processes.get_mut(&pid).unwrap();
         process.stopped = false;
@@ -231,6 +240,11 @@ impl Host for FakeHost {
 
     fn sleep(&mut self, time: Duration) {
         self.slept += time;
+        if self.slept > Duration::from_secs(1) {
+            for process in self.processes.values_mut().filter(|process| process.cuda == Cuda::Beginner) {
+                process.cuda = RUNNING;
+            }
+        }
     }
 }
 
@@ -261,6 +275,14 @@ fn forked_processes_are_freed_of_the_gpu() {
     let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::Residue))]);
     host.uncleanable = true;
     assert!(host.suspend().unwrap_err().to_string().contains("process 102"));
+    assert!(host.is_untouched());
+}
+
+#[test]
+fn a_process_that_is_about_to_use_cuda_is_not_taken_for_a_forked_one() {
+    let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::Beginner))]);
+    let error = host.suspend().unwrap_err().to_string();
+    assert!(error.contains("process 102 is about to use CUDA"), "{error}");
     assert!(host.is_untouched());
 }
 

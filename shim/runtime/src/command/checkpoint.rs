@@ -25,7 +25,8 @@ impl Command {
         let scratch = call.scratch()?;
         let dumped = call.run(&scratch, arguments).await;
         if dumped.is_err() {
-            // criu may have been killed after it had blocked the container's network.
+            // The runtime may have been killed, and criu goes on; or criu, when it had blocked the container's network.
+            criu::end_orphans(&work, &self.inner.reaper).await;
             criu::unblock_network(init, &self.inner.reaper).await;
         }
         match dumped {
@@ -55,6 +56,7 @@ impl Command {
             restored => restored,
         };
         if restored.is_err() {
+            criu::end_orphans(&work, &self.inner.reaper).await;
             criu::remove_cgroup_mounts(&work);
         }
         if restored.is_err()

@@ -30,6 +30,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 
 use crate::{
     CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RestoreRequest, RuntimeError,
@@ -132,6 +134,7 @@ impl Command {
         if !self.knows(&call)? {
             return Ok(());
         }
+        release_rootfs(&call)?;
         let mut refused = Ok(());
         // Without force first: runc's force sleeps 100 ms even for a process that has ended.
         for arguments in [&["delete"][..], &["delete", "--force"]] {
@@ -159,6 +162,21 @@ impl Command {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(source) => Err(call.file("read", state, source)),
         }
+    }
+}
+
+/// Unmounts the container's root, which a runtime that was killed during a restore has left in the folder of its state: it
+/// removes that folder with all that is in it.
+fn release_rootfs(call: &Call<'_>) -> Result<(), RuntimeError> {
+    let mount = call.root.join(call.container).join("criu-root");
+    match rustix::mount::unmount(&mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Ok(()) => {
+            tracing::warn!(path = %mount.display(), "a dead runtime has left a mount, which is unmounted");
+            Ok(())
+        }
+        // There is no such folder, or nothing is mounted there.
+        Err(Errno::NOENT | Errno::INVAL) => Ok(()),
+        Err(error) => Err(call.file("unmount", mount, error.into())),
     }
 }
 

@@ -119,6 +119,7 @@ async fn a_runtime_that_is_a_program_is_called_and_understood() {
     an_operation_goes_on_when_nobody_waits_for_it(&reaper).await;
     what_is_printed_as_features_is_parsed(&reaper).await;
     a_runtime_is_not_told_what_systemd_told_the_shim(&reaper).await;
+    a_criu_that_a_killed_runtime_has_left_is_waited_for(&reaper).await;
 }
 
 async fn the_process_of_a_creation_gets_the_descriptors_and_is_adopted(reaper: &Reaper) {
@@ -284,4 +285,27 @@ async fn a_runtime_is_not_told_what_systemd_told_the_shim(reaper: &Reaper) {
     let command = call.command(&call.scratch().unwrap(), vec![]);
     let removed: Vec<_> = command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| name).collect();
     assert_eq!(removed, ["LISTEN_FDNAMES", "LISTEN_FDS", "LISTEN_PID", "NOTIFY_SOCKET"]);
+}
+
+async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
+    let folder = tempfile::tempdir().unwrap();
+    let criu = folder.path().join("criu");
+    let ended = folder.path().join("ended");
+    fs::write(&criu, "#!/bin/sh\ncd ${0%/*}; touch started; sleep 0.3; touch ended\n").unwrap();
+    fs::set_permissions(&criu, fs::Permissions::from_mode(0o755)).unwrap();
+    let script = "FOLDER/criu & until [ -e FOLDER/started ]; do :; done; kill -9 $$";
+    let script = script.replace("FOLDER", folder.path().to_str().unwrap());
+    let bench = Bench::new(reaper, &script);
+    let work = folder.path().to_owned();
+    let request = CheckpointRequest {
+        id: "web".into(),
+        init: 0,
+        images: work.clone(),
+        work,
+        leave_running: true,
+        allow: crate::Allow::default(),
+        caller: crate::Caller::new().0,
+    };
+    bench.command.checkpoint(request).await.unwrap_err();
+    assert!(ended.exists());
 }

@@ -141,6 +141,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             annotations: Annotations::of(&spec.annotations),
             devices: spec.linux.unwrap_or_default().devices,
             paused_at: None,
+            killed: false,
             private_pids,
             init,
             init_ended: None,

@@ -221,6 +221,8 @@ pub(crate) struct Actor {
     /// Devices that it is given.
     devices: Vec<DeviceNode>,
     paused_at: Option<Instant>,
+    /// SIGKILL was sent since the last pause began.
+    killed: bool,
     /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
     private_pids: bool,
     init: Process,

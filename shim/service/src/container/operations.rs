@@ -10,7 +10,7 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use oci_spec::runtime::{LinuxResources, Process as ProcessSpec};
 use reaper::{Child, Exit};
-use runtime::{ExecRequest, RuntimeError};
+use runtime::{ExecRequest, OciRuntime};
 use rustix::process::Signal;
 use tokio::sync::watch;
 
@@ -134,17 +134,26 @@ impl Actor {
         Ok(pid)
     }
 
-    /// Freezes the container.
+    /// Freezes the container, if it can be between two moments in which a process of it waits for a vforked child.
     pub(crate) fn pause(
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
         self.check_runs("pause")?;
-        let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        let (runtime, id, cgroup) = (self.runtime.clone(), self.id.clone(), self.cgroup.clone());
+        self.killed = false;
         Ok(async move {
-            let paused = runtime.pause(&id).await;
+            let mut paused = runtime.pause(&id).await.map_err(TaskError::from);
+            if paused.is_ok()
+                && let Some(cgroup) = cgroup
+            {
+                paused = bring_to_rest(&*runtime, id, cgroup).await;
+            }
             |actor: &mut Self| {
                 actor.change_status(paused, Status::Paused)?;
                 actor.paused_at = Some(Instant::now());
+                if actor.killed {
+                    actor.let_the_killed_die()?;
+                }
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskPaused { container_id, ..TaskPaused::default() });
                 Ok(())
@@ -163,7 +172,7 @@ impl Actor {
         Ok(async move {
             let resumed = runtime.resume(&id).await;
             |actor: &mut Self| {
-                actor.change_status(resumed, Status::Running)?;
+                actor.change_status(resumed.map_err(TaskError::from), Status::Running)?;
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskResumed { container_id, ..TaskResumed::default() });
                 Ok(())
@@ -172,7 +181,7 @@ impl Actor {
     }
 
     /// Init may have ended while the runtime was at work: stopped is final.
-    fn change_status(&mut self, done: Result<(), RuntimeError>, status: Status) -> Result<(), TaskError> {
+    fn change_status(&mut self, done: Result<(), TaskError>, status: Status) -> Result<(), TaskError> {
         done?;
         if self.init.status != Status::Stopped {
             self.init.status = status;
@@ -279,16 +288,19 @@ impl Actor {
     /// Sends a signal to one process, or with `all` to everything in the container. Signal 0 only asks.
     pub(crate) fn kill(&mut self, exec: &str, signal: u32, all: bool) -> Result<(), TaskError> {
         let process = self.process(exec)?;
-        let finished = || TaskError::Finished { process: self.name(exec) };
-        let Some(child) = &process.child else {
+        let finished = TaskError::Finished { process: self.name(exec) };
+        let Some(child) = process.child.clone() else {
             return Err(self.wrong_state("signal", exec, process.status));
         };
         if child.exit().is_some() {
-            return Err(finished());
+            return Err(finished);
         }
         let Some(number) = crate::sys::signal(signal) else {
             return if signal == 0 { Ok(()) } else { Err(self.bad_request("signal", &signal)) };
         };
+        if number == Signal::KILL {
+            self.killed = true;
+        }
         if all && exec.is_empty() {
             let failed =
                 |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
@@ -297,16 +309,20 @@ impl Actor {
         match child.signal(number) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-                return Err(finished());
+                return Err(finished);
             }
             Err(source) => return Err(TaskError::Signal { action: "signal", process: self.name(exec), source }),
         }
-        // On cgroup v1 a frozen process does not even die.
         if number == Signal::KILL && self.init.status == Status::Paused {
-            let failed = |source| TaskError::Cgroup { action: "thaw", container: self.id.clone(), source };
-            self.cgroup()?.thaw().map_err(failed)?;
+            self.let_the_killed_die()?;
         }
         Ok(())
+    }
+
+    /// On cgroup v1 a frozen process does not even die.
+    fn let_the_killed_die(&self) -> Result<(), TaskError> {
+        let failed = |source| TaskError::Cgroup { action: "thaw", container: self.id.clone(), source };
+        self.cgroup()?.thaw().map_err(failed)
     }
 
     fn bad_request(&self, field: &'static str, value: &dyn std::fmt::Display) -> TaskError {
@@ -356,4 +372,23 @@ impl Actor {
     fn cgroup(&self) -> Result<&Cgroup, TaskError> {
         self.cgroup.as_ref().ok_or_else(|| self.wrong_state("ask the cgroup of", "", self.init.status))
     }
+}
+
+/// Waits until no process of a paused container waits for a child that it has vforked, letting it run for moments; one
+/// that never comes to rest stays paused as it is.
+///
+/// A client may save the container's files next, and its processes after them. Processes that were caught so cannot be
+/// saved as they are: they would have to run on in between, and no longer fit the files.
+async fn bring_to_rest(runtime: &dyn OciRuntime, id: String, cgroup: Cgroup) -> Result<(), TaskError> {
+    let resting = cgroup.clone();
+    let rested = tokio::task::spawn_blocking(move || resting.freeze_at_rest(true)).await;
+    let Ok(Err(source)) = rested else { return Ok(()) };
+    if cgroup.is_frozen().is_ok_and(|is_frozen| is_frozen) {
+        tracing::info!("container {id} is paused, but not at rest: {}", crate::error::chain(&source));
+        return Ok(());
+    }
+    if let Err(error) = runtime.resume(&id).await {
+        tracing::error!("container {id} runs, and counts as paused: {}", crate::error::chain(&error));
+    }
+    Err(TaskError::Cgroup { action: "freeze", container: id, source })
 }

@@ -95,6 +95,8 @@ pub(crate) enum CallFailure {
 /// Serves calls until the guardian hangs up. To be run by `main` when the first argument is [`CALLER`].
 #[must_use]
 pub fn caller_main() -> ExitCode {
+    // For ps and for messages: a program that was started by /proc/self/exe is called exe.
+    let _ = rustix::thread::set_name(c"cuda-caller");
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -201,6 +203,7 @@ impl Caller {
 }
 
 impl Drop for Caller {
+    #[expect(clippy::disallowed_methods, reason = "there is no reaper in a guardian, whose only children these are")]
     fn drop(&mut self) {
         // One that has ended already needs no signal, only its status taken.
         let _ = self.process.kill();
@@ -241,7 +244,7 @@ impl Callers {
         tick: &mut dyn FnMut(),
     ) -> Vec<Result<Answer, CallFailure>> {
         let requests = calls.iter().map(|(pid, call)| Request::Call { pid: *pid, call: call.clone() });
-        let replies = self.ask(requests.collect(), limit, tick);
+        let replies = self.ask(&requests.collect::<Vec<_>>(), limit, tick);
         let answer = |reply| match reply {
             Reply::Done => Ok(Answer::Done),
             Reply::State(state) => Ok(Answer::State(state)),
@@ -254,7 +257,7 @@ impl Callers {
 
     /// What this node has of GPUs.
     pub(crate) fn inventory(&mut self, limit: Duration) -> Result<Inventory, CallFailure> {
-        match self.ask(vec![Request::Inventory], limit, &mut || {}).pop() {
+        match self.ask(&[Request::Inventory], limit, &mut || {}).pop() {
             Some(Ok(Reply::Inventory(inventory))) => Ok(inventory),
             Some(Ok(Reply::Impossible(why))) => Err(CallFailure::Impossible(why)),
             Some(Ok(_)) | None => Err(CallFailure::Died),
@@ -264,7 +267,7 @@ impl Callers {
 
     fn ask(
         &mut self,
-        requests: Vec<Request>,
+        requests: &[Request],
         limit: Duration,
         tick: &mut dyn FnMut(),
     ) -> Vec<Result<Reply, CallFailure>> {

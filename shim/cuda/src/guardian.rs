@@ -27,6 +27,8 @@ const LAST_RESUME: Duration = Duration::from_secs(300);
 /// shim.
 #[must_use]
 pub fn guardian_main() -> ExitCode {
+    // For ps and for messages: a program that was started by /proc/self/exe is called exe.
+    let _ = rustix::thread::set_name(c"cuda-guardian");
     match Guardian::new().and_then(Guardian::serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -93,6 +93,8 @@ impl Host for Machine<'_> {
         let name = name(pid);
         let state = match process::run_state(pid) {
             RunState::Running => return name,
+            // By this process, which holds it.
+            RunState::Traced(tracer) if tracer.unsigned_abs() == std::process::id() => return name,
             RunState::Dead => "it is dead".to_owned(),
             RunState::Stopped => "it is stopped".to_owned(),
             RunState::Traced(tracer) => format!("it is traced by {}", self::name(tracer)),

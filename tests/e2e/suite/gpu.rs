@@ -286,8 +286,11 @@ fn a_gpu_driver_that_hangs_is_told_and_the_program_computes_on(t: &Test) -> Resu
 fn a_gpu_program_that_dies_in_its_checkpoint_is_told(t: &Test) -> Result<()> {
     let gpu = Gpu::one(t)?.fails("crash-at=checkpoint")?;
     let id = t.id("g");
-    gpu.start(&id, &[])?;
-    t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    // Not init: the kernel spares it signals that come from inside.
+    gpu.start(&id, &["--front", "--spawn", "1"])?;
+    workers_compute(&gpu, &id)?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "cannot checkpoint process");
     eventually("the death to be told", || {
         ensure_eq!(t.ctr().status(&id)?, "STOPPED");
         Ok(())
@@ -306,8 +309,10 @@ fn is_killed(t: &Test, role: &str, at_ms: &[u64]) -> Result<()> {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
         std::thread::sleep(Duration::from_millis(*at));
-        let is_it =
-            |pid: &u32| proc::cmdline(*pid).split(' ').take(2).any(|word| word.rsplit('/').next() == Some(role));
+        let is_it = |pid: &u32| {
+            proc::read(*pid, "comm").is_ok_and(|name| name.trim() == role)
+                || proc::cmdline(*pid).split(' ').nth(1) == Some(role)
+        };
         killed += proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
         // It may have been taken all the same: what counts is the container.
         checkpoint.wait()?;

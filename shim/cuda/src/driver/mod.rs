@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::sys::GpuPair;
 use self::sys::{Functions, LoadFailure};
+use crate::host::chain;
 
 /// Environment variable that names the libcuda to use.
 pub const LIBRARY_VARIABLE: &str = "GPUSNAP_LIBCUDA";
@@ -180,7 +181,7 @@ impl Driver {
                     let function = name.to_str().unwrap_or_default();
                     return Err(DriverError::TooOld { library: library.to_string_lossy().into_owned(), function });
                 }
-                Err(LoadFailure::Library(error)) => tried.push(error.to_string()),
+                Err(LoadFailure::Library(error)) => tried.push(chain(&error)),
             }
         }
         // The first is what the loader says of the usual place; the others only say that they are not there either.

@@ -49,7 +49,7 @@ impl Machine {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         fs::create_dir(at("lib")).unwrap();
-        let library = Path::new(env!("CARGO_BIN_EXE_cuda-call")).with_file_name("libfake_cuda.so");
+        let library = Path::new(env!("CARGO_BIN_EXE_cuda-call")).with_file_name("deps").join("libfake_cuda.so");
         symlink(library, at("lib/libcuda.so.1")).unwrap();
         symlink("libcuda.so.1", at("lib/libnvidia-ml.so.1")).unwrap();
         fs::create_dir(at("dev")).unwrap();

@@ -21,7 +21,7 @@ demo: build testbed ## Build all, start the test bed and show a container's life
 	examples/demo/demo.sh
 
 .PHONY: test
-test: lint test-unit test-contract test-criu test-e2e ## Everything that can be tested without a GPU
+test: lint test-unit test-fake-cuda test-contract test-criu test-e2e ## Everything that can be tested without a GPU
 
 .PHONY: build
 build: deps ## Build the shim: target/release/containerd-shim-gpusnap-v2
@@ -54,6 +54,10 @@ $(TOOLS)/bin/cargo-deny:
 test-unit: deps ## Tests that need nothing but this machine
 	cargo test --workspace --exclude e2e --locked --lib --bins
 
+.PHONY: test-fake-cuda
+test-fake-cuda: deps ## The simulated GPU driver that the tests below use
+	cargo test --locked -p fake-cuda --test '*'
+
 .PHONY: test-contract
 test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, runc and crun
 	$(RUN_IN_BED) cargo test --locked -p runtime --test contract
@@ -67,10 +71,18 @@ E2E_TARGETS := 2.1/stock,2.1/gpusnap,2.1/gpusnap-runc,2.1/as-runc,2.4/gpusnap,2.
 # Those of them for the tests of checkpoint and restore, 3 minutes each; empty for all.
 E2E_CHECKPOINT_TARGETS := 2.1/gpusnap
 
+# The simulated driver under the names of the real one, for the shim and for containers.
+FAKE_CUDA := $(CURDIR)/target/fake-cuda
+.PHONY: fake-cuda
+fake-cuda: deps
+	cargo build --release --locked -p fake-cuda
+	install -D target/release/libfake_cuda.so $(FAKE_CUDA)/libcuda.so.1
+	ln -sf libcuda.so.1 $(FAKE_CUDA)/libnvidia-ml.so.1
+
 .PHONY: test-e2e
-test-e2e: build testbed ## ctr, nerdctl and the CRI on both containerds, under our shim and under Debian's
+test-e2e: build fake-cuda testbed ## ctr, nerdctl and the CRI on both containerds, under our shim and under Debian's
 	$(RUN_IN_BED) GPUSNAP_E2E_TARGETS=$(E2E_TARGETS) GPUSNAP_E2E_CHECKPOINT_TARGETS=$(E2E_CHECKPOINT_TARGETS) \
-		cargo test --locked -p e2e --test suite
+		GPUSNAP_E2E_FAKE_CUDA=$(FAKE_CUDA) cargo test --locked -p e2e --test suite
 
 .PHONY: test-e2e-stock
 test-e2e-stock: deps testbed ## The same suite under containerd's own shim only

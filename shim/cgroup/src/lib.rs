@@ -6,9 +6,11 @@
 //! On v1 a container has a directory in each hierarchy, and in principle different processes in each. For processes,
 //! signals and freezing, one hierarchy decides, the same for all three ([`Cgroup::pids`]).
 
+mod expel;
 mod file;
 mod freezer;
 mod locate;
+mod memory;
 mod oom;
 mod process;
 #[allow(unsafe_code)]
@@ -181,6 +183,20 @@ impl Cgroup {
     /// When the freezer's file cannot be written.
     pub fn thaw(&self) -> Result<(), CgroupError> {
         freezer::thaw(self)
+    }
+
+    /// Moves a process out of it, to where this process is.
+    ///
+    /// # Errors
+    /// When a cgroup's file cannot be written.
+    pub fn expel(&self, pid: i32) -> Result<(), CgroupError> {
+        expel::expel(self, pid)
+    }
+
+    /// Bytes of memory that its limit, or that of a cgroup above it, leaves; None without a limit.
+    #[must_use]
+    pub fn memory_left(&self) -> Option<u64> {
+        memory::left(self)
     }
 
     /// Its statistics as `io.containerd.cgroups.v1.Metrics` or `io.containerd.cgroups.v2.Metrics`, filled as

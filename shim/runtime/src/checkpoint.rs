@@ -62,6 +62,9 @@ pub struct RestoreRequest {
     pub io: ProcessIo,
     /// Use MS_MOVE instead of pivot_root (for a rootfs on a ramdisk).
     pub no_pivot_root: bool,
+    /// Leave its cgroup frozen when everything is restored. A runtime that cannot do so before the processes run does it
+    /// right after.
+    pub frozen: bool,
     /// What is no reason to fail.
     pub allow: Allow,
     /// Told of the phases.

@@ -13,7 +13,6 @@ mod choice;
 pub mod command;
 mod error;
 pub mod libcontainer;
-mod phase;
 mod spec;
 
 use std::fmt::Debug;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
+use cuda::CudaError;
 use runtime::{Phase, RuntimeError};
 
 use crate::container::Status;
@@ -96,6 +97,8 @@ pub(crate) enum CheckpointFailure {
     Cgroup(#[source] CgroupError),
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     #[error("its init, process {pid}, is saved and killed, but does not end")]
     DoesNotEnd { pid: i32 },
     #[error("the work was cut off")]
@@ -133,6 +136,10 @@ pub(crate) enum RestoreFailure {
     Runtime(#[from] RuntimeError),
     #[error("cannot find its cgroup")]
     Cgroup(#[source] CgroupError),
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    #[error("the checkpoint does not fit this node: {0}")]
+    Node(String),
     #[error("the work was cut off")]
     CutOff(#[source] tokio::task::JoinError),
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::target::{Containerd, Shim, Target};
-use crate::{Cmd, Output, proc};
+use crate::{Cmd, Output, gpu, proc};
 
 /// Environment variable with the folder that holds our shim (default: `target/release`).
 pub const SHIM_DIR: &str = "GPUSNAP_SHIM_DIR";
@@ -65,6 +65,8 @@ impl Bed {
         if let Some(folder) = &folder {
             args.extend(["--shims", folder]);
         }
+        let environment = gpu::environment();
+        args.extend(environment.iter().flat_map(|variable| ["--env", variable]));
         fs::create_dir_all("/run/e2e")?;
         fs::write(self.runc_options(), "BinaryName = \"runc\"\n")?;
         self.testbed(&args).map(drop)

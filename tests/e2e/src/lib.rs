@@ -10,6 +10,7 @@ pub mod cmd;
 pub mod cri;
 pub mod ctr;
 pub mod events;
+pub mod gpu;
 pub mod nerdctl;
 pub mod proc;
 pub mod pty;

@@ -60,8 +60,13 @@ pub fn gone(pid: u32) -> Result<()> {
 
 /// Ends it with SIGKILL.
 pub fn kill(pid: u32) -> Result<()> {
+    signal(pid, Signal::KILL)
+}
+
+/// Sends it a signal.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a pid")?;
-    kill_process(raw, Signal::KILL).with_context(|| format!("SIGKILL to {pid}"))
+    kill_process(raw, signal).with_context(|| format!("{signal:?} to {pid}"))
 }
 
 /// Its command line, for messages and for finding it.

@@ -23,6 +23,7 @@ mod ctr_events;
 mod ctr_exit;
 mod ctr_io;
 mod ctr_reaping;
+mod gpu;
 mod nerdctl_life;
 mod nerdctl_run;
 mod robustness;
@@ -60,6 +61,7 @@ fn checkpoint_cases() -> Vec<Case> {
         checkpoint_workloads::cases(),
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),
+        gpu::cases(),
     ]
     .into_iter()
     .flatten()

@@ -27,6 +27,9 @@ dpkg -L "$version-minimal" "lib$version-minimal" "lib$version-stdlib" | sort -u 
   while read -r path; do [ -d "$path" ] || echo "$path"; done >python.files
 grep '\.so$' python.files | xargs ldd "/usr/bin/$version" |
   sed -n -E 's|.* => (/[^ ]*) .*|\1|p; s|^\s*(/lib64/[^ ]*) .*|\1|p' | sort -u >python.libs
+# Of an older C library, which NVIDIA's driver still asks for.
+libc=$(grep '/libc\.so\.6$' python.libs)
+printf '%s\n' "${libc%/*}"/{libdl.so.2,libpthread.so.0,librt.so.1} >>python.libs
 while read -r path; do
   mkdir -p "python/$(dirname "$path")"
   cp -L "$path" "python/$path"

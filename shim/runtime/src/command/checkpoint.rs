@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 
+use cgroup::{Cgroup, CgroupError};
 use reaper::Child;
 
 use super::Command;
@@ -35,7 +36,7 @@ impl Command {
     }
 
     pub(super) async fn restore_now(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
-        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, allow, timeline } = request;
+        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, frozen, allow, timeline } = request;
         let call = self.call(Operation::Restore, &id);
         if self.knows(&call)? {
             return Err(call.refused(format!("container with id {id} exists already")));
@@ -50,7 +51,10 @@ impl Command {
             arguments.push("--no-pivot".into());
         }
         arguments.extend(flags(allow).map(OsString::from));
-        let restored = call.process(&scratch, arguments, io).await;
+        let restored = match call.process(&scratch, arguments, io).await {
+            Ok(child) if frozen => freeze(&child).map(|()| child).map_err(|error| call.refused(error.to_string())),
+            restored => restored,
+        };
         if restored.is_err() {
             criu::end_orphans(&work, &self.inner.reaper).await;
             criu::remove_cgroup_mounts(&work);
@@ -68,6 +72,10 @@ impl Command {
             Err(error) => Err(call.explained(error, &work.join("restore.log")).await),
         }
     }
+}
+
+fn freeze(child: &Child) -> Result<(), CgroupError> {
+    Cgroup::of_process(child.pid())?.freeze()
 }
 
 /// The flags that all these runtimes have, for both directions.

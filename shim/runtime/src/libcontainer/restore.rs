@@ -6,6 +6,7 @@
 //!  CRIU:          new namespaces ─► network, prestart and createRuntime hooks    Step::SetUp
 //!                 terminal ─► its master goes to the console socket
 //!                 processes and memory ─► state files                            helper::finish_restore
+//!                 (the cgroup is frozen, if that was asked for)
 //!                 the processes run
 //!  clean          the root's extra mount goes                                    helper::clean_restore
 //! ```
@@ -21,6 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use cgroup::Cgroup;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
 use reaper::Child;
@@ -73,7 +75,7 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, timeline, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, timeline, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
@@ -98,6 +100,9 @@ impl Client {
             has_hooks: prepared.has_hooks,
             host_name: prepared.host_name,
             console_socket,
+            frozen,
+            criu: None,
+            root: None,
             timeline,
         };
         let criu_request = criu::RestoreRequest {
@@ -139,6 +144,11 @@ struct Stages<'a> {
     host_name: Option<Arc<HostName>>,
     /// Where the terminal goes; None once it is there, or without one.
     console_socket: Option<PathBuf>,
+    /// The tree is to be frozen before it runs.
+    frozen: bool,
+    /// Pids of criu and of the tree's root, once they are there.
+    criu: Option<i32>,
+    root: Option<i32>,
     timeline: Timeline,
 }
 
@@ -152,6 +162,7 @@ impl Stages<'_> {
 #[async_trait]
 impl NotifyRestore for Stages<'_> {
     async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
+        self.criu = Some(criu.pid());
         let resources = self.resources.take().unwrap_or_default();
         let step = Step::Join(Box::new(Join { pid: criu.pid(), resources }));
         self.client.run(self.subject.operation, self.subject.id, step).await?;
@@ -183,11 +194,27 @@ impl NotifyRestore for Stages<'_> {
         if self.console_socket.is_some() {
             return Err("the process wants a terminal, but the one in the checkpoint has none".into());
         }
+        self.root = Some(root.pid());
         let (id, pid) = (self.subject.id.to_owned(), root.pid());
         self.client.blocking(self.subject, move |inner| helper::finish_restore(&inner.root, &id, pid)).await?;
         self.timeline.enter(Phase::Resume);
         Ok(())
     }
+
+    async fn pre_resume(&mut self) -> Result<(), BoxError> {
+        let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
+        // criu holds every thread of the tree here, so that none runs before it is frozen.
+        let frozen = move |_: &_| freeze_around(criu, root).map_err(|error| error.to_string());
+        self.client.blocking(self.subject, frozen).await?;
+        Ok(())
+    }
+}
+
+/// Freezes the tree's cgroup, without criu, which made the tree there.
+fn freeze_around(criu: i32, root: i32) -> Result<(), cgroup::CgroupError> {
+    let cgroup = Cgroup::of_process(root)?;
+    cgroup.expel(criu)?;
+    cgroup.freeze()
 }
 
 /// Sends a terminal to whoever listens at a socket, as runtimes do at creation.

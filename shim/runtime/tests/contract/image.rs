@@ -94,18 +94,29 @@ impl Bundle<'_> {
         self.restore_with(image, io, allow).await.map(|child| Running { child, pipes })
     }
 
+    /// Makes the container from a checkpoint and leaves it frozen.
+    pub(crate) async fn restore_frozen(&self, image: &Image) -> Running {
+        let (io, pipes) = Pipes::new();
+        let request = RestoreRequest { frozen: true, ..self.restore_request(image, io, Allow::default()) };
+        Running { child: self.bed.runtime.restore(request).await.unwrap(), pipes }
+    }
+
     pub(crate) async fn restore_with(&self, image: &Image, io: ProcessIo, allow: Allow) -> Result<Child, RuntimeError> {
-        let request = RestoreRequest {
+        self.bed.runtime.restore(self.restore_request(image, io, allow)).await
+    }
+
+    fn restore_request(&self, image: &Image, io: ProcessIo, allow: Allow) -> RestoreRequest {
+        RestoreRequest {
             id: self.id.clone(),
             bundle: self.folder.clone(),
             images: image.images(),
             work: image.work(),
             io,
             no_pivot_root: false,
+            frozen: false,
             allow,
             timeline: Timeline::start(Phase::Inspect),
-        };
-        self.bed.runtime.restore(request).await
+        }
     }
 }
 

@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use cgroup::Cgroup;
 use oci_spec::runtime::{
     LinuxDeviceBuilder, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType, PosixRlimitBuilder,
     PosixRlimitType, Spec, UserBuilder,
@@ -32,6 +34,7 @@ sentences![
     device_rules_hold_after_a_restore,
     a_cgroup_mount_shows_the_new_cgroup,
     loopback_is_up_after_a_restore,
+    a_container_can_be_restored_frozen,
 ];
 
 /// Saves a container that counts, and restores it as another one.
@@ -41,6 +44,22 @@ async fn moved<'bed>(bed: &'bed Bed, old: &Spec, new: &Spec) -> (Bundle<'bed>, R
     let bundle = bed.bundle(&bed.savable(new));
     let running = bundle.restore(&image).await;
     (bundle, running)
+}
+
+async fn a_container_can_be_restored_frozen(bed: &Bed) {
+    let (bundle, running) = counter_as(bed, &shell(COUNTER)).await;
+    let (image, _) = bundle.swap_out(running).await;
+    let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
+    let running = bundle.restore_frozen(&image).await;
+    let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
+    assert!(cgroup.is_frozen().unwrap());
+    assert_eq!(cgroup.pids().unwrap(), [running.child.pid()], "CRIU is not in it");
+    running.tell("frozen");
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(running.pipes.stdout.so_far(), "");
+    cgroup.thaw().unwrap();
+    running.says("2 frozen\n").await;
+    counts_on(&bundle, running, 3).await;
 }
 
 async fn bind_mounts_come_from_the_new_container(bed: &Bed) {

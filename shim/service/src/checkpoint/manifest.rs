@@ -7,6 +7,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use runtime::{Allow, Tcp, Timeline};
 use serde::{Deserialize, Serialize};
 
+use super::SavedGpus;
+
 /// Its name among the images.
 pub(super) const FILE: &str = "gpusnap.json";
 const VERSION: u32 = 1;
@@ -27,6 +29,9 @@ pub(crate) struct Manifest {
     tcp: SavedTcp,
     external_unix_sockets: bool,
     shell_job: bool,
+    /// None without GPU state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    gpu: Option<SavedGpus>,
     /// How long each step took, in seconds.
     phases: Vec<Step>,
 }
@@ -46,7 +51,13 @@ struct Step {
 }
 
 impl Manifest {
-    pub(crate) fn new(container: &str, runtime: String, allow: Allow, timeline: &Timeline) -> Self {
+    pub(crate) fn new(
+        container: &str,
+        runtime: String,
+        allow: Allow,
+        gpu: Option<SavedGpus>,
+        timeline: &Timeline,
+    ) -> Self {
         let phases = timeline.phases().into_iter();
         Self {
             version: VERSION,
@@ -60,6 +71,7 @@ impl Manifest {
             },
             external_unix_sockets: allow.external_unix_sockets,
             shell_job: allow.shell_job,
+            gpu,
             phases: phases
                 .map(|(phase, duration)| Step { phase: phase.name().to_owned(), seconds: duration.as_secs_f64() })
                 .collect(),
@@ -91,6 +103,11 @@ impl Manifest {
             return Err(invalid(format!("version {}, where {VERSION} is known", manifest.version)));
         }
         Ok(Some(manifest))
+    }
+
+    /// What was on GPUs.
+    pub(crate) fn gpu(&self) -> Option<&SavedGpus> {
+        self.gpu.as_ref()
     }
 
     /// What a restore has to allow.
@@ -128,7 +145,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(Manifest::read(folder.path()).unwrap().is_none());
         let timeline = Timeline::start(Phase::Freeze);
-        let manifest = Manifest::new("c", "runc".into(), Allow::default(), &timeline);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, &timeline);
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
     }

@@ -10,6 +10,7 @@
 //! | `gpusnap.json` | [`Manifest`]: how it was made |
 
 mod draft;
+mod gpu;
 mod log;
 mod manifest;
 mod shm;
@@ -17,6 +18,7 @@ mod temporary;
 mod wishes;
 
 pub(crate) use draft::Draft;
+pub(crate) use gpu::{DeviceNode, SavedGpus};
 pub(crate) use log::{LogFolder, ROOT as LOGS};
 pub(crate) use manifest::Manifest;
 pub(crate) use shm::Shm;

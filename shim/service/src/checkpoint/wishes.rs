@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use containerd_shim_protos::api::CheckpointTaskRequest;
 use containerd_shim_protos::protobuf::Message;
@@ -15,6 +16,10 @@ use crate::error::TaskError;
 const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
 /// `refuse`, `keep` or `close`: what is done about established TCP connections.
 const TCP: &str = "gpusnap.dev/tcp";
+/// Seconds for which a checkpoint waits for GPU work that is under way.
+const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
+/// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
+const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
 /// A field of containerd 2.4's options that containerd-shim-protos does not know.
 const PARENT_PATH: u32 = 10;
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
@@ -24,11 +29,13 @@ const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 pub(crate) struct Annotations {
     on_checkpoint: Option<String>,
     tcp: Option<String>,
+    gpu_patience: Option<String>,
 }
 
 impl Annotations {
     pub(crate) fn of(all: &HashMap<String, String>) -> Self {
-        Self { on_checkpoint: all.get(ON_CHECKPOINT).cloned(), tcp: all.get(TCP).cloned() }
+        let of = |name| all.get(name).cloned();
+        Self { on_checkpoint: of(ON_CHECKPOINT), tcp: of(TCP), gpu_patience: of(GPU_PATIENCE) }
     }
 
     fn exit(&self) -> Result<bool, String> {
@@ -37,6 +44,12 @@ impl Annotations {
             Some("exit") => Ok(true),
             Some(other) => Err(format!("{ON_CHECKPOINT}: {other:?} is neither \"exit\" nor \"continue\"")),
         }
+    }
+
+    fn gpu_patience(&self) -> Result<Duration, String> {
+        let Some(seconds) = &self.gpu_patience else { return Ok(DEFAULT_GPU_PATIENCE) };
+        let seconds = seconds.parse().map_err(|_| format!("{GPU_PATIENCE}: {seconds:?} is not a number of seconds"))?;
+        Ok(Duration::from_secs(seconds))
     }
 
     /// None where they say nothing.
@@ -60,6 +73,8 @@ pub(crate) struct Wishes {
     /// The container is to end.
     pub(crate) exit: bool,
     pub(crate) allow: Allow,
+    /// How long GPU work may go on before it makes the checkpoint fail.
+    pub(crate) patience: Duration,
 }
 
 impl Wishes {
@@ -76,10 +91,11 @@ impl Wishes {
         let folder = absolute("path", &request.path)?;
         let annotation = |message| bad("annotation", message);
         let annotated_tcp = annotations.tcp().map_err(annotation)?;
+        let patience = annotations.gpu_patience().map_err(annotation)?;
         let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
             let exit = annotations.exit().map_err(annotation)?;
             let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
-            return Ok(Self { folder, work: None, exit, allow });
+            return Ok(Self { folder, work: None, exit, allow, patience });
         };
         if options.type_url.rsplit('/').next() != Some(OPTIONS) {
             return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
@@ -99,6 +115,7 @@ impl Wishes {
                 external_unix_sockets: options.external_unix_sockets,
                 shell_job: options.terminal,
             },
+            patience,
         })
     }
 }
@@ -153,6 +170,14 @@ mod tests {
         assert_eq!(tcp(false, &[]), Tcp::Refuse);
         assert_eq!(tcp(true, &[]), Tcp::Keep);
         assert_eq!(tcp(true, &[(TCP, "close")]), Tcp::Close);
+    }
+
+    #[test]
+    fn the_container_says_how_long_its_gpu_work_may_take() {
+        let patience = |all: &[_]| Wishes::of(&request(None), &annotations(all)).map(|wishes| wishes.patience);
+        assert_eq!(patience(&[]).unwrap(), DEFAULT_GPU_PATIENCE);
+        assert_eq!(patience(&[(GPU_PATIENCE, "5")]).unwrap(), Duration::from_secs(5));
+        assert!(patience(&[(GPU_PATIENCE, "5m")]).unwrap_err().to_string().contains("5m"));
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! Taking a checkpoint.
 //!
 //! ```text
-//!            Freeze ──► SaveShm ──► Dump ──► Publish ──► Release
-//!               │          │         │          │           ├ continue: thawed if it ran before
-//!               └──────────┴─────────┴──────────┘           └ exit: CRIU has killed it; its exit is waited for
+//!   Freeze ──► (with a GPU: Discover ──► Lock ──► Hold ──► CudaCheckpoint ──► CleanResidue ──► Freeze) ──┐
+//!     │                          a guardian's work, which undoes it when it fails                        │
+//!     │          ┌───────────────────────────────────────────────────────────────────────────────────────┘
+//!     │       SaveShm ──► Dump ──► Publish ──► (with a GPU: CudaRestore ──► Unlock) ──► Release
+//!     │          │         │          │                                                   ├ continue: thawed if it ran
+//!     └──────────┴─────────┴──────────┘                                                   └ exit: CRIU has killed it
 //!                          │ failure
 //!                          ▼
-//!               the draft is removed, the freezer is as before: the container goes on as it was
+//!     the draft is removed, GPU and freezer are as before: the container goes on as it was
 //! ```
 //!
 //! containerd has paused the container, as a rule, and resumes it after the answer. One that runs is frozen here, so that
@@ -24,11 +27,12 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use reaper::Child;
+use cuda::Guardian;
+use reaper::{Child, Reaper};
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Timeline};
 
 use super::{Actor, Status};
-use crate::checkpoint::{Draft, LogFolder, Manifest, Shm, Wishes};
+use crate::checkpoint::{Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
 
 /// CRIU's name for its log of a dump.
@@ -36,6 +40,9 @@ const LOG: &str = "dump.log";
 /// How long after a pause a checkpoint still counts as what the pause was made for. containerd saves a writable layer
 /// in between.
 const PAUSED_FOR_IT: Duration = Duration::from_secs(60);
+/// How long the driver may take to move what is on the GPUs to memory or back. It moves 1.8 GB/s at worst (cuda.md),
+/// and a node has some hundred GB.
+pub(super) const GPU: Duration = Duration::from_secs(600);
 /// A killed process is gone in milliseconds, unless it has much memory to give back.
 const END: Duration = Duration::from_secs(30);
 
@@ -67,6 +74,7 @@ impl Actor {
             child,
             cgroup,
             shm: self.shm.clone(),
+            reaper: self.context.reaper.clone(),
             paused,
             timeline: Timeline::start(Phase::Freeze),
             wishes,
@@ -110,6 +118,7 @@ struct Work {
     shm: Option<Shm>,
     /// The container was paused before.
     paused: bool,
+    reaper: Reaper,
     timeline: Timeline,
     wishes: Wishes,
     caller: Caller,
@@ -117,8 +126,16 @@ struct Work {
 
 impl Work {
     async fn run(self) -> Result<(), TaskError> {
-        let taken = self.take().await;
-        let settled = self.settle(taken.is_ok()).await;
+        let mut guardian = None;
+        let taken = self.take(&mut guardian).await;
+        let phase = self.timeline.current();
+        let settled = self.settle(taken.is_ok(), guardian).await;
+        if let (Err(_), Err(error)) = (&taken, &settled) {
+            tracing::error!("container {} is not as it was: {}", self.id, crate::error::chain(error));
+        }
+        if taken.is_err() {
+            self.timeline.enter(phase);
+        }
         match taken.and(settled) {
             Ok(()) => {
                 tracing::info!("container {} is checkpointed: {}", self.id, self.timeline);
@@ -131,8 +148,9 @@ impl Work {
         }
     }
 
-    async fn take(&self) -> Result<(), CheckpointFailure> {
-        let Wishes { folder, work, exit, allow } = &self.wishes;
+    /// `guardian` becomes the one that has GPU state to give back.
+    async fn take(&self, guardian: &mut Option<Guardian>) -> Result<(), CheckpointFailure> {
+        let Wishes { folder, work, exit, allow, patience: _ } = &self.wishes;
         let at = |action, path: &Path| {
             let path = path.to_owned();
             move |source| CheckpointFailure::File { action, path, source }
@@ -142,6 +160,7 @@ impl Work {
         let log = log.map_err(at("make a folder for the log of", folder))?;
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
         blocking(move || cgroup.freeze_at_rest(paused)).await?.map_err(CheckpointFailure::Cgroup)?;
+        let gpu = self.suspend(guardian).await?;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::SaveShm);
             let images = draft.folder().to_owned();
@@ -165,7 +184,7 @@ impl Work {
             return Err(error.into());
         }
         self.timeline.enter(Phase::Publish);
-        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, &self.timeline);
+        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, gpu, &self.timeline);
         let written = manifest.write(draft.folder());
         let published = match written {
             Ok(()) => draft.publish(),
@@ -182,9 +201,30 @@ impl Work {
         Ok(())
     }
 
+    /// Moves what is on GPUs to the memory of the frozen container, and leaves that frozen.
+    async fn suspend(&self, guardian: &mut Option<Guardian>) -> Result<Option<SavedGpus>, CheckpointFailure> {
+        let cgroup = self.cgroup.clone();
+        let uses_gpu = move || Ok(cgroup.pids()?.into_iter().any(cuda::process::touches_gpu));
+        if !blocking(uses_gpu).await?.map_err(CheckpointFailure::Cgroup)? {
+            return Ok(None);
+        }
+        let mut suspending = Guardian::start(&self.reaper)?;
+        let init = self.child.pid();
+        let suspended = suspending.suspend(init, self.paused, self.wishes.patience, GPU, &self.timeline).await?;
+        *guardian = Some(suspending);
+        Ok(SavedGpus::of(suspended, init))
+    }
+
     /// Lets the container go as it was, or waits for its end.
-    async fn settle(&self, taken: bool) -> Result<(), CheckpointFailure> {
+    async fn settle(&self, taken: bool, guardian: Option<Guardian>) -> Result<(), CheckpointFailure> {
         let killed = self.wishes.exit && self.timeline.current() == Phase::Publish;
+        if let Some(mut guardian) = guardian {
+            if killed {
+                guardian.dismiss();
+            } else {
+                guardian.resume(self.child.pid(), self.paused, Vec::new(), GPU, &self.timeline).await?;
+            }
+        }
         if taken {
             self.timeline.enter(Phase::Release);
         }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
-use crate::checkpoint::{Annotations, Shm};
+use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::{options, pod, rootfs};
@@ -52,6 +52,7 @@ impl Mount {
 struct Linux {
     cgroups_path: Option<PathBuf>,
     namespaces: Vec<Namespace>,
+    devices: Vec<DeviceNode>,
 }
 
 #[derive(Deserialize)]
@@ -138,6 +139,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             checkpoint: FromCheckpoint::of(&request, &options),
             shm: spec.shm(),
             annotations: Annotations::of(&spec.annotations),
+            devices: spec.linux.unwrap_or_default().devices,
             paused_at: None,
             killed: false,
             private_pids,

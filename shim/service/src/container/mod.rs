@@ -48,7 +48,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::create::create;
 use self::restore::FromCheckpoint;
-use crate::checkpoint::{Annotations, Shm};
+use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::TaskError;
 use crate::events::Events;
 use crate::stdio::{Copies, Owner, Stdio};
@@ -218,6 +218,8 @@ pub(crate) struct Actor {
     /// Its /dev/shm, if that comes from outside.
     shm: Option<Shm>,
     annotations: Annotations,
+    /// Devices that it is given.
+    devices: Vec<DeviceNode>,
     paused_at: Option<Instant>,
     /// SIGKILL was sent since the last pause began.
     killed: bool,

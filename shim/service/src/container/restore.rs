@@ -1,9 +1,10 @@
 //! Starting a container from a checkpoint.
 //!
 //! ```text
-//!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ──► Running
-//!      │           │           │                       │                            │
-//!      └───────────┴───────────┴─────────── failure ───┴────────────────────────────┘
+//!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ───────────────► Running
+//!      │           │           │                       │                            │ frozen, with a GPU:     ▲
+//!      │           │           │                       │                            └► CudaRestore ──► Unlock ┘
+//!      └───────────┴───────────┴─────────── failure ───┴────────────────────────────────────┘
 //!                                              ▼
 //!                     nothing is left of it: Created, as before, and start can be tried again
 //! ```
@@ -17,12 +18,14 @@ use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
+use cuda::{Guardian, Pair};
 use reaper::{Child, Reaper};
 use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
 
+use super::checkpoint::GPU;
 use super::create::undo;
 use super::{Actor, Status};
-use crate::checkpoint::{Annotations, LogFolder, Manifest, Shm, remove_if_containerds};
+use crate::checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
 
@@ -79,6 +82,7 @@ impl Actor {
             stdio: self.init.stdio.clone(),
             shm: self.shm.clone(),
             annotations: self.annotations.clone(),
+            devices: self.devices.clone(),
             timeline: Timeline::start(Phase::Inspect),
             checkpoint,
         };
@@ -128,6 +132,7 @@ struct Work {
     stdio: Stdio,
     shm: Option<Shm>,
     annotations: Annotations,
+    devices: Vec<DeviceNode>,
     timeline: Timeline,
     checkpoint: FromCheckpoint,
 }
@@ -155,7 +160,9 @@ impl Work {
             let path = path.to_owned();
             move |source| RestoreFailure::File { action, path, source }
         };
-        let allow = self.inspect(images)?;
+        let (allow, gpu) = self.inspect(images)?;
+        // It loads the driver while the processes are being restored.
+        let mut guardian = gpu.as_ref().map(|_| Guardian::start(&self.reaper)).transpose()?;
         let work = self.checkpoint.work.as_deref();
         let log = LogFolder::make(&self.logs, work, &self.owner.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", images))?;
@@ -176,10 +183,18 @@ impl Work {
             work: log.path().to_owned(),
             io,
             no_pivot_root: self.checkpoint.no_pivot_root,
+            frozen: gpu.is_some(),
             allow,
             timeline: self.timeline.clone(),
         };
-        let child = match self.runtime.restore(request).await {
+        let pairs = async {
+            match (&mut guardian, &gpu) {
+                (Some(guardian), Some(gpu)) => self.pairs(guardian, gpu).await,
+                _ => Ok(Vec::new()),
+            }
+        };
+        let (child, pairs) = tokio::join!(self.runtime.restore(request), pairs);
+        let child = match child {
             Ok(child) => child,
             Err(error) => {
                 prepared.abandon().await;
@@ -190,7 +205,11 @@ impl Work {
             Ok(copies) => self.join(&child).await.map(|cgroup| Restored { child: child.clone(), copies, cgroup }),
             Err(error) => Err(RestoreFailure::Stdio(error)),
         };
-        match joined {
+        let resumed = match (joined, guardian) {
+            (Ok(restored), Some(guardian)) => self.resume(guardian, child.pid(), pairs).await.map(|()| restored),
+            (joined, _) => joined,
+        };
+        match resumed {
             Ok(restored) => {
                 log.remove();
                 Ok(restored)
@@ -202,8 +221,32 @@ impl Work {
         }
     }
 
-    /// What the restore has to allow.
-    fn inspect(&self, images: &Path) -> Result<Allow, RestoreFailure> {
+    /// Which GPUs of this node take the place of those that were.
+    async fn pairs(&self, guardian: &mut Guardian, gpu: &SavedGpus) -> Result<Vec<Pair>, RestoreFailure> {
+        let node = guardian.inventory(&self.timeline).await?;
+        let minors: Vec<u32> = self.devices.iter().filter_map(DeviceNode::gpu_minor).collect();
+        gpu.pairs(&node, &minors).map_err(RestoreFailure::Node)
+    }
+
+    /// Gives the frozen processes their GPU state back and lets them run.
+    async fn resume(
+        &self,
+        mut guardian: Guardian,
+        init: i32,
+        pairs: Result<Vec<Pair>, RestoreFailure>,
+    ) -> Result<(), RestoreFailure> {
+        let pairs = pairs?;
+        DeviceNode::make_missing(&self.devices, init).map_err(|source| RestoreFailure::File {
+            action: "make the devices in",
+            path: "/dev".into(),
+            source,
+        })?;
+        guardian.resume(init, false, pairs, GPU, &self.timeline).await?;
+        Ok(())
+    }
+
+    /// What the restore has to allow, and what was on GPUs.
+    fn inspect(&self, images: &Path) -> Result<(Allow, Option<SavedGpus>), RestoreFailure> {
         let image = criu::image::inspect(images)?;
         let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
             action: "read gpusnap.json in",
@@ -213,11 +256,12 @@ impl Work {
         // What another shim has dumped was allowed then.
         let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
         let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
+        let gpu = manifest.as_ref().and_then(Manifest::gpu).filter(|gpu| gpu.has_state()).cloned();
         let mut allow = manifest.map_or(other, |manifest| manifest.allow());
         if let Some(tcp) = self.annotations.tcp().map_err(RestoreFailure::Annotation)? {
             allow.tcp = tcp;
         }
-        Ok(allow)
+        Ok((allow, gpu))
     }
 
     async fn join(&self, child: &Child) -> Result<Option<Cgroup>, RestoreFailure> {

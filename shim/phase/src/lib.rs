@@ -1,12 +1,27 @@
 //! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened.
 
+#![deny(unsafe_code)]
+
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// A step of a checkpoint or of a restore.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
+    /// Checkpoint: the processes that use CUDA are looked for, in the thawed container.
+    Discover,
+    /// Checkpoint: the driver lets the GPU work that runs come to its end and starts no more.
+    Lock,
+    /// Checkpoint: the threads of the CUDA processes are brought to a halt.
+    Hold,
+    /// Checkpoint: the driver moves the state on the GPUs to the memory of the processes.
+    CudaCheckpoint,
+    /// Checkpoint: processes forked from CUDA processes are freed of what they inherited of the driver.
+    CleanResidue,
     /// Checkpoint: the container is frozen.
     Freeze,
     /// Checkpoint: the contents of a /dev/shm that comes from outside are saved.
@@ -15,6 +30,10 @@ pub enum Phase {
     Dump,
     /// Checkpoint: the images become the checkpoint.
     Publish,
+    /// Both: the driver moves the state back to the GPUs.
+    CudaRestore,
+    /// Both: the driver lets the processes use CUDA again.
+    Unlock,
     /// Checkpoint: the container is let go, or ended.
     Release,
     /// Restore: the checkpoint is read and compared with the container.
@@ -38,6 +57,13 @@ impl Phase {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Discover => "discover",
+            Self::Lock => "lock",
+            Self::Hold => "hold",
+            Self::CudaCheckpoint => "cuda-checkpoint",
+            Self::CleanResidue => "clean-residue",
+            Self::CudaRestore => "cuda-restore",
+            Self::Unlock => "unlock",
             Self::Freeze => "freeze",
             Self::SaveShm => "save-shm",
             Self::Dump => "dump",
@@ -58,6 +84,13 @@ impl Phase {
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Discover => "looking for its CUDA processes",
+            Self::Lock => "locking its CUDA processes",
+            Self::Hold => "holding the threads of its CUDA processes",
+            Self::CudaCheckpoint => "moving its GPU state to memory",
+            Self::CleanResidue => "freeing forked processes of the GPU",
+            Self::CudaRestore => "moving its GPU state back to the GPU",
+            Self::Unlock => "unlocking its CUDA processes",
             Self::Freeze => "freezing it",
             Self::SaveShm => "saving its /dev/shm",
             Self::Dump => "dumping its processes",

@@ -1,0 +1,167 @@
+//! The shim's side of a guardian.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream as BlockingUnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use phase::Timeline;
+use reaper::{Child, Reaper};
+use rustix::process::Signal;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+use crate::call::Pair;
+use crate::guardian::GUARDIAN;
+use crate::inventory::Inventory;
+use crate::protocol::{Order, Report};
+use crate::session::{Resumed, SessionError, Suspended};
+
+/// Guardians that die are replaced this many times in a row; then something kills them on purpose.
+const MOST_GUARDIANS: u32 = 5;
+
+/// Why the GPU state of a container could not be moved.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// The guardian says why.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The guardian could not be started or spoken to.
+    #[error("cannot start a guardian for the CUDA processes")]
+    Spawn(#[source] io::Error),
+    /// It died, and what it had done was undone by another.
+    #[error("the guardian of the CUDA processes died, and what it had done was undone")]
+    Died,
+    /// So did those that were to undo it.
+    #[error("the guardian of the CUDA processes died, and so did {MOST_GUARDIANS} that were to undo what it had done")]
+    AllDied,
+}
+
+/// A guardian of one container's CUDA processes.
+#[derive(Debug)]
+pub struct Guardian {
+    reaper: Reaper,
+    process: Child,
+    socket: BufReader<UnixStream>,
+}
+
+impl Guardian {
+    /// Starts a guardian, which loads the driver already. This binary has to run [`crate::guardian_main`] when its first
+    /// argument is [`GUARDIAN`], and [`crate::caller_main`] likewise.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(reaper: &Reaper) -> Result<Self, CudaError> {
+        let (process, socket) = spawn(reaper).map_err(CudaError::Spawn)?;
+        Ok(Self { reaper: reaper.clone(), process, socket: BufReader::new(socket) })
+    }
+
+    /// What this node has of GPUs.
+    ///
+    /// # Errors
+    /// When there is no driver, or it does not answer.
+    pub async fn inventory(&mut self, timeline: &Timeline) -> Result<Inventory, CudaError> {
+        match self.order(&Order::Inventory, timeline).await {
+            Some(Report::Inventory(inventory)) => Ok(inventory?),
+            Some(_) | None => {
+                self.replace()?;
+                Err(CudaError::Died)
+            }
+        }
+    }
+
+    /// Moves the GPU state of the container that the process `pid` belongs to to its memory and leaves it frozen; on failure
+    /// it is as before, and frozen if it was `paused`. See [`SessionError`] for what can be in the way. GPU work may go on for `patience`; then the driver may take `limit`.
+    ///
+    /// # Errors
+    /// When the state cannot be moved.
+    pub async fn suspend(
+        &mut self,
+        pid: i32,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+        timeline: &Timeline,
+    ) -> Result<Suspended, CudaError> {
+        match self.order(&Order::Suspend { pid, paused, patience, limit }, timeline).await {
+            Some(Report::Suspended(suspended)) => Ok(suspended?),
+            Some(_) | None => {
+                let failed_at = timeline.current();
+                self.replace()?;
+                self.resume(pid, paused, Vec::new(), limit, timeline).await?;
+                timeline.enter(failed_at);
+                Err(CudaError::Died)
+            }
+        }
+    }
+
+    /// Gives the container its GPU state back and leaves it frozen or running. A guardian that dies over it is replaced.
+    ///
+    /// # Errors
+    /// When the state cannot be moved.
+    pub async fn resume(
+        &mut self,
+        pid: i32,
+        frozen: bool,
+        pairs: Vec<Pair>,
+        limit: Duration,
+        timeline: &Timeline,
+    ) -> Result<Resumed, CudaError> {
+        let order = Order::Resume { pid, frozen, pairs, limit };
+        for _ in 0..MOST_GUARDIANS {
+            if let Some(Report::Resumed(resumed)) = self.order(&order, timeline).await {
+                return Ok(resumed?);
+            }
+            self.replace()?;
+        }
+        Err(CudaError::AllDied)
+    }
+
+    /// Ends a guardian whose processes are gone for good.
+    pub fn dismiss(self) {
+        // One that is dead already needs no signal.
+        let _ = self.process.signal(Signal::KILL);
+    }
+
+    fn replace(&mut self) -> Result<(), CudaError> {
+        tracing::warn!(guardian = self.process.pid(), "a guardian of CUDA processes died; another takes its place");
+        // One that hung up and lives would be in the way.
+        let _ = self.process.signal(Signal::KILL);
+        let (process, socket) = spawn(&self.reaper).map_err(CudaError::Spawn)?;
+        self.process = process;
+        self.socket = BufReader::new(socket);
+        Ok(())
+    }
+
+    /// The last report; None when the guardian has died.
+    async fn order(&mut self, order: &Order, timeline: &Timeline) -> Option<Report> {
+        let mut line = serde_json::to_vec(order).ok()?;
+        line.push(b'\n');
+        self.socket.get_mut().write_all(&line).await.ok()?;
+        let mut answer = String::new();
+        loop {
+            answer.clear();
+            if self.socket.read_line(&mut answer).await.ok()? == 0 {
+                return None;
+            }
+            match serde_json::from_str(&answer).ok()? {
+                Report::Began(phase) => timeline.enter(phase),
+                report => return Some(report),
+            }
+        }
+    }
+}
+
+fn spawn(reaper: &Reaper) -> io::Result<(Child, UnixStream)> {
+    let (ours, theirs) = BlockingUnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let mut command = Command::new("/proc/self/exe");
+    // A group of its own: what is sent to the shim's must not reach it.
+    command.arg(GUARDIAN).process_group(0);
+    command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+    let process = reaper.spawn(&mut command)?;
+    drop(command);
+    Ok((process, UnixStream::from_std(ours)?))
+}

@@ -1,0 +1,119 @@
+//! The guardian: the process that has hold of a container's CUDA processes during a checkpoint or a restore.
+//!
+//! It takes orders from the shim. When the shim hangs up without having ordered the container back (it is dead), the
+//! guardian puts it back on its own account.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use phase::Phase;
+
+use crate::call::{Callers, Pair};
+use crate::host::{INVENTORY, Machine, chain};
+use crate::protocol::{Order, Report};
+use crate::session::{Resumed, Session, SessionError, Suspended};
+
+/// First argument by which this binary knows that it is to be a guardian.
+pub const GUARDIAN: &str = "cuda-guardian";
+
+/// How long the driver may take to put everything back for a shim that is dead: 80 GB at 4 GB/s (cuda.md), and more.
+const LAST_RESUME: Duration = Duration::from_secs(300);
+
+/// Serves one container. To be run by `main` when the first argument is [`GUARDIAN`]; standard input is the socket to the
+/// shim.
+#[must_use]
+pub fn guardian_main() -> ExitCode {
+    // For ps and for messages: a program that was started by /proc/self/exe is called exe.
+    let _ = rustix::thread::set_name(c"cuda-guardian");
+    match Guardian::new().and_then(Guardian::serve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{GUARDIAN}: {}", chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Guardian {
+    reports: UnixStream,
+    callers: Callers,
+    /// What it has to put back by itself: a container, and whether that is to be left frozen.
+    owed: Option<(i32, bool)>,
+}
+
+impl Guardian {
+    fn new() -> io::Result<Self> {
+        let reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
+        callers.prepare(1);
+        Ok(Self { reports, callers, owed: None })
+    }
+
+    fn serve(mut self) -> io::Result<()> {
+        let mut orders = BufReader::new(self.reports.try_clone()?);
+        let mut line = String::new();
+        loop {
+            line.clear();
+            // A shim that was killed hangs up, with or without an error.
+            if matches!(orders.read_line(&mut line), Ok(0) | Err(_)) {
+                break;
+            }
+            let report = self.obey(serde_json::from_str(&line)?);
+            // Whoever does not listen any more has hung up: the next read says so.
+            drop(write(&mut self.reports, &report));
+        }
+        let Some((pid, frozen)) = self.owed else { return Ok(()) };
+        let mut machine = Machine::of(pid, &mut self.callers).map_err(io::Error::other)?;
+        let resumed = Session::new(&mut machine, &mut |_| {}).resume(frozen, &[], LAST_RESUME);
+        resumed.map(drop).map_err(io::Error::other)
+    }
+
+    fn obey(&mut self, order: Order) -> Report {
+        match order {
+            Order::Inventory => {
+                let taken = self.callers.inventory(INVENTORY);
+                Report::Inventory(taken.map_err(|failure| SessionError::NoDriver(failure.to_string())))
+            }
+            Order::Suspend { pid, paused, patience, limit } => {
+                Report::Suspended(self.suspend(pid, paused, patience, limit))
+            }
+            Order::Resume { pid, frozen, pairs, limit } => Report::Resumed(self.resume(pid, frozen, &pairs, limit)),
+        }
+    }
+
+    fn suspend(
+        &mut self,
+        pid: i32,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Suspended, SessionError> {
+        let mut machine = Machine::of(pid, &mut self.callers)?;
+        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(paused, patience, limit)?;
+        self.owed = Some((pid, paused));
+        Ok(suspended)
+    }
+
+    fn resume(&mut self, pid: i32, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
+        self.owed = Some((pid, frozen));
+        let mut machine = Machine::of(pid, &mut self.callers)?;
+        let resumed = Session::new(&mut machine, &mut begins(&mut self.reports)).resume(frozen, pairs, limit)?;
+        self.owed = None;
+        Ok(resumed)
+    }
+}
+
+fn begins(reports: &mut UnixStream) -> impl FnMut(Phase) {
+    // As above.
+    |phase| drop(write(reports, &Report::Began(phase)))
+}
+
+fn write(reports: &mut UnixStream, report: &Report) -> io::Result<()> {
+    let mut line = serde_json::to_vec(report)?;
+    line.push(b'\n');
+    reports.write_all(&line)
+}

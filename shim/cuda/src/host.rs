@@ -1,0 +1,211 @@
+//! What a session does to the machine that it runs on.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use cgroup::Cgroup;
+
+use crate::call::{Answer, Call, CallFailure, Callers};
+use crate::hold::Hold;
+use crate::inventory::Inventory;
+use crate::process::{self, Range, RunState};
+use crate::residue;
+use crate::session::{Host, SessionError};
+
+/// NVML answers in some ten milliseconds, unless it has to wake a GPU.
+pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
+/// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
+const WAKING: Duration = Duration::from_secs(10);
+const CLEANING: Duration = Duration::from_secs(10);
+
+/// The machine, as far as one container reaches.
+pub(crate) struct Machine<'a> {
+    cgroup: Cgroup,
+    callers: &'a mut Callers,
+    hold: Hold,
+    /// Anonymous memory of processes before a checkpoint.
+    anonymous: HashMap<i32, Vec<Range>>,
+}
+
+impl<'a> Machine<'a> {
+    /// What concerns the container that a process belongs to.
+    pub(crate) fn of(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
+        let cgroup = Cgroup::of_process(pid).map_err(container("find the cgroup of"))?;
+        Ok(Self { cgroup, callers, hold: Hold::new(), anonymous: HashMap::new() })
+    }
+}
+
+fn container(action: &'static str) -> impl Fn(cgroup::CgroupError) -> SessionError {
+    move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
+}
+
+fn process(action: &'static str, pid: i32) -> impl Fn(&dyn std::error::Error) -> SessionError {
+    move |error| SessionError::Process { action: action.to_owned(), process: name(pid), why: chain(error) }
+}
+
+/// An error and its sources, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// `process 123 (python3)`
+fn name(pid: i32) -> String {
+    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
+        Ok(comm) => format!("process {pid} ({})", comm.trim()),
+        Err(_) => format!("process {pid}"),
+    }
+}
+
+impl Host for Machine<'_> {
+    fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
+        self.cgroup.pids().map_err(container("list the processes of"))
+    }
+
+    fn touches_gpu(&mut self, pid: i32) -> bool {
+        process::touches_gpu(pid) || self.has_drivers_threads(pid)
+    }
+
+    fn has_drivers_threads(&mut self, pid: i32) -> bool {
+        process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| process::is_drivers(&thread.name)))
+    }
+
+    fn left(&mut self, pid: i32) -> Option<String> {
+        if let Some(mapping) = process::device_mappings(pid).unwrap_or_default().into_iter().next() {
+            return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));
+        }
+        let fd = process::device_fds(pid).unwrap_or_default().into_iter().next()?;
+        let path = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
+        Some(format!("descriptor {fd} of {}", path.display()))
+    }
+
+    fn is_gone(&mut self, pid: i32) -> bool {
+        process::run_state(pid) == RunState::Dead
+    }
+
+    fn describe(&mut self, pid: i32) -> String {
+        let name = name(pid);
+        let state = match process::run_state(pid) {
+            RunState::Running => return name,
+            // By this process, which holds it.
+            RunState::Traced(tracer) if tracer.unsigned_abs() == std::process::id() => return name,
+            RunState::Dead => "it is dead".to_owned(),
+            RunState::Stopped => "it is stopped".to_owned(),
+            RunState::Traced(tracer) => format!("it is traced by {}", self::name(tracer)),
+        };
+        format!("{name}, {state},")
+    }
+
+    fn namespace_pid(&mut self, pid: i32) -> i32 {
+        process::namespace_pid(pid).unwrap_or(pid)
+    }
+
+    fn staged(&mut self, pid: i32, is_first: bool) -> u64 {
+        let now = process::anonymous_mappings(pid).unwrap_or_default();
+        if is_first {
+            self.anonymous.insert(pid, now);
+            return 0;
+        }
+        let before = self.anonymous.get(&pid).unwrap_or(&now);
+        process::gained(before, &now).iter().map(Range::len).sum()
+    }
+
+    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+        let hold = &mut self.hold;
+        self.callers.make(calls, limit, &mut || {
+            // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
+            if let Err(error) = hold.watch() {
+                tracing::debug!("{}", chain(&error));
+            }
+        })
+    }
+
+    fn inventory(&mut self) -> Result<Inventory, CallFailure> {
+        self.callers.inventory(INVENTORY)
+    }
+
+    fn memory_left(&mut self) -> Option<(u64, String)> {
+        let of_container = self.cgroup.memory_left().map(|left| (left, "the memory limit of the container".to_owned()));
+        let of_machine = available_memory().map(|left| (left, "the memory of the machine".to_owned()));
+        of_container.into_iter().chain(of_machine).min()
+    }
+
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.cgroup.freeze().map_err(container("freeze"))
+    }
+
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError> {
+        self.cgroup.freeze_at_rest(false).map_err(container("freeze"))
+    }
+
+    fn thaw(&mut self) -> Result<(), SessionError> {
+        self.cgroup.thaw().map_err(container("thaw"))
+    }
+
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
+    }
+
+    fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
+        let held = self.hold.settle(Instant::now() + limit);
+        held.map_err(|error| SessionError::Container { action: "hold all threads of".into(), why: chain(&error) })
+    }
+
+    fn let_go(&mut self) {
+        // Those that are left go with the guardian.
+        if let Err(error) = self.hold.let_go() {
+            tracing::warn!("{}", chain(&error));
+        }
+    }
+
+    fn is_stopped(&mut self, pid: i32) -> bool {
+        // Its own threads may be held, which is another kind of halt. What matters is the driver's.
+        let threads = process::threads(pid).unwrap_or_default();
+        let mut drivers = threads.iter().filter(|thread| process::is_drivers(&thread.name)).peekable();
+        if drivers.peek().is_none() {
+            return process::run_state(pid) == RunState::Stopped;
+        }
+        drivers.any(|thread| state_letter(pid, thread.tid) == Some('T'))
+    }
+
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+        let mappings = process::device_mappings(pid).unwrap_or_default();
+        mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect()
+    }
+
+    fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.wake(pid, Instant::now() + WAKING).map_err(|error| process("wake", pid)(&error))
+    }
+
+    fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.put_to_sleep(pid).map_err(|error| process("stop again", pid)(&error))
+    }
+
+    fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+        let cleaned = residue::clean_with(&mut self.hold, pid, Instant::now() + CLEANING);
+        cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
+    }
+
+    fn sleep(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
+/// What /proc/PID/task/TID/stat says of a thread.
+fn state_letter(pid: i32, tid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    stat.rsplit(')').next()?.trim_start().chars().next()
+}
+
+/// `MemAvailable` of /proc/meminfo, in bytes.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib << 10)
+}

@@ -1,0 +1,41 @@
+//! What the shim and its guardian say to each other: one JSON value a line, over a socket.
+
+use std::time::Duration;
+
+use phase::Phase;
+use serde::{Deserialize, Serialize};
+
+use crate::call::Pair;
+use crate::inventory::Inventory;
+use crate::session::{Resumed, SessionError, Suspended};
+
+/// What a guardian is to do.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    /// Says what this node has of GPUs.
+    Inventory,
+    /// Of the container that this process belongs to.
+    Suspend {
+        pid: i32,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    },
+    Resume {
+        pid: i32,
+        frozen: bool,
+        pairs: Vec<Pair>,
+        limit: Duration,
+    },
+}
+
+/// What it says meanwhile, and in the end.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Report {
+    Began(Phase),
+    Inventory(Result<Inventory, SessionError>),
+    Suspended(Result<Suspended, SessionError>),
+    Resumed(Result<Resumed, SessionError>),
+}

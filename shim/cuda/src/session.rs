@@ -1,0 +1,669 @@
+//! One container's way out of the GPU and back: the state machine of a guardian.
+//!
+//! ```text
+//!            thaw        ┌────────────── a process that was not there before ─────────────┐
+//!  frozen ────────► Discover ──► Lock ──► Hold ──► (anything new?) ───────────────────────┘
+//!                                 ▲ │                    │ no
+//!               growing waits:    │ │ late               ▼
+//!               all are unlocked ─┘ │             CudaCheckpoint ──► CleanResidue ──► (all conditions?)
+//!                                   │                    │                │                 │ yes
+//!                                   └────────────────────┴────────────────┤ failure         ▼
+//!                                                                         ▼          Freeze, let go: Suspended
+//!        as it was before  ◄──────────────────────────────────────── roll back              │
+//!                 ▲                                                                         │ resume, or the shim dies
+//!                 └── let go ◄── (Freeze) ◄── Unlock ◄── CudaRestore ◄── thaw ◄── Hold ◄────┘
+//! ```
+//!
+//! Nothing is remembered that the driver does not know better: what has to be undone is asked from the driver, process by
+//! process. So a guardian that takes the place of one that died does the same as one that has seen it all, and there is
+//! no journal that could be wrong.
+//!
+//! Why processes are held: a locked process cannot call the driver, but its threads may read what the driver gave them,
+//! and the checkpoint takes that away. JAX has such a thread.
+
+use std::time::{Duration, Instant};
+
+use phase::Phase;
+use serde::{Deserialize, Serialize};
+
+use crate::call::{Answer, Call, CallFailure, Pair, SHORT_CALL};
+use crate::driver::{CudaResult, ProcessState};
+use crate::inventory::Inventory;
+
+/// How long GPU work may take in the first try to lock. An idle process is locked within a millisecond.
+const FIRST_LOCK: Duration = Duration::from_millis(500);
+/// In later tries it is twice as long each time, up to this: what the container cannot compute meanwhile.
+const LONGEST_LOCK: Duration = Duration::from_secs(8);
+/// How much longer than its timeout a lock may take to answer.
+const LOCK_GRACE: Duration = Duration::from_secs(5);
+/// How long a process takes, once it is thawed, to be seen as stopped by a signal if it was.
+const STOPPING: Duration = Duration::from_millis(5);
+/// How long a state may take: it costs less than a millisecond, and loading libcuda some 20.
+const STATE: Duration = Duration::from_secs(3);
+/// How long a process may have something of the driver's and no context, on its way to have one. cuInit takes 0.3 s.
+const INITIALISING: Duration = Duration::from_millis(1500);
+/// How long a thread may take to come to a halt. One that waits for a disk takes as long as the disk.
+const HALT: Duration = Duration::from_secs(10);
+/// How long other tracers, such as a criu that is being killed, may keep a process.
+const TRACED: Duration = Duration::from_secs(30);
+/// How long a restore is tried for that the driver refuses.
+const RESTORE_TRIES: u32 = 3;
+const BETWEEN_TRIES: Duration = Duration::from_millis(300);
+/// A container in which processes keep appearing that use CUDA.
+const MOST_PASSES: u32 = 100;
+
+/// What a session does to a machine. Tests put a fake one in.
+pub(crate) trait Host {
+    /// Every process of the container, in the guardian's pid namespace.
+    fn pids(&mut self) -> Result<Vec<i32>, SessionError>;
+    /// The process has something of the driver's: mappings, descriptors, threads.
+    fn touches_gpu(&mut self, pid: i32) -> bool;
+    /// The process has threads of the driver's.
+    fn has_drivers_threads(&mut self, pid: i32) -> bool;
+    /// What is left of the driver in the process: the first mapping or descriptor.
+    fn left(&mut self, pid: i32) -> Option<String>;
+    fn is_gone(&mut self, pid: i32) -> bool;
+    /// Who a process is, and what keeps it from answering, in words.
+    fn describe(&mut self, pid: i32) -> String;
+    fn namespace_pid(&mut self, pid: i32) -> i32;
+    /// Bytes in anonymous memory of the process that came since it was asked first.
+    fn staged(&mut self, pid: i32, is_first: bool) -> u64;
+    /// Makes all calls at once, and holds on to what is held meanwhile.
+    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
+    fn inventory(&mut self) -> Result<Inventory, CallFailure>;
+    /// Bytes that the container may still use, and what limits them.
+    fn memory_left(&mut self) -> Option<(u64, String)>;
+    fn freeze(&mut self) -> Result<(), SessionError>;
+    /// Freezes at a moment when what is there can be dumped.
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError>;
+    fn thaw(&mut self) -> Result<(), SessionError>;
+    /// Asks all threads but the driver's to halt, as soon as they can.
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Waits until those that are held stand still.
+    fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
+    fn let_go(&mut self);
+    fn is_stopped(&mut self, pid: i32) -> bool;
+    /// Where it has devices of the driver mapped: begin and end.
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
+    /// Lets the driver's threads of a stopped process run, and nothing else of it.
+    fn wake(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Stops it again.
+    fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
+    fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
+    fn sleep(&mut self, time: Duration);
+}
+
+/// Why a session failed. It crosses from the guardian to the shim, so sources are words.
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SessionError {
+    /// GPU work outlasted the deadline.
+    #[error("{process} has had GPU work under way for {seconds:.0} s: try again when it is done, or allow more time")]
+    Busy {
+        /// Pid and name.
+        process: String,
+        /// How long was tried.
+        seconds: f64,
+    },
+    /// The driver cannot checkpoint managed memory.
+    #[error("{process} uses CUDA managed memory (cudaMallocManaged), which the driver cannot checkpoint")]
+    Managed {
+        /// Pid and name.
+        process: String,
+    },
+    /// Somebody else checkpoints the process, or the driver gave it up.
+    #[error("{process} is {state} already, as the driver says, and not by gpusnap")]
+    State {
+        /// Pid and name.
+        process: String,
+        /// The driver's word.
+        state: String,
+    },
+    /// The driver refused a call, or did not answer.
+    #[error("cannot {action} {process}: {why}")]
+    Call {
+        /// "lock", "checkpoint", ...
+        action: String,
+        /// Pid and name, and what state it is in.
+        process: String,
+        /// What the driver said.
+        why: String,
+    },
+    /// A process could not be held, freed or described.
+    #[error("cannot {action} {process}: {why}")]
+    Process {
+        /// "hold", "clean", ...
+        action: String,
+        /// Pid and name.
+        process: String,
+        /// Why not.
+        why: String,
+    },
+    /// The state on the GPUs would not fit into memory.
+    #[error(
+        "{gib:.1} GiB on the GPU have to be moved to memory, and {left:.1} GiB are left ({limit}): give it more memory"
+    )]
+    Memory {
+        /// What is on the GPUs.
+        gib: f64,
+        /// What is left.
+        left: f64,
+        /// What leaves no more: the container's limit or the machine.
+        limit: String,
+    },
+    /// After the checkpoint something of the driver is left, which CRIU cannot dump.
+    #[error("{process} still holds {what}, which cannot be saved")]
+    Left {
+        /// Pid and name.
+        process: String,
+        /// A mapping or descriptor, with its path.
+        what: String,
+    },
+    /// A process was in the middle of its start.
+    #[error("{process} is about to use CUDA: try again when it does")]
+    Starting {
+        /// Pid and name.
+        process: String,
+    },
+    /// New processes that use CUDA kept appearing.
+    #[error("processes that use CUDA keep appearing in the container")]
+    Restless,
+    /// The container's cgroup could not be read, frozen or thawed.
+    #[error("cannot {action} the container: {why}")]
+    Container {
+        /// "freeze", ...
+        action: String,
+        /// Why not.
+        why: String,
+    },
+    /// Nothing of the container can call the driver.
+    #[error("{0}")]
+    NoDriver(String),
+    /// The session failed, and could not be undone either.
+    #[error("{failure}; and the GPU state could not be put back: {undoing}")]
+    NotUndone {
+        /// What failed first.
+        failure: Box<Self>,
+        /// What failed then.
+        undoing: Box<Self>,
+    },
+}
+
+/// A container whose GPU state is in its memory.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Suspended {
+    /// The node's GPUs, where NVML says.
+    pub inventory: Option<Inventory>,
+    /// The CUDA processes.
+    pub processes: Vec<SuspendedProcess>,
+    /// Processes without a context that were freed of the driver: how many.
+    pub cleaned: usize,
+}
+
+/// One CUDA process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SuspendedProcess {
+    /// In its own, innermost pid namespace.
+    pub pid: i32,
+    /// Bytes that the checkpoint moved to its memory.
+    pub staged: u64,
+}
+
+/// What a resume did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resumed {
+    /// Processes that have their GPU state back.
+    pub restored: usize,
+}
+
+pub(crate) struct Session<'a, H: Host> {
+    host: &'a mut H,
+    progress: &'a mut dyn FnMut(Phase),
+    /// What is done now undoes something, and is no phase of its own.
+    is_undoing: bool,
+    /// Processes that use CUDA, in the order in which they were found, with whether they were stopped by a signal.
+    members: Vec<Member>,
+}
+
+struct Member {
+    pid: i32,
+    is_stopped: bool,
+    is_locked: bool,
+    staged: u64,
+}
+
+impl<'a, H: Host> Session<'a, H> {
+    pub(crate) fn new(host: &'a mut H, progress: &'a mut dyn FnMut(Phase)) -> Self {
+        Self { host, progress, is_undoing: false, members: Vec::new() }
+    }
+
+    /// Moves all GPU state to the memory of its processes and leaves the container frozen. Locking may take until
+    /// `patience` is over; the driver may take `limit` for its checkpoint. On failure the container is as before, and
+    /// frozen if it was paused.
+    pub(crate) fn suspend(
+        mut self,
+        paused: bool,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Suspended, SessionError> {
+        self.suspend_thawed(patience, limit).map_err(|failure| {
+            self.is_undoing = true;
+            let members = self.members.iter().map(|member| (member.pid, member.is_stopped)).collect();
+            match self.put_back(Some(members), paused, &[], limit) {
+                Ok(_) => failure,
+                Err(undoing) => SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() },
+            }
+        })
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        if !self.is_undoing {
+            (self.progress)(phase);
+        }
+    }
+
+    fn suspend_thawed(&mut self, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
+        self.enter(Phase::Discover);
+        self.host.thaw()?;
+        self.host.sleep(STOPPING);
+        let begin = Instant::now();
+        let mut residue = Vec::new();
+        for pass in 0.. {
+            if pass == MOST_PASSES {
+                return Err(SessionError::Restless);
+            }
+            residue = self.discover()?;
+            if self.members.iter().all(|member| member.is_locked) {
+                break;
+            }
+            self.enter(Phase::Lock);
+            self.lock(begin, patience)?;
+            self.enter(Phase::Hold);
+            for member in &self.members {
+                self.host.hold(member.pid)?;
+            }
+            self.host.settle(HALT)?;
+        }
+        if self.members.is_empty() && residue.is_empty() {
+            self.host.freeze_at_rest()?;
+            return Ok(Suspended::default());
+        }
+        self.wait_for_beginners(&residue)?;
+        self.enter(Phase::CudaCheckpoint);
+        let inventory = self.host.inventory().ok();
+        if let Some(inventory) = &inventory {
+            self.check_memory(inventory)?;
+        }
+        self.checkpoint(limit)?;
+        self.enter(Phase::CleanResidue);
+        let mut cleaned = 0;
+        for pid in residue {
+            if self.host.clean(pid)? > 0 {
+                cleaned += 1;
+            }
+        }
+        self.check_conditions()?;
+        self.enter(Phase::Freeze);
+        for member in self.members.iter().filter(|member| member.is_stopped) {
+            self.host.put_to_sleep(member.pid)?;
+        }
+        self.host.freeze_at_rest()?;
+        // Frozen, they cannot run on.
+        self.host.let_go();
+        let processes = self
+            .members
+            .iter()
+            .map(|member| SuspendedProcess { pid: self.host.namespace_pid(member.pid), staged: member.staged });
+        Ok(Suspended { inventory, processes: processes.collect(), cleaned })
+    }
+
+    /// Finds the CUDA processes that are not members yet; the processes that only touch the GPU are the answer.
+    fn discover(&mut self) -> Result<Vec<i32>, SessionError> {
+        let mut residue = Vec::new();
+        for pid in self.host.pids()? {
+            if self.members.iter().any(|member| member.pid == pid) || !self.host.touches_gpu(pid) {
+                continue;
+            }
+            let is_stopped = self.host.is_stopped(pid);
+            if is_stopped && self.host.has_drivers_threads(pid) {
+                self.host.wake(pid)?;
+            } else if is_stopped {
+                // Without a thread of the driver's there is nobody to answer, nor a context.
+                residue.push(pid);
+                continue;
+            }
+            let member = Member { pid, is_stopped, is_locked: false, staged: 0 };
+            match self.state(pid)? {
+                Some(ProcessState::Running) => self.members.push(member),
+                Some(state) => {
+                    let process = self.host.describe(pid);
+                    return Err(SessionError::State { process, state: state.to_string() });
+                }
+                None => residue.push(pid),
+            }
+        }
+        Ok(residue)
+    }
+
+    /// What touches the GPU without a context was forked from a process that has one, or is about to get its own. The
+    /// latter must not be freed of the GPU; nor can it be saved half way.
+    fn wait_for_beginners(&mut self, residue: &[i32]) -> Result<(), SessionError> {
+        let mut inherited: Vec<(u64, u64)> = Vec::new();
+        for pid in self.members.iter().map(|member| member.pid).collect::<Vec<_>>() {
+            inherited.extend(self.host.mappings(pid));
+        }
+        let mut unsure = Vec::new();
+        for pid in residue {
+            let mappings = self.host.mappings(*pid);
+            if mappings.is_empty() || !mappings.iter().all(|mapping| inherited.contains(mapping)) {
+                unsure.push(*pid);
+            }
+        }
+        if unsure.is_empty() {
+            return Ok(());
+        }
+        self.host.sleep(INITIALISING);
+        for pid in unsure {
+            if self.state(pid)?.is_some() {
+                return Err(SessionError::Starting { process: self.host.describe(pid) });
+            }
+        }
+        Ok(())
+    }
+
+    /// The driver's word on a process; None for one without CUDA, or that is gone.
+    fn state(&mut self, pid: i32) -> Result<Option<ProcessState>, SessionError> {
+        let mut answer = self.host.calls(&[(pid, Call::State)], STATE).pop();
+        if answer == Some(Err(CallFailure::Hangs)) && self.host.is_stopped(pid) {
+            self.host.wake(pid)?;
+            answer = self.host.calls(&[(pid, Call::State)], SHORT_CALL).pop();
+        }
+        match answer {
+            Some(Ok(Answer::State(state))) => Ok(Some(state)),
+            Some(Err(CallFailure::Refused(CudaResult::NOT_INITIALIZED))) => Ok(None),
+            Some(Err(_)) if self.host.is_gone(pid) => Ok(None),
+            Some(Err(failure)) => Err(self.failed("ask for the state of", pid, &failure)),
+            Some(Ok(Answer::Done)) | None => Err(self.failed("ask for the state of", pid, &CallFailure::Died)),
+        }
+    }
+
+    fn failed(&mut self, action: &str, pid: i32, failure: &CallFailure) -> SessionError {
+        if let CallFailure::Impossible(why) = failure {
+            return SessionError::NoDriver(why.clone());
+        }
+        let process = self.host.describe(pid);
+        if *failure == CallFailure::Refused(CudaResult::NOT_SUPPORTED) && action == "checkpoint" {
+            return SessionError::Managed { process };
+        }
+        SessionError::Call { action: action.to_owned(), process, why: failure.to_string() }
+    }
+
+    /// Locks all members that are not. While one is busy the others are unlocked: it may wait for them.
+    fn lock(&mut self, begin: Instant, patience: Duration) -> Result<(), SessionError> {
+        let mut timeout = FIRST_LOCK;
+        loop {
+            let left = patience.saturating_sub(begin.elapsed());
+            timeout = timeout.min(left).max(Duration::from_millis(1));
+            let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
+            let wanted: Vec<i32> = self.members.iter().filter(|m| !m.is_locked).map(|m| m.pid).collect();
+            let calls: Vec<_> = wanted.iter().map(|pid| (*pid, Call::Lock { timeout_ms })).collect();
+            let mut late = None;
+            for (pid, result) in wanted.into_iter().zip(self.host.calls(&calls, timeout + LOCK_GRACE)) {
+                match result {
+                    Ok(_) => self.member(pid, |member| member.is_locked = true),
+                    Err(CallFailure::Refused(CudaResult::NOT_READY)) => late = Some(pid),
+                    Err(_) if self.host.is_gone(pid) => self.members.retain(|member| member.pid != pid),
+                    Err(failure) => return Err(self.failed("lock", pid, &failure)),
+                }
+            }
+            let Some(late) = late else { return Ok(()) };
+            self.unlock_members()?;
+            if patience <= begin.elapsed() {
+                let process = self.host.describe(late);
+                return Err(SessionError::Busy { process, seconds: begin.elapsed().as_secs_f64() });
+            }
+            self.host.sleep(timeout.min(patience.saturating_sub(begin.elapsed())) / 2);
+            timeout = (timeout * 2).min(LONGEST_LOCK);
+        }
+    }
+
+    fn member(&mut self, pid: i32, change: impl FnOnce(&mut Member)) {
+        if let Some(member) = self.members.iter_mut().find(|member| member.pid == pid) {
+            change(member);
+        }
+    }
+
+    /// Lets all locked members go on, those that are held too: a later round takes them again.
+    fn unlock_members(&mut self) -> Result<(), SessionError> {
+        let locked: Vec<i32> = self.members.iter().filter(|m| m.is_locked).map(|m| m.pid).rev().collect();
+        let calls: Vec<_> = locked.iter().map(|pid| (*pid, Call::Unlock)).collect();
+        for (pid, result) in locked.into_iter().zip(self.host.calls(&calls, SHORT_CALL)) {
+            match result {
+                Ok(_) => self.member(pid, |member| member.is_locked = false),
+                Err(_) if self.host.is_gone(pid) => self.members.retain(|member| member.pid != pid),
+                Err(failure) => return Err(self.failed("unlock", pid, &failure)),
+            }
+        }
+        let stopped: Vec<i32> = self.members.iter().filter(|m| m.is_stopped).map(|m| m.pid).collect();
+        for pid in &stopped {
+            self.host.put_to_sleep(*pid)?;
+        }
+        self.host.let_go();
+        for pid in stopped {
+            self.host.wake(pid)?;
+        }
+        Ok(())
+    }
+
+    /// The driver fills the memory of the processes, and the kernel would kill them for it.
+    fn check_memory(&mut self, inventory: &Inventory) -> Result<(), SessionError> {
+        let is_member = |pid: u32| self.members.iter().any(|member| member.pid.unsigned_abs() == pid);
+        let processes = inventory.gpus.iter().flat_map(|gpu| &gpu.processes);
+        let needed: u64 = processes.filter(|p| is_member(p.pid)).filter_map(|p| p.memory).sum();
+        match self.host.memory_left() {
+            Some((left, limit)) if left < needed => {
+                Err(SessionError::Memory { gib: gib(needed), left: gib(left), limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn checkpoint(&mut self, limit: Duration) -> Result<(), SessionError> {
+        let pids: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+        for pid in &pids {
+            self.host.staged(*pid, true);
+        }
+        let calls: Vec<_> = pids.iter().map(|pid| (*pid, Call::Checkpoint)).collect();
+        let mut failure = None;
+        for (pid, result) in pids.into_iter().zip(self.host.calls(&calls, limit)) {
+            match result {
+                Ok(_) => {
+                    let staged = self.host.staged(pid, false);
+                    self.member(pid, |member| member.staged = staged);
+                }
+                Err(reason) => failure = Some(self.failed("checkpoint", pid, &reason)),
+            }
+        }
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The two conditions for a dump: every CUDA process is checkpointed, and nothing of the driver is in use.
+    fn check_conditions(&mut self) -> Result<(), SessionError> {
+        let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+        for pid in members {
+            match self.state(pid)? {
+                Some(ProcessState::Checkpointed) => {}
+                state => {
+                    let state = state.map_or_else(|| "gone".to_owned(), |state| state.to_string());
+                    return Err(SessionError::State { process: self.host.describe(pid), state });
+                }
+            }
+        }
+        for pid in self.host.pids()? {
+            if let Some(what) = self.host.left(pid) {
+                return Err(SessionError::Left { process: self.host.describe(pid), what });
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives all processes of the container their GPU state back, whatever state they are in, and leaves the container
+    /// frozen or not.
+    pub(crate) fn resume(mut self, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
+        self.put_back(None, frozen, pairs, limit)
+    }
+
+    /// `known` are processes with whether they were stopped by a signal; without any, all that there are.
+    fn put_back(
+        &mut self,
+        known: Option<Vec<(i32, bool)>>,
+        frozen: bool,
+        pairs: &[Pair],
+        limit: Duration,
+    ) -> Result<Resumed, SessionError> {
+        let result = self.put_back_held(known, frozen, pairs, limit);
+        self.host.let_go();
+        if result.is_err() && !frozen {
+            self.host.thaw()?;
+        }
+        result
+    }
+
+    fn put_back_held(
+        &mut self,
+        known: Option<Vec<(i32, bool)>>,
+        frozen: bool,
+        pairs: &[Pair],
+        limit: Duration,
+    ) -> Result<Resumed, SessionError> {
+        let known = match known {
+            Some(known) => known,
+            None => self.host.pids()?.into_iter().map(|pid| (pid, false)).collect(),
+        };
+        let known: Vec<(i32, bool)> =
+            known.into_iter().filter(|(pid, _)| self.host.has_drivers_threads(*pid)).collect();
+        let members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
+        self.hold_all(&members)?;
+        self.host.thaw()?;
+        self.host.settle(HALT)?;
+        self.host.sleep(STOPPING);
+        let mut stopped: Vec<i32> = known.into_iter().filter_map(|(pid, stopped)| stopped.then_some(pid)).collect();
+        for pid in &members {
+            if self.host.is_stopped(*pid) {
+                self.host.wake(*pid)?;
+                if !stopped.contains(pid) {
+                    stopped.push(*pid);
+                }
+            }
+        }
+        self.host.settle(HALT)?;
+        let restored = self.restore_and_unlock(&members, pairs, limit);
+        for pid in stopped {
+            if !self.host.is_gone(pid) {
+                self.host.put_to_sleep(pid)?;
+            }
+        }
+        if frozen {
+            self.host.freeze()?;
+        }
+        restored
+    }
+
+    /// Another tracer, such as a criu that is being killed, may have them for a moment.
+    fn hold_all(&mut self, members: &[i32]) -> Result<(), SessionError> {
+        let begin = Instant::now();
+        for pid in members {
+            loop {
+                match self.host.hold(*pid) {
+                    Ok(()) => break,
+                    Err(_) if self.host.is_gone(*pid) => break,
+                    Err(error) if begin.elapsed() > TRACED => return Err(error),
+                    Err(_) => self.host.sleep(BETWEEN_TRIES),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every process is tried, whatever becomes of the others; the first failure is the answer.
+    fn restore_and_unlock(
+        &mut self,
+        members: &[i32],
+        pairs: &[Pair],
+        limit: Duration,
+    ) -> Result<Resumed, SessionError> {
+        let mut failure = None;
+        let (mut locked, mut checkpointed) = (Vec::new(), Vec::new());
+        for pid in members {
+            match self.state(*pid) {
+                Ok(Some(ProcessState::Locked)) => locked.push(*pid),
+                Ok(Some(ProcessState::Checkpointed)) => checkpointed.push(*pid),
+                Ok(Some(ProcessState::Running) | None) => {}
+                Ok(Some(state)) => {
+                    let process = self.host.describe(*pid);
+                    failure.get_or_insert(SessionError::State { process, state: state.to_string() });
+                }
+                Err(error) => {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        self.enter(Phase::CudaRestore);
+        let mut restored = 0;
+        for tries in 1..=RESTORE_TRIES {
+            let wanted = std::mem::take(&mut checkpointed);
+            let calls: Vec<_> = wanted.iter().map(|pid| (*pid, Call::Restore { pairs: pairs.to_vec() })).collect();
+            for (pid, result) in wanted.into_iter().zip(self.host.calls(&calls, limit)) {
+                match result {
+                    Ok(_) => {
+                        locked.push(pid);
+                        restored += 1;
+                    }
+                    Err(_) if self.host.is_gone(pid) => {
+                        let process = self.host.describe(pid);
+                        let why = "the process died".to_owned();
+                        failure.get_or_insert(SessionError::Call { action: "restore".into(), process, why });
+                    }
+                    // Whether it was done is for the driver to say.
+                    Err(_) if matches!(self.state(pid), Ok(Some(ProcessState::Locked))) => locked.push(pid),
+                    Err(reason) if tries == RESTORE_TRIES => {
+                        let failed = self.failed("restore", pid, &reason);
+                        failure.get_or_insert(failed);
+                    }
+                    Err(_) => checkpointed.push(pid),
+                }
+            }
+            if checkpointed.is_empty() {
+                break;
+            }
+            self.host.sleep(BETWEEN_TRIES);
+        }
+        self.enter(Phase::Unlock);
+        locked.reverse();
+        let calls: Vec<_> = locked.iter().map(|pid| (*pid, Call::Unlock)).collect();
+        for (pid, result) in locked.into_iter().zip(self.host.calls(&calls, SHORT_CALL)) {
+            match result {
+                Ok(_) => {}
+                // An unlock may report an error after it was done (peers.md).
+                Err(_) if matches!(self.state(pid), Ok(Some(ProcessState::Running) | None)) => {}
+                Err(reason) => {
+                    let failed = self.failed("unlock", pid, &reason);
+                    failure.get_or_insert(failed);
+                }
+            }
+        }
+        failure.map_or(Ok(Resumed { restored }), Err)
+    }
+}
+
+/// For messages.
+fn gib(bytes: u64) -> f64 {
+    Duration::from_nanos(bytes).as_secs_f64() * 1e9 / f64::from(1 << 30)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! The GPUs that containers of a test are given: real ones, or those of the simulated driver (tests/fake-cuda).
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result};
+
+use crate::{Cmd, PYTHON, Skip, Test, eventually};
+
+/// Environment variable with the folder that holds the simulated driver under the names of the real one.
+pub const SIMULATED: &str = "GPUSNAP_E2E_FAKE_CUDA";
+
+/// Where a machine with a GPU has its driver.
+const REAL: &str = "/usr/local/nvidia";
+
+/// The program that computes on GPUs and checks itself.
+const PROGRAM: &str = "tests/programs";
+
+/// What containerd's environment says of the driver, for its shims.
+pub(crate) fn environment() -> Vec<String> {
+    let Some(folder) = simulated() else { return Vec::new() };
+    vec![
+        format!("GPUSNAP_LIBCUDA={}", folder.join("libcuda.so.1").display()),
+        format!("GPUSNAP_NVML={}", folder.join("libnvidia-ml.so.1").display()),
+    ]
+}
+
+fn simulated() -> Option<PathBuf> {
+    std::env::var_os(SIMULATED).filter(|folder| !folder.is_empty()).map(PathBuf::from)
+}
+
+fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// Containers with GPUs.
+pub struct Gpu<'a> {
+    test: &'a Test,
+    options: Vec<String>,
+}
+
+impl<'a> Gpu<'a> {
+    /// With one GPU.
+    ///
+    /// # Errors
+    /// A [`Skip`] where there is none.
+    pub fn one(test: &'a Test) -> Result<Self> {
+        Self::several(test, 1)
+    }
+
+    /// With as many GPUs.
+    ///
+    /// # Errors
+    /// A [`Skip`] where there are not as many.
+    pub fn several(test: &'a Test, count: usize) -> Result<Self> {
+        let (library, mount) = match simulated() {
+            Some(folder) => {
+                static NODES: OnceLock<Result<(), String>> = OnceLock::new();
+                let nodes = checkout().join("tests/fake-cuda/nodes");
+                let make = || Cmd::new(nodes.to_string_lossy()).args(&["/dev", "2"]).ok();
+                NODES
+                    .get_or_init(|| make().map(drop).map_err(|e| format!("{e:#}")))
+                    .clone()
+                    .map_err(anyhow::Error::msg)?;
+                ("/opt/cuda".to_owned(), format!("type=bind,src={},dst=/opt/cuda,options=rbind:ro", folder.display()))
+            }
+            None => (format!("{REAL}/lib64"), format!("type=bind,src={REAL},dst={REAL},options=rbind:ro")),
+        };
+        let nodes: Vec<String> = (0..count).map(|minor| format!("/dev/nvidia{minor}")).collect();
+        if !nodes.iter().all(|node| Path::new(node).exists()) {
+            return Err(Skip::because(format!("there are no {count} GPUs, real or simulated ({SIMULATED})")));
+        }
+        let common = ["/dev/nvidiactl", "/dev/nvidia-uvm"].map(str::to_owned);
+        let program = checkout().join(PROGRAM).canonicalize().context("the GPU program")?;
+        let program = format!("type=bind,src={},dst=/opt/programs,options=rbind:ro", program.display());
+        let mut options = vec!["--mount".to_owned(), mount, "--mount".to_owned(), program];
+        options.extend(["--env".to_owned(), format!("LD_LIBRARY_PATH={library}")]);
+        options.extend(nodes.into_iter().chain(common).flat_map(|node| ["--device".to_owned(), node]));
+        Ok(Self { test, options })
+    }
+
+    /// The driver is a simulated one, whose failures can be had.
+    #[must_use]
+    pub fn is_simulated(&self) -> bool {
+        simulated().is_some()
+    }
+
+    /// Only the simulated driver fails on demand.
+    ///
+    /// # Errors
+    /// A [`Skip`] on a real GPU.
+    pub fn fails(mut self, how: &str) -> Result<Self> {
+        if !self.is_simulated() {
+            return Err(Skip::because("a real driver does not fail on demand"));
+        }
+        self.options.extend(["--env".to_owned(), format!("FAKE_CUDA={how}")]);
+        Ok(self)
+    }
+
+    /// Further options of `ctr run`.
+    #[must_use]
+    pub fn with(mut self, options: &[&str]) -> Self {
+        self.options.extend(options.iter().map(|option| (*option).to_owned()));
+        self
+    }
+
+    /// Starts a container with the GPU program and waits until it computes.
+    pub fn start(&self, id: &str, arguments: &[&str]) -> Result<()> {
+        let options: Vec<&str> =
+            ["--detach", "--null-io"].into_iter().chain(self.options.iter().map(String::as_str)).collect();
+        // In memory that belongs to the container: a file of the writable layer would go on after that was saved.
+        let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
+        self.test.ctr().run_image(PYTHON, id, &options, &[&program, arguments].concat()).ok()?;
+        self.computes(id)
+    }
+
+    /// Waits until the program in the container has done two more rounds, each of which it has checked.
+    pub fn computes(&self, id: &str) -> Result<()> {
+        let from = self.rounds(id)?;
+        eventually(&format!("{id} to compute past round {from}"), || {
+            let log = self.log(id)?;
+            anyhow::ensure!(!log.contains("FAILED"), "{}", log.lines().last().unwrap_or_default());
+            let now = rounds(&log);
+            anyhow::ensure!(now > from + 1, "still at round {now}");
+            Ok(())
+        })
+    }
+
+    /// How many rounds it has done.
+    pub fn rounds(&self, id: &str) -> Result<u64> {
+        Ok(rounds(&self.log(id)?))
+    }
+
+    /// What it has said.
+    pub fn log(&self, id: &str) -> Result<String> {
+        let pid = self.test.ctr().pid(id)?;
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/root/dev/shm/log")).unwrap_or_default())
+    }
+}
+
+/// N of the last line `n=N sum=... ok`.
+fn rounds(log: &str) -> u64 {
+    let round = |line: &str| line.split_whitespace().find_map(|word| word.strip_prefix("n=")?.parse().ok());
+    log.lines().rev().find_map(round).unwrap_or(0)
+}

@@ -1,0 +1,337 @@
+//! Checkpoints of containers that compute on a GPU, on a real one or on the simulated driver.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use e2e::gpu::Gpu;
+use e2e::target::Shim;
+use e2e::{Case, Test, case, cgroup, ensure_eq, ensure_has, eventually, proc};
+use rustix::process::Signal;
+use serde_json::Value;
+
+pub(crate) fn cases() -> Vec<Case> {
+    let cases = vec![
+        case!(a_gpu_program_computes_on_after_its_checkpoint),
+        case!(a_restored_gpu_program_computes_on_where_it_was),
+        case!(a_restored_gpu_program_can_be_checkpointed_again),
+        case!(a_gpu_checkpoint_that_exits_ends_the_task),
+        case!(a_paused_gpu_container_stays_paused_after_its_checkpoint),
+        case!(a_checkpoint_of_a_gpu_program_says_what_it_had),
+        case!(processes_forked_from_a_gpu_program_are_saved_with_it),
+        case!(gpu_workers_under_a_process_without_gpu_are_saved),
+        case!(a_program_on_two_gpus_is_saved),
+        case!(two_containers_on_one_gpu_are_saved_each_by_itself),
+        case!(a_gpu_programs_thread_that_reads_driver_memory_survives),
+        case!(a_stopped_gpu_process_is_saved_and_stays_stopped),
+        case!(a_long_gpu_kernel_is_waited_for),
+        case!(a_gpu_kernel_that_outlasts_the_patience_is_told_and_computed_to_its_end),
+        case!(managed_gpu_memory_is_told_and_the_program_computes_on),
+        case!(gpu_memory_that_does_not_fit_into_the_limit_is_told_before_it_kills),
+        case!(a_gpu_driver_that_refuses_is_told_and_the_program_computes_on),
+        case!(a_gpu_driver_that_fails_to_restore_once_is_asked_again),
+        case!(a_gpu_driver_that_hangs_is_told_and_the_program_computes_on),
+        case!(a_gpu_program_that_dies_in_its_checkpoint_is_told),
+        case!(a_guardian_that_is_killed_leaves_the_gpu_working).alone(),
+        case!(a_caller_of_the_gpu_driver_that_is_killed_leaves_the_gpu_working).alone(),
+        case!(a_criu_that_is_killed_leaves_the_gpu_working).alone(),
+    ];
+    let stock = "runc's shim knows nothing of GPUs";
+    cases.into_iter().map(|case| case.except(Shim::Stock, stock)).collect()
+}
+
+fn a_gpu_program_computes_on_after_its_checkpoint(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &["--pinned"])?;
+    let init = t.ctr().pid(&id)?;
+    for _ in 0..3 {
+        t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+        gpu.computes(&id)?;
+    }
+    ensure_eq!(t.ctr().pid(&id)?, init);
+    ensure_eq!(t.ctr().status(&id)?, "RUNNING");
+    Ok(())
+}
+
+fn a_restored_gpu_program_computes_on_where_it_was(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &["--size", "64", "--pinned"])?;
+    let before = gpu.rounds(&id)?;
+    t.ctr().moves(&id, &to)?;
+    ensure!(gpu.rounds(&to)? >= before, "it began again");
+    gpu.computes(&to)
+}
+
+fn a_restored_gpu_program_can_be_checkpointed_again(t: &Test) -> Result<()> {
+    let (gpu, mut id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &[])?;
+    for _ in 0..4 {
+        let to = t.id("g");
+        t.ctr().moves(&id, &to)?;
+        gpu.computes(&to)?;
+        id = to;
+    }
+    Ok(())
+}
+
+fn a_gpu_checkpoint_that_exits_ends_the_task(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &[])?;
+    let folder = t.folder()?.join("images").to_string_lossy().into_owned();
+    t.ctr().checkpoint_task(&id, &["--exit", "--image-path", &folder]).ok()?;
+    eventually("the task to be stopped", || {
+        ensure_eq!(t.ctr().status(&id)?, "STOPPED");
+        Ok(())
+    })
+}
+
+fn a_paused_gpu_container_stays_paused_after_its_checkpoint(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &[])?;
+    t.ctr().task(&["pause", &id]).ok()?;
+    let folder = t.folder()?.join("images").to_string_lossy().into_owned();
+    t.ctr().checkpoint_task(&id, &["--image-path", &folder]).ok()?;
+    // ctr resumes what it has found paused, as what it has paused itself; what the shim leaves is seen in between.
+    eventually("the task to run or be paused", || {
+        let status = t.ctr().status(&id)?;
+        ensure!(status == "RUNNING" || status == "PAUSED", "{status}");
+        Ok(())
+    })?;
+    if t.ctr().status(&id)? == "PAUSED" {
+        ensure!(cgroup::frozen(t.ctr().pid(&id)?)?, "it is paused and runs");
+        t.ctr().task(&["resume", &id]).ok()?;
+    }
+    gpu.computes(&id)
+}
+
+fn a_checkpoint_of_a_gpu_program_says_what_it_had(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &["--size", "32"])?;
+    let folder = t.folder()?.join("images");
+    t.ctr().checkpoint_task(&id, &["--image-path", &folder.to_string_lossy()]).ok()?;
+    let manifest: Value = serde_json::from_slice(&fs::read(folder.join("gpusnap.json"))?)?;
+    let gpus = manifest["gpu"]["gpus"].as_array().context("no GPUs")?;
+    ensure_eq!(gpus.len(), 1);
+    ensure!(gpus[0]["uuid"].as_str().is_some_and(|uuid| uuid.starts_with("GPU-")), "{gpus:?}");
+    let processes = manifest["gpu"]["processes"].as_array().context("no processes")?;
+    ensure_eq!(processes.len(), 1);
+    ensure_eq!(processes[0]["pid"], 1);
+    ensure!(processes[0]["staged"].as_u64() >= Some(32 << 20), "{processes:?}");
+    let phases: Vec<&str> =
+        manifest["phases"].as_array().into_iter().flatten().filter_map(|p| p["phase"].as_str()).collect();
+    for phase in ["discover", "lock", "hold", "cuda-checkpoint", "dump"] {
+        ensure!(phases.contains(&phase), "{phase} is not among {phases:?}");
+    }
+    Ok(())
+}
+
+/// Saves and restores the program with these arguments, and sees it compute on both sides.
+fn is_saved(t: &Test, gpu: &Gpu<'_>, arguments: &[&str]) -> Result<()> {
+    let (id, to) = (t.id("g"), t.id("g"));
+    gpu.start(&id, arguments)?;
+    if arguments.contains(&"--spawn") {
+        workers_compute(gpu, &id)?;
+    }
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)
+}
+
+fn processes_forked_from_a_gpu_program_are_saved_with_it(t: &Test) -> Result<()> {
+    is_saved(t, &Gpu::one(t)?, &["--fork", "4"])
+}
+
+/// Waits until the first two, or the only one, of the processes that a program has started compute.
+fn workers_compute(gpu: &Gpu<'_>, id: &str) -> Result<()> {
+    eventually("the workers to compute", || {
+        let log = gpu.log(id)?;
+        ensure!(log.lines().filter(|line| line.starts_with("w0 n=")).count() > 1, "{log}");
+        ensure!(!log.contains("w1 ") || log.contains("w1 n="), "{log}");
+        Ok(())
+    })
+}
+
+fn gpu_workers_under_a_process_without_gpu_are_saved(t: &Test) -> Result<()> {
+    is_saved(t, &Gpu::one(t)?, &["--front", "--spawn", "2"])
+}
+
+fn a_program_on_two_gpus_is_saved(t: &Test) -> Result<()> {
+    is_saved(t, &Gpu::several(t, 2)?, &["--devices", "2", "--size", "16"])
+}
+
+fn two_containers_on_one_gpu_are_saved_each_by_itself(t: &Test) -> Result<()> {
+    let (gpu, one, other) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&one, &[])?;
+    gpu.start(&other, &[])?;
+    let moved = t.id("g");
+    t.ctr().moves(&one, &moved)?;
+    gpu.computes(&other)?;
+    gpu.computes(&moved)
+}
+
+fn a_gpu_programs_thread_that_reads_driver_memory_survives(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.fails("poll")?;
+    is_saved(t, &gpu, &[])
+}
+
+fn a_stopped_gpu_process_is_saved_and_stays_stopped(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &["--front", "--spawn", "1"])?;
+    workers_compute(&gpu, &id)?;
+    let worker = |id: &str| -> Result<u32> {
+        let init = t.ctr().pid(id)?;
+        proc::children(init).first().copied().context("no worker")
+    };
+    let stopped = |pid: u32| {
+        eventually("the worker to be stopped", || {
+            ensure_eq!(proc::state(pid)?, 'T');
+            Ok(())
+        })
+    };
+    let of_worker =
+        |id: &str| -> Result<usize> { Ok(gpu.log(id)?.lines().filter(|line| line.starts_with("w0 ")).count()) };
+    proc::signal(worker(&id)?, Signal::STOP)?;
+    stopped(worker(&id)?)?;
+    let before = of_worker(&id)?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    stopped(worker(&id)?)?;
+    t.ctr().moves(&id, &to)?;
+    stopped(worker(&to)?)?;
+    ensure_eq!(of_worker(&to)?, before, "what the worker has said");
+    proc::signal(worker(&to)?, Signal::CONT)?;
+    eventually("the worker to compute on", || {
+        ensure!(of_worker(&to)? > before, "still {before} lines");
+        Ok(())
+    })
+}
+
+fn a_long_gpu_kernel_is_waited_for(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &["--spin", "2500"])?;
+    spins(t, &gpu, &id)?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)
+}
+
+/// Has the program start its long kernel.
+fn spins(t: &Test, gpu: &Gpu<'_>, id: &str) -> Result<()> {
+    t.ctr().kill(id, "USR1")?;
+    eventually("the kernel to run", || {
+        ensure_has!(gpu.log(id)?, "spin");
+        Ok(())
+    })
+}
+
+fn a_gpu_kernel_that_outlasts_the_patience_is_told_and_computed_to_its_end(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.with(&["--annotation", "gpusnap.dev/gpu-patience=1"]);
+    let id = t.id("g");
+    gpu.start(&id, &["--spin", "6000"])?;
+    spins(t, &gpu, &id)?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "has had GPU work under way");
+    ensure_has!(out.stderr, "python3");
+    gpu.computes(&id)
+}
+
+fn managed_gpu_memory_is_told_and_the_program_computes_on(t: &Test) -> Result<()> {
+    let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+    gpu.start(&id, &["--managed"])?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "managed memory");
+    gpu.computes(&id)
+}
+
+fn gpu_memory_that_does_not_fit_into_the_limit_is_told_before_it_kills(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?;
+    // The simulated GPU's memory counts as the container's as well.
+    let (limit, size) = if gpu.is_simulated() { (256 << 20, "160") } else { (2_u64 << 30, "4096") };
+    let gpu = gpu.with(&["--memory-limit", &limit.to_string()]);
+    let id = t.id("g");
+    gpu.start(&id, &["--size", size])?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "GiB on the GPU have to be moved to memory");
+    gpu.computes(&id)
+}
+
+fn a_gpu_driver_that_refuses_is_told_and_the_program_computes_on(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.fails("checkpoint-fails=999")?;
+    let id = t.id("g");
+    gpu.start(&id, &[])?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "CUDA_ERROR_UNKNOWN (999)");
+    gpu.computes(&id)?;
+    // It was refused once.
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)
+}
+
+fn a_gpu_driver_that_fails_to_restore_once_is_asked_again(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.fails("restore-fails=2")?;
+    let id = t.id("g");
+    gpu.start(&id, &[])?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)
+}
+
+fn a_gpu_driver_that_hangs_is_told_and_the_program_computes_on(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.fails("hang-at=lock")?;
+    let id = t.id("g");
+    gpu.start(&id, &[])?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "the driver does not answer");
+    gpu.computes(&id)
+}
+
+fn a_gpu_program_that_dies_in_its_checkpoint_is_told(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?.fails("crash-at=checkpoint")?;
+    let id = t.id("g");
+    // Not init: the kernel spares it signals that come from inside.
+    gpu.start(&id, &["--front", "--spawn", "1"])?;
+    workers_compute(&gpu, &id)?;
+    let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "cannot checkpoint process");
+    eventually("the death to be told", || {
+        ensure_eq!(t.ctr().status(&id)?, "STOPPED");
+        Ok(())
+    })
+}
+
+/// Kills processes of this name again and again during a checkpoint of a container whose driver is slow, and sees
+/// that it computes on. `role` is the first argument or the name.
+fn is_killed(t: &Test, role: &str, at_ms: &[u64]) -> Result<()> {
+    let gpu = Gpu::one(t)?;
+    let gpu = if gpu.is_simulated() { gpu.fails("lock-ms=150,checkpoint-ms=300,restore-ms=150")? } else { gpu };
+    let id = t.id("g");
+    gpu.start(&id, &["--size", "64"])?;
+    let mut killed = 0;
+    for at in at_ms {
+        let image = t.id("checkpoint");
+        let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
+        std::thread::sleep(Duration::from_millis(*at));
+        let is_it = |pid: &u32| {
+            proc::read(*pid, "comm").is_ok_and(|name| name.trim() == role)
+                || proc::cmdline(*pid).split(' ').nth(1) == Some(role)
+        };
+        killed += proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
+        // It may have been taken all the same: what counts is the container.
+        checkpoint.wait()?;
+        ensure_eq!(t.ctr().status(&id)?, "RUNNING", "after a kill at {at} ms");
+        gpu.computes(&id).with_context(|| format!("after a kill at {at} ms"))?;
+    }
+    ensure!(killed > 0, "there was nothing to kill");
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)
+}
+
+fn a_guardian_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {
+    is_killed(t, "cuda-guardian", &[20, 120, 220, 320, 420, 520, 620, 720, 820, 920])
+}
+
+fn a_caller_of_the_gpu_driver_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {
+    is_killed(t, "cuda-caller", &[20, 120, 220, 320, 420, 520, 620, 720, 820, 920])
+}
+
+fn a_criu_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {
+    is_killed(t, "criu", &[650, 700, 750, 800, 850, 900])
+}

@@ -1,0 +1,111 @@
+//! Device memory into the staging mapping and back, nodes closed and opened. Runs in the driver's thread, with the gate
+//! closed and no allocation: other threads may be held anywhere outside of the driver, inside malloc for one.
+
+use crate::code::{Code, Result};
+use crate::control::{MAX_DEVICES, Pair};
+use crate::device::{Common, Nodes};
+use crate::node;
+use crate::state::{Allocation, Place, State};
+use crate::sys::memory::Region;
+
+fn on_device(allocation: &&Allocation) -> bool {
+    matches!(allocation.place, Place::Device(_))
+}
+
+/// LOCKED to CHECKPOINTED. An error leaves everything as it was.
+pub(crate) fn save(state: &mut State) -> Result<()> {
+    if state.allocations.iter().any(|allocation| allocation.place == Place::Managed) {
+        return Err(Code::NOT_SUPPORTED);
+    }
+    let total: usize = state.allocations.iter().filter(on_device).map(|allocation| allocation.region.length()).sum();
+    // The real driver makes a mapping for a context without memory, too: its own device memory is in it.
+    let staging = Region::alone(total)?;
+    let mut offset = 0;
+    for allocation in state.allocations.iter().filter(on_device) {
+        let region = allocation.region;
+        staging.put(offset, region.address(), region.length())?;
+        offset += region.length();
+    }
+    for allocation in state.allocations.iter().filter(on_device) {
+        allocation.region.reserve()?;
+    }
+    if let Some(memory) = state.driver_memory {
+        memory.reserve()?;
+    }
+    for device in &mut state.devices {
+        device.nodes = None;
+    }
+    state.common = None;
+    state.staging = Some(staging);
+    Ok(())
+}
+
+/// CHECKPOINTED to LOCKED. An error leaves everything as it was.
+///
+/// `pairs` may be empty: then every GPU must be found again by its UUID. Otherwise they must name every GPU that the
+/// process uses (else INVALID_VALUE). A new GPU that this machine does not have, or whose node can not be opened, is
+/// INVALID_DEVICE.
+pub(crate) fn load(state: &mut State, pairs: &[Pair]) -> Result<()> {
+    let staging = state.staging.ok_or(Code::ILLEGAL_STATE)?;
+    let common = Common::open()?;
+    // MAX_DEVICES of them, on the stack
+    let mut opened = [const { None }; MAX_DEVICES];
+    for (place, device) in opened.iter_mut().zip(&state.devices) {
+        if device.contexts > 0 {
+            *place = Some(reopen(&device.uuid, pairs)?);
+        }
+    }
+    if same_gpu_twice(&opened) {
+        return Err(Code::INVALID_VALUE);
+    }
+    if let Err(error) = fill(state, staging) {
+        for allocation in state.allocations.iter().filter(on_device) {
+            allocation.region.reserve()?;
+        }
+        return Err(error);
+    }
+    for (place, device) in opened.iter_mut().zip(&mut state.devices) {
+        if let Some((minor, uuid, nodes)) = place.take() {
+            (device.minor, device.uuid, device.nodes) = (minor, uuid, Some(nodes));
+        } else if let Ok((minor, uuid)) = replacement(&device.uuid, pairs) {
+            // Without a context nothing depends on it yet; whoever makes one will see whether it is there.
+            (device.minor, device.uuid) = (minor, uuid);
+        }
+    }
+    staging.unmap_alone();
+    state.staging = None;
+    state.common = Some(common);
+    Ok(())
+}
+
+/// Device memory and what else was unmapped, as it was.
+fn fill(state: &State, staging: Region) -> Result<()> {
+    let mut offset = 0;
+    for allocation in state.allocations.iter().filter(on_device) {
+        allocation.region.fill(staging, offset)?;
+        offset += allocation.region.length();
+    }
+    state.driver_memory.map_or(Ok(()), Region::revive)
+}
+
+/// A GPU whose nodes were opened: its minor number, its UUID.
+type Opened = (u32, [u8; 16], Nodes);
+
+fn same_gpu_twice(opened: &[Option<Opened>]) -> bool {
+    let minor = |at: usize| opened[at].as_ref().map(|opened| opened.0);
+    (0..opened.len()).any(|at| minor(at).is_some() && (0..at).any(|before| minor(before) == minor(at)))
+}
+
+/// The GPU that takes the place of the one with that UUID.
+fn replacement(old: &[u8; 16], pairs: &[Pair]) -> Result<(u32, [u8; 16])> {
+    let new = match pairs {
+        [] => *old,
+        _ => pairs.iter().find(|pair| pair.0 == *old).ok_or(Code::INVALID_VALUE)?.1,
+    };
+    Ok((node::with_uuid(&new).ok_or(Code::INVALID_DEVICE)?, new))
+}
+
+fn reopen(old: &[u8; 16], pairs: &[Pair]) -> Result<Opened> {
+    let (minor, uuid) = replacement(old, pairs)?;
+    Ok((minor, uuid, Nodes::open(minor)?))
+}

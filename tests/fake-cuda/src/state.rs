@@ -1,0 +1,154 @@
+//! What the driver knows in a process, behind one mutex. Whoever changes it has passed the gate, or is the driver's
+//! thread while the gate is closed.
+
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::code::{Code, Result};
+use crate::control::Control;
+use crate::device::{Common, Device};
+use crate::kernel::{self, Kernel, Work};
+use crate::node;
+use crate::sys::memory::Region;
+use crate::sys::os;
+
+/// Where an allocation's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Device(usize),
+    Managed,
+    Pinned,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) struct Allocation {
+    pub(crate) region: Region,
+    /// What the program asked for; the region is whole pages.
+    pub(crate) size: usize,
+    pub(crate) place: Place,
+}
+
+/// A context; its handle is its place in the list plus one.
+pub(crate) struct Context {
+    pub(crate) device: usize,
+    pub(crate) primary: bool,
+    pub(crate) alive: bool,
+}
+
+pub(crate) struct State {
+    pub(crate) control: Option<&'static Control>,
+    pub(crate) common: Option<Common>,
+    pub(crate) devices: Vec<Device>,
+    pub(crate) contexts: Vec<Context>,
+    pub(crate) allocations: Vec<Allocation>,
+    pub(crate) modules: Vec<Vec<String>>,
+    pub(crate) functions: Vec<Kernel>,
+    /// Launched and not yet done; it happens when the device is next waited for.
+    pub(crate) work: Vec<Work>,
+    /// Until when spinning kernels run, on CLOCK_MONOTONIC; 0 for not at all.
+    pub(crate) busy_until: u64,
+    /// What every call gives once a kernel has gone wrong.
+    pub(crate) broken: Option<Code>,
+    /// Holds all device memory while checkpointed.
+    pub(crate) staging: Option<Region>,
+    /// What a thread may read that the lock does not stop.
+    pub(crate) driver_memory: Option<Region>,
+}
+
+static STATE: Mutex<State> = Mutex::new(State {
+    control: None,
+    common: None,
+    devices: Vec::new(),
+    contexts: Vec::new(),
+    allocations: Vec::new(),
+    modules: Vec::new(),
+    functions: Vec::new(),
+    work: Vec::new(),
+    busy_until: 0,
+    broken: None,
+    staging: None,
+    driver_memory: None,
+});
+
+/// The state, locked.
+pub(crate) type Guard = MutexGuard<'static, State>;
+
+/// Locks the state. A panic while it was locked left nothing half-done that the program could not live with.
+pub(crate) fn lock() -> Guard {
+    STATE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    /// The allocation that holds `length` bytes at `pointer`, and where in it they begin.
+    pub(crate) fn find(&self, pointer: u64, length: usize) -> Result<(Allocation, usize)> {
+        let address = usize::try_from(pointer).map_err(|_| Code::INVALID_VALUE)?;
+        let inside = |allocation: &&Allocation| {
+            let offset = address.checked_sub(allocation.region.address());
+            offset.and_then(|offset| offset.checked_add(length)).is_some_and(|end| end <= allocation.size)
+        };
+        let allocation = self.allocations.iter().find(inside).ok_or(Code::INVALID_VALUE)?;
+        Ok((*allocation, address - allocation.region.address()))
+    }
+
+    /// Device memory in use, on one GPU or all.
+    pub(crate) fn used(&self, device: Option<usize>) -> u64 {
+        let of_device = |allocation: &&Allocation| match allocation.place {
+            Place::Device(at) => device.is_none_or(|wanted| wanted == at),
+            Place::Managed | Place::Pinned => false,
+        };
+        self.allocations.iter().filter(of_device).map(|allocation| allocation.region.length() as u64).sum()
+    }
+
+    /// Takes what the device was given to do off its list and does it. Only once the device is no longer busy.
+    pub(crate) fn settle(&mut self) {
+        self.busy_until = 0;
+        for at in 0..self.work.len() {
+            let done = match self.work[at] {
+                Work::AddOne { values, count } => self.each(values, count, |_, value| value.wrapping_add(1)),
+                Work::Fill { values, count, seed } => self.each(values, count, |index, _| kernel::pattern(index, seed)),
+            };
+            if done.is_err() {
+                self.broken = Some(Code::ILLEGAL_ADDRESS);
+            }
+        }
+        self.work.clear();
+    }
+
+    fn each(&self, values: u64, count: u32, new: impl Fn(u32, u32) -> u32) -> Result<()> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let count = usize::try_from(count).map_err(|_| Code::INVALID_VALUE)?;
+        let (allocation, offset) = self.find(values, count.checked_mul(4).ok_or(Code::INVALID_VALUE)?)?;
+        for (index, word) in (0..).zip(allocation.region.words(offset, count)?) {
+            word.store(new(index, word.load(Relaxed)), Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Whether a kernel still runs.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy_until > os::now()
+    }
+
+    /// Tells those who look at the process from outside what it uses.
+    pub(crate) fn publish(&self) {
+        let Some(control) = self.control else { return };
+        let used = self.devices.iter().filter(|device| device.contexts > 0);
+        control.devices.store(used.fold(0, |bits, device| bits | 1 << device.minor), SeqCst);
+        control.memory.store(self.used(None), SeqCst);
+    }
+
+    /// The GPU of this process that a new context or allocation may use.
+    pub(crate) fn device(&mut self, ordinal: usize) -> Result<&mut Device> {
+        self.devices.get_mut(ordinal).ok_or(Code::INVALID_DEVICE)
+    }
+
+    /// Opens the nodes that the process can use.
+    pub(crate) fn discover(&mut self) -> Result<()> {
+        self.common = Some(Common::open()?);
+        let usable = node::minors().filter(|minor| node::open_gpu(*minor).is_some());
+        self.devices = usable
+            .map(|minor| Device { minor, uuid: node::uuid(minor), retained: 0, contexts: 0, nodes: None })
+            .collect();
+        if self.devices.is_empty() { Err(Code::NO_DEVICE) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,7 @@
+//! All that is not safe Rust: system calls, memory that others see, and the exported C functions.
+
+pub(crate) mod cuda;
+pub(crate) mod exported;
+pub(crate) mod memory;
+pub(crate) mod nvml;
+pub(crate) mod os;

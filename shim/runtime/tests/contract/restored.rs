@@ -419,6 +419,9 @@ async fn device_rules_hold_after_a_restore(bed: &Bed) {
 }
 
 async fn a_cgroup_mount_shows_the_new_cgroup(bed: &Bed) {
+    if bed.which == Which::Runc && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        return eprintln!("not tried: on version 1 runc restores it as the cgroup that it runs in itself");
+    }
     for with_namespace in [true, false] {
         let kind = LinuxNamespaceType::Cgroup;
         let spec = shell(COUNTER).with_namespace(kind, with_namespace.then(|| namespace(kind, None)));

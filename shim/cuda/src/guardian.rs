@@ -93,9 +93,10 @@ impl Guardian {
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         let mut machine = Machine::of(pid, &mut self.callers)?;
-        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(paused, patience, limit)?;
-        self.owed = Some((pid, paused));
-        Ok(suspended)
+        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(paused, patience, limit);
+        let is_undone = matches!(&suspended, Err(failure) if !matches!(failure, SessionError::NotUndone { .. }));
+        self.owed = (!is_undone).then_some((pid, paused));
+        suspended
     }
 
     fn resume(&mut self, pid: i32, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {

@@ -235,14 +235,19 @@ impl Work {
         init: i32,
         pairs: Result<Vec<Pair>, RestoreFailure>,
     ) -> Result<(), RestoreFailure> {
-        let pairs = pairs?;
-        DeviceNode::make_missing(&self.devices, init).map_err(|source| RestoreFailure::File {
-            action: "make the devices in",
-            path: "/dev".into(),
-            source,
-        })?;
-        guardian.resume(init, false, pairs, GPU, &self.timeline).await?;
-        Ok(())
+        let resumed = async {
+            let pairs = pairs?;
+            DeviceNode::make_missing(&self.devices, init).map_err(|source| RestoreFailure::File {
+                action: "make the devices in",
+                path: "/dev".into(),
+                source,
+            })?;
+            Ok(guardian.resume(init, false, pairs, GPU, &self.timeline).await.map(drop)?)
+        }
+        .await;
+        // Either way it has nothing more to do: what could not be resumed is removed.
+        guardian.dismiss();
+        resumed
     }
 
     /// What the restore has to allow, and what was on GPUs.

@@ -2,24 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::{Cgroup, CgroupError, Hierarchy, file};
+use crate::{Cgroup, CgroupError, file};
 
 /// Moves a process to where this one is, in the hierarchy that decides who is in the container.
 pub(crate) fn expel(cgroup: &Cgroup, pid: i32) -> Result<(), CgroupError> {
     let own = Cgroup::of_process(i32::try_from(std::process::id()).unwrap_or(0));
-    let to = match (own, &cgroup.hierarchy) {
-        (Ok(own), Hierarchy::V1(_)) if is_below_one_root(own.directory(), cgroup.directory()) => {
-            own.directory().to_owned()
-        }
-        (Ok(own), Hierarchy::V2(_)) => own.directory().to_owned(),
+    let root = root_of(cgroup.directory());
+    let to = match own {
+        Ok(own) if root_of(own.directory()) == root => own.directory().to_owned(),
         // This process is in the hierarchy's root.
-        _ => root_of(cgroup.directory()),
+        _ => root,
     };
     file::write(&to.join("cgroup.procs"), &pid.to_string())
-}
-
-fn is_below_one_root(one: &Path, other: &Path) -> bool {
-    root_of(one) == root_of(other)
 }
 
 /// The highest directory above that is a cgroup.

@@ -32,7 +32,8 @@ const CAPABILITIES: [Capability; 1] = [Capability::CAP_SYS_PTRACE];
 /// How often whoever waits for calls looks after other things.
 const TICK: Duration = Duration::from_millis(20);
 /// Loading libcuda takes some 20 ms; a node that is swapping may need seconds.
-const LOADING: Duration = Duration::from_secs(30);
+/// So it is how long a call may take that has nothing to wait for.
+pub(crate) const SHORT_CALL: Duration = Duration::from_secs(30);
 
 /// A request to a caller.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -168,7 +169,8 @@ fn uuid(text: &str) -> Option<[u8; 16]> {
     u128::from_str_radix(&digits, 16).ok().map(u128::to_be_bytes)
 }
 
-fn write_line(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+/// One message of the protocols between shim, guardian and callers.
+pub(crate) fn write_line(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     to.write_all(&line)
@@ -224,15 +226,10 @@ impl Callers {
         Self { program, idle: Vec::new() }
     }
 
-    /// Starts callers, so that `count` have loaded the driver by the time they are needed.
-    pub(crate) fn prepare(&mut self, count: usize) {
-        while self.idle.len() < count {
-            match Caller::spawn(&self.program) {
-                Ok(caller) => self.idle.push(caller),
-                // Whoever needs it will say so.
-                Err(_) => return,
-            }
-        }
+    /// Starts a caller, so that it has loaded the driver by the time it is needed.
+    pub(crate) fn prepare(&mut self) {
+        // If it cannot be started, whoever needs one will say so.
+        self.idle.extend(Caller::spawn(&self.program));
     }
 
     /// Makes all these calls at the same time, each in a caller of its own, and gives their results in the same order.
@@ -332,9 +329,6 @@ fn ready(asked: &[Result<Caller, CallFailure>], waiting: &[usize], timeout: Dura
     let _ = rustix::event::poll(&mut polled, Some(&timeout));
     waiting.iter().zip(&polled).filter(|(_, polled)| !polled.revents().is_empty()).map(|(&index, _)| index).collect()
 }
-
-/// How long a call may take that has nothing to wait for.
-pub(crate) const SHORT_CALL: Duration = LOADING;
 
 #[cfg(test)]
 mod tests {

@@ -3,7 +3,7 @@
 //! It takes orders from the shim. When the shim hangs up without having ordered the container back (it is dead), the
 //! guardian puts it back on its own account.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use phase::Phase;
 
-use crate::call::{Callers, Pair};
+use crate::call::{Callers, Pair, write_line};
 use crate::host::{INVENTORY, Machine, chain};
 use crate::protocol::{Order, Report};
 use crate::session::{Resumed, Session, SessionError, Suspended};
@@ -49,7 +49,7 @@ impl Guardian {
     fn new() -> io::Result<Self> {
         let reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
-        callers.prepare(1);
+        callers.prepare();
         Ok(Self { reports, callers, owed: None })
     }
 
@@ -64,7 +64,7 @@ impl Guardian {
             }
             let report = self.obey(serde_json::from_str(&line)?);
             // Whoever does not listen any more has hung up: the next read says so.
-            drop(write(&mut self.reports, &report));
+            drop(write_line(&mut self.reports, &report));
         }
         let Some((pid, frozen)) = self.owed else { return Ok(()) };
         let mut machine = Machine::of(pid, &mut self.callers).map_err(io::Error::other)?;
@@ -110,11 +110,5 @@ impl Guardian {
 
 fn begins(reports: &mut UnixStream) -> impl FnMut(Phase) {
     // As above.
-    |phase| drop(write(reports, &Report::Began(phase)))
-}
-
-fn write(reports: &mut UnixStream, report: &Report) -> io::Result<()> {
-    let mut line = serde_json::to_vec(report)?;
-    line.push(b'\n');
-    reports.write_all(&line)
+    |phase| drop(write_line(reports, &Report::Began(phase)))
 }

@@ -14,8 +14,9 @@ use crate::session::{Host, SessionError};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
-/// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
+/// Waking a stopped process takes milliseconds, unless a thread of it waits for a disk.
 const WAKING: Duration = Duration::from_secs(10);
+/// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
 const CLEANING: Duration = Duration::from_secs(10);
 
 /// The machine, as far as one container reaches.
@@ -81,8 +82,7 @@ impl Host for Machine<'_> {
             return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));
         }
         let fd = process::device_fds(pid).unwrap_or_default().into_iter().next()?;
-        let path = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap_or_default();
-        Some(format!("descriptor {fd} of {}", path.display()))
+        Some(format!("descriptor {} of {}", fd.fd, fd.path.display()))
     }
 
     fn is_gone(&mut self, pid: i32) -> bool {
@@ -171,7 +171,7 @@ impl Host for Machine<'_> {
         if drivers.peek().is_none() {
             return process::run_state(pid) == RunState::Stopped;
         }
-        drivers.any(|thread| state_letter(pid, thread.tid) == Some('T'))
+        drivers.any(|thread| process::thread_state(pid, thread.tid) == Some(b'T'))
     }
 
     fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
@@ -195,12 +195,6 @@ impl Host for Machine<'_> {
     fn sleep(&mut self, time: Duration) {
         std::thread::sleep(time);
     }
-}
-
-/// What /proc/PID/task/TID/stat says of a thread.
-fn state_letter(pid: i32, tid: i32) -> Option<char> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
-    stat.rsplit(')').next()?.trim_start().chars().next()
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.

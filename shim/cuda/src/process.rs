@@ -159,8 +159,8 @@ pub fn device_mappings(pid: i32) -> io::Result<Vec<DeviceMapping>> {
 ///
 /// # Errors
 /// When there is no such process.
-pub fn device_fds(pid: i32) -> io::Result<Vec<i32>> {
-    Ok(fds_matching(pid, is_device)?.into_iter().map(|found| found.fd).collect())
+pub fn device_fds(pid: i32) -> io::Result<Vec<DeviceFd>> {
+    fds_matching(pid, is_device)
 }
 
 /// Whether a process has a device node of the driver mapped or open. One that has gone has not.
@@ -212,6 +212,12 @@ pub fn run_state(pid: i32) -> RunState {
         }
     }
     state
+}
+
+/// The letter for the state of a thread (proc_pid_status(5)); None when it has gone.
+pub(crate) fn thread_state(pid: i32, tid: i32) -> Option<u8> {
+    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    status_field(&status, "State")?.bytes().next()
 }
 
 /// The pid that a process has in its own, the innermost, pid namespace.

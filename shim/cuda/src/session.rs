@@ -391,6 +391,18 @@ impl<'a, H: Host> Session<'a, H> {
         }
     }
 
+    /// Makes the same call for each of these processes, all at once.
+    fn call_each(
+        &mut self,
+        pids: Vec<i32>,
+        call: &Call,
+        limit: Duration,
+    ) -> impl Iterator<Item = (i32, Result<Answer, CallFailure>)> + use<H> {
+        let calls: Vec<_> = pids.iter().map(|pid| (*pid, call.clone())).collect();
+        let results = self.host.calls(&calls, limit);
+        pids.into_iter().zip(results)
+    }
+
     fn failed(&mut self, action: &str, pid: i32, failure: &CallFailure) -> SessionError {
         if let CallFailure::Impossible(why) = failure {
             return SessionError::NoDriver(why.clone());
@@ -410,9 +422,8 @@ impl<'a, H: Host> Session<'a, H> {
             timeout = timeout.min(left).max(Duration::from_millis(1));
             let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
             let wanted: Vec<i32> = self.members.iter().filter(|m| !m.is_locked).map(|m| m.pid).collect();
-            let calls: Vec<_> = wanted.iter().map(|pid| (*pid, Call::Lock { timeout_ms })).collect();
             let mut late = None;
-            for (pid, result) in wanted.into_iter().zip(self.host.calls(&calls, timeout + LOCK_GRACE)) {
+            for (pid, result) in self.call_each(wanted, &Call::Lock { timeout_ms }, timeout + LOCK_GRACE) {
                 match result {
                     Ok(_) => self.member(pid, |member| member.is_locked = true),
                     Err(CallFailure::Refused(CudaResult::NOT_READY)) => late = Some(pid),
@@ -440,8 +451,7 @@ impl<'a, H: Host> Session<'a, H> {
     /// Lets all locked members go on, those that are held too: a later round takes them again.
     fn unlock_members(&mut self) -> Result<(), SessionError> {
         let locked: Vec<i32> = self.members.iter().filter(|m| m.is_locked).map(|m| m.pid).rev().collect();
-        let calls: Vec<_> = locked.iter().map(|pid| (*pid, Call::Unlock)).collect();
-        for (pid, result) in locked.into_iter().zip(self.host.calls(&calls, SHORT_CALL)) {
+        for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
             match result {
                 Ok(_) => self.member(pid, |member| member.is_locked = false),
                 Err(_) if self.host.is_gone(pid) => self.members.retain(|member| member.pid != pid),
@@ -477,9 +487,8 @@ impl<'a, H: Host> Session<'a, H> {
         for pid in &pids {
             self.host.staged(*pid, true);
         }
-        let calls: Vec<_> = pids.iter().map(|pid| (*pid, Call::Checkpoint)).collect();
         let mut failure = None;
-        for (pid, result) in pids.into_iter().zip(self.host.calls(&calls, limit)) {
+        for (pid, result) in self.call_each(pids, &Call::Checkpoint, limit) {
             match result {
                 Ok(_) => {
                     let staged = self.host.staged(pid, false);
@@ -616,8 +625,7 @@ impl<'a, H: Host> Session<'a, H> {
         let mut restored = 0;
         for tries in 1..=RESTORE_TRIES {
             let wanted = std::mem::take(&mut checkpointed);
-            let calls: Vec<_> = wanted.iter().map(|pid| (*pid, Call::Restore { pairs: pairs.to_vec() })).collect();
-            for (pid, result) in wanted.into_iter().zip(self.host.calls(&calls, limit)) {
+            for (pid, result) in self.call_each(wanted, &Call::Restore { pairs: pairs.to_vec() }, limit) {
                 match result {
                     Ok(_) => {
                         locked.push(pid);
@@ -644,8 +652,7 @@ impl<'a, H: Host> Session<'a, H> {
         }
         self.enter(Phase::Unlock);
         locked.reverse();
-        let calls: Vec<_> = locked.iter().map(|pid| (*pid, Call::Unlock)).collect();
-        for (pid, result) in locked.into_iter().zip(self.host.calls(&calls, SHORT_CALL)) {
+        for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
             match result {
                 Ok(_) => {}
                 // An unlock may report an error after it was done (peers.md).

@@ -149,20 +149,25 @@ fn a_signal_to_a_held_process_is_delivered_once_when_it_is_let_go() {
     assert_eq!(process::run_state(program.pid), RunState::Running);
 }
 
-#[test]
-fn no_signal_is_lost_or_doubled_by_holds_that_come_in_between() {
-    let program = Program::play("many");
-    let pid = program.pid;
-    let sender = std::thread::spawn(move || {
-        let mut sent = 0_u64;
-        let end = Instant::now() + Duration::from_secs(2);
+/// Queues signals for a process for this long; how many there were in the end.
+fn send_signals(pid: i32, time: Duration) -> std::thread::JoinHandle<u64> {
+    std::thread::spawn(move || {
+        let mut sent = 0;
+        let end = Instant::now() + time;
         while Instant::now() < end {
             // Too many are not queued.
             sent += u64::from(sys::queue_signal(pid, REAL_TIME).is_ok());
             std::thread::sleep(Duration::from_micros(30));
         }
         sent
-    });
+    })
+}
+
+#[test]
+fn no_signal_is_lost_or_doubled_by_holds_that_come_in_between() {
+    let program = Program::play("many");
+    let pid = program.pid;
+    let sender = send_signals(pid, Duration::from_secs(2));
     let mut deliveries = 0;
     while !sender.is_finished() {
         let mut hold = held(&program);
@@ -181,15 +186,7 @@ fn no_signal_is_lost_or_doubled_by_holds_that_come_in_between() {
 fn the_death_of_a_holder_lets_go_and_loses_no_signal() {
     let program = Program::play("many");
     let pid = program.pid;
-    let sender = std::thread::spawn(move || {
-        let mut sent = 0_u64;
-        let end = Instant::now() + Duration::from_secs(3);
-        while Instant::now() < end {
-            sent += u64::from(sys::queue_signal(pid, REAL_TIME).is_ok());
-            std::thread::sleep(Duration::from_micros(30));
-        }
-        sent
-    });
+    let sender = send_signals(pid, Duration::from_secs(3));
     while !sender.is_finished() {
         drop(Program::play(&format!("hold {pid}")));
         for counter in [0, 3, DRIVERS] {

@@ -44,6 +44,7 @@ testbed: ## Build (once) and start the test bed
 lint: deps $(TOOLS)/bin/cargo-deny ## Formatting, clippy, dependencies, shell scripts
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo fetch --locked # cargo-deny looks at what other platforms need as well
 	$(TOOLS)/bin/cargo-deny --offline check bans licenses sources
 	git ls-files -z | xargs -0 grep -lE '^#!.*\bbash' -- | xargs shellcheck -x
 

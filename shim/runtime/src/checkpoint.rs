@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
+use criu::BoxError;
+use tokio::sync::oneshot;
+
 use crate::{ProcessIo, Timeline};
 
 /// What is done about established TCP connections.
@@ -29,7 +32,7 @@ pub struct Allow {
 }
 
 /// A container to be saved.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CheckpointRequest {
     /// Container id.
     pub id: String,
@@ -45,6 +48,11 @@ pub struct CheckpointRequest {
     pub allow: Allow,
     /// Who waits for it: a container that is to be ended is not if nobody does.
     pub caller: Caller,
+    /// Files that processes have mapped and that are not part of the container, in CRIU's notation (`file[MOUNT:INODE]`).
+    /// Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu), as is the next.
+    pub external_files: Vec<String>,
+    /// Asked before the container goes on or ends.
+    pub review: Option<Review>,
 }
 
 /// A container to be made from a checkpoint.
@@ -69,6 +77,51 @@ pub struct RestoreRequest {
     pub allow: Allow,
     /// Told of the phases.
     pub timeline: Timeline,
+}
+
+/// A runtime's side of a [`Reviewer`].
+#[derive(Debug)]
+pub struct Review {
+    whole: oneshot::Sender<()>,
+    verdict: oneshot::Receiver<Result<(), BoxError>>,
+}
+
+/// Who looks at the images when they are whole, while the container still stands still, and may change or refuse them.
+#[derive(Debug)]
+pub struct Reviewer {
+    whole: oneshot::Receiver<()>,
+    verdict: oneshot::Sender<Result<(), BoxError>>,
+}
+
+impl Review {
+    /// Both sides.
+    #[must_use]
+    pub fn new() -> (Self, Reviewer) {
+        let ((whole, is_whole), (verdict, answer)) = (oneshot::channel(), oneshot::channel());
+        (Self { whole, verdict: answer }, Reviewer { whole: is_whole, verdict })
+    }
+
+    /// Says that the images are whole, and waits for what becomes of them.
+    pub(crate) async fn ask(self) -> Result<(), BoxError> {
+        let gone = || "nobody looks at the images any more: the container goes on".into();
+        if self.whole.send(()).is_err() {
+            return Err(gone());
+        }
+        self.verdict.await.unwrap_or_else(|_| Err(gone()))
+    }
+}
+
+impl Reviewer {
+    /// Waits until the images are whole; false if they never will be.
+    pub async fn images_are_whole(&mut self) -> bool {
+        (&mut self.whole).await.is_ok()
+    }
+
+    /// Lets the checkpoint succeed, or fail with a reason.
+    pub fn decide(self, verdict: Result<(), BoxError>) {
+        // A runtime that does not listen any more has failed already.
+        drop(self.verdict.send(verdict));
+    }
 }
 
 /// Knows whether somebody waits for an operation.

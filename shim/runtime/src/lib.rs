@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources, Process};
 use reaper::Child;
 
-pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Tcp, Waiting};
+pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Review, Reviewer, Tcp, Waiting};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
 pub use phase::{Phase, Timeline};
@@ -116,6 +116,10 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// Makes a container from images, in place of [`create`](Self::create) and [`start`](Self::start); returns its
     /// init, which runs. When it fails, nothing is left of the container, and it can be tried again.
     async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError>;
+
+    /// Whether CRIU is driven by this process: then images can be changed before a checkpoint is done, and a restored
+    /// container can be had before anything of it has run.
+    fn drives_criu(&self) -> bool;
 
     /// What the runtime supports, as the OCI runtime specification describes it.
     async fn features(&self) -> Result<Features, RuntimeError>;

@@ -10,7 +10,7 @@ use crate::{Allow, CheckpointRequest, Operation, Phase, RestoreRequest, RuntimeE
 
 impl Command {
     pub(super) async fn checkpoint_now(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
-        let CheckpointRequest { id, init, images, work, leave_running, allow, caller: _ } = request;
+        let CheckpointRequest { id, init, images, work, leave_running, allow, .. } = request;
         let call = self.call(Operation::Checkpoint, &id);
         let mut arguments: Vec<OsString> = vec!["checkpoint".into(), "--image-path".into(), images.into()];
         arguments.extend(["--work-path".into(), work.clone().into()]);

@@ -229,6 +229,10 @@ impl OciRuntime for Command {
         self.detached(Operation::Delete, id, async move |command, id| command.delete_now(&id).await).await
     }
 
+    fn drives_criu(&self) -> bool {
+        false
+    }
+
     async fn features(&self) -> Result<Features, RuntimeError> {
         self.detached(Operation::Features, "", async move |command, _| {
             let call = command.call(Operation::Features, "");

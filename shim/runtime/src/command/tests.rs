@@ -305,6 +305,8 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         leave_running: true,
         allow: crate::Allow::default(),
         caller: crate::Caller::new().0,
+        external_files: vec![],
+        review: None,
     };
     bench.command.checkpoint(request).await.unwrap_err();
     assert!(ended.exists());

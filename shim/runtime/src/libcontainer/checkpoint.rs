@@ -8,15 +8,16 @@ use criu::{BoxError, Criu, NotifyDump};
 
 use super::client::{Client, Subject, detached};
 use super::helper;
-use crate::{Caller, CheckpointRequest, Operation, RuntimeError};
+use crate::{Caller, CheckpointRequest, Operation, Review, RuntimeError};
 
 impl Client {
-    pub(super) async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
+    pub(super) async fn checkpoint(&self, mut request: CheckpointRequest) -> Result<(), RuntimeError> {
         let client = self.clone();
         let id = request.id.clone();
         detached(Subject { operation: Operation::Checkpoint, id: &id.clone() }, async move {
             let subject = Subject { operation: Operation::Checkpoint, id: &id };
-            let mut last_word = LastWord { caller: (!request.leave_running).then(|| request.caller.clone()) };
+            let caller = (!request.leave_running).then(|| request.caller.clone());
+            let mut last_word = LastWord { review: request.review.take(), caller };
             let dump = client
                 .blocking(subject, move |inner| helper::dump_request(&inner.root, inner.systemd_cgroup, &request))
                 .await?;
@@ -27,15 +28,19 @@ impl Client {
     }
 }
 
-/// Before CRIU ends a container: if nobody waits for the checkpoint any more, containerd has removed its directory.
+/// Before CRIU ends a container or lets it go on.
 struct LastWord {
-    /// None if the container goes on anyway.
+    review: Option<Review>,
+    /// If nobody waits for the checkpoint any more, containerd has removed its directory. None if the container goes on anyway.
     caller: Option<Caller>,
 }
 
 #[async_trait]
 impl NotifyDump for LastWord {
     async fn post_dump(&mut self) -> Result<(), BoxError> {
+        if let Some(review) = self.review.take() {
+            review.ask().await?;
+        }
         match &self.caller {
             Some(caller) if caller.is_gone() => Err("nobody waits for it any more: the container goes on".into()),
             _ => Ok(()),

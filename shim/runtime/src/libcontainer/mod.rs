@@ -109,6 +109,10 @@ impl OciRuntime for Libcontainer {
         self.simple(Operation::Delete, id, Step::Delete).await
     }
 
+    fn drives_criu(&self) -> bool {
+        true
+    }
+
     async fn features(&self) -> Result<Features, RuntimeError> {
         Ok(features::features())
     }

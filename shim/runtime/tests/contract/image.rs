@@ -79,6 +79,8 @@ impl Bundle<'_> {
             leave_running: false,
             allow: Allow::default(),
             caller,
+            external_files: vec![],
+            review: None,
         };
         change(&mut request);
         self.bed.runtime.checkpoint(request).await

@@ -175,6 +175,8 @@ impl Work {
             leave_running: !exit,
             allow: *allow,
             caller: self.caller.clone(),
+            external_files: Vec::new(),
+            review: None,
         };
         if let Err(error) = self.runtime.checkpoint(request).await {
             // Where containerd's own shim leaves it, and its users look for it.

@@ -133,6 +133,10 @@ impl OciRuntime for FakeRuntime {
         Ok(self.spawn(&script, nothing.into(), request.io))
     }
 
+    fn drives_criu(&self) -> bool {
+        true
+    }
+
     async fn features(&self) -> Result<Features, RuntimeError> {
         Ok(Features::default())
     }

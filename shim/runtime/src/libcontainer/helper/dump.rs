@@ -43,7 +43,10 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         leave_running: request.leave_running,
         freeze_cgroup: freezer(&place)?,
         external_mounts: external_mounts(&spec, &place, &root)?,
-        external: external_namespaces(&spec)?,
+        external: external_namespaces(&spec)?
+            .into_iter()
+            .chain(request.external_files.iter().cloned().map(External::Other))
+            .collect(),
         options: criu_options(request.allow),
         ..DumpRequest::default()
     })

@@ -18,6 +18,8 @@ const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
 const TCP: &str = "gpusnap.dev/tcp";
 /// Seconds for which a checkpoint waits for GPU work that is under way.
 const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
+/// `store`, `inline` or `images`: where big memory is kept.
+const MEMORY: &str = "gpusnap.dev/memory";
 /// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
 const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
 /// A field of containerd 2.4's options that containerd-shim-protos does not know.
@@ -30,12 +32,25 @@ pub(crate) struct Annotations {
     on_checkpoint: Option<String>,
     tcp: Option<String>,
     gpu_patience: Option<String>,
+    memory: Option<String>,
+}
+
+/// Where the big memory of a checkpoint is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum MemoryPlace {
+    /// In the node's store, as part of a snapshot.
+    #[default]
+    Store,
+    /// Beside the images, which then stand alone.
+    Inline,
+    /// In the images, as CRIU writes them: what runc can restore.
+    Images,
 }
 
 impl Annotations {
     pub(crate) fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
-        Self { on_checkpoint: of(ON_CHECKPOINT), tcp: of(TCP), gpu_patience: of(GPU_PATIENCE) }
+        Self { on_checkpoint: of(ON_CHECKPOINT), tcp: of(TCP), gpu_patience: of(GPU_PATIENCE), memory: of(MEMORY) }
     }
 
     fn exit(&self) -> Result<bool, String> {
@@ -50,6 +65,15 @@ impl Annotations {
         let Some(seconds) = &self.gpu_patience else { return Ok(DEFAULT_GPU_PATIENCE) };
         let seconds = seconds.parse().map_err(|_| format!("{GPU_PATIENCE}: {seconds:?} is not a number of seconds"))?;
         Ok(Duration::from_secs(seconds))
+    }
+
+    fn memory(&self) -> Result<MemoryPlace, String> {
+        match self.memory.as_deref() {
+            None | Some("store") => Ok(MemoryPlace::Store),
+            Some("inline") => Ok(MemoryPlace::Inline),
+            Some("images") => Ok(MemoryPlace::Images),
+            Some(other) => Err(format!("{MEMORY}: {other:?} is none of \"store\", \"inline\" and \"images\"")),
+        }
     }
 
     /// None where they say nothing.
@@ -75,6 +99,7 @@ pub(crate) struct Wishes {
     pub(crate) allow: Allow,
     /// How long GPU work may go on before it makes the checkpoint fail.
     pub(crate) patience: Duration,
+    pub(crate) memory: MemoryPlace,
 }
 
 impl Wishes {
@@ -92,10 +117,11 @@ impl Wishes {
         let annotation = |message| bad("annotation", message);
         let annotated_tcp = annotations.tcp().map_err(annotation)?;
         let patience = annotations.gpu_patience().map_err(annotation)?;
+        let memory = annotations.memory().map_err(annotation)?;
         let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
             let exit = annotations.exit().map_err(annotation)?;
             let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
-            return Ok(Self { folder, work: None, exit, allow, patience });
+            return Ok(Self { folder, work: None, exit, allow, patience, memory });
         };
         if options.type_url.rsplit('/').next() != Some(OPTIONS) {
             return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
@@ -116,6 +142,7 @@ impl Wishes {
                 shell_job: options.terminal,
             },
             patience,
+            memory,
         })
     }
 }
@@ -178,6 +205,14 @@ mod tests {
         assert_eq!(patience(&[]).unwrap(), DEFAULT_GPU_PATIENCE);
         assert_eq!(patience(&[(GPU_PATIENCE, "5")]).unwrap(), Duration::from_secs(5));
         assert!(patience(&[(GPU_PATIENCE, "5m")]).unwrap_err().to_string().contains("5m"));
+    }
+
+    #[test]
+    fn the_container_says_where_its_memory_is_kept() {
+        let memory = |all: &[_]| Wishes::of(&request(None), &annotations(all)).map(|wishes| wishes.memory);
+        assert_eq!(memory(&[]).unwrap(), MemoryPlace::Store);
+        assert_eq!(memory(&[(MEMORY, "inline")]).unwrap(), MemoryPlace::Inline);
+        assert!(memory(&[(MEMORY, "tape")]).unwrap_err().to_string().contains("tape"));
     }
 
     #[test]

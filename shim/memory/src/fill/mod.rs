@@ -23,8 +23,8 @@ const PORTION: u64 = 2 << 20;
 /// thread that waits for one needs no processor.
 const DISK_THREADS: NonZeroUsize = NonZeroUsize::new(16).expect("16 is not 0");
 
-/// What fills whose memory, and who hears of it.
-pub struct Filled<'a> {
+/// Whose memory is filled, and who hears of it.
+pub struct Destination<'a> {
     /// Processes of the table, in the order in which they are wanted: pid in the table, pid on this host. All of the
     /// table must be here; others are passed over.
     pub processes: &'a [(i32, i32)],
@@ -60,7 +60,7 @@ struct Portion {
 /// # Errors
 /// When packs are not those of the table or are damaged, a process of the table is not given, has ended or does not have
 /// the memory, or it is cancelled.
-pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Filled<'_>, control: &Control) -> Result<(), FillError> {
+pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, control: &Control) -> Result<(), FillError> {
     check_packs(table, packs)?;
     let sources: Vec<Source<'_>> = packs.iter().map(Source::new).collect();
     let (progress, portions) = plan(table, into.processes)?;

@@ -1,7 +1,10 @@
 //! What can be asked of CRIU, in CRIU's words.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -159,14 +162,34 @@ pub enum External {
         /// Its inode number.
         inode: u64,
     },
-    /// Anything else, in CRIU's notation: `tty[rdev:dev]`, `file[mnt:inode]`, `unix[inode]`, `veth[in]:out`, ...
+    /// A file that processes have open or map, and that need not be visible to them under any name.
+    File {
+        /// Its mount, by the number that /proc has for it.
+        mount: u64,
+        /// Its inode number.
+        inode: u64,
+    },
+    /// Anything else, in CRIU's notation: `tty[rdev:dev]`, `unix[inode]`, `veth[in]:out`, ...
     Other(String),
 }
 
 impl External {
+    /// An open file, opened where the processes' file was: the same file in another mount is another one to CRIU.
+    ///
+    /// # Errors
+    /// When /proc does not say in which mount it was opened, or its inode cannot be read.
+    pub fn of_file(file: &File) -> io::Result<Self> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+        let missing = || io::Error::new(io::ErrorKind::InvalidData, "/proc does not say in which mount the file is");
+        Ok(Self::File { mount: mount.ok_or_else(missing)?, inode: file.metadata()?.ino() })
+    }
+
     pub(crate) fn notation(&self) -> String {
         match self {
             Self::Namespace { kind, inode } => format!("{}[{inode}]:{}", kind.name(), kind.external_key()),
+            // criu/files-reg.c, `dump_one_reg_file`.
+            Self::File { mount, inode } => format!("file[{mount:x}:{inode:x}]"),
             Self::Other(notation) => notation.clone(),
         }
     }

@@ -18,6 +18,7 @@ use crate::guardian::GUARDIAN;
 use crate::inventory::Inventory;
 use crate::protocol::{Order, Report};
 use crate::session::{Resumed, SessionError, Suspended};
+use crate::swap::{Swap, Swapped};
 
 /// Guardians that die are replaced this many times in a row; then something kills them on purpose.
 const MOST_GUARDIANS: u32 = 5;
@@ -87,13 +88,40 @@ impl Guardian {
     ) -> Result<Suspended, CudaError> {
         match self.order(&Order::Suspend { pid, paused, patience, limit }, timeline).await {
             Some(Report::Suspended(suspended)) => Ok(suspended?),
-            Some(_) | None => {
-                let failed_at = timeline.current();
-                self.replace()?;
-                self.resume(pid, paused, Vec::new(), limit, timeline).await?;
-                timeline.enter(failed_at);
-                Err(CudaError::Died)
-            }
+            Some(_) | None => Err(self.undo(pid, paused, limit, timeline).await),
+        }
+    }
+
+    /// What a guardian that died had done is undone by another; the error says whether it was.
+    async fn undo(&mut self, pid: i32, paused: bool, limit: Duration, timeline: &Timeline) -> CudaError {
+        let failed_at = timeline.current();
+        let undone = match self.replace() {
+            Ok(()) => self.resume(pid, paused, Vec::new(), limit, timeline).await.map(drop),
+            Err(error) => Err(error),
+        };
+        timeline.enter(failed_at);
+        undone.err().unwrap_or(CudaError::Died)
+    }
+
+    /// Puts private mappings of files in the place of memory of a container that is suspended, without a change of what its
+    /// processes find there. It may take `limit` for each process. While it is suspended no process of the container runs, in
+    /// this neither.
+    ///
+    /// # Errors
+    /// When that was not done, or not wholly. The container is suspended all the same and has its data, in memory or in
+    /// files: it can be saved as it is, or resumed. With [`CudaError::Died`] it was resumed already, and left frozen if it
+    /// was `paused`.
+    pub async fn swap(
+        &mut self,
+        pid: i32,
+        paused: bool,
+        swap: Swap,
+        limit: Duration,
+        timeline: &Timeline,
+    ) -> Result<Swapped, CudaError> {
+        match self.order(&Order::Swap { pid, paused, swap, limit }, timeline).await {
+            Some(Report::Swapped(swapped)) => Ok(swapped?),
+            Some(_) | None => Err(self.undo(pid, paused, limit, timeline).await),
         }
     }
 

@@ -16,6 +16,7 @@ use crate::call::{Callers, Pair, write_line};
 use crate::host::{INVENTORY, Machine, chain};
 use crate::protocol::{Order, Report};
 use crate::session::{Resumed, Session, SessionError, Suspended};
+use crate::swap::{Swap, Swapped};
 
 /// First argument by which this binary knows that it is to be a guardian.
 pub const GUARDIAN: &str = "cuda-guardian";
@@ -81,6 +82,7 @@ impl Guardian {
             Order::Suspend { pid, paused, patience, limit } => {
                 Report::Suspended(self.suspend(pid, paused, patience, limit))
             }
+            Order::Swap { pid, paused, swap, limit } => Report::Swapped(self.swap(pid, paused, &swap, limit)),
             Order::Resume { pid, frozen, pairs, limit } => Report::Resumed(self.resume(pid, frozen, &pairs, limit)),
         }
     }
@@ -97,6 +99,12 @@ impl Guardian {
         let is_undone = matches!(&suspended, Err(failure) if !matches!(failure, SessionError::NotUndone { .. }));
         self.owed = (!is_undone).then_some((pid, paused));
         suspended
+    }
+
+    fn swap(&mut self, pid: i32, paused: bool, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
+        self.owed = Some((pid, paused));
+        let mut machine = Machine::of(pid, &mut self.callers)?;
+        Session::new(&mut machine, &mut begins(&mut self.reports)).swap(swap, limit)
     }
 
     fn resume(&mut self, pid: i32, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {

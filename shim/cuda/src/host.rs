@@ -1,16 +1,18 @@
 //! What a session does to the machine that it runs on.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cgroup::Cgroup;
 
 use crate::call::{Answer, Call, CallFailure, Callers};
-use crate::hold::Hold;
+use crate::hold::{Hold, Scope};
 use crate::inventory::Inventory;
 use crate::process::{self, Range, RunState};
 use crate::residue;
 use crate::session::{Host, SessionError};
+use crate::swap::{self, SwapProcess};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
@@ -106,14 +108,14 @@ impl Host for Machine<'_> {
         process::namespace_pid(pid).unwrap_or(pid)
     }
 
-    fn staged(&mut self, pid: i32, is_first: bool) -> u64 {
+    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range> {
         let now = process::anonymous_mappings(pid).unwrap_or_default();
         if is_first {
             self.anonymous.insert(pid, now);
-            return 0;
+            return Vec::new();
         }
         let before = self.anonymous.get(&pid).unwrap_or(&now);
-        process::gained(before, &now).iter().map(Range::len).sum()
+        process::gained(before, &now)
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
@@ -150,6 +152,10 @@ impl Host for Machine<'_> {
 
     fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
         self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
+    }
+
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.take_scope(pid, Scope::All).map_err(|error| process("hold", pid)(&error))
     }
 
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
@@ -190,6 +196,11 @@ impl Host for Machine<'_> {
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
         let cleaned = residue::clean_with(&mut self.hold, pid, Instant::now() + CLEANING);
         cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
+    }
+
+    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError> {
+        let swapped = swap::swap_in(&mut self.hold, files, process, Instant::now() + limit);
+        swapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
     }
 
     fn sleep(&mut self, time: Duration) {

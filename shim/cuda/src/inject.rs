@@ -266,6 +266,26 @@ impl<'h> Injector<'h> {
         Ok(self.frame.scratch)
     }
 
+    /// Reads what a call has written to where [`Self::scratch`] said, from a byte on.
+    ///
+    /// # Errors
+    /// When it is not all in there, or the process has gone.
+    pub fn read_scratch(&self, from: u64, bytes: &mut [u8]) -> Result<(), InjectError> {
+        let is_in = u64::try_from(bytes.len()).is_ok_and(|length| from.saturating_add(length) <= SCRATCH);
+        let read = if is_in {
+            self.memory.read_exact_at(bytes, self.frame.scratch + from)
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        };
+        read.map_err(|source| InjectError::File { action: "read the stack of", pid: self.pid, source })
+    }
+
+    /// The thread that makes the calls.
+    #[must_use]
+    pub fn tid(&self) -> i32 {
+        self.tid
+    }
+
     /// Makes a system call. What it returns is as the kernel has it: a negative number is an error's.
     ///
     /// # Errors
@@ -352,6 +372,20 @@ impl Drop for Injector<'_> {
         }
         self.hold.note(pid, tid, Stand::Still { signal: 0 });
     }
+}
+
+/// What a system call returned, as a C library has it.
+pub(crate) fn answer(returned: i64) -> io::Result<i64> {
+    // The kernel's numbers of errors.
+    match i32::try_from(returned) {
+        Ok(error @ -4095..=-1) => Err(io::Error::from_raw_os_error(-error)),
+        _ => Ok(returned),
+    }
+}
+
+/// A number as an argument of a system call.
+pub(crate) fn argument(number: i32) -> u64 {
+    i64::from(number).cast_unsigned()
 }
 
 fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Stop, InjectError> {

@@ -22,6 +22,7 @@ pub mod process;
 mod protocol;
 pub mod residue;
 mod session;
+mod swap;
 #[cfg(test)]
 mod testbed;
 
@@ -30,4 +31,5 @@ pub use client::{CudaError, Guardian};
 pub use driver::{CudaResult, Driver, DriverError, LIBRARY_VARIABLE, ProcessState};
 pub use guardian::{GUARDIAN, guardian_main};
 pub use inventory::{Gpu, GpuProcess, Inventory, NVML_VARIABLE};
-pub use session::{Resumed, SessionError, Suspended, SuspendedProcess};
+pub use session::{LEAST_STAGING, Resumed, SessionError, Staging, Suspended, SuspendedProcess};
+pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

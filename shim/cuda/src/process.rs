@@ -12,12 +12,13 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, PidfdFlags};
+use serde::{Deserialize, Serialize};
 
 /// What the names of the driver's device nodes begin with: nvidiactl, nvidia0, nvidia-uvm, nvidia-caps/nvidia-cap1, ...
 const DEVICES: &[u8] = b"/dev/nvidia";
 
 /// A stretch of a process's address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Range {
     /// The first address.
     pub start: u64,

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::call::Pair;
 use crate::inventory::Inventory;
 use crate::session::{Resumed, SessionError, Suspended};
+use crate::swap::{Swap, Swapped};
 
 /// What a guardian is to do.
 #[derive(Debug, Serialize, Deserialize)]
@@ -20,6 +21,13 @@ pub(crate) enum Order {
         pid: i32,
         paused: bool,
         patience: Duration,
+        limit: Duration,
+    },
+    /// `paused` is how to leave a container whose shim dies.
+    Swap {
+        pid: i32,
+        paused: bool,
+        swap: Swap,
         limit: Duration,
     },
     Resume {
@@ -37,5 +45,6 @@ pub(crate) enum Report {
     Began(Phase),
     Inventory(Result<Inventory, SessionError>),
     Suspended(Result<Suspended, SessionError>),
+    Swapped(Result<Swapped, SessionError>),
     Resumed(Result<Resumed, SessionError>),
 }

@@ -19,7 +19,7 @@ use cgroup::Cgroup;
 mod tests;
 
 use crate::hold::{Hold, HoldError, ReleaseError, Scope};
-use crate::inject::{InjectError, Injector};
+use crate::inject::{InjectError, Injector, answer, argument};
 use crate::process::{self, DeviceFd, DeviceMapping, Range};
 
 /// The null device, as a C string.
@@ -192,7 +192,7 @@ fn clean_held(
 fn replace_mapping(injector: &mut Injector<'_>, pid: i32, mapping: &DeviceMapping) -> Result<(), ResidueError> {
     let range = Range { start: mapping.start, end: mapping.end };
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let arguments = [range.start, range.len(), number(libc::PROT_NONE), number(flags), number(-1), 0];
+    let arguments = [range.start, range.len(), argument(libc::PROT_NONE), argument(flags), argument(-1), 0];
     let failed = |source| ResidueError::Mapping { pid, range, path: mapping.path.clone(), source: Some(source) };
     call(injector, pid, libc::SYS_mmap, arguments)?.map_err(failed)?;
     Ok(())
@@ -206,13 +206,13 @@ fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Resul
     let mut null = open_null(injector, pid)?;
     if null.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EMFILE)) {
         // Its limit leaves no descriptor free. This makes one, which is taken at once.
-        call(injector, pid, libc::SYS_close, [number(first.fd), 0, 0, 0, 0, 0])?
+        call(injector, pid, libc::SYS_close, [argument(first.fd), 0, 0, 0, 0, 0])?
             .map_err(|error| failed(first, error))?;
         null = open_null(injector, pid)?;
     }
     let Ok(null) = null else {
         for at in fds {
-            let closed = call(injector, pid, libc::SYS_close, [number(at.fd), 0, 0, 0, 0, 0])?;
+            let closed = call(injector, pid, libc::SYS_close, [argument(at.fd), 0, 0, 0, 0, 0])?;
             match closed {
                 Err(error) if error.raw_os_error() != Some(libc::EBADF) => return Err(failed(at, error)),
                 _ => {}
@@ -223,15 +223,15 @@ fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Resul
     for (at, closing) in fds.iter().zip(closing) {
         let done = if at.fd != null {
             let flags = if closing { libc::O_CLOEXEC } else { 0 };
-            call(injector, pid, libc::SYS_dup3, [number(null), number(at.fd), number(flags), 0, 0, 0])?
+            call(injector, pid, libc::SYS_dup3, [argument(null), argument(at.fd), argument(flags), 0, 0, 0])?
         } else {
             let flags = if closing { libc::FD_CLOEXEC } else { 0 };
-            call(injector, pid, libc::SYS_fcntl, [number(null), number(libc::F_SETFD), number(flags), 0, 0, 0])?
+            call(injector, pid, libc::SYS_fcntl, [argument(null), argument(libc::F_SETFD), argument(flags), 0, 0, 0])?
         };
         done.map_err(|error| failed(at, error))?;
     }
     if fds.iter().all(|at| at.fd != null) {
-        let arguments = [number(null), 0, 0, 0, 0, 0];
+        let arguments = [argument(null), 0, 0, 0, 0, 0];
         call(injector, pid, libc::SYS_close, arguments)?.map_err(|error| failed(first, error))?;
     }
     Ok(())
@@ -240,7 +240,7 @@ fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Resul
 /// Opens the null device in a process. It is what it ought to be, or an error.
 fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, ResidueError> {
     let path = injector.scratch(NULL).map_err(|source| ResidueError::Inject { pid, source })?;
-    let arguments = [number(libc::AT_FDCWD), path, number(libc::O_RDWR | libc::O_CLOEXEC), 0, 0, 0];
+    let arguments = [argument(libc::AT_FDCWD), path, argument(libc::O_RDWR | libc::O_CLOEXEC), 0, 0, 0];
     let fd = match call(injector, pid, libc::SYS_openat, arguments)? {
         Ok(fd) => i32::try_from(fd).unwrap_or(-1),
         Err(error) => return Ok(Err(error)),
@@ -250,7 +250,7 @@ fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, R
     if is_null {
         return Ok(Ok(fd));
     }
-    let closed = call(injector, pid, libc::SYS_close, [number(fd), 0, 0, 0, 0, 0])?;
+    let closed = call(injector, pid, libc::SYS_close, [argument(fd), 0, 0, 0, 0, 0])?;
     Ok(closed.and_then(|_| Err(io::ErrorKind::NotFound.into())))
 }
 
@@ -267,15 +267,5 @@ fn call(
     number: i64,
     arguments: [u64; 6],
 ) -> Result<io::Result<i64>, ResidueError> {
-    let result = injector.call(number, arguments).map_err(|source| ResidueError::Inject { pid, source })?;
-    // The kernel's numbers of errors.
-    Ok(match i32::try_from(result) {
-        Ok(error @ -4095..=-1) => Err(io::Error::from_raw_os_error(-error)),
-        _ => Ok(result),
-    })
-}
-
-/// A number as an argument of a system call.
-fn number(number: i32) -> u64 {
-    i64::from(number).cast_unsigned()
+    injector.call(number, arguments).map(answer).map_err(|source| ResidueError::Inject { pid, source })
 }

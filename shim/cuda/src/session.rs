@@ -21,6 +21,7 @@
 //! Why processes are held: a locked process cannot call the driver, but its threads may read what the driver gave them,
 //! and the checkpoint takes that away. JAX has such a thread.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use phase::Phase;
@@ -29,6 +30,8 @@ use serde::{Deserialize, Serialize};
 use crate::call::{Answer, Call, CallFailure, Pair, SHORT_CALL};
 use crate::driver::{CudaResult, ProcessState};
 use crate::inventory::Inventory;
+use crate::process::Range;
+use crate::swap::{Swap, SwapProcess, Swapped, SwappedProcess};
 
 /// How long GPU work may take in the first try to lock. An idle process is locked within a millisecond.
 const FIRST_LOCK: Duration = Duration::from_millis(500);
@@ -66,8 +69,8 @@ pub(crate) trait Host {
     /// Who a process is, and what keeps it from answering, in words.
     fn describe(&mut self, pid: i32) -> String;
     fn namespace_pid(&mut self, pid: i32) -> i32;
-    /// Bytes in anonymous memory of the process that came since it was asked first.
-    fn staged(&mut self, pid: i32, is_first: bool) -> u64;
+    /// Anonymous memory of the process that came since it was asked first.
+    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range>;
     /// Makes all calls at once, and holds on to what is held meanwhile.
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
     fn inventory(&mut self) -> Result<Inventory, CallFailure>;
@@ -79,6 +82,8 @@ pub(crate) trait Host {
     fn thaw(&mut self) -> Result<(), SessionError>;
     /// Asks all threads but the driver's to halt, as soon as they can.
     fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// As [`Self::hold`], the driver's too.
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError>;
     /// Waits until those that are held stand still.
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
     fn let_go(&mut self);
@@ -91,6 +96,8 @@ pub(crate) trait Host {
     fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError>;
     /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
+    /// Puts files in the place of memory of a process that is held; what was left as it is.
+    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError>;
     fn sleep(&mut self, time: Duration);
 }
 
@@ -200,7 +207,24 @@ pub struct Suspended {
     pub processes: Vec<SuspendedProcess>,
     /// Processes without a context that were freed of the driver: how many.
     pub cleaned: usize,
+    /// Where the state is that was on the GPUs, by process, in the order of `processes`.
+    pub staging: Vec<Staging>,
 }
+
+/// The memory of a process to which the driver has moved what the process had on GPUs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Staging {
+    /// In the pid namespace of the guardian, which is the shim's.
+    pub pid: i32,
+    /// In its own, innermost pid namespace.
+    pub namespace_pid: i32,
+    /// The mappings, in order of addresses: all that are new and [`LEAST_STAGING`] long at least.
+    pub ranges: Vec<Range>,
+}
+
+/// What is shorter than this, in bytes, is not worth a mapping of its own.
+pub const LEAST_STAGING: u64 = 1 << 20;
 
 /// One CUDA process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -233,7 +257,7 @@ struct Member {
     pid: i32,
     is_stopped: bool,
     is_locked: bool,
-    staged: u64,
+    staged: Vec<Range>,
 }
 
 impl<'a, H: Host> Session<'a, H> {
@@ -314,11 +338,14 @@ impl<'a, H: Host> Session<'a, H> {
         self.host.freeze_at_rest()?;
         // Frozen, they cannot run on.
         self.host.let_go();
-        let processes = self
-            .members
-            .iter()
-            .map(|member| SuspendedProcess { pid: self.host.namespace_pid(member.pid), staged: member.staged });
-        Ok(Suspended { inventory, processes: processes.collect(), cleaned })
+        let (mut processes, mut staging) = (Vec::new(), Vec::new());
+        for Member { pid, staged, .. } in std::mem::take(&mut self.members) {
+            let namespace_pid = self.host.namespace_pid(pid);
+            processes.push(SuspendedProcess { pid: namespace_pid, staged: staged.iter().map(Range::len).sum() });
+            let ranges = staged.into_iter().filter(|range| range.len() >= LEAST_STAGING).collect();
+            staging.push(Staging { pid, namespace_pid, ranges });
+        }
+        Ok(Suspended { inventory, processes, cleaned, staging })
     }
 
     /// Finds the CUDA processes that are not members yet; the processes that only touch the GPU are the answer.
@@ -336,7 +363,7 @@ impl<'a, H: Host> Session<'a, H> {
                 residue.push(pid);
                 continue;
             }
-            let member = Member { pid, is_stopped, is_locked: false, staged: 0 };
+            let member = Member { pid, is_stopped, is_locked: false, staged: Vec::new() };
             match self.state(pid)? {
                 Some(ProcessState::Running) => self.members.push(member),
                 Some(state) => {
@@ -520,6 +547,33 @@ impl<'a, H: Host> Session<'a, H> {
         Ok(())
     }
 
+    /// Puts files in the place of memory of a container that is suspended, and leaves it so. What came of a failure is
+    /// left as it is: each process has its data.
+    pub(crate) fn swap(mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
+        self.enter(Phase::Swap);
+        let swapped = self.swap_held(swap, limit);
+        // Whatever came of it, nothing may run on.
+        let frozen = self.host.freeze_at_rest();
+        self.host.let_go();
+        frozen.and(swapped)
+    }
+
+    /// The files have what was in the memory while the container was frozen. It still is: the container is thawed only
+    /// when all threads of all its processes, those of the driver too, have been told to halt, which they do before they
+    /// execute anything. And what could write to it without a thread, a device, was closed by the driver's checkpoint.
+    fn swap_held(&mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
+        let pids = self.host.pids()?;
+        self.hold_all(&pids, H::hold_whole)?;
+        self.host.thaw()?;
+        self.host.settle(HALT)?;
+        let mut swapped = Swapped::default();
+        for process in &swap.processes {
+            let left = self.host.swap(&swap.files, process, limit)?;
+            swapped.processes.push(SwappedProcess { pid: process.pid, left });
+        }
+        Ok(swapped)
+    }
+
     /// Gives all processes of the container their GPU state back, whatever state they are in, and leaves the container
     /// frozen or not.
     pub(crate) fn resume(mut self, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
@@ -556,7 +610,7 @@ impl<'a, H: Host> Session<'a, H> {
         let known: Vec<(i32, bool)> =
             known.into_iter().filter(|(pid, _)| self.host.has_drivers_threads(*pid)).collect();
         let members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
-        self.hold_all(&members)?;
+        self.hold_all(&members, H::hold)?;
         self.host.thaw()?;
         self.host.settle(HALT)?;
         self.host.sleep(STOPPING);
@@ -583,11 +637,15 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// Another tracer, such as a criu that is being killed, may have them for a moment.
-    fn hold_all(&mut self, members: &[i32]) -> Result<(), SessionError> {
+    fn hold_all(
+        &mut self,
+        pids: &[i32],
+        hold: fn(&mut H, i32) -> Result<(), SessionError>,
+    ) -> Result<(), SessionError> {
         let begin = Instant::now();
-        for pid in members {
+        for pid in pids {
             loop {
-                match self.host.hold(*pid) {
+                match hold(self.host, *pid) {
                     Ok(()) => break,
                     Err(_) if self.host.is_gone(*pid) => break,
                     Err(error) if begin.elapsed() > TRACED => return Err(error),

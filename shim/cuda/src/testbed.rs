@@ -53,6 +53,13 @@ impl Program {
         Self::start(name, command)
     }
 
+    /// Starts one in user and mount namespaces of its own.
+    pub(crate) fn play_apart(name: &str) -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "--net"]).arg(own());
+        Self::start(name, command)
+    }
+
     fn start(name: &str, mut command: Command) -> Self {
         let mut child = command.env(PLAY, name).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let input = child.stdin.take().unwrap();
@@ -76,6 +83,13 @@ impl Program {
         let mut bytes = [0; 8];
         self.memory.read_exact_at(&mut bytes, address).unwrap();
         u64::from_ne_bytes(bytes)
+    }
+
+    /// A part of its memory.
+    pub(crate) fn bytes(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.memory.read_exact_at(&mut bytes, address).unwrap();
+        bytes
     }
 
     pub(crate) fn value(&self, number: u64) -> u64 {
@@ -272,6 +286,40 @@ fn many() -> ! {
     }
 }
 
+/// What the word at this byte of a staging area is: every fourth 64 KiB have nothing.
+fn staged_word(at: u64) -> u64 {
+    if at / 65536 % 4 == 3 { 0 } else { (at + 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+}
+
+/// Has a staging area of so many MiB, whose address is value 5, and checks all the time what is in it: 0 counts that it
+/// is right and 7 that it is not. When it reads a line, it increments the second word of each page.
+fn stage(mebibytes: u64) -> ! {
+    let words = sys::map_words(mebibytes << 20);
+    let numbered = || words.iter().zip((0..).step_by(8));
+    for (word, at) in numbered() {
+        if staged_word(at) != 0 {
+            word.store(staged_word(at), Ordering::Relaxed);
+        }
+    }
+    VALUES[5].store(words.as_ptr() as u64, Ordering::Relaxed);
+    drivers_thread();
+    thread("checks", move || {
+        loop {
+            let is_right =
+                |(word, at): (&AtomicU64, u64)| at % 4096 == 8 || word.load(Ordering::Relaxed) == staged_word(at);
+            count(if numbered().all(is_right) { 0 } else { 7 });
+        }
+    });
+    ready();
+    for _ in std::io::stdin().lock().lines() {
+        for page in words.chunks(512) {
+            page[1].fetch_add(1, Ordering::Relaxed);
+        }
+        count(2);
+    }
+    sys::exit(0);
+}
+
 fn have_residue(directory: &str) {
     for number in 0..3 {
         sys::map(&open_in(directory, &format!("mapped{number}")));
@@ -345,6 +393,12 @@ fn play() {
                 }
             });
             sys::end_thread();
+        }
+        "staging" => stage(argument.parse().unwrap()),
+        // It cannot open anything more.
+        "staging-full" => {
+            while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
+            stage(argument.parse().unwrap());
         }
         // Its name is of the driver's kind, and so are its threads'.
         "cuda-named" => {
@@ -429,6 +483,17 @@ fn play() {
             injector.finish().unwrap();
             hold.let_go().unwrap();
             // It was through before: there are no more steps.
+            sys::exit(0);
+        }
+        // Swaps as a file says, and dies before the step of this number.
+        "swap" => {
+            let (step, file) = argument.split_once(' ').unwrap();
+            let swap: crate::Swap = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+            STEPS.store(step.parse().unwrap(), Ordering::Relaxed);
+            let mut hold = crate::hold::Hold::new();
+            hold.take_scope(swap.processes[0].pid, crate::hold::Scope::All).unwrap();
+            assert_eq!(crate::swap::swap_in(&mut hold, &swap.files, &swap.processes[0], soon()).unwrap(), []);
+            hold.let_go().unwrap();
             sys::exit(0);
         }
         "inject-always" => {

@@ -26,6 +26,8 @@ pub enum Phase {
     Freeze,
     /// Checkpoint: the contents of a /dev/shm that comes from outside are saved.
     SaveShm,
+    /// Checkpoint: files take the place of the memory to which the driver has moved the state on the GPUs.
+    Swap,
     /// Checkpoint: CRIU writes the processes to images.
     Dump,
     /// Checkpoint: the images become the checkpoint.
@@ -66,6 +68,7 @@ impl Phase {
             Self::Unlock => "unlock",
             Self::Freeze => "freeze",
             Self::SaveShm => "save-shm",
+            Self::Swap => "swap",
             Self::Dump => "dump",
             Self::Publish => "publish",
             Self::Release => "release",
@@ -93,6 +96,7 @@ impl fmt::Display for Phase {
             Self::Unlock => "unlocking its CUDA processes",
             Self::Freeze => "freezing it",
             Self::SaveShm => "saving its /dev/shm",
+            Self::Swap => "putting files in the place of its GPU state in memory",
             Self::Dump => "dumping its processes",
             Self::Publish => "publishing the images",
             Self::Release => "letting it go",

@@ -44,6 +44,7 @@ struct FakeHost {
     /// A process that starts when the first one is locked.
     newcomer: Option<(i32, Process)>,
     uncleanable: bool,
+    unswappable: Option<i32>,
     slept: Duration,
 }
 
@@ -58,6 +59,12 @@ impl FakeHost {
 
     fn resume(&mut self, frozen: bool) -> Result<Resumed, SessionError> {
         Session::new(self, &mut |_| {}).resume(frozen, &[], SHORT_CALL)
+    }
+
+    fn swap_all(&mut self) -> Result<Swapped, SessionError> {
+        let processes = [101, 103].map(|pid| SwapProcess { pid, pieces: Vec::new() });
+        let swap = Swap { files: Vec::new(), processes: processes.into() };
+        Session::new(self, &mut |_| {}).swap(&swap, SHORT_CALL)
     }
 
     fn cuda(&self, pid: i32) -> Cuda {
@@ -146,8 +153,9 @@ impl Host for FakeHost {
         pid - 100
     }
 
-    fn staged(&mut self, _pid: i32, is_first: bool) -> u64 {
-        if is_first { 0 } else { 1 << 20 }
+    fn staged(&mut self, _pid: i32, is_first: bool) -> Vec<Range> {
+        let small = Range { start: 1 << 12, end: 2 << 12 };
+        if is_first { Vec::new() } else { vec![small, Range { start: 1 << 20, end: 3 << 20 }] }
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], _limit: Duration) -> Vec<Result<Answer, CallFailure>> {
@@ -194,8 +202,25 @@ impl Host for FakeHost {
         Ok(())
     }
 
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+        assert!(self.frozen, "it would run until it is held");
+        self.done.push(format!("held {pid}"));
+        self.hold(pid)
+    }
+
     fn settle(&mut self, _limit: Duration) -> Result<(), SessionError> {
         Ok(())
+    }
+
+    fn swap(&mut self, _: &[PathBuf], process: &SwapProcess, _: Duration) -> Result<Vec<Range>, SessionError> {
+        assert!(!self.frozen, "a call in a frozen process never returns");
+        assert!(self.processes.values().all(|process| process.held), "something runs");
+        self.done.push(format!("swapped {}", process.pid));
+        if self.unswappable == Some(process.pid) {
+            let (action, process) = ("swap".to_owned(), self.describe(process.pid));
+            return Err(SessionError::Process { action, process, why: "no".into() });
+        }
+        Ok(vec![Range { start: 4096, end: 8192 }])
     }
 
     fn let_go(&mut self) {
@@ -253,12 +278,39 @@ fn gpu_state_goes_to_memory_and_comes_back() {
     let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::No)), (103, process(RUNNING))]);
     let suspended = host.suspend().unwrap();
     assert_eq!(suspended.processes.iter().map(|process| process.pid).collect::<Vec<_>>(), [1, 3]);
-    assert!(suspended.processes.iter().all(|process| process.staged == 1 << 20));
+    assert!(suspended.processes.iter().all(|process| process.staged == (2 << 20) + (1 << 12)));
     assert_eq!((host.cuda(101), host.cuda(103), host.frozen), (CHECKPOINTED, CHECKPOINTED, true));
     assert_eq!(host.resume(true).unwrap(), Resumed { restored: 2 });
     assert!(host.is_untouched());
     let undone: Vec<_> = host.done.iter().rev().take(2).map(String::as_str).collect();
     assert_eq!(undone, ["running 101", "running 103"], "unlocked in reverse order");
+}
+
+#[test]
+fn memory_is_swapped_while_nothing_of_the_container_runs() {
+    let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::No)), (103, process(RUNNING))]);
+    let suspended = host.suspend().unwrap();
+    let staging = |pid| Staging { pid, namespace_pid: pid - 100, ranges: vec![Range { start: 1 << 20, end: 3 << 20 }] };
+    assert_eq!(suspended.staging, [staging(101), staging(103)]);
+    host.done.clear();
+    let left = |pid| SwappedProcess { pid, left: vec![Range { start: 4096, end: 8192 }] };
+    assert_eq!(host.swap_all().unwrap().processes, [left(101), left(103)]);
+    assert_eq!(host.done, ["held 101", "held 102", "held 103", "swapped 101", "swapped 103"]);
+    assert!(host.frozen && host.processes.values().all(|process| !process.held));
+    assert_eq!((host.cuda(101), host.cuda(103)), (CHECKPOINTED, CHECKPOINTED));
+    assert_eq!(host.resume(true).unwrap(), Resumed { restored: 2 });
+    assert!(host.is_untouched());
+}
+
+#[test]
+fn a_swap_that_fails_leaves_the_container_suspended() {
+    let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::No)), (103, process(RUNNING))]);
+    host.suspend().unwrap();
+    host.unswappable = Some(103);
+    assert!(host.swap_all().unwrap_err().to_string().contains("cannot swap process 103"));
+    assert!(host.frozen && host.processes.values().all(|process| !process.held));
+    assert_eq!(host.resume(true).unwrap(), Resumed { restored: 2 });
+    assert!(host.is_untouched());
 }
 
 #[test]

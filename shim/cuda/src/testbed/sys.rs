@@ -1,7 +1,7 @@
 //! What the tests' programs do to themselves.
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{DELIVERED, VALUES};
 
@@ -119,6 +119,18 @@ pub(crate) fn map(file: &std::fs::File) -> usize {
     let address = unsafe { libc::mmap(std::ptr::null_mut(), 8192, access, libc::MAP_SHARED, fd, 0) };
     assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
     address as usize
+}
+
+/// New memory, for good.
+pub(crate) fn map_words(length: u64) -> &'static [AtomicU64] {
+    let length = usize::try_from(length).unwrap();
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address that the kernel chooses.
+    let address = unsafe { libc::mmap(std::ptr::null_mut(), length, access, flags, -1, 0) };
+    assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
+    // SAFETY: it is mapped, aligned and zero, so initialised, and never unmapped; others change it only as atomics can be
+    // changed, or behind this process's back, which an atomic allows too.
+    unsafe { std::slice::from_raw_parts(address.cast(), length / size_of::<AtomicU64>()) }
 }
 
 /// Ends this process at once. From 128 on, the code is as of one that a signal has ended.

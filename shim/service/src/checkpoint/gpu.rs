@@ -25,7 +25,7 @@ pub(crate) struct SavedGpus {
 impl SavedGpus {
     /// None for a container without CUDA. `init` is a process in its mount namespace.
     pub(crate) fn of(suspended: Suspended, init: i32) -> Option<Self> {
-        let Suspended { inventory, processes, cleaned } = suspended;
+        let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
         if processes.is_empty() && cleaned == 0 {
             return None;
         }

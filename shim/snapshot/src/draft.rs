@@ -1,0 +1,159 @@
+//! Drafts: folders in which a snapshot is written before anybody else can see it.
+//!
+//! Whoever makes one holds its lock; when its maker is gone, so is the lock, and the draft is garbage.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+
+use crate::folder::{FileError, Folder, lock, try_lock, unless_missing};
+use crate::store::Folders;
+use crate::{Digest, Store};
+
+/// A folder of one's own in the store. Dropped, it goes with all that is in it.
+#[derive(Debug)]
+pub struct Draft {
+    pub(crate) store: Store,
+    pub(crate) folder: Folder,
+    name: OsString,
+}
+
+impl Store {
+    /// Begins a draft.
+    ///
+    /// # Errors
+    /// What the file system refuses.
+    pub fn draft(&self) -> Result<Draft, FileError> {
+        let drafts = &self.folders.drafts;
+        loop {
+            let made = tempfile::Builder::new().prefix("").rand_bytes(16).tempdir_in(drafts.path());
+            let path = made.map_err(FileError::new("make a draft in", drafts.path()))?.keep();
+            let name = path.file_name().unwrap_or_default().to_owned();
+            // Before it was locked it may have been taken for garbage.
+            let locked = || -> io::Result<Option<Folder>> {
+                let Some(folder) = unless_missing(drafts.sub(&name))? else { return Ok(None) };
+                lock(&folder, FlockOperation::LockExclusive)?;
+                Ok((rustix::fs::fstat(&folder)?.st_nlink > 0).then_some(folder))
+            };
+            if let Some(folder) = locked().map_err(FileError::new("lock", path))? {
+                return Ok(Draft { store: self.clone(), folder, name });
+            }
+        }
+    }
+}
+
+impl Draft {
+    /// Where to write. Files in it that are published must not be open for writing by then.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The store that it is in.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// If the store has this blob in this size, puts it into the draft under its hexadecimal digest too, so that it is there
+    /// when the draft is published, whatever is removed meanwhile. Tells whether it has.
+    ///
+    /// # Errors
+    /// What the file system refuses.
+    pub fn reuse(&self, digest: &Digest, size: u64) -> Result<bool, FileError> {
+        let folders = &self.store.folders;
+        let name = digest.hex();
+        let link = || -> io::Result<bool> {
+            match unless_missing(folders.blobs.link(&name, &self.folder, &name)) {
+                Ok(None) => return Ok(false),
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+            let fits = self.folder.file(&name)?.metadata()?.len() == size;
+            if !fits {
+                self.folder.unlink(&name)?;
+            }
+            Ok(fits)
+        };
+        link().map_err(FileError::new("share", folders.blobs.join(&name)))
+    }
+
+    /// The name in the draft of a path that is given relative to it or as a whole.
+    pub(crate) fn inner<'a>(&self, path: &'a Path) -> &'a Path {
+        path.strip_prefix(self.folder()).unwrap_or(path)
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if let Err(error) = remove_folder(&self.store.folders.drafts, &self.name) {
+            tracing::warn!("the draft {} is left: {error}", self.folder().display());
+        }
+    }
+}
+
+/// The folder, and what is in it. Links are not followed: the standard library sees to that.
+fn remove_folder(drafts: &Folder, name: &OsStr) -> io::Result<()> {
+    unless_missing(std::fs::remove_dir_all(drafts.join(name))).map(drop)
+}
+
+/// Removes the drafts of makers that are gone. How many there were.
+pub(crate) fn collect(folders: &Arc<Folders>) -> Result<usize, FileError> {
+    let drafts = &folders.drafts;
+    let mut removed = 0;
+    for name in drafts.names().map_err(FileError::new("read", drafts.path()))? {
+        let path = drafts.join(&name);
+        let mut collect = || -> io::Result<()> {
+            let Some(folder) = unless_missing(drafts.sub(&name))? else { return Ok(()) };
+            if try_lock(&folder, FlockOperation::NonBlockingLockExclusive)? {
+                remove_folder(drafts, &name)?;
+                removed += 1;
+            }
+            Ok(())
+        };
+        match collect() {
+            // Not a folder: nothing that a store puts there.
+            Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOTDIR | Errno::LOOP)) => {
+                unless_missing(drafts.unlink(&name)).map_err(FileError::new("remove", path))?;
+                removed += 1;
+            }
+            result => result.map_err(FileError::new("remove", path))?,
+        }
+    }
+    Ok(removed)
+}
+
+/// Blobs on their way out. They are first moved away, which takes no time, and deleted when the store's lock is free again.
+#[derive(Debug)]
+pub(crate) struct Trash {
+    folders: Arc<Folders>,
+    draft: Option<Draft>,
+}
+
+impl Trash {
+    pub(crate) fn new(store: &Store) -> Self {
+        // On a full disk there may be no room for a folder; then blobs are deleted at once.
+        Self { folders: Arc::clone(&store.folders), draft: store.draft().ok() }
+    }
+
+    /// With the store's exclusive lock, and after the index that does not name the blob has been written.
+    pub(crate) fn take(&self, digest: Digest) -> Result<(), FileError> {
+        let (blobs, name) = (&self.folders.blobs, digest.hex());
+        let moved = self.draft.as_ref().map(|draft| blobs.rename(&name, &draft.folder, &name));
+        let done = match moved {
+            Some(Ok(())) => Ok(Some(())),
+            _ => unless_missing(blobs.unlink(&name)),
+        };
+        done.map(drop).map_err(FileError::new("remove", blobs.join(name)))
+    }
+}
+
+/// The file whose lock says that a snapshot is in use, and whose time says when it last was.
+pub(crate) fn use_file(folders: &Folders, digest: Digest) -> Result<File, FileError> {
+    folders.uses.lockable(digest.hex()).map_err(FileError::new("open", folders.uses.join(digest.hex())))
+}

@@ -1,0 +1,193 @@
+//! A snapshot that is in use: nothing takes it away meanwhile.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustix::fs::{FlockOperation, Timespec, Timestamps, UTIME_NOW};
+
+use crate::draft::use_file;
+use crate::folder::{FileError, lock};
+use crate::index::Index;
+use crate::store::{Folders, ReadError};
+use crate::{Config, Digest, Layer, Manifest, Name, Reference, Store};
+
+/// A snapshot in use.
+#[derive(Debug)]
+pub struct Snapshot {
+    folders: Arc<Folders>,
+    names: Vec<Name>,
+    manifest: Manifest,
+    config: Config,
+    /// Its shared lock says that the snapshot is in use.
+    _use: File,
+}
+
+/// A reference does not lead to one snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// There is none.
+    #[error("there is no snapshot {reference}")]
+    Missing {
+        /// What was asked for.
+        reference: Reference,
+    },
+    /// The digests of several begin so.
+    #[error("{prefix} is the beginning of {count} snapshots' digests")]
+    Ambiguous {
+        /// What was asked for.
+        prefix: String,
+        /// How many there are.
+        count: usize,
+    },
+}
+
+/// A snapshot could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A file is out of reach.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// There is no such snapshot.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// The index, the manifest or the config is damaged, or of a later version.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// A layer is gone.
+    #[error("the snapshot {snapshot} is damaged: {blob} is missing")]
+    Missing {
+        /// The snapshot.
+        snapshot: Digest,
+        /// The layer.
+        blob: Digest,
+    },
+    /// A layer is shorter or longer than it was.
+    #[error("the snapshot {snapshot} is damaged: {blob} has {found} bytes, where the manifest says {expected}")]
+    Size {
+        /// The snapshot.
+        snapshot: Digest,
+        /// The layer.
+        blob: Digest,
+        /// How long it is.
+        found: u64,
+        /// How long it should be.
+        expected: u64,
+    },
+}
+
+impl Store {
+    /// Opens a snapshot to use it, and notes that it was used. Its manifest and config are checked against their digests and
+    /// its layers by their sizes; their bytes are not read.
+    ///
+    /// # Errors
+    /// No such snapshot, a damaged one, or one of a later version.
+    pub fn open_snapshot(&self, reference: &Reference) -> Result<Snapshot, SnapshotError> {
+        let folders = &self.folders;
+        let (digest, names, snapshot_use) = {
+            let _lock = folders.lock(FlockOperation::LockShared)?;
+            let index = folders.index()?;
+            let digest = resolve(&index, reference)?;
+            (digest, index.names_of(digest), Snapshot::begin_use(folders, digest)?)
+        };
+        let manifest = folders.manifest(digest)?;
+        let config = folders.config(&manifest)?;
+        for layer in manifest.layers() {
+            let expected = layer.size;
+            match folders.blob_size(layer.digest)? {
+                Some(found) if found == expected => {}
+                Some(found) => {
+                    return Err(SnapshotError::Size { snapshot: digest, blob: layer.digest, found, expected });
+                }
+                None => return Err(SnapshotError::Missing { snapshot: digest, blob: layer.digest }),
+            }
+        }
+        Ok(Snapshot::new(Arc::clone(folders), names, manifest, config, snapshot_use))
+    }
+}
+
+/// The one snapshot that is meant.
+pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, ResolveError> {
+    let missing = || ResolveError::Missing { reference: reference.clone() };
+    match reference {
+        Reference::Name(name) => index.named(name).ok_or_else(missing),
+        Reference::Digest(digest) if index.contains(*digest) => Ok(*digest),
+        Reference::Digest(_) => Err(missing()),
+        Reference::Prefix(prefix) => {
+            let found: BTreeSet<Digest> = index.entries().map(|entry| entry.digest).collect();
+            let found: Vec<Digest> = found.into_iter().filter(|digest| digest.hex().starts_with(prefix)).collect();
+            match found[..] {
+                [digest] => Ok(digest),
+                [] => Err(missing()),
+                _ => Err(ResolveError::Ambiguous { prefix: prefix.clone(), count: found.len() }),
+            }
+        }
+    }
+}
+
+impl Snapshot {
+    pub(crate) fn new(
+        folders: Arc<Folders>,
+        names: Vec<Name>,
+        manifest: Manifest,
+        config: Config,
+        r#use: File,
+    ) -> Self {
+        Self { folders, names, manifest, config, _use: r#use }
+    }
+
+    /// With the store's lock: marks a snapshot as in use until the file is closed, and notes the time.
+    pub(crate) fn begin_use(folders: &Folders, digest: Digest) -> Result<File, FileError> {
+        let file = use_file(folders, digest)?;
+        let path = || folders.uses.join(digest.hex());
+        lock(&file, FlockOperation::LockShared).map_err(FileError::new("lock", path()))?;
+        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+        let times = Timestamps { last_access: now, last_modification: now };
+        rustix::fs::futimens(&file, &times).map_err(|error| FileError::new("touch", path())(error.into()))?;
+        Ok(file)
+    }
+
+    /// The digest of its manifest.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.manifest.digest()
+    }
+
+    /// Its names when it was opened.
+    #[must_use]
+    pub fn names(&self) -> &[Name] {
+        &self.names
+    }
+
+    /// Its manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// What it was made from.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The layers of a media type, in the order of the manifest.
+    pub fn layers_of<'a>(&'a self, media_type: &'a str) -> impl Iterator<Item = &'a Layer> {
+        self.manifest.layers().iter().filter(move |layer| layer.media_type == media_type)
+    }
+
+    /// Where a blob of it is. The file must not be changed.
+    #[must_use]
+    pub fn path(&self, blob: &Digest) -> PathBuf {
+        self.folders.blobs.join(blob.hex())
+    }
+
+    /// A layer's file, open for reading.
+    ///
+    /// # Errors
+    /// It is gone or no regular file.
+    pub fn open(&self, layer: &Layer) -> Result<File, FileError> {
+        self.folders.blob(layer.digest)
+    }
+}

@@ -1,0 +1,274 @@
+//! The store: its folders, its lock, and what is read of it.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+
+use crate::folder::{FileError, Folder, lock, unless_missing};
+use crate::index::{Index, IndexError};
+use crate::manifest::{DOCUMENT_LIMIT, ManifestError};
+use crate::{Digest, Manifest};
+
+/// Where a node keeps its snapshots.
+pub const DEFAULT_ROOT: &str = "/var/lib/gpusnap";
+
+const INDEX: &str = "index.json";
+const LAYOUT: &str = "oci-layout";
+const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+const LOCK: &str = "lock";
+/// What a store consists of, and what a file system has when it is made.
+const KNOWN: [&str; 9] =
+    [INDEX, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "uses", "lost+found"];
+
+/// Whether a snapshot that is published survives a crash of the machine from then on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// Only what is small is flushed: config, manifest and index. After a crash of the machine within about half a minute
+    /// layers may be missing or short, which opening the snapshot notices by their sizes; earlier snapshots and all
+    /// names are there.
+    #[default]
+    Process,
+    /// Layers are flushed before the index names them, at the speed of the disk: half a minute for 30 GB at 1 GB/s.
+    Machine,
+}
+
+/// A store of snapshots. Clones are the same store; so are stores of other processes with the same root.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pub(crate) folders: Arc<Folders>,
+    pub(crate) durability: Durability,
+}
+
+#[derive(Debug)]
+pub(crate) struct Folders {
+    pub(crate) root: Folder,
+    pub(crate) blobs: Folder,
+    pub(crate) drafts: Folder,
+    pub(crate) uses: Folder,
+}
+
+/// A store could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A file or a folder of it is out of reach.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The folder has something else in it.
+    #[error("{} is no store: it has {found:?} in it", path.display())]
+    NotAStore {
+        /// The folder.
+        path: PathBuf,
+        /// What is in it.
+        found: String,
+    },
+    /// The folder is somebody else's, who could change what is restored.
+    #[error("{} belongs to user {owner}", path.display())]
+    Owner {
+        /// The folder.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
+    /// It had snapshots, and its index is gone.
+    #[error("{} is damaged: it has no {missing}", path.display())]
+    Damaged {
+        /// The folder.
+        path: PathBuf,
+        /// What it lacks.
+        missing: &'static str,
+    },
+    /// Not an OCI image layout of a version that is known.
+    #[error("{} is of a version that this gpusnap does not know", path.display())]
+    Layout {
+        /// Its `oci-layout`.
+        path: PathBuf,
+    },
+}
+
+/// The store's index, or the manifest of a snapshot, could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A file is out of reach.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The index is damaged.
+    #[error("{} is damaged", path.display())]
+    Index {
+        /// Where it is.
+        path: PathBuf,
+        /// How.
+        #[source]
+        source: IndexError,
+    },
+    /// A manifest or a config is not what its digest says.
+    #[error("{digest} is damaged: its bytes are others")]
+    Digest {
+        /// What it should be.
+        digest: Digest,
+    },
+    /// A manifest is none of a snapshot, or of a later version.
+    #[error("{digest} is not a snapshot that can be used")]
+    Manifest {
+        /// The manifest.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: ManifestError,
+    },
+    /// A config is damaged or of a later version.
+    #[error("{digest} is not a snapshot that can be used")]
+    Config {
+        /// The manifest.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: crate::ConfigError,
+    },
+}
+
+impl Store {
+    /// Opens the store at `root`, which is made if it is missing. Only its owner can enter it.
+    ///
+    /// # Errors
+    /// A folder of something else or of somebody else, a damaged store, and what the file system refuses.
+    pub fn open(root: &Path) -> Result<Self, OpenError> {
+        let at = |action| FileError::new(action, root);
+        let root = std::path::absolute(root).map_err(at("find"))?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(at("make"))?;
+        let folder = Folder::open(&root).map_err(at("open"))?;
+        for found in folder.names().map_err(at("read"))? {
+            if !KNOWN.iter().any(|known| found == OsStr::new(known)) {
+                return Err(OpenError::NotAStore { path: root, found: found.to_string_lossy().into_owned() });
+            }
+        }
+        let metadata = std::fs::metadata(&root).map_err(at("look at"))?;
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(OpenError::Owner { path: root, owner: metadata.uid() });
+        }
+        // The top of a file system that was made for the store is open to all.
+        if metadata.mode() & 0o777 != 0o700 {
+            let closed = std::fs::Permissions::from_mode(0o700);
+            std::fs::set_permissions(&root, closed).map_err(at("close to others"))?;
+        }
+        let guard = folder.lockable(LOCK).map_err(FileError::new("open", folder.join(LOCK)))?;
+        lock(&guard, FlockOperation::LockExclusive).map_err(FileError::new("lock", folder.join(LOCK)))?;
+        initialise(&folder)?;
+        let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
+        let (blobs, drafts, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("uses")?);
+        let folders = Folders { root: folder, blobs, drafts, uses };
+        Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
+    }
+
+    /// The same store; what is published through it is as durable as this says.
+    #[must_use]
+    pub fn with_durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
+        self
+    }
+
+    /// Its folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        self.folders.root.path()
+    }
+
+    /// Size in bytes of a blob that is there; None if it is not. For who decides what to transfer.
+    ///
+    /// # Errors
+    /// It is there and cannot be looked at, or is no regular file.
+    pub fn blob_size(&self, digest: &Digest) -> Result<Option<u64>, FileError> {
+        self.folders.blob_size(*digest)
+    }
+}
+
+/// Makes what is missing of a new store. What a crash left of this is completed.
+fn initialise(folder: &Folder) -> Result<(), OpenError> {
+    let path = |name: &str| folder.join(name);
+    let layout = unless_missing(folder.read(LAYOUT, 4096)).map_err(FileError::new("read", path(LAYOUT)))?;
+    let has_index = unless_missing(folder.file(INDEX)).map_err(FileError::new("open", path(INDEX)))?.is_some();
+    for name in ["blobs", "blobs/sha256", "drafts", "uses"] {
+        folder.make(name).map_err(FileError::new("make", path(name)))?;
+    }
+    if let Some(layout) = layout {
+        if !has_index {
+            return Err(OpenError::Damaged { path: folder.path().into(), missing: INDEX });
+        }
+        let known = serde_json::from_slice::<oci_spec::image::OciLayout>(&layout)
+            .is_ok_and(|layout| layout.image_layout_version().starts_with("1."));
+        return if known { Ok(()) } else { Err(OpenError::Layout { path: path(LAYOUT) }) };
+    }
+    if !has_index {
+        let blobs = folder.sub("blobs/sha256").and_then(|blobs| blobs.names());
+        if !blobs.map_err(FileError::new("read", path("blobs/sha256")))?.is_empty() {
+            return Err(OpenError::Damaged { path: folder.path().into(), missing: INDEX });
+        }
+        let empty = Index::empty().to_bytes().expect("an empty index is small JSON");
+        folder.replace(INDEX, &empty).map_err(FileError::new("write", path(INDEX)))?;
+    }
+    // Last: from now on the index is never missing.
+    folder.replace(LAYOUT, LAYOUT_CONTENT).map_err(FileError::new("write", path(LAYOUT)))?;
+    Ok(())
+}
+
+impl Folders {
+    /// Waits for the store's lock. `LockShared`: what the index names stays; `LockExclusive`: the index may be replaced.
+    /// It is held for renames and small reads only, never while bytes of layers are moved.
+    pub(crate) fn lock(&self, operation: FlockOperation) -> Result<File, FileError> {
+        let path = || self.root.join(LOCK);
+        let file = self.root.lockable(LOCK).map_err(FileError::new("open", path()))?;
+        lock(&file, operation).map_err(FileError::new("lock", path()))?;
+        Ok(file)
+    }
+
+    pub(crate) fn index(&self) -> Result<Index, ReadError> {
+        let path = self.root.join(INDEX);
+        let bytes = self.root.read(INDEX, DOCUMENT_LIMIT).map_err(FileError::new("read", &path))?;
+        Index::parse(&bytes).map_err(|source| ReadError::Index { path, source })
+    }
+
+    /// With the exclusive lock.
+    pub(crate) fn write_index(&self, index: &Index) -> Result<(), ReadError> {
+        let path = self.root.join(INDEX);
+        let bytes = index.to_bytes().map_err(|source| ReadError::Index { path: path.clone(), source })?;
+        self.root.replace(INDEX, &bytes).map_err(FileError::new("write", path))?;
+        Ok(())
+    }
+
+    /// The bytes of a small blob, which are what its digest says.
+    pub(crate) fn document(&self, digest: Digest) -> Result<Vec<u8>, ReadError> {
+        let path = self.blobs.join(digest.hex());
+        let bytes = self.blobs.read(digest.hex(), DOCUMENT_LIMIT).map_err(FileError::new("read", path))?;
+        if Digest::of(&bytes) != digest {
+            return Err(ReadError::Digest { digest });
+        }
+        Ok(bytes)
+    }
+
+    pub(crate) fn manifest(&self, digest: Digest) -> Result<Manifest, ReadError> {
+        Manifest::parse(&self.document(digest)?).map_err(|source| ReadError::Manifest { digest, source })
+    }
+
+    pub(crate) fn config(&self, manifest: &Manifest) -> Result<crate::Config, ReadError> {
+        let bytes = self.document(manifest.config().digest)?;
+        crate::Config::parse(&bytes).map_err(|source| ReadError::Config { digest: manifest.digest(), source })
+    }
+
+    pub(crate) fn blob(&self, digest: Digest) -> Result<File, FileError> {
+        self.blobs.file(digest.hex()).map_err(FileError::new("open", self.blobs.join(digest.hex())))
+    }
+
+    pub(crate) fn blob_size(&self, digest: Digest) -> Result<Option<u64>, FileError> {
+        let size = || -> io::Result<Option<u64>> {
+            Ok(match unless_missing(self.blobs.file(digest.hex()))? {
+                Some(file) => Some(file.metadata()?.len()),
+                None => None,
+            })
+        };
+        size().map_err(FileError::new("look at", self.blobs.join(digest.hex())))
+    }
+}

@@ -30,7 +30,7 @@ pub const CALLER: &str = "cuda-caller";
 const CAPABILITIES: [Capability; 1] = [Capability::CAP_SYS_PTRACE];
 
 /// How often whoever waits for calls looks after other things.
-const TICK: Duration = Duration::from_millis(20);
+pub(crate) const TICK: Duration = Duration::from_millis(20);
 /// Loading libcuda takes some 20 ms; a node that is swapping may need seconds.
 /// So it is how long a call may take that has nothing to wait for.
 pub(crate) const SHORT_CALL: Duration = Duration::from_secs(30);
@@ -233,12 +233,13 @@ impl Callers {
     }
 
     /// Makes all these calls at the same time, each in a caller of its own, and gives their results in the same order.
-    /// A caller that takes longer than `limit` is killed. `tick` is run every few milliseconds meanwhile.
+    /// A caller that takes longer than `limit` is killed. Meanwhile `tick` is run again and again, after as long as it says
+    /// each time at most.
     pub(crate) fn make(
         &mut self,
         calls: &[(i32, Call)],
         limit: Duration,
-        tick: &mut dyn FnMut(),
+        tick: &mut dyn FnMut() -> Duration,
     ) -> Vec<Result<Answer, CallFailure>> {
         let requests = calls.iter().map(|(pid, call)| Request::Call { pid: *pid, call: call.clone() });
         let replies = self.ask(&requests.collect::<Vec<_>>(), limit, tick);
@@ -254,7 +255,7 @@ impl Callers {
 
     /// What this node has of GPUs.
     pub(crate) fn inventory(&mut self, limit: Duration) -> Result<Inventory, CallFailure> {
-        match self.ask(&[Request::Inventory], limit, &mut || {}).pop() {
+        match self.ask(&[Request::Inventory], limit, &mut || TICK).pop() {
             Some(Ok(Reply::Inventory(inventory))) => Ok(inventory),
             Some(Ok(Reply::Impossible(why))) => Err(CallFailure::Impossible(why)),
             Some(Ok(_)) | None => Err(CallFailure::Died),
@@ -266,11 +267,12 @@ impl Callers {
         &mut self,
         requests: &[Request],
         limit: Duration,
-        tick: &mut dyn FnMut(),
+        tick: &mut dyn FnMut() -> Duration,
     ) -> Vec<Result<Reply, CallFailure>> {
         let mut asked: Vec<Result<Caller, CallFailure>> = requests.iter().map(|request| self.begin(request)).collect();
         let mut replies: Vec<Option<Result<Reply, CallFailure>>> = asked.iter().map(|_| None).collect();
         let deadline = Instant::now() + limit;
+        let mut pause = Duration::ZERO;
         loop {
             let waiting: Vec<usize> =
                 (0..asked.len()).filter(|&index| replies[index].is_none() && asked[index].is_ok()).collect();
@@ -281,12 +283,12 @@ impl Callers {
             if now >= deadline {
                 break;
             }
-            for index in ready(&asked, &waiting, TICK.min(deadline - now)) {
+            for index in ready(&asked, &waiting, pause.min(deadline - now)) {
                 if let Ok(caller) = &mut asked[index] {
                     replies[index] = Some(caller.receive().map_err(|_| CallFailure::Died));
                 }
             }
-            tick();
+            pause = tick();
         }
         asked
             .drain(..)
@@ -347,17 +349,17 @@ mod tests {
     #[test]
     fn a_program_that_is_not_there_is_told() {
         let mut callers = Callers::new("/nowhere".into());
-        let results = callers.make(&[(1, Call::State)], SHORT_CALL, &mut || {});
+        let results = callers.make(&[(1, Call::State)], SHORT_CALL, &mut || TICK);
         assert!(matches!(&results[..], [Err(CallFailure::Impossible(why))] if why.contains("cannot start")));
     }
 
     #[test]
     fn a_caller_that_dies_is_told_from_one_that_hangs() {
         let mut dies = Callers::new("/bin/false".into());
-        assert_eq!(dies.make(&[(1, Call::State)], SHORT_CALL, &mut || {}), [Err(CallFailure::Died)]);
+        assert_eq!(dies.make(&[(1, Call::State)], SHORT_CALL, &mut || TICK), [Err(CallFailure::Died)]);
         // It is busy with its standard output for ever.
         let mut hangs = Callers::new("/usr/bin/yes".into());
         let limit = Duration::from_millis(200);
-        assert_eq!(hangs.make(&[(1, Call::State)], limit, &mut || {}), [Err(CallFailure::Hangs)]);
+        assert_eq!(hangs.make(&[(1, Call::State)], limit, &mut || TICK), [Err(CallFailure::Hangs)]);
     }
 }

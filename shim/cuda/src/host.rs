@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use cgroup::Cgroup;
 
-use crate::call::{Answer, Call, CallFailure, Callers};
+use crate::ahead::Ahead;
+use crate::call::{Answer, Call, CallFailure, Callers, TICK};
 use crate::hold::{Hold, Scope};
 use crate::inventory::Inventory;
 use crate::process::{self, Range, RunState};
@@ -119,13 +120,18 @@ impl Host for Machine<'_> {
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
-        let hold = &mut self.hold;
-        self.callers.make(calls, limit, &mut || {
+        let Self { cgroup, callers, hold, anonymous } = self;
+        let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
+        let mut ahead = Ahead::of(checkpoints.filter_map(|(pid, _)| Some((*pid, anonymous.get(pid)?.clone()))));
+        let results = callers.make(calls, limit, &mut || {
             // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
             if let Err(error) = hold.watch() {
                 tracing::debug!("{}", chain(&error));
             }
-        })
+            ahead.tick(hold, || memory_left(cgroup).map(|(left, _)| left)).min(TICK)
+        });
+        ahead.finish(hold);
+        results
     }
 
     fn inventory(&mut self) -> Result<Inventory, CallFailure> {
@@ -133,9 +139,7 @@ impl Host for Machine<'_> {
     }
 
     fn memory_left(&mut self) -> Option<(u64, String)> {
-        let of_container = self.cgroup.memory_left().map(|left| (left, "the memory limit of the container".to_owned()));
-        let of_machine = available_memory().map(|left| (left, "the memory of the machine".to_owned()));
-        of_container.into_iter().chain(of_machine).min()
+        memory_left(&self.cgroup).map(|(left, limit)| (left, limit.to_owned()))
     }
 
     fn freeze(&mut self) -> Result<(), SessionError> {
@@ -206,6 +210,13 @@ impl Host for Machine<'_> {
     fn sleep(&mut self, time: Duration) {
         std::thread::sleep(time);
     }
+}
+
+/// Bytes that may still be used, and what limits them.
+fn memory_left(cgroup: &Cgroup) -> Option<(u64, &'static str)> {
+    let of_container = cgroup.memory_left().map(|left| (left, "the memory limit of the container"));
+    let of_machine = available_memory().map(|left| (left, "the memory of the machine"));
+    of_container.into_iter().chain(of_machine).min()
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.

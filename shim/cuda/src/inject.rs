@@ -9,11 +9,12 @@
 //! The thread blocks all signals meanwhile; what is sent to it waits, except SIGKILL and SIGSTOP. The calls are subject to
 //! the process's seccomp filter like its own.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
@@ -21,18 +22,19 @@ use nix::sys::ptrace;
 #[cfg_attr(target_arch = "x86_64", path = "inject/x86_64.rs")]
 #[cfg_attr(not(target_arch = "x86_64"), path = "inject/other.rs")]
 mod machine;
+mod team;
 #[cfg(test)]
 mod tests;
+mod worker;
 
 use crate::hold::{Glance, Hold, HoldError, Stand, Stop, glance, sys};
 use crate::process::{self, Mapping};
 use machine::State;
+pub(crate) use team::Team;
+use worker::{Frame, Place, Worker};
 
 /// How many bytes of the process's memory there are for what calls point to.
 pub const SCRATCH: u64 = 256;
-
-/// How long the thread may take to get back to where it was, whatever the deadline.
-const RETURN: Duration = Duration::from_secs(1);
 
 /// How much of a process's memory is read at once in search of instructions.
 const CHUNK: usize = 256 * 1024;
@@ -121,6 +123,17 @@ pub enum InjectError {
         /// The signal.
         signal: i32,
     },
+    /// A call that prepares others failed.
+    #[error("system call {number} in thread {tid} fails")]
+    Answer {
+        /// The thread.
+        tid: i32,
+        /// The call's number.
+        number: i64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The deadline has passed. Frozen processes do not get anywhere.
     #[error("thread {tid} of process {pid} does not get through an injected call in time")]
     Deadline {
@@ -147,33 +160,12 @@ struct Code {
     sigreturn: Option<u64>,
 }
 
-/// What is written below a thread's stack.
-#[derive(Debug)]
-struct Frame {
-    /// The lowest address, and the stack pointer during calls.
-    start: u64,
-    /// The address of the scratch bytes in it.
-    scratch: u64,
-    bytes: Vec<u8>,
-}
-
 /// A thread of a held process that makes system calls. When it goes, the thread is as it was, held.
 #[derive(Debug)]
 pub struct Injector<'h> {
     hold: &'h mut Hold,
-    pid: i32,
-    tid: i32,
     deadline: Instant,
-    memory: File,
-    code: Code,
-    state: State,
-    mask: u64,
-    frame: Frame,
-    /// What the frame covers.
-    covered: Vec<u8>,
-    /// Whether the thread has left the stop that it was held in.
-    has_moved: bool,
-    is_back: bool,
+    worker: Worker,
 }
 
 impl<'h> Injector<'h> {
@@ -187,68 +179,24 @@ impl<'h> Injector<'h> {
     /// kernel refuses a request. Nothing of it has changed then.
     pub fn attach(hold: &'h mut Hold, pid: i32, deadline: Instant) -> Result<Self, InjectError> {
         hold.settle_only(pid, deadline).map_err(|source| InjectError::Hold { pid, source })?;
-        let mappings = process::mappings(pid).map_err(|source| InjectError::File {
-            action: "read the mappings of",
-            pid,
-            source,
-        })?;
+        let mappings = list(pid)?;
         let (tid, signal, mut state) = choose(hold, pid, &mappings)?;
-        let refused = |action| move |source| InjectError::Refused { action, pid, tid, source };
         if signal != 0 {
             deliver(hold, pid, tid, signal, deadline)?;
-            state = State::of(tid).map_err(refused("read the registers of"))?;
+            let refused = |source| InjectError::Refused { action: "read the registers of", pid, tid, source };
+            state = State::of(tid).map_err(refused)?;
         }
-        if !state.is_native() {
-            return Err(InjectError::Unsupported { pid });
-        }
-        let memory = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(format!("/proc/{pid}/task/{tid}/mem"))
-            .map_err(|source| InjectError::File { action: "open the memory of", pid, source })?;
-        let mask = sys::signal_mask(tid).map_err(refused("read the signal mask of"))?;
-        leave_restartable_sequence(&memory, tid, &mut state);
-        let mut code = find_code(&memory, &mappings).ok_or(InjectError::NoInstruction { pid })?;
-        if has_shadow_stack(pid, tid) {
-            // It would not return to where no call has come from.
-            code.sigreturn = None;
-        }
-        let room = mappings.iter().find(|mapping| mapping.is_writable() && holds(mapping, state.stack()));
-        let fits = |frame: &Frame| room.is_some_and(|room| room.range.start <= frame.start);
-        let safe = code.sigreturn.and_then(|sigreturn| state.frame(sigreturn, mask, SCRATCH)).filter(fits);
-        if safe.is_none() {
-            code.sigreturn = None;
-        }
-        let frame = safe.or_else(|| bare_frame(&state).filter(fits)).ok_or(InjectError::NoRoom { pid, tid })?;
-        let mut covered = vec![0; frame.bytes.len()];
-        memory.read_exact_at(&mut covered, frame.start).map_err(|source| InjectError::File {
-            action: "read the stack of",
-            pid,
-            source,
-        })?;
-        let (has_moved, is_back) = (false, false);
-        let injector = Self { hold, pid, tid, deadline, memory, code, state, mask, frame, covered, has_moved, is_back };
-        injector
-            .memory
-            .write_all_at(&injector.frame.bytes, injector.frame.start)
-            .map_err(|source| InjectError::File { action: "write to the stack of", pid, source })?;
-        step();
-        if injector.is_crash_safe() {
-            // First where to go on, then the mask: the frame has the old one.
-            let parked = injector.state.park(tid, &injector.code, injector.frame.start);
-            parked.map_err(refused("set the registers of"))?;
-        }
-        step();
-        sys::set_signal_mask(tid, u64::MAX).map_err(refused("block the signals of"))?;
-        step();
-        Ok(injector)
+        let memory = Rc::new(open(pid, tid)?);
+        let code = find_code(&memory, &mappings).ok_or(InjectError::NoInstruction { pid })?;
+        let worker = Worker::prepare((pid, tid), state, code, memory, &Place::Stack(&mappings))?;
+        Ok(Self { hold, deadline, worker })
     }
 
     /// Whether the process goes on undisturbed if this process dies during a call. Not if its C library lacks one of the
     /// needed sequences of instructions, its stack has no room, or it uses a shadow stack.
     #[must_use]
     pub fn is_crash_safe(&self) -> bool {
-        self.code.sigreturn.is_some()
+        self.worker.is_crash_safe()
     }
 
     /// Writes bytes, [`SCRATCH`] at most, to where a call can read them, and says where. They stay until the next.
@@ -256,14 +204,7 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When they are too many, or the process has gone.
     pub fn scratch(&mut self, bytes: &[u8]) -> Result<u64, InjectError> {
-        let written = if u64::try_from(bytes.len()).is_ok_and(|length| length <= SCRATCH) {
-            self.memory.write_all_at(bytes, self.frame.scratch)
-        } else {
-            Err(io::ErrorKind::InvalidInput.into())
-        };
-        let failed = |source| InjectError::File { action: "write to the stack of", pid: self.pid, source };
-        written.map_err(failed)?;
-        Ok(self.frame.scratch)
+        self.worker.scratch(bytes)
     }
 
     /// Reads what a call has written to where [`Self::scratch`] said, from a byte on.
@@ -271,19 +212,13 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When it is not all in there, or the process has gone.
     pub fn read_scratch(&self, from: u64, bytes: &mut [u8]) -> Result<(), InjectError> {
-        let is_in = u64::try_from(bytes.len()).is_ok_and(|length| from.saturating_add(length) <= SCRATCH);
-        let read = if is_in {
-            self.memory.read_exact_at(bytes, self.frame.scratch + from)
-        } else {
-            Err(io::ErrorKind::InvalidInput.into())
-        };
-        read.map_err(|source| InjectError::File { action: "read the stack of", pid: self.pid, source })
+        self.worker.read_scratch(from, bytes)
     }
 
     /// The thread that makes the calls.
     #[must_use]
     pub fn tid(&self) -> i32 {
-        self.tid
+        self.worker.tid
     }
 
     /// Makes a system call. What it returns is as the kernel has it: a negative number is an error's.
@@ -291,28 +226,7 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When it does not end by the deadline, the process dies, or the kernel refuses a request.
     pub fn call(&mut self, number: i64, arguments: [u64; 6]) -> Result<i64, InjectError> {
-        let tid = self.tid;
-        let refused = |action| move |pid, source| InjectError::Refused { action, pid, tid, source };
-        self.state
-            .call(tid, &self.code, self.frame.start, number, arguments)
-            .map_err(|source| refused("set the registers of")(self.pid, source))?;
-        self.has_moved = true;
-        let mut signal = 0;
-        let mut syscall_stops = 0;
-        while syscall_stops < 2 {
-            step();
-            sys::go_on_to_syscall(tid, signal).map_err(|source| refused("continue")(self.pid, source))?;
-            signal = 0;
-            match self.await_stop(self.deadline)? {
-                Stop::Syscall => syscall_stops += 1,
-                Stop::Event => {}
-                // It cannot be blocked. The process counts as stopped then, and this thread goes on all the same.
-                Stop::Signal(libc::SIGSTOP) => signal = libc::SIGSTOP,
-                Stop::Signal(signal) => return Err(InjectError::Signal { pid: self.pid, tid, signal }),
-            }
-        }
-        step();
-        machine::result(tid).map_err(|source| refused("read the registers of")(self.pid, source))
+        self.worker.call(number, arguments, self.deadline)
     }
 
     /// Puts all back.
@@ -320,58 +234,23 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When the process has died, or the kernel refuses a request.
     pub fn finish(mut self) -> Result<(), InjectError> {
-        self.go_back()
-    }
-
-    fn go_back(&mut self) -> Result<(), InjectError> {
-        let (pid, tid) = (self.pid, self.tid);
-        if std::mem::replace(&mut self.is_back, true) {
-            return Ok(());
-        }
-        let refused = |action| move |source| InjectError::Refused { action, pid, tid, source };
-        if self.has_moved {
-            // To where it was held: before it goes to its program, the kernel looks there whether a system call is to be
-            // restarted.
-            let deadline = self.deadline.max(Instant::now() + RETURN);
-            ptrace::interrupt(nix::unistd::Pid::from_raw(tid)).map_err(|errno| refused("interrupt")(errno.into()))?;
-            loop {
-                step();
-                let signal = match self.await_stop(deadline)? {
-                    Stop::Event => break,
-                    Stop::Syscall => 0,
-                    Stop::Signal(signal) => signal,
-                };
-                sys::go_on(tid, signal).map_err(refused("continue"))?;
-            }
-        }
-        step();
-        // As long as it would return through the frame, the mask may be either.
-        sys::set_signal_mask(tid, self.mask).map_err(refused("unblock the signals of"))?;
-        step();
-        self.state.put(tid).map_err(refused("put back the registers of"))?;
-        self.memory.write_all_at(&self.covered, self.frame.start).map_err(|source| InjectError::File {
-            action: "put back the stack of",
-            pid,
-            source,
-        })
-    }
-
-    fn await_stop(&self, deadline: Instant) -> Result<Stop, InjectError> {
-        await_stop(self.pid, self.tid, deadline)
+        self.worker.go_back(self.deadline)
     }
 }
 
 impl Drop for Injector<'_> {
     fn drop(&mut self) {
-        let (pid, tid) = (self.pid, self.tid);
-        if let Err(error) = self.go_back()
-            && !matches!(error, InjectError::Died { .. })
-        {
-            let error = &error as &dyn std::error::Error;
-            tracing::error!(pid, tid, error, "a thread is not back where it was before injected calls");
-        }
-        self.hold.note(pid, tid, Stand::Still { signal: 0 });
+        self.worker.put_back(self.hold, self.deadline);
     }
+}
+
+fn list(pid: i32) -> Result<Vec<Mapping>, InjectError> {
+    process::mappings(pid).map_err(|source| InjectError::File { action: "read the mappings of", pid, source })
+}
+
+fn open(pid: i32, tid: i32) -> Result<File, InjectError> {
+    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/task/{tid}/mem"));
+    memory.map_err(|source| InjectError::File { action: "open the memory of", pid, source })
 }
 
 /// What a system call returned, as a C library has it.
@@ -439,34 +318,6 @@ fn deliver(hold: &mut Hold, pid: i32, tid: i32, signal: i32, deadline: Instant) 
     Ok(())
 }
 
-/// Room for scratch bytes only, below the stack by what any function may use without saying so.
-fn bare_frame(state: &State) -> Option<Frame> {
-    let start = state.stack().checked_sub(2 * SCRATCH)? & !15;
-    let length = usize::try_from(SCRATCH).ok()?;
-    Some(Frame { start, scratch: start, bytes: vec![0; length] })
-}
-
-/// Takes a thread out of a restartable sequence as the kernel would, had it gone on: to its abort handler. With other
-/// registers than those of its program, the kernel would not see that it is in one.
-fn leave_restartable_sequence(memory: &File, tid: i32, state: &mut State) {
-    if state.is_in_syscall() {
-        return;
-    }
-    // From the ABI of rseq(2): the address of the sequence is at byte 8 of the area, and in the sequence at byte 8 its
-    // start, then its length and the abort handler.
-    let read = |address: u64| {
-        let mut word = [0; 8];
-        memory.read_exact_at(&mut word, address).ok().map(|()| u64::from_ne_bytes(word))
-    };
-    let Some(area) = sys::restartable_area(tid).filter(|area| *area != 0) else { return };
-    let Some(sequence) = read(area + 8).filter(|sequence| *sequence != 0) else { return };
-    if let (Some(start), Some(length), Some(abort)) = (read(sequence + 8), read(sequence + 16), read(sequence + 24))
-        && state.instruction().wrapping_sub(start) < length
-    {
-        state.jump(abort);
-    }
-}
-
 /// Looks for the instructions in the code that a process has mapped, first where they are in most programs.
 fn find_code(memory: &File, mappings: &[Mapping]) -> Option<Code> {
     let mut texts: Vec<_> = mappings.iter().filter(|mapping| mapping.is_executable()).collect();
@@ -517,9 +368,4 @@ fn is_vdso(mapping: &Mapping) -> bool {
 fn holds(mapping: &Mapping, address: u64) -> bool {
     // A stack pointer may be at the very end of its stack.
     mapping.range.start < address && address <= mapping.range.end
-}
-
-fn has_shadow_stack(pid: i32, tid: i32) -> bool {
-    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    process::status_field(&status, "x86_Thread_features").is_some_and(|features| features.contains("shstk"))
 }

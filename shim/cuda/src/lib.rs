@@ -10,6 +10,7 @@
 
 #![deny(unsafe_code)]
 
+mod ahead;
 mod call;
 mod client;
 mod driver;

@@ -268,6 +268,10 @@ fn drivers_thread() {
 
 fn many() -> ! {
     drivers_thread();
+    many_of_the_program()
+}
+
+fn many_of_the_program() -> ! {
     thread("computes", || sys::compute());
     thread("sleeps", || {
         loop {
@@ -284,6 +288,13 @@ fn many() -> ! {
         count(3);
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Sends the driver's thread of a process a signal, which it only looks for.
+pub(crate) fn tell_driver(pid: i32) {
+    let threads = crate::process::threads(pid).unwrap();
+    let driver = threads.iter().find(|thread| thread.name == "cuda0123456789a").unwrap();
+    crate::hold::sys::signal_thread(pid, driver.tid, rustix::process::Signal::USR1).unwrap();
 }
 
 /// What the word at this byte of a staging area is: every fourth 64 KiB have nothing.
@@ -394,6 +405,20 @@ fn play() {
             });
             sys::end_thread();
         }
+        // Its driver's thread makes a mapping, at value 5, when it is told.
+        "maps" => {
+            thread("cuda0123456789a", move || {
+                SigSet::all().thread_block().unwrap();
+                loop {
+                    count(4);
+                    if VALUES[5].load(Ordering::Relaxed) == 0 && sys::is_pending(libc::SIGUSR1) {
+                        VALUES[5].store(sys::map_words(200 << 20).as_ptr() as u64, Ordering::Relaxed);
+                    }
+                    sys::sleep_once(1);
+                }
+            });
+            many_of_the_program();
+        }
         "staging" => stage(argument.parse().unwrap()),
         // It cannot open anything more.
         "staging-full" => {
@@ -493,6 +518,26 @@ fn play() {
             let mut hold = crate::hold::Hold::new();
             hold.take_scope(swap.processes[0].pid, crate::hold::Scope::All).unwrap();
             assert_eq!(crate::swap::swap_in(&mut hold, &swap.files, &swap.processes[0], soon()).unwrap(), []);
+            hold.let_go().unwrap();
+            sys::exit(0);
+        }
+        // Is ahead of a driver that makes a mapping, and dies before the step of this number.
+        "ahead" => {
+            let mut words = argument.split(' ').map(|word| word.parse::<u32>().unwrap());
+            let (pid, step) = (i32::try_from(words.next().unwrap()).unwrap(), words.next().unwrap());
+            let mut hold = crate::hold::Hold::new();
+            hold.take(pid).unwrap();
+            hold.settle(soon()).unwrap();
+            let before = crate::process::anonymous_mappings(pid).unwrap();
+            let mut ahead = crate::ahead::Ahead::of([(pid, before)].into_iter());
+            tell_driver(pid);
+            STEPS.store(step, Ordering::Relaxed);
+            let end = soon();
+            while !ahead.is_done() && Instant::now() < end {
+                hold.watch().unwrap();
+                std::thread::sleep(ahead.tick(&mut hold, || None));
+            }
+            ahead.finish(&mut hold);
             hold.let_go().unwrap();
             sys::exit(0);
         }

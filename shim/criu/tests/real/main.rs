@@ -10,6 +10,8 @@
 mod causes;
 mod faults;
 mod life;
+mod memory;
+mod pages;
 #[allow(unsafe_code)]
 mod sys;
 mod target;
@@ -26,7 +28,7 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    let sentences = [life::sentences(), faults::sentences(), causes::sentences()];
+    let sentences = [life::sentences(), faults::sentences(), causes::sentences(), memory::sentences()];
     let trials = sentences.into_iter().flatten().map(world::Sentence::trial).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::pages::{self, Pages};
 use crate::sys;
 
 /// Argument that makes this program a target.
@@ -29,6 +30,7 @@ struct Held {
     talk: Option<(TcpStream, TcpStream)>,
     echo: bool,
     memory: Vec<u8>,
+    pages: Option<Pages>,
     files: Vec<OwnedFd>,
 }
 
@@ -54,17 +56,24 @@ pub(crate) fn main(arguments: &[String]) -> u8 {
             one.write_all(b"x").unwrap();
             other.read_exact(&mut [0]).unwrap();
         }
+        if let Some(pages) = &mut held.pages {
+            pages.verify();
+        }
         if held.echo {
             println!("{number}");
         }
-        // Always the same length: a restore compares the sizes of files.
-        count.write_at(format!("{number:019}\n").as_bytes(), 0).unwrap();
+        write_count(&count, number);
         std::thread::sleep(Duration::from_millis(5));
     }
     1
 }
 
-fn open(path: &str) -> File {
+/// Always the same length: a restore compares the sizes of files.
+pub(crate) fn write_count(count: &File, number: u64) {
+    count.write_at(format!("{number:019}\n").as_bytes(), 0).unwrap();
+}
+
+pub(crate) fn open(path: &str) -> File {
     File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap()
 }
 
@@ -79,6 +88,8 @@ fn hold(held: &mut Held, file: &str, thing: &str) -> bool {
         // It passes each byte on through two pipes.
         "child" => held.child = Some(spawn(&["echo-child"])),
         "echo" => held.echo = true,
+        "family" => held.pages = Some(pages::family(&named)),
+        "staging" => held.pages = Some(pages::staging(&named)),
         "memory" => held.memory = vec![1; MEMORY],
         "tcp" => {
             let server = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -35,7 +35,11 @@ impl State {
         0
     }
 
-    pub(super) fn frame(&self, _sigreturn: u64, _mask: u64, _scratch: u64) -> Option<Frame> {
+    pub(super) fn below_stack(&self) -> Option<u64> {
+        None
+    }
+
+    pub(super) fn frame(&self, _end: u64, _sigreturn: u64, _mask: u64, _scratch: u64) -> Option<Frame> {
         None
     }
 

@@ -105,11 +105,15 @@ impl State {
         self.registers.rsp
     }
 
-    /// A frame on the thread's stack, with room for `scratch` bytes in it, that a return from a signal makes this state
+    /// Where its stack has room for something else.
+    pub(super) fn below_stack(&self) -> Option<u64> {
+        self.registers.rsp.checked_sub(RED_ZONE)
+    }
+
+    /// A frame that ends before `end`, with room for `scratch` bytes in it, that a return from a signal makes this state
     /// of; `mask` are the signals to block.
-    pub(super) fn frame(&self, sigreturn: u64, mask: u64, scratch: u64) -> Option<Frame> {
+    pub(super) fn frame(&self, end: u64, sigreturn: u64, mask: u64, scratch: u64) -> Option<Frame> {
         let extended = self.signal_extended()?;
-        let end = self.registers.rsp.checked_sub(RED_ZONE)?;
         let state = end.checked_sub(u64::try_from(extended.len()).ok()?)? & !63;
         let scratch = state.checked_sub(scratch)? & !15;
         let start = scratch.checked_sub(FRAME)? & !15;

@@ -53,6 +53,16 @@ pub(crate) fn queue_signal(pid: i32, signal: libc::c_int) -> io::Result<()> {
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Whether a signal waits for the process or the calling thread, which blocks it.
+pub(crate) fn is_pending(signal: libc::c_int) -> bool {
+    let mut signals = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: a set of signals is written to a place for one.
+    let done = unsafe { libc::sigpending(signals.as_mut_ptr()) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    // SAFETY: the call has written it, and it is a number's bits even without that.
+    unsafe { libc::sigismember(signals.as_ptr(), signal) == 1 }
+}
+
 /// Computes with values in registers, and compares them with what they must be.
 pub(crate) fn compute() -> ! {
     let pattern: [u8; 64] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default() ^ 0xa5);

@@ -1,0 +1,196 @@
+//! Images without memory, which is filled after the restore.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use async_trait::async_trait;
+use criu::image::memory::{self, Changes, Run, Staging};
+use criu::image::{self};
+use criu::{BoxError, External, NotifyRestore};
+use rustix::mount::{MountFlags, UnmountFlags};
+
+use crate::sys;
+use crate::world::{Sentence, Target, World, children, sentence, until};
+
+/// Small enough that the target's larger parts are runs, and its smaller ones are not.
+const LEAST: u64 = 256 << 10;
+
+pub(crate) fn sentences() -> Vec<Sentence> {
+    vec![
+        sentence!(a_family_gets_its_memory_back_when_all_of_it_is_filled),
+        sentence!(a_family_gets_its_memory_back_when_only_what_is_not_inherited_is_filled),
+        sentence!(rewritten_images_are_restored_twice_and_again_from_a_new_dump),
+        sentence!(images_that_nothing_is_taken_out_of_are_restored_as_before),
+        sentence!(staging_memory_becomes_anonymous_again),
+    ]
+}
+
+/// Memory that was taken out, and where it goes.
+type Taken = Vec<(i32, u64, Vec<u8>)>;
+
+/// Writes it back when all processes are about to run.
+struct Fill(Taken);
+
+#[async_trait]
+impl NotifyRestore for Fill {
+    async fn pre_resume(&mut self) -> Result<(), BoxError> {
+        for (pid, address, bytes) in &self.0 {
+            sys::write_memory(*pid, *address, bytes)?;
+        }
+        Ok(())
+    }
+}
+
+fn read(run: &Run) -> (i32, u64, Vec<u8>) {
+    let mut bytes = vec![0; usize::try_from(run.length).unwrap()];
+    File::open(&run.file).unwrap().read_exact_at(&mut bytes, run.offset).unwrap();
+    (run.pid, run.address, bytes)
+}
+
+fn without(runs: &[Run]) -> Vec<Changes> {
+    let mut changes: Vec<Changes> = vec![];
+    for run in runs {
+        let range = run.address..run.address + run.length;
+        match changes.iter_mut().find(|changes| changes.pid == run.pid) {
+            Some(changes) => changes.without.push(range),
+            None => changes.push(Changes { pid: run.pid, without: vec![range], staging: vec![] }),
+        }
+    }
+    changes
+}
+
+fn pages_in(images: &Path) -> u64 {
+    let files = std::fs::read_dir(images).unwrap().map(Result::unwrap);
+    let pages = files.filter(|file| file.file_name().to_str().unwrap().starts_with("pages-"));
+    pages.map(|file| file.metadata().unwrap().len()).sum()
+}
+
+async fn family_runs(world: &World) {
+    for name in ["child", "grandchild"] {
+        let count = || std::fs::read_to_string(world.path(&format!("count.{name}"))).unwrap_or_default();
+        let before = count();
+        until("a child to verify its memory", || count() > before).await;
+    }
+}
+
+/// A family that is dumped and gone.
+async fn dumped_family(world: &World) {
+    let target = world.target(&["family"]).await;
+    family_runs(world).await;
+    world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap();
+    target.child.wait().await;
+    until("the family to end", || children().is_empty()).await;
+}
+
+/// Restores a family and waits until all have verified their memory.
+async fn restored_family(world: &World, taken: Taken) -> Target {
+    let restored = world.criu.restore(world.restore_request(), &mut Fill(taken)).await.unwrap();
+    let target = Target::of(restored.root, world);
+    target.runs().await;
+    family_runs(world).await;
+    target
+}
+
+/// Takes the runs out, and returns what they hold.
+fn take(images: &Path, runs: &[Run]) -> Taken {
+    let taken = runs.iter().map(read).collect();
+    let (before, length) = (pages_in(images), runs.iter().map(|run| run.length).sum::<u64>());
+    memory::rewrite(images, &without(runs)).unwrap();
+    image::check(images).unwrap();
+    assert_eq!(pages_in(images), before - length);
+    taken
+}
+
+async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
+    dumped_family(&world).await;
+    let images = world.path("images");
+    let runs = memory::runs(&images, LEAST).unwrap();
+    let length: u64 = runs.iter().map(|run| run.length).sum();
+    assert!(length > 3 * (48 << 20), "{length}");
+    let taken = take(&images, &runs);
+    assert_eq!(memory::runs(&images, LEAST).unwrap(), []);
+    restored_family(&world, taken).await.kill().await;
+}
+
+async fn a_family_gets_its_memory_back_when_only_what_is_not_inherited_is_filled(world: World) {
+    dumped_family(&world).await;
+    let images = world.path("images");
+    let mut runs = memory::runs(&images, LEAST).unwrap();
+    runs.retain(|run| !run.inherited);
+    let taken = take(&images, &runs);
+    restored_family(&world, taken).await.kill().await;
+}
+
+async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: World) {
+    dumped_family(&world).await;
+    let images = world.path("images");
+    let taken = take(&images, &memory::runs(&images, LEAST).unwrap());
+    restored_family(&world, taken.clone()).await.kill().await;
+    let target = restored_family(&world, taken).await;
+    std::fs::rename(&images, world.path("old")).unwrap();
+    world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap();
+    target.child.wait().await;
+    until("the family to end", || children().is_empty()).await;
+    restored_family(&world, vec![]).await.kill().await;
+}
+
+async fn images_that_nothing_is_taken_out_of_are_restored_as_before(world: World) {
+    dumped_family(&world).await;
+    let images = world.path("images");
+    let pids: Vec<i32> = memory::runs(&images, LEAST).unwrap().iter().map(|run| run.pid).collect();
+    let changes = |pid: &i32| Changes { pid: *pid, ..Changes::default() };
+    memory::rewrite(&images, &pids.iter().map(changes).collect::<Vec<_>>()).unwrap();
+    restored_family(&world, vec![]).await.kill().await;
+}
+
+async fn staging_memory_becomes_anonymous_again(world: World) {
+    // The file is in a mount that nobody sees any more, as the store's are outside of a container.
+    let packs = world.folder("count.packs");
+    rustix::mount::mount("tmpfs", &packs, "tmpfs", MountFlags::empty(), None).unwrap();
+    let target = world.target(&["staging"]).await;
+    let pid = target.child.pid();
+    let pack = File::open(packs.join("pack")).unwrap();
+    rustix::mount::unmount(&packs, UnmountFlags::DETACH).unwrap();
+    let range = std::fs::read_to_string(world.path("count.range")).unwrap();
+    let (address, length) = range.split_once(' ').unwrap();
+    let (address, length): (u64, u64) = (address.parse().unwrap(), length.parse().unwrap());
+    let range = address..address + length;
+
+    world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap_err();
+    target.runs().await;
+    let mut request = world.dump_request(&target);
+    request.external = vec![External::of_file(&pack).unwrap()];
+    world.criu.dump(request, &mut ()).await.unwrap();
+    target.child.wait().await;
+
+    let images = world.path("images");
+    let written = memory::present(&images, pid, range.clone()).unwrap();
+    assert_eq!(written.iter().map(|run| run.length).collect::<Vec<_>>(), [4096, 3 * 4096]);
+    let mut taken =
+        vec![(pid, address, part(&pack, 0..8 << 20)), (pid, address + (12 << 20), part(&pack, 8 << 20..12 << 20))];
+    taken.extend(written.iter().map(read));
+    drop(pack);
+    let staging = vec![Staging { range: range.clone(), huge: true }];
+    memory::rewrite(&images, &[Changes { pid, without: vec![], staging }]).unwrap();
+    image::check(&images).unwrap();
+    assert_eq!(memory::present(&images, pid, range.clone()).unwrap(), []);
+
+    let restored = world.criu.restore(world.restore_request(), &mut Fill(taken)).await.unwrap();
+    let target = Target::of(restored.root, &world);
+    target.runs().await;
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mapping =
+        smaps.split("VmFlags:").find(|text| text.contains(&format!("{:x}-{:x} rw-p", range.start, range.end)));
+    assert!(mapping.is_some(), "{smaps}");
+    assert!(!smaps.contains("pack"), "{smaps}");
+    assert!(smaps.lines().any(|line| line.starts_with("VmFlags:") && line.contains(" hg")), "{smaps}");
+    target.kill().await;
+}
+
+fn part(file: &File, range: Range<u64>) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+    file.read_exact_at(&mut bytes, range.start).unwrap();
+    bytes
+}

@@ -26,10 +26,14 @@ pub enum Phase {
     Freeze,
     /// Checkpoint: the contents of a /dev/shm that comes from outside are saved.
     SaveShm,
+    /// Checkpoint: the memory to which the driver has moved the state on the GPUs is copied to the node store.
+    SaveMemory,
     /// Checkpoint: files take the place of the memory to which the driver has moved the state on the GPUs.
     Swap,
     /// Checkpoint: CRIU writes the processes to images.
     Dump,
+    /// Checkpoint: big memory is moved from the images to the node store.
+    MoveMemory,
     /// Checkpoint: the images become the checkpoint.
     Publish,
     /// Both: the driver moves the state back to the GPUs.
@@ -50,6 +54,8 @@ pub enum Phase {
     Restore,
     /// Restore: the hooks of the container run.
     Hooks,
+    /// Restore: big memory is put into the processes.
+    Fill,
     /// Restore: the processes run and the container takes its place.
     Resume,
 }
@@ -68,8 +74,10 @@ impl Phase {
             Self::Unlock => "unlock",
             Self::Freeze => "freeze",
             Self::SaveShm => "save-shm",
+            Self::SaveMemory => "save-memory",
             Self::Swap => "swap",
             Self::Dump => "dump",
+            Self::MoveMemory => "move-memory",
             Self::Publish => "publish",
             Self::Release => "release",
             Self::Inspect => "inspect",
@@ -78,6 +86,7 @@ impl Phase {
             Self::Cgroup => "cgroup",
             Self::Restore => "restore",
             Self::Hooks => "hooks",
+            Self::Fill => "fill",
             Self::Resume => "resume",
         }
     }
@@ -96,8 +105,10 @@ impl fmt::Display for Phase {
             Self::Unlock => "unlocking its CUDA processes",
             Self::Freeze => "freezing it",
             Self::SaveShm => "saving its /dev/shm",
+            Self::SaveMemory => "saving its GPU memory",
             Self::Swap => "putting files in the place of its GPU state in memory",
             Self::Dump => "dumping its processes",
+            Self::MoveMemory => "moving its memory out of the images",
             Self::Publish => "publishing the images",
             Self::Release => "letting it go",
             Self::Inspect => "inspecting the checkpoint",
@@ -106,6 +117,7 @@ impl fmt::Display for Phase {
             Self::Cgroup => "making its cgroup",
             Self::Restore => "restoring its processes",
             Self::Hooks => "running its hooks",
+            Self::Fill => "filling its memory",
             Self::Resume => "resuming its processes",
         })
     }

@@ -48,9 +48,9 @@ pub struct CheckpointRequest {
     pub allow: Allow,
     /// Who waits for it: a container that is to be ended is not if nobody does.
     pub caller: Caller,
-    /// Files that processes have mapped and that are not part of the container, in CRIU's notation (`file[MOUNT:INODE]`).
-    /// Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu), as is the next.
-    pub external_files: Vec<String>,
+    /// Files that processes have mapped and that are not part of the container. Only for a runtime that
+    /// [drives CRIU here](crate::OciRuntime::drives_criu), as is the next.
+    pub external_files: Vec<PathBuf>,
     /// Asked before the container goes on or ends.
     pub review: Option<Review>,
 }

@@ -30,6 +30,8 @@ const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.c
 const KILLED: u32 = 137;
 /// How long the last events may take at the end; containerd's Go shim allows its shutdown as much.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
+/// Environment variable with the folder of the node's store, where it is not the usual one.
+const STORE: &str = "GPUSNAP_STORE";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -140,7 +142,9 @@ impl Shim for GpusnapShim {
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
-        let context = Context { namespace, bundle, logs: crate::checkpoint::LOGS.into(), reaper, events, runtime_of };
+        let logs = crate::checkpoint::LOGS.into();
+        let store = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
+        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 

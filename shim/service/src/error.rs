@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use bulk::BulkError;
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
 use cuda::CudaError;
@@ -99,6 +100,10 @@ pub(crate) enum CheckpointFailure {
     Runtime(#[from] RuntimeError),
     #[error(transparent)]
     Cuda(#[from] CudaError),
+    #[error(transparent)]
+    Memory(#[from] BulkError),
+    #[error("the container has a name that a snapshot cannot have")]
+    Name(#[from] snapshot::NameError),
     #[error("its init, process {pid}, is saved and killed, but does not end")]
     DoesNotEnd { pid: i32 },
     #[error("the work was cut off")]
@@ -138,6 +143,10 @@ pub(crate) enum RestoreFailure {
     Cgroup(#[source] CgroupError),
     #[error(transparent)]
     Cuda(#[from] CudaError),
+    #[error(transparent)]
+    Memory(#[from] BulkError),
+    #[error("its big memory is not in the images, and its runtime fills none: use libcontainer (no BinaryName)")]
+    Fill,
     #[error("the checkpoint does not fit this node: {0}")]
     Node(String),
     #[error("the work was cut off")]

@@ -64,6 +64,7 @@ fn main() -> ExitCode {
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),
         Some(first) if first == cuda::GUARDIAN => return cuda::guardian_main(),
         Some(first) if first == cuda::CALLER => return cuda::caller_main(),
+        Some(first) if first == bulk::WORKER => return bulk::worker_main(),
         Some(first) if is_flag(&first, &["h", "help"]) => {
             print!("{HELP}");
             return ExitCode::SUCCESS;

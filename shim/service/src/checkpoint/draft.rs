@@ -99,7 +99,8 @@ fn names(folder: &Path) -> io::Result<BTreeSet<OsString>> {
 /// Whether a checkpoint writes files of this name.
 fn is_ours(name: &OsStr) -> bool {
     let fixed = ["stats-dump", "descriptors.json", super::shm::FILE, super::manifest::FILE];
-    Path::new(name).extension() == Some(OsStr::new("img")) || fixed.iter().any(|fixed| name == *fixed)
+    let is_memory = name.to_str().is_some_and(bulk::is_inline);
+    Path::new(name).extension() == Some(OsStr::new("img")) || is_memory || fixed.iter().any(|fixed| name == *fixed)
 }
 
 #[cfg(test)]

@@ -37,6 +37,21 @@ impl SavedGpus {
         Some(Self { driver, gpus, processes, cleaned })
     }
 
+    /// The driver's version.
+    pub(crate) fn driver(&self) -> &str {
+        &self.driver
+    }
+
+    /// Those that the container could use.
+    pub(crate) fn gpus(&self) -> &[Gpu] {
+        &self.gpus
+    }
+
+    /// Bytes that the driver moved to the memory of a process; None for one without CUDA.
+    pub(crate) fn staged(&self, pid: i32) -> Option<u64> {
+        self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
+    }
+
     /// Some of its processes have state on a GPU.
     pub(crate) fn has_state(&self) -> bool {
         !self.processes.is_empty()

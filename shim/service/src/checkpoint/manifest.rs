@@ -11,7 +11,10 @@ use super::SavedGpus;
 
 /// Its name among the images.
 pub(super) const FILE: &str = "gpusnap.json";
+/// One whose images are all that there is of it.
 const VERSION: u32 = 1;
+/// One whose big memory is elsewhere: who does not know that must not restore it.
+const VERSION_WITH_MEMORY: u32 = 2;
 /// A few hundred bytes are usual.
 const SIZE_LIMIT: u64 = 1 << 20;
 
@@ -32,6 +35,9 @@ pub(crate) struct Manifest {
     /// None without GPU state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     gpu: Option<SavedGpus>,
+    /// None if all memory is in the images.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    memory: Option<bulk::Published>,
     /// How long each step took, in seconds.
     phases: Vec<Step>,
 }
@@ -56,11 +62,12 @@ impl Manifest {
         runtime: String,
         allow: Allow,
         gpu: Option<SavedGpus>,
+        memory: Option<bulk::Published>,
         timeline: &Timeline,
     ) -> Self {
         let phases = timeline.phases().into_iter();
         Self {
-            version: VERSION,
+            version: if memory.is_some() { VERSION_WITH_MEMORY } else { VERSION },
             container: container.to_owned(),
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             runtime,
@@ -72,6 +79,7 @@ impl Manifest {
             external_unix_sockets: allow.external_unix_sockets,
             shell_job: allow.shell_job,
             gpu,
+            memory,
             phases: phases
                 .map(|(phase, duration)| Step { phase: phase.name().to_owned(), seconds: duration.as_secs_f64() })
                 .collect(),
@@ -99,8 +107,9 @@ impl Manifest {
             return Err(invalid(format!("larger than {SIZE_LIMIT} bytes")));
         }
         let manifest: Self = serde_json::from_slice(&bytes)?;
-        if manifest.version != VERSION {
-            return Err(invalid(format!("version {}, where {VERSION} is known", manifest.version)));
+        if !(VERSION..=VERSION_WITH_MEMORY).contains(&manifest.version) {
+            let version = manifest.version;
+            return Err(invalid(format!("version {version}, where {VERSION} and {VERSION_WITH_MEMORY} are known")));
         }
         Ok(Some(manifest))
     }
@@ -108,6 +117,11 @@ impl Manifest {
     /// What was on GPUs.
     pub(crate) fn gpu(&self) -> Option<&SavedGpus> {
         self.gpu.as_ref()
+    }
+
+    /// Where the memory is that is not in the images.
+    pub(crate) fn memory(&self) -> Option<&bulk::Published> {
+        self.memory.as_ref()
     }
 
     /// What a restore has to allow.
@@ -145,7 +159,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(Manifest::read(folder.path()).unwrap().is_none());
         let timeline = Timeline::start(Phase::Freeze);
-        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, &timeline);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, &timeline);
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
     }
@@ -157,8 +171,8 @@ mod tests {
             std::fs::write(folder.path().join(FILE), content).unwrap();
             Manifest::read(folder.path()).unwrap_err().to_string()
         };
-        let later = include_str!("../testdata/gpusnap.json").replace("\"version\":1", "\"version\":2");
-        assert!(read(&later).contains("version 2"));
+        let later = include_str!("../testdata/gpusnap.json").replace("\"version\":1", "\"version\":3");
+        assert!(read(&later).contains("version 3"));
         read("{");
         assert!(read(&" ".repeat(2 << 20)).contains("larger"));
     }

@@ -7,6 +7,7 @@
 //! | `*.img`, `stats-dump` | CRIU's |
 //! | `descriptors.json` | runc's note of the standard streams |
 //! | `dev-shm.tar` | the contents of a `/dev/shm` that comes from outside, if there are any |
+//! | `memory.segments`, `memory-*.pack` | big memory, where it is wanted beside the images |
 //! | `gpusnap.json` | [`Manifest`]: how it was made |
 
 mod draft;
@@ -23,4 +24,4 @@ pub(crate) use log::{LogFolder, ROOT as LOGS};
 pub(crate) use manifest::Manifest;
 pub(crate) use shm::Shm;
 pub(crate) use temporary::remove_if_containerds;
-pub(crate) use wishes::{Annotations, Wishes};
+pub(crate) use wishes::{Annotations, MemoryPlace, Wishes};

@@ -4,9 +4,10 @@
 //!   Freeze ──► (with a GPU: Discover ──► Lock ──► Hold ──► CudaCheckpoint ──► CleanResidue ──► Freeze) ──┐
 //!     │                          a guardian's work, which undoes it when it fails                        │
 //!     │          ┌───────────────────────────────────────────────────────────────────────────────────────┘
-//!     │       SaveShm ──► Dump ──► Publish ──► (with a GPU: CudaRestore ──► Unlock) ──► Release
-//!     │          │         │          │                                                   ├ continue: thawed if it ran
-//!     └──────────┴─────────┴──────────┘                                                   └ exit: CRIU has killed it
+//!     │  (SaveMemory ──► Swap) ──► SaveShm ──► Dump (──► MoveMemory) ──► Publish ──┐
+//!     │          │         │          │         │            │              │      └► (with a GPU: CudaRestore ──► Unlock) ──► Release
+//!     │          │         │          │         │            │              │                 ├ continue: thawed if it ran
+//!     └──────────┴─────────┴──────────┴─────────┴────────────┴──────────────┘                 └ exit: CRIU has killed it
 //!                          │ failure
 //!                          ▼
 //!     the draft is removed, GPU and freezer are as before: the container goes on as it was
@@ -27,10 +28,11 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use cuda::Guardian;
+use cuda::{Guardian, Staging};
 use reaper::{Child, Reaper};
-use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Timeline};
+use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 
+use super::big_memory::BigMemory;
 use super::{Actor, Status};
 use crate::checkpoint::{Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
@@ -75,6 +77,7 @@ impl Actor {
             cgroup,
             shm: self.shm.clone(),
             reaper: self.context.reaper.clone(),
+            store: self.context.store.clone(),
             paused,
             timeline: Timeline::start(Phase::Freeze),
             wishes,
@@ -106,30 +109,41 @@ impl Actor {
 }
 
 /// One checkpoint of one container.
-struct Work {
-    id: String,
-    namespace: String,
+pub(super) struct Work {
+    pub(super) id: String,
+    pub(super) namespace: String,
     logs: PathBuf,
     bundle: PathBuf,
-    runtime: Arc<dyn OciRuntime>,
-    runtime_name: String,
-    child: Child,
-    cgroup: Cgroup,
+    pub(super) runtime: Arc<dyn OciRuntime>,
+    pub(super) runtime_name: String,
+    pub(super) child: Child,
+    pub(super) cgroup: Cgroup,
     shm: Option<Shm>,
     /// The container was paused before.
-    paused: bool,
-    reaper: Reaper,
-    timeline: Timeline,
-    wishes: Wishes,
+    pub(super) paused: bool,
+    pub(super) reaper: Reaper,
+    /// Where the node keeps snapshots.
+    pub(super) store: PathBuf,
+    pub(super) timeline: Timeline,
+    pub(super) wishes: Wishes,
     caller: Caller,
+}
+
+/// What has become of the container meanwhile.
+#[derive(Default)]
+struct Fate {
+    /// Who has its GPU state to give back.
+    guardian: Option<Guardian>,
+    /// CRIU has killed it: the images are all that is left.
+    killed: bool,
 }
 
 impl Work {
     async fn run(self) -> Result<(), TaskError> {
-        let mut guardian = None;
-        let taken = self.take(&mut guardian).await;
+        let mut fate = Fate::default();
+        let taken = self.take(&mut fate).await;
         let phase = self.timeline.current();
-        let settled = self.settle(taken.is_ok(), guardian).await;
+        let settled = self.settle(taken.is_ok(), fate).await;
         if let (Err(_), Err(error)) = (&taken, &settled) {
             tracing::error!("container {} is not as it was: {}", self.id, crate::error::chain(error));
         }
@@ -148,9 +162,8 @@ impl Work {
         }
     }
 
-    /// `guardian` becomes the one that has GPU state to give back.
-    async fn take(&self, guardian: &mut Option<Guardian>) -> Result<(), CheckpointFailure> {
-        let Wishes { folder, work, exit, allow, patience: _ } = &self.wishes;
+    async fn take(&self, fate: &mut Fate) -> Result<(), CheckpointFailure> {
+        let Wishes { folder, work, exit, allow, .. } = &self.wishes;
         let at = |action, path: &Path| {
             let path = path.to_owned();
             move |source| CheckpointFailure::File { action, path, source }
@@ -160,13 +173,15 @@ impl Work {
         let log = log.map_err(at("make a folder for the log of", folder))?;
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
         blocking(move || cgroup.freeze_at_rest(paused)).await?.map_err(CheckpointFailure::Cgroup)?;
-        let gpu = self.suspend(guardian).await?;
+        let (gpu, staging) = self.suspend(&mut fate.guardian).await?;
+        let memory = BigMemory::save(self, staging, fate.guardian.as_mut()).await?;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::SaveShm);
             let images = draft.folder().to_owned();
             blocking(move || shm.save(&images)).await?.map_err(at("save /dev/shm in", draft.folder()))?;
         }
         self.timeline.enter(Phase::Dump);
+        let (review, reviewer) = Review::new();
         let request = CheckpointRequest {
             id: self.id.clone(),
             init: self.child.pid(),
@@ -175,18 +190,29 @@ impl Work {
             leave_running: !exit,
             allow: *allow,
             caller: self.caller.clone(),
-            external_files: Vec::new(),
-            review: None,
+            external_files: memory.as_ref().map(BigMemory::files).unwrap_or_default(),
+            review: memory.is_some().then_some(review),
         };
-        if let Err(error) = self.runtime.checkpoint(request).await {
+        let dump = self.runtime.checkpoint(request);
+        let (dumped, published) = match memory {
+            Some(memory) => {
+                let publish = memory.publish(self, draft.folder().to_owned(), gpu.as_ref(), reviewer);
+                tokio::join!(dump, publish)
+            }
+            None => (dump.await, Ok(None)),
+        };
+        if let Err(error) = dumped {
             // Where containerd's own shim leaves it, and its users look for it.
             if let Err(error) = std::fs::copy(log.path().join(LOG), self.bundle.join("criu-dump.log")) {
                 tracing::debug!("container {}: no log of the failed dump: {error}", self.id);
             }
-            return Err(error.into());
+            // A refusal of the images is what the dump failed for.
+            return Err(published.err().unwrap_or_else(|| error.into()));
         }
+        fate.killed = *exit;
+        let memory = published?;
         self.timeline.enter(Phase::Publish);
-        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, gpu, &self.timeline);
+        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, gpu, memory, &self.timeline);
         let written = manifest.write(draft.folder());
         let published = match written {
             Ok(()) => draft.publish(),
@@ -204,22 +230,26 @@ impl Work {
     }
 
     /// Moves what is on GPUs to the memory of the frozen container, and leaves that frozen.
-    async fn suspend(&self, guardian: &mut Option<Guardian>) -> Result<Option<SavedGpus>, CheckpointFailure> {
+    async fn suspend(
+        &self,
+        guardian: &mut Option<Guardian>,
+    ) -> Result<(Option<SavedGpus>, Vec<Staging>), CheckpointFailure> {
         let cgroup = self.cgroup.clone();
         let uses_gpu = move || Ok(cgroup.pids()?.into_iter().any(cuda::process::touches_gpu));
         if !blocking(uses_gpu).await?.map_err(CheckpointFailure::Cgroup)? {
-            return Ok(None);
+            return Ok((None, Vec::new()));
         }
         let mut suspending = Guardian::start(&self.reaper)?;
         let init = self.child.pid();
-        let suspended = suspending.suspend(init, self.paused, self.wishes.patience, GPU, &self.timeline).await?;
+        let mut suspended = suspending.suspend(init, self.paused, self.wishes.patience, GPU, &self.timeline).await?;
         *guardian = Some(suspending);
-        Ok(SavedGpus::of(suspended, init))
+        let staging = std::mem::take(&mut suspended.staging);
+        Ok((SavedGpus::of(suspended, init), staging))
     }
 
     /// Lets the container go as it was, or waits for its end.
-    async fn settle(&self, taken: bool, guardian: Option<Guardian>) -> Result<(), CheckpointFailure> {
-        let killed = self.wishes.exit && self.timeline.current() == Phase::Publish;
+    async fn settle(&self, taken: bool, fate: Fate) -> Result<(), CheckpointFailure> {
+        let Fate { guardian, killed } = fate;
         if let Some(mut guardian) = guardian {
             if killed {
                 guardian.dismiss();

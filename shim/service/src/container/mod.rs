@@ -23,6 +23,7 @@
 //! until the start has been told, and init's waits for those of all exec processes, because clients take init's exit
 //! as the last word. When init ends and its pid namespace is not its own, what is left in the cgroup is killed.
 
+mod big_memory;
 mod checkpoint;
 mod create;
 mod operations;
@@ -62,6 +63,8 @@ pub(crate) struct Context {
     pub(crate) bundle: PathBuf,
     /// Where logs of failed checkpoints and restores go.
     pub(crate) logs: PathBuf,
+    /// Where the node keeps snapshots.
+    pub(crate) store: PathBuf,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
     /// Makes the runtime that was chosen for a container.

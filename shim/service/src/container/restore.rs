@@ -1,9 +1,9 @@
 //! Starting a container from a checkpoint.
 //!
 //! ```text
-//!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ───────────────► Running
-//!      │           │           │                       │                            │ frozen, with a GPU:     ▲
-//!      │           │           │                       │                            └► CudaRestore ──► Unlock ┘
+//!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ─────────────────────────► Running
+//!      │           │           │                       │                            │ frozen, with GPU or big memory:  ▲
+//!      │           │           │                       │                            └► Fill ──► CudaRestore ──► Unlock ┘
 //!      └───────────┴───────────┴─────────── failure ───┴────────────────────────────────────┘
 //!                                              ▼
 //!                     nothing is left of it: Created, as before, and start can be tried again
@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bulk::{Restored, Source, Worker};
 use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
@@ -114,7 +115,16 @@ impl Actor {
     }
 }
 
-struct Restored {
+/// What a checkpoint says that a restore has to know.
+struct Inspected {
+    allow: Allow,
+    /// None without state on GPUs.
+    gpu: Option<SavedGpus>,
+    /// None if all memory is in the images.
+    memory: Option<Source>,
+}
+
+struct Running {
     child: Child,
     copies: Copies,
     /// None if it has ended by now.
@@ -138,7 +148,7 @@ struct Work {
 }
 
 impl Work {
-    async fn run(self) -> Result<Restored, TaskError> {
+    async fn run(self) -> Result<Running, TaskError> {
         match self.restore().await {
             Ok(restored) => {
                 tracing::info!("container {} is restored: {}", self.id, self.timeline);
@@ -154,15 +164,23 @@ impl Work {
         }
     }
 
-    async fn restore(&self) -> Result<Restored, RestoreFailure> {
+    async fn restore(&self) -> Result<Running, RestoreFailure> {
         let images = self.checkpoint.images.as_path();
         let at = |action, path: &Path| {
             let path = path.to_owned();
             move |source| RestoreFailure::File { action, path, source }
         };
-        let (allow, gpu) = self.inspect(images)?;
+        let Inspected { allow, gpu, memory } = self.inspect(images)?;
+        if memory.is_some() && !self.runtime.drives_criu() {
+            return Err(RestoreFailure::Fill);
+        }
         // It loads the driver while the processes are being restored.
         let mut guardian = gpu.as_ref().map(|_| Guardian::start(&self.reaper)).transpose()?;
+        // It reads memory meanwhile.
+        let mut worker = memory.as_ref().map(|_| Worker::start(&self.reaper)).transpose()?;
+        if let (Some(worker), Some(memory)) = (&mut worker, memory) {
+            worker.open(memory, images.to_owned(), &self.timeline).await?;
+        }
         let work = self.checkpoint.work.as_deref();
         let log = LogFolder::make(&self.logs, work, &self.owner.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", images))?;
@@ -183,7 +201,7 @@ impl Work {
             work: log.path().to_owned(),
             io,
             no_pivot_root: self.checkpoint.no_pivot_root,
-            frozen: gpu.is_some(),
+            frozen: gpu.is_some() || worker.is_some(),
             allow,
             timeline: self.timeline.clone(),
         };
@@ -202,12 +220,19 @@ impl Work {
             }
         };
         let joined = match prepared.connect().await {
-            Ok(copies) => self.join(&child).await.map(|cgroup| Restored { child: child.clone(), copies, cgroup }),
+            Ok(copies) => self.join(&child).await.map(|cgroup| Running { child: child.clone(), copies, cgroup }),
             Err(error) => Err(RestoreFailure::Stdio(error)),
         };
-        let resumed = match (joined, guardian) {
-            (Ok(restored), Some(guardian)) => self.resume(guardian, child.pid(), pairs).await.map(|()| restored),
-            (joined, _) => joined,
+        let resumed = match joined {
+            Ok(restored) => {
+                let filled = self.fill(worker, restored.cgroup.as_ref(), gpu.as_ref(), guardian.is_none()).await;
+                let resumed = match (filled, guardian) {
+                    (Ok(()), Some(guardian)) => self.resume(guardian, child.pid(), pairs).await,
+                    (filled, _) => filled,
+                };
+                resumed.map(|()| restored)
+            }
+            Err(failure) => Err(failure),
         };
         match resumed {
             Ok(restored) => {
@@ -219,6 +244,27 @@ impl Work {
                 Err(failure)
             }
         }
+    }
+
+    /// Puts big memory into the frozen processes, those with a GPU first, and lets them run if nobody else will.
+    async fn fill(
+        &self,
+        worker: Option<Worker>,
+        cgroup: Option<&Cgroup>,
+        gpu: Option<&SavedGpus>,
+        thaw: bool,
+    ) -> Result<(), RestoreFailure> {
+        let (Some(mut worker), Some(cgroup)) = (worker, cgroup) else { return Ok(()) };
+        let pids = cgroup.pids().map_err(RestoreFailure::Cgroup)?.into_iter();
+        let mut processes: Vec<Restored> = pids
+            .filter_map(|process| Some(Restored { pid: cuda::process::namespace_pid(process).ok()?, process }))
+            .collect();
+        processes.sort_by_key(|of| std::cmp::Reverse(gpu.and_then(|gpu| gpu.staged(of.pid))));
+        worker.fill(processes, &self.timeline).await?;
+        if thaw {
+            cgroup.thaw().map_err(RestoreFailure::Cgroup)?;
+        }
+        Ok(())
     }
 
     /// Which GPUs of this node take the place of those that were.
@@ -250,8 +296,7 @@ impl Work {
         resumed
     }
 
-    /// What the restore has to allow, and what was on GPUs.
-    fn inspect(&self, images: &Path) -> Result<(Allow, Option<SavedGpus>), RestoreFailure> {
+    fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {
         let image = criu::image::inspect(images)?;
         let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
             action: "read gpusnap.json in",
@@ -262,11 +307,12 @@ impl Work {
         let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
         let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
         let gpu = manifest.as_ref().and_then(Manifest::gpu).filter(|gpu| gpu.has_state()).cloned();
+        let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
         let mut allow = manifest.map_or(other, |manifest| manifest.allow());
         if let Some(tcp) = self.annotations.tcp().map_err(RestoreFailure::Annotation)? {
             allow.tcp = tcp;
         }
-        Ok((allow, gpu))
+        Ok(Inspected { allow, gpu, memory })
     }
 
     async fn join(&self, child: &Child) -> Result<Option<Cgroup>, RestoreFailure> {

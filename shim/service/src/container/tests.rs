@@ -192,6 +192,7 @@ impl Bench {
             namespace: "test".into(),
             bundle: bundle.path().to_owned(),
             logs: logs.path().to_owned(),
+            store: logs.path().join("store"),
             reaper,
             events: publisher,
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),

@@ -1,6 +1,7 @@
 //! What CRIU is told about a running container, in the terms in which runc tells it: images made here can be restored
 //! by runc, and the other way round.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,11 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
     let place = helper.place()?;
     let root = Root::open(Path::new(&format!("/proc/{}/root", init.pid)))?;
     descriptors::copy(helper.directory.path(), &request.images)?;
+    let mut external = external_namespaces(&spec)?;
+    for path in &request.external_files {
+        let file = File::open(path).and_then(|file| External::of_file(&file));
+        external.push(file.context(|| format!("tell CRIU of {}", path.display()))?);
+    }
     Ok(DumpRequest {
         pid: init.pid,
         images_dir: request.images.clone(),
@@ -43,10 +49,7 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         leave_running: request.leave_running,
         freeze_cgroup: freezer(&place)?,
         external_mounts: external_mounts(&spec, &place, &root)?,
-        external: external_namespaces(&spec)?
-            .into_iter()
-            .chain(request.external_files.iter().cloned().map(External::Other))
-            .collect(),
+        external,
         options: criu_options(request.allow),
         ..DumpRequest::default()
     })

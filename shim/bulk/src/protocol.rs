@@ -1,0 +1,162 @@
+//! What the shim and a memory worker say to each other: one JSON value a line, over a socket.
+
+use std::ops::Range;
+use std::path::PathBuf;
+
+use phase::Phase;
+use serde::{Deserialize, Serialize};
+use snapshot::{Config, Name, Pointer};
+
+/// What a worker is to do. The first order decides what it is for: `Begin` for a checkpoint, `Open` for a restore.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Order {
+    Begin { store: PathBuf },
+    Save { staging: Vec<Staging> },
+    Publish(Box<Publish>),
+    Open { source: Source, images: PathBuf },
+    Fill { processes: Vec<Restored> },
+}
+
+/// What it says meanwhile, and in the end.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Report {
+    Began(Phase),
+    Begun(Result<(), Failure>),
+    Saved(Result<Saved, Failure>),
+    Published(Result<Option<Published>, Failure>),
+    Opened(Result<(), Failure>),
+    Filled(Result<Filled, Failure>),
+}
+
+/// Why a worker failed: an error and those under it, which cross as words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct Failure {
+    message: String,
+    source: Option<Box<Failure>>,
+}
+
+impl Failure {
+    /// An error with its sources.
+    fn of(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self { message: error.to_string(), source: error.source().map(|source| Box::new(Self::of(source))) }
+    }
+
+    pub(crate) fn new(message: String) -> Self {
+        Self { message, source: None }
+    }
+}
+
+/// What an error is the reason of.
+pub(crate) trait Because<T> {
+    /// The same, with an error as the source of a failure that says what could not be done.
+    fn because(self, message: &str) -> Result<T, Failure>;
+}
+
+impl<T, E: std::error::Error + 'static> Because<T> for Result<T, E> {
+    fn because(self, message: &str) -> Result<T, Failure> {
+        self.map_err(|error| Failure { message: message.to_owned(), source: Some(Box::new(Failure::of(&error))) })
+    }
+}
+
+/// Memory of a process to which the driver has moved what the process had on GPUs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Staging {
+    /// In the pid namespace of the shim.
+    pub process: i32,
+    /// In its own, innermost pid namespace.
+    pub pid: i32,
+    /// Addresses.
+    pub ranges: Vec<Range<u64>>,
+}
+
+/// Where saved staging memory is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// The files.
+    pub files: Vec<PathBuf>,
+    /// In the order of what was asked for.
+    pub processes: Vec<SavedStaging>,
+}
+
+/// Where the staging memory of a process is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedStaging {
+    /// In the pid namespace of the shim.
+    pub process: i32,
+    /// All of it, in order of addresses.
+    pub pieces: Vec<Piece>,
+}
+
+/// A piece of memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// Where it begins, and how many bytes it has: whole pages.
+    pub address: u64,
+    /// In bytes.
+    pub length: u64,
+    /// Index of the file that has it, and where in that; None if it is all zero.
+    pub source: Option<(usize, u64)>,
+}
+
+/// Images that are whole, and what is to be made of them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Publish {
+    /// The folder of the images.
+    pub images: PathBuf,
+    /// What memory is to be where.
+    pub place: Place,
+    /// Parts of the saved staging memory that stayed in memory, by the process's pid in its own pid namespace: the images
+    /// have them too.
+    pub left: Vec<(i32, Range<u64>)>,
+    /// What else is known of the snapshot. Sizes and processes' names are the worker's to fill in.
+    pub config: Config,
+}
+
+/// Where big memory goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// Into the store, under this name.
+    Store(Name),
+    /// To the images.
+    Inline,
+}
+
+/// Memory that was moved out of images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Published {
+    /// Where it is now.
+    pub source: Source,
+    /// How much there is of it, in bytes.
+    pub memory: u64,
+    /// How much of that is zero, or there already.
+    pub spared: u64,
+}
+
+/// Where the memory is that was moved out of images.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// In a snapshot.
+    Snapshot(Pointer),
+    /// Beside the images.
+    Inline,
+}
+
+/// A process whose memory is to be filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restored {
+    /// In its own, innermost pid namespace.
+    pub pid: i32,
+    /// In the pid namespace of the shim.
+    pub process: i32,
+}
+
+/// What was filled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filled {
+    /// Bytes, without those that are zero.
+    pub bytes: u64,
+}

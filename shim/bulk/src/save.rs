@@ -1,0 +1,241 @@
+//! A checkpoint's part: memory of processes and of images becomes packs, and all of it a snapshot.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+use criu::image::memory::{self as images, Changes, Run};
+use memory::{Control, FileSource, SegmentTable, Target};
+use phase::Phase;
+use snapshot::{
+    CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfTaken, Name, NewLayer, NewSnapshot,
+    Pointer, SEGMENTS_TYPE, SHM_TYPE, Store,
+};
+
+use crate::inline;
+use crate::protocol::{Because, Failure, Piece, Place, Publish, Published, Saved, SavedStaging, Source, Staging};
+
+/// Shorter runs stay in the images: CRIU reads them in passing, and each is a segment (measured: cuda.md).
+const LEAST_RUN: u64 = 256 << 10;
+/// With less big memory than this, in bytes, images that stand alone and that runc understands are worth more than the time.
+pub const LEAST_MEMORY: u64 = 64 << 20;
+/// Zeros of a staging mapping are mappings of their own while the container is dumped: no shorter ones, so that a process has
+/// no more mappings than the kernel allows.
+const LEAST_ZEROS: u64 = 1 << 20;
+/// The contents of a /dev/shm, which are a layer of their own.
+const SHM: &str = "dev-shm.tar";
+/// The images are small, and nobody waits for less than a second: the fastest level of zstd.
+const ZSTD_LEVEL: i32 = 1;
+
+type Hashes = JoinHandle<Result<Vec<(Digest, u64)>, FileError>>;
+
+/// A snapshot that is being made.
+pub(crate) struct Saving {
+    draft: Draft,
+    control: Control,
+    /// Staging memory.
+    gpu: memory::Saved,
+    /// Its packs' digests, which are computed while CRIU dumps the rest.
+    hashes: Option<Hashes>,
+    staging: Vec<Staging>,
+}
+
+impl Saving {
+    pub(crate) fn begin(store: &Path) -> Result<Self, Failure> {
+        let store = Store::open(store).because("cannot use the node store")?;
+        let draft = store.draft().because("cannot use the node store")?;
+        let (gpu, staging) = (memory::Saved::default(), Vec::new());
+        Ok(Self { draft, control: Control::new(), gpu, hashes: None, staging })
+    }
+
+    pub(crate) fn save(&mut self, staging: &[Staging]) -> Result<Saved, Failure> {
+        let target = |of: &Staging| Target { process: of.process, pid: of.pid, ranges: of.ranges.clone() };
+        let targets: Vec<Target> = staging.iter().map(target).collect();
+        let saved = memory::save_processes(&targets, LEAST_ZEROS, &self.packs("gpu"), &self.control);
+        self.gpu = saved.because("cannot save GPU memory")?;
+        self.staging = staging.to_vec();
+        let paths = self.gpu.packs.clone();
+        self.hashes = Some(std::thread::spawn(move || snapshot::hash_files(&paths, &|_| ())));
+        let pieces = |of: &Staging| SavedStaging {
+            process: of.process,
+            pieces: self.gpu.table.segments(of.pid).iter().map(piece).collect(),
+        };
+        Ok(Saved { files: self.gpu.packs.clone(), processes: staging.iter().map(pieces).collect() })
+    }
+
+    fn packs(&self, prefix: &str) -> memory::Draft {
+        memory::Draft { folder: self.draft.folder().to_owned(), prefix: prefix.to_owned() }
+    }
+
+    pub(crate) fn publish(self, publish: Publish, began: &mut dyn FnMut(Phase)) -> Result<Option<Published>, Failure> {
+        let Publish { images, place, left, mut config } = publish;
+        began(Phase::MoveMemory);
+        let Some((host, table)) = self.move_memory(&images, &left)? else { return Ok(None) };
+        let (gpu_bytes, all) = (self.gpu.table.statistics().stored, table.statistics());
+        config.sizes.gpu_memory = gpu_bytes;
+        config.sizes.host_memory = all.stored - gpu_bytes;
+        config.sizes.zero = all.zero;
+        config.sizes.shared = all.shared;
+        began(Phase::Publish);
+        let source = match place {
+            Place::Inline => {
+                let packs = self.gpu.packs.iter().chain(&host.packs);
+                inline::write(&images, &table, packs).because("cannot put memory beside the images")?;
+                Source::Inline
+            }
+            Place::Store(name) => Source::Snapshot(self.publish_in_store(&images, name, config, &host, &table)?),
+        };
+        Ok(Some(Published { source, memory: all.memory, spared: all.zero + all.shared }))
+    }
+
+    /// Moves what is big out of the images. What is in packs then, and the table of all memory; None if it is not worth it.
+    fn move_memory(
+        &self,
+        images: &Path,
+        left: &[(i32, Range<u64>)],
+    ) -> Result<Option<(memory::Saved, SegmentTable)>, Failure> {
+        let staged = |run: &Run| {
+            let of = self.staging.iter().filter(|of| of.pid == run.pid).flat_map(|of| &of.ranges);
+            of.into_iter().any(|range| range.start < run.address + run.length && run.address < range.end)
+        };
+        let mut runs = images::runs(images, LEAST_RUN).because("cannot read the images")?;
+        runs.retain(|run| !staged(run));
+        let big: u64 = runs.iter().map(|run| run.length).sum();
+        if self.staging.iter().all(|of| of.ranges.is_empty()) && big < LEAST_MEMORY {
+            return Ok(None);
+        }
+        self.check_staging(images, left)?;
+        let files = open(&runs)?;
+        let sources: Vec<FileSource<'_>> = runs.iter().filter_map(|run| source(&files, run)).collect();
+        let host = memory::save_files(&sources, &self.packs("host"), &self.control)
+            .because("cannot move memory out of the images")?;
+        let table = self.gpu.table.clone().merge(host.table.clone()).because("cannot move memory out of the images")?;
+        images::rewrite(images, &self.changes(&runs)).because("cannot move memory out of the images")?;
+        Ok(Some((host, table)))
+    }
+
+    /// Nothing of staging memory may be in the images but what was left in memory: it would have changed since it was saved.
+    fn check_staging(&self, images: &Path, left: &[(i32, Range<u64>)]) -> Result<(), Failure> {
+        for (pid, range) in self.staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.pid, range))) {
+            let present = images::present(images, pid, range.clone()).because("cannot read the images")?;
+            for Run { address, length, .. } in present {
+                let is_left = |(of, left): &(i32, Range<u64>)| {
+                    *of == pid && left.start <= address && address + length <= left.end
+                };
+                if !left.iter().any(is_left) {
+                    return Err(Failure::new(format!(
+                        "process {pid} has changed its memory at {address:#x} since that was saved"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn changes(&self, runs: &[Run]) -> Vec<Changes> {
+        // A kernel without them refuses the advice.
+        let huge = Path::new("/sys/kernel/mm/transparent_hugepage").exists();
+        let mut changes = BTreeMap::<i32, Changes>::new();
+        for run in runs {
+            changes_of(&mut changes, run.pid).without.push(run.address..run.address + run.length);
+        }
+        for Staging { pid, ranges, .. } in &self.staging {
+            let staging = ranges.iter().map(|range| images::Staging { range: range.clone(), huge });
+            changes_of(&mut changes, *pid).staging.extend(staging);
+        }
+        changes.into_values().collect()
+    }
+
+    fn publish_in_store(
+        mut self,
+        images: &Path,
+        name: Name,
+        mut config: snapshot::Config,
+        host: &memory::Saved,
+        table: &SegmentTable,
+    ) -> Result<Pointer, Failure> {
+        let folder = self.draft.folder().to_owned();
+        let (segments, criu) = (folder.join("segments"), folder.join("criu"));
+        fs::write(&segments, table.encode()).because("cannot publish the snapshot")?;
+        pack(images, &criu).because("cannot pack the images")?;
+        config.sizes.images = fs::metadata(&criu).because("cannot publish the snapshot")?.len();
+        let mut layers = vec![layer(CRIU_TYPE, criu), layer(SEGMENTS_TYPE, segments)];
+        if images.join(SHM).exists() {
+            let shm = folder.join("shm");
+            fs::copy(images.join(SHM), &shm).because("cannot publish the snapshot")?;
+            layers.push(layer(SHM_TYPE, shm));
+        }
+        let hashes = self.hashes.take().map(JoinHandle::join).transpose();
+        let hashes = hashes.map_err(|_| Failure::new("cannot compute the digests of GPU memory".into()))?;
+        let hashes = hashes.transpose().because("cannot publish the snapshot")?.unwrap_or_default();
+        for (path, (digest, _)) in self.gpu.packs.iter().zip(hashes) {
+            layers.push(NewLayer { digest: Some(digest), ..layer(GPU_MEMORY_TYPE, path.clone()) });
+        }
+        layers.extend(host.packs.iter().map(|path| layer(HOST_MEMORY_TYPE, path.clone())));
+        let store = self.draft.store().root().to_owned();
+        let new = NewSnapshot {
+            name: Some(name.clone()),
+            if_taken: IfTaken::Move,
+            config,
+            layers,
+            subject: None,
+            annotations: BTreeMap::new(),
+        };
+        let snapshot = self.draft.publish(new, &|_| ()).because("cannot publish the snapshot")?;
+        Pointer::new(snapshot.digest(), &store, Some(name), None).because("cannot publish the snapshot")
+    }
+}
+
+fn changes_of(changes: &mut BTreeMap<i32, Changes>, pid: i32) -> &mut Changes {
+    changes.entry(pid).or_insert_with(|| Changes { pid, ..Changes::default() })
+}
+
+fn layer(media_type: &str, path: PathBuf) -> NewLayer {
+    NewLayer { media_type: media_type.to_owned(), path, digest: None, annotations: BTreeMap::new() }
+}
+
+fn piece(segment: &memory::Segment) -> Piece {
+    let source = match segment.place {
+        memory::Place::Zero => None,
+        memory::Place::Pack { index, offset } => Some((usize::try_from(index).unwrap_or(usize::MAX), offset)),
+    };
+    Piece { address: segment.address, length: segment.length, source }
+}
+
+fn source<'a>(files: &'a BTreeMap<&Path, File>, run: &'a Run) -> Option<FileSource<'a>> {
+    let Run { pid, address, length, offset, file, .. } = run;
+    let (pid, address, length, offset) = (*pid, *address, *length, *offset);
+    Some(FileSource { file: files.get(&**file)?, path: file, offset, pid, address, length })
+}
+
+/// The files of runs.
+fn open(runs: &[Run]) -> Result<BTreeMap<&Path, File>, Failure> {
+    let mut files = BTreeMap::new();
+    for run in runs {
+        if !files.contains_key(&*run.file) {
+            let file = File::open(&run.file).because("cannot open the pages of the images")?;
+            files.insert(&*run.file, file);
+        }
+    }
+    Ok(files)
+}
+
+/// Packs the images of a folder, in the order of their names.
+fn pack(images: &Path, into: &Path) -> io::Result<()> {
+    let mut names: Vec<_> = fs::read_dir(images)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+    names.retain(|name| name != SHM);
+    names.sort_unstable();
+    let mut tar = tar::Builder::new(zstd::Encoder::new(File::create_new(into)?, ZSTD_LEVEL)?);
+    tar.mode(tar::HeaderMode::Deterministic);
+    for name in names {
+        let path = images.join(&name);
+        if fs::symlink_metadata(&path)?.is_file() {
+            tar.append_path_with_name(&path, &name)?;
+        }
+    }
+    tar.into_inner()?.finish()?;
+    Ok(())
+}

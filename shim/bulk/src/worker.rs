@@ -1,0 +1,83 @@
+//! The worker process.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use phase::Phase;
+
+use crate::protocol::{Failure, Order, Report};
+use crate::restore::Restoring;
+use crate::save::Saving;
+
+/// First argument by which this binary knows that it is to be a memory worker.
+pub const WORKER: &str = "memory-worker";
+
+/// Serves one checkpoint or restore. To be run by `main` when the first argument is [`WORKER`]; standard input is the socket
+/// to the shim. It ends when the shim hangs up.
+#[must_use]
+pub fn worker_main() -> ExitCode {
+    // For ps and for messages: a program that was started by /proc/self/exe is called exe.
+    let _ = rustix::thread::set_name(c"memory-worker");
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{WORKER}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What a worker is for, once it knows.
+enum Job {
+    None,
+    Saving(Box<Saving>),
+    Restoring(Box<Restoring>),
+}
+
+fn serve() -> io::Result<()> {
+    let mut reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut job = Job::None;
+    for order in BufReader::new(reports.try_clone()?).lines() {
+        // A shim that was killed hangs up, with or without an error.
+        let Ok(order) = order else { break };
+        let mut began = |phase| drop(say(&mut reports, &Report::Began(phase)));
+        let report = obey(&mut job, serde_json::from_str(&order)?, &mut began);
+        // Whoever does not listen any more has hung up: the next read says so.
+        drop(say(&mut reports, &report));
+    }
+    Ok(())
+}
+
+fn say(reports: &mut UnixStream, report: &Report) -> io::Result<()> {
+    let mut line = serde_json::to_vec(report)?;
+    line.push(b'\n');
+    reports.write_all(&line)
+}
+
+fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
+    let unasked = || Failure::new("the worker was asked for something that it has not begun".into());
+    match (order, std::mem::replace(job, Job::None)) {
+        (Order::Begin { store }, _) => Report::Begun(Saving::begin(&store).map(|saving| {
+            *job = Job::Saving(Box::new(saving));
+        })),
+        (Order::Save { staging }, Job::Saving(mut saving)) => {
+            began(Phase::SaveMemory);
+            let saved = saving.save(&staging);
+            *job = Job::Saving(saving);
+            Report::Saved(saved)
+        }
+        (Order::Publish(publish), Job::Saving(saving)) => Report::Published(saving.publish(*publish, began)),
+        (Order::Open { source, images }, _) => Report::Opened(Restoring::open(&source, &images).map(|restoring| {
+            *job = Job::Restoring(Box::new(restoring));
+        })),
+        (Order::Fill { processes }, Job::Restoring(restoring)) => {
+            began(Phase::Fill);
+            Report::Filled(restoring.fill(&processes))
+        }
+        (Order::Save { .. }, _) => Report::Saved(Err(unasked())),
+        (Order::Publish(_), _) => Report::Published(Err(unasked())),
+        (Order::Fill { .. }, _) => Report::Filled(Err(unasked())),
+    }
+}

@@ -14,6 +14,9 @@
 //!                 └── let go ◄── (Freeze) ◄── Unlock ◄── CudaRestore ◄── thaw ◄── Hold ◄────┘
 //! ```
 //!
+//! While it is suspended, files may take the place of memory (`swap`): it is held as a whole, thawed, and frozen again, and
+//! is suspended before and after.
+//!
 //! Nothing is remembered that the driver does not know better: what has to be undone is asked from the driver, process by
 //! process. So a guardian that takes the place of one that died does the same as one that has seen it all, and there is
 //! no journal that could be wrong.

@@ -6,7 +6,7 @@
 //! its own.
 //!
 //! Nothing of the files is visible where the process is: it is given a descriptor of each, for as long as it takes to map
-//! it.
+//! it. If this process dies in that moment, the descriptors stay with it, closed when it executes a program.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

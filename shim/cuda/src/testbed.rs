@@ -254,12 +254,18 @@ fn count(number: usize) {
 
 /// The thread that a driver would have: it takes no signals.
 fn drivers_thread() {
+    drivers_thread_that(|| {});
+}
+
+/// One that does something again and again.
+fn drivers_thread_that(does: impl Fn() + Send + 'static) {
     let (started, is_started) = std::sync::mpsc::channel();
     thread("cuda0123456789a", move || {
         SigSet::all().thread_block().unwrap();
         started.send(()).unwrap();
         loop {
             count(4);
+            does();
             sys::sleep_once(1);
         }
     });
@@ -407,14 +413,9 @@ fn play() {
         }
         // Its driver's thread makes a mapping, at value 5, when it is told.
         "maps" => {
-            thread("cuda0123456789a", move || {
-                SigSet::all().thread_block().unwrap();
-                loop {
-                    count(4);
-                    if VALUES[5].load(Ordering::Relaxed) == 0 && sys::is_pending(libc::SIGUSR1) {
-                        VALUES[5].store(sys::map_words(200 << 20).as_ptr() as u64, Ordering::Relaxed);
-                    }
-                    sys::sleep_once(1);
+            drivers_thread_that(|| {
+                if VALUES[5].load(Ordering::Relaxed) == 0 && sys::is_pending(libc::SIGUSR1) {
+                    VALUES[5].store(sys::map_words(200 << 20).as_ptr() as u64, Ordering::Relaxed);
                 }
             });
             many_of_the_program();

@@ -103,10 +103,10 @@ impl Team {
         mut returned: impl FnMut(i64),
     ) -> Result<(), InjectError> {
         for worker in self.all() {
-            if worker.is_busy() {
-                if let Some(result) = worker.poll()? {
-                    returned(result);
-                }
+            if worker.is_busy()
+                && let Some(result) = worker.poll()?
+            {
+                returned(result);
             }
             if !worker.is_busy()
                 && let Some((number, arguments)) = next()

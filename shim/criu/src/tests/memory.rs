@@ -1,5 +1,8 @@
 //! Memory in images, on images of a few pages.
 
+// An array of one range of pages is what is meant.
+#![allow(clippy::single_range_in_vec_init)]
+
 use std::ops::Range;
 use std::path::Path;
 

@@ -6,7 +6,7 @@
 //! both, and is filled in each of them, is two.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -28,13 +28,12 @@ pub(crate) struct Stored {
 }
 
 /// The same addresses of a parent and a child.
-struct Pair {
-    child: i32,
-    parent: i32,
+struct Pair<'a> {
+    pids: [i32; 2],
     address: u64,
     length: u64,
-    /// Where they lie in the two files.
-    offsets: [u64; 2],
+    /// In which files they lie, and where.
+    places: [(&'a Path, u64); 2],
 }
 
 /// What a family may have in common: a child, its parent, and the addresses of a mapping of both.
@@ -46,22 +45,14 @@ pub(crate) fn same_pages(
     stored: &BTreeMap<i32, Stored>,
     inherited: &[InheritedMapping],
 ) -> Result<BTreeMap<i32, Vec<Range<u64>>>, ImageError> {
-    let mut files = BTreeMap::new();
-    for (pid, stored) in stored {
-        let concerned = inherited.iter().any(|(child, parent, _)| child == pid || parent == pid);
-        if concerned && !stored.extents.is_empty() {
-            files.insert(*pid, (stored.file.as_path(), open(&stored.file)?));
-        }
-    }
     let pairs = Mutex::new(inherited.iter().flat_map(|inherited| pairs(stored, inherited)));
     let same = Mutex::new(BTreeMap::<i32, Vec<Range<u64>>>::new());
     let work = || -> Result<(), ImageError> {
         let next = || pairs.lock().ok()?.next();
         while let Some(pair) = next() {
-            let (Some(child), Some(parent)) = (files.get(&pair.child), files.get(&pair.parent)) else { continue };
-            let ranges = compare(&pair, child, parent)?;
+            let ranges = compare(&pair)?;
             if let Ok(mut same) = same.lock() {
-                for pid in [pair.child, pair.parent] {
+                for pid in pair.pids {
                     same.entry(pid).or_default().extend(ranges.iter().cloned());
                 }
             }
@@ -80,7 +71,10 @@ pub(crate) fn same_pages(
 }
 
 /// What both have of a mapping, in blocks.
-fn pairs<'a>(stored: &'a BTreeMap<i32, Stored>, inherited: &InheritedMapping) -> impl Iterator<Item = Pair> + use<'a> {
+fn pairs<'a>(
+    stored: &'a BTreeMap<i32, Stored>,
+    inherited: &InheritedMapping,
+) -> impl Iterator<Item = Pair<'a>> + use<'a> {
     let (child, parent, Range { start, end }) = inherited.clone();
     let both = stored.get(&child).zip(stored.get(&parent));
     both.into_iter().flat_map(move |(of_child, of_parent)| {
@@ -91,8 +85,8 @@ fn pairs<'a>(stored: &'a BTreeMap<i32, Stored>, inherited: &InheritedMapping) ->
                     let address = parents.address.saturating_add(at);
                     let parents = parents.within(address, address.saturating_add(BLOCK))?;
                     let own = own.within(parents.address, parents.end())?;
-                    let offsets = [own.offset, parents.offset];
-                    Some(Pair { child, parent, address, length: own.length, offsets })
+                    let places = [(of_child.file.as_path(), own.offset), (of_parent.file.as_path(), parents.offset)];
+                    Some(Pair { pids: [child, parent], address, length: own.length, places })
                 })
             })
         })
@@ -105,12 +99,13 @@ pub(crate) fn within(extents: &[Extent], start: u64, end: u64) -> impl Iterator<
     extents[first..].iter().map_while(move |extent| extent.within(start, end))
 }
 
-fn compare(pair: &Pair, child: &(&Path, File), parent: &(&Path, File)) -> Result<Vec<Range<u64>>, ImageError> {
+fn compare(pair: &Pair<'_>) -> Result<Vec<Range<u64>>, ImageError> {
     let mut blocks = [vec![], vec![]];
-    for ((block, (path, file)), offset) in blocks.iter_mut().zip([child, parent]).zip(pair.offsets) {
+    for (block, (path, offset)) in blocks.iter_mut().zip(pair.places) {
         *block = vec![0; usize::try_from(pair.length).unwrap_or(usize::MAX)];
-        file.read_exact_at(block, offset).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => damaged(path, "it is cut off"),
+        // Opened each time: there may be more processes than this one may have files open.
+        open(path)?.read_exact_at(block, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => damaged(path, "it is cut off"),
             _ => ImageError::Read { path: path.to_path_buf(), source: error },
         })?;
     }

@@ -15,7 +15,7 @@
 //! (criu/pie/restorer.c), robust lists and the `clear_child_tid` of threads are addresses that the kernel follows when a
 //! thread ends, and frames of signals that were pending are written when it runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use crate::image::pages::{Extent, Pagemap, page_size, pagemap_path, pages_path};
 pub use crate::image::rewrite::{Changes, RewriteError, Staging, rewrite};
+use crate::image::sharing::{InheritedMapping, Stored, same_pages, within};
 use crate::image::vma::{Vma, mm_path, read_mm, vmas};
 use crate::image::wire::{Field, MAX_ENTRY, Reader, Value, fields, first_entry};
 use crate::image::{COMMON_MAGIC, CORE_MAGIC, ImageError, PSTREE, PSTREE_MAGIC, damaged};
@@ -45,9 +46,16 @@ pub struct Run {
     pub file: Arc<Path>,
     /// Where it starts in the file, in bytes.
     pub offset: u64,
-    /// It is in a mapping that CRIU restores as one that a child has inherited from its parent: pages that are the same in
-    /// both are there once. Filled from outside they are there twice.
-    pub inherited: bool,
+}
+
+/// What becomes of pages that are the same in a parent and its child, where CRIU restores the mapping as an inherited one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inherited {
+    /// They stay in the images, so that there is one page for both after a restore as there was before. All inherited memory
+    /// is read for that, by as many threads as the machine has processors.
+    Leave,
+    /// They are in the runs of both. Once filled, each process has a page of its own: the tree needs more memory than before.
+    Take,
 }
 
 struct Process {
@@ -61,9 +69,9 @@ struct Process {
 ///
 /// # Errors
 /// When the images cannot be read or are damaged.
-pub fn runs(images: &Path, least: u64) -> Result<Vec<Run>, ImageError> {
+pub fn runs(images: &Path, least: u64, inherited: Inherited) -> Result<Vec<Run>, ImageError> {
     let processes = processes(images)?;
-    let mut mms = BTreeMap::new();
+    let (mut mms, mut stored) = (BTreeMap::new(), BTreeMap::new());
     for process in &processes {
         let path = mm_path(images, process.pid);
         match read_mm(&path) {
@@ -72,25 +80,27 @@ pub fn runs(images: &Path, least: u64) -> Result<Vec<Run>, ImageError> {
             Err(ImageError::Read { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
+        stored.insert(process.pid, read_pagemap(images, process.pid)?);
     }
     let mut mappings = BTreeMap::new();
     for (pid, (path, mm)) in &mms {
         mappings.insert(*pid, vmas(path, mm)?);
     }
-    let inherited = inherited(&processes, &mappings);
+    let same = match inherited {
+        Inherited::Leave => same_pages(&stored, &inherited_mappings(&processes, &mappings))?,
+        Inherited::Take => BTreeMap::new(),
+    };
     let mut runs = vec![];
     for process in &processes {
-        let Some(vmas) = mappings.get(&process.pid) else { continue };
-        let path = pagemap_path(images, process.pid);
-        let pagemap = Pagemap::open(&path)?;
-        let file: Arc<Path> = pages_path(images, pagemap.pages_id).into();
-        let extents = pagemap.extents()?;
-        let rseqs = rseq_pages(images, process)?;
+        let (Some(vmas), Some(stored)) = (mappings.get(&process.pid), stored.get(&process.pid)) else { continue };
+        let mut holes = same.get(&process.pid).cloned().unwrap_or_default();
+        holes.extend(rseq_pages(images, process)?);
+        let holes = merged(holes);
+        let file: Arc<Path> = stored.file.as_path().into();
         for vma in vmas.iter().filter(|vma| vma.is_plain() && vma.is_writable()) {
-            let inherited = inherited.contains(&(process.pid, vma.start));
-            for extent in within(&extents, vma.start, vma.end) {
-                let pieces = without(extent, &rseqs).filter(|piece| piece.length >= least);
-                runs.extend(pieces.map(|piece| Run { inherited, ..run(process.pid, piece, &file) }));
+            for extent in within(&stored.extents, vma.start, vma.end) {
+                let pieces = without(extent, &holes).into_iter().filter(|piece| piece.length >= least);
+                runs.extend(pieces.map(|piece| run(process.pid, piece, &file)));
             }
         }
     }
@@ -103,30 +113,46 @@ pub fn runs(images: &Path, least: u64) -> Result<Vec<Run>, ImageError> {
 /// # Errors
 /// When the images cannot be read or are damaged.
 pub fn present(images: &Path, pid: i32, range: Range<u64>) -> Result<Vec<Run>, ImageError> {
-    let path = pagemap_path(images, pid);
-    let pagemap = Pagemap::open(&path)?;
-    let file: Arc<Path> = pages_path(images, pagemap.pages_id).into();
-    let extents = pagemap.extents()?;
-    Ok(within(&extents, range.start, range.end).map(|extent| run(pid, extent, &file)).collect())
+    let stored = read_pagemap(images, pid)?;
+    let file: Arc<Path> = stored.file.as_path().into();
+    Ok(within(&stored.extents, range.start, range.end).map(|extent| run(pid, extent, &file)).collect())
 }
 
 fn run(pid: i32, extent: Extent, file: &Arc<Path>) -> Run {
     let Extent { address, length, offset } = extent;
-    Run { pid, address, length, file: Arc::clone(file), offset, inherited: false }
+    Run { pid, address, length, file: Arc::clone(file), offset }
 }
 
-/// The parts of extents between two addresses.
-fn within(extents: &[Extent], start: u64, end: u64) -> impl Iterator<Item = Extent> {
-    let first = extents.partition_point(|extent| extent.end() <= start);
-    extents[first..].iter().map_while(move |extent| extent.within(start, end))
+fn read_pagemap(images: &Path, pid: i32) -> Result<Stored, ImageError> {
+    let path = pagemap_path(images, pid);
+    let pagemap = Pagemap::open(&path)?;
+    Ok(Stored { file: pages_path(images, pagemap.pages_id), extents: pagemap.extents()? })
 }
 
-/// What is left of an extent without the pages at `holes`, which ascend.
-fn without(extent: Extent, holes: &BTreeSet<u64>) -> impl Iterator<Item = Extent> {
-    let page = page_size();
-    let holes = holes.range(extent.address..extent.end()).copied();
-    let starts = std::iter::once(extent.address).chain(holes.clone().map(move |hole| hole.saturating_add(page)));
-    starts.zip(holes.chain([extent.end()])).filter_map(move |(start, end)| extent.within(start, end))
+/// Ranges in ascending order, none of which touch.
+fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    ranges.dedup_by(|next, range| {
+        let touch = next.start <= range.end;
+        if touch {
+            range.end = range.end.max(next.end);
+        }
+        touch
+    });
+    ranges
+}
+
+/// What is left of an extent without `holes`, which are merged.
+fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
+    let mut left = vec![];
+    let mut from = extent.address;
+    let first = holes.partition_point(|hole| hole.end <= extent.address);
+    for hole in holes[first..].iter().take_while(|hole| hole.start < extent.end()) {
+        left.extend(extent.within(from, hole.start));
+        from = hole.end;
+    }
+    left.extend(extent.within(from, extent.end()));
+    left
 }
 
 fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
@@ -155,25 +181,23 @@ fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     Ok(processes)
 }
 
-/// The mappings, by process and start, that CRIU restores as inherited, in the child and in the parent.
-fn inherited(processes: &[Process], mappings: &BTreeMap<i32, Vec<Vma<'_>>>) -> BTreeSet<(i32, u64)> {
-    let mut inherited = BTreeSet::new();
-    for process in processes {
-        let (Some(own), Some(parents)) = (mappings.get(&process.pid), mappings.get(&process.parent)) else { continue };
-        let parents: BTreeMap<u64, &Vma<'_>> = parents.iter().map(|vma| (vma.start, vma)).collect();
-        for vma in own {
-            if parents.get(&vma.start).is_some_and(|parent| vma.may_be_inherited(parent)) {
-                inherited.extend([(process.pid, vma.start), (process.parent, vma.start)]);
-            }
-        }
+/// The mappings of plain memory that CRIU restores as inherited (`check_cow_vmas` in criu/mem.c).
+fn inherited_mappings(processes: &[Process], mappings: &BTreeMap<i32, Vec<Vma<'_>>>) -> Vec<InheritedMapping> {
+    let mut inherited = vec![];
+    for Process { pid, parent, .. } in processes {
+        let (Some(own), Some(parents)) = (mappings.get(pid), mappings.get(parent)) else { continue };
+        let plain = |vma: &&Vma<'_>| vma.is_plain();
+        let parents: BTreeMap<u64, u64> = parents.iter().filter(plain).map(|vma| (vma.start, vma.end)).collect();
+        let both = own.iter().filter(plain).filter(|vma| parents.get(&vma.start) == Some(&vma.end));
+        inherited.extend(both.map(|vma| (*pid, *parent, vma.start..vma.end)));
     }
     inherited
 }
 
 /// The pages that hold a `struct rseq` of the process's threads.
-fn rseq_pages(images: &Path, process: &Process) -> Result<BTreeSet<u64>, ImageError> {
+fn rseq_pages(images: &Path, process: &Process) -> Result<Vec<Range<u64>>, ImageError> {
     let page = page_size();
-    let mut pages = BTreeSet::new();
+    let mut pages = vec![];
     for thread in &process.threads {
         let path = images.join(format!("core-{thread}.img"));
         let core = first_entry(&path, &[COMMON_MAGIC, CORE_MAGIC], MAX_CORE)?;
@@ -191,9 +215,10 @@ fn rseq_pages(images: &Path, process: &Process) -> Result<BTreeSet<u64>, ImageEr
                 })
             })
         })?;
-        if let Some(last) = length.checked_sub(1).and_then(|rest| address.checked_add(rest)) {
-            // It is some 32 bytes, aligned to as many: it never spans more than two pages.
-            pages.extend([address - address % page, last - last % page]);
+        if length > 0 {
+            let start = address - address % page;
+            let end = address.saturating_add(length).checked_next_multiple_of(page).unwrap_or(u64::MAX);
+            pages.push(start..end);
         }
     }
     Ok(pages)

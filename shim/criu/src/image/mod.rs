@@ -7,8 +7,9 @@
 pub mod memory;
 mod pages;
 mod rewrite;
+mod sharing;
 mod vma;
-mod wire;
+pub(crate) mod wire;
 
 use std::io;
 use std::path::{Path, PathBuf};

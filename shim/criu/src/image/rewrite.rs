@@ -149,14 +149,16 @@ fn covered(
     fits: impl Fn(&Vma<'_>) -> bool,
     what: &'static str,
 ) -> Result<(), RewriteError> {
+    let (mappings, guards) = vmas.split_at(vmas.partition_point(|vma| !vma.is_guard()));
+    let first = mappings.partition_point(|vma| vma.end <= range.start);
     let mut reached = range.start;
-    for vma in vmas.iter().filter(|vma| vma.start < range.end && vma.end > range.start) {
+    for vma in mappings[first..].iter().take_while(|vma| vma.start < range.end) {
         if !fits(vma) || vma.start > reached {
             break;
         }
         reached = vma.end;
     }
-    let guarded = vmas.iter().any(|vma| vma.is_guard() && vma.start < range.end && vma.end > range.start);
+    let guarded = guards.iter().any(|vma| vma.start < range.end && vma.end > range.start);
     if reached < range.end || guarded {
         return Err(RewriteError::Range { pid, start: range.start, end: range.end, what });
     }
@@ -193,10 +195,6 @@ fn rewrite_pages(images: &Path, pid: i32, gone: &[Range<u64>], id: u64) -> Resul
     let path = pagemap_path(images, pid);
     let mut pagemap = Pagemap::open(&path)?;
     let old_path = pages_path(images, pagemap.pages_id);
-    // A `uint32` in images/pagemap.proto.
-    if id > u32::MAX.into() {
-        return Err(damaged(images, "its files of pages have impossible numbers").into());
-    }
     let new_path = pages_path(images, id);
     let mut copy = Copy { old: open(&old_path)?, old_path, new: create(&new_path)?, new_path, run: 0..0 };
     let mut entries = vec![with_numbers(&path, &pagemap.head, &[(PAGES_ID, id)])?];
@@ -287,7 +285,12 @@ fn first_unused_id(images: &Path) -> Result<u64, ImageError> {
             return Err(damaged(&path, "another pagemap has the same file of pages"));
         }
     }
-    Ok(ids.last().map_or(1, |last| last.saturating_add(1)))
+    let highest = ids.last().copied().unwrap_or_default();
+    // A `uint32` in images/pagemap.proto; there are fewer processes than half of them.
+    if highest > u64::from(u32::MAX / 2) {
+        return Err(damaged(images, "its files of pages have impossible numbers"));
+    }
+    Ok(highest + 1)
 }
 
 /// Replaces a file by another under the same name.

@@ -50,20 +50,17 @@ pub(crate) struct Vma<'a> {
     protection: u64,
     flags: u64,
     status: u64,
-    /// Number of its file in the images.
-    file: u64,
     pub(crate) message: &'a [u8],
 }
 
 impl<'a> Vma<'a> {
     pub(crate) fn of(path: &Path, message: &'a [u8]) -> Result<Self, ImageError> {
-        let mut vma = Self { start: 0, end: 0, protection: 0, flags: 0, status: 0, file: 0, message };
+        let mut vma = Self { start: 0, end: 0, protection: 0, flags: 0, status: 0, message };
         fields(path, message, |Field { number, value, .. }| {
             let Value::Number(value) = value else { return Ok(()) };
             match number {
                 START => vma.start = value,
                 END => vma.end = value,
-                SHMID => vma.file = value,
                 PROTECTION => vma.protection = value,
                 FLAGS => vma.flags = value,
                 STATUS => vma.status = value,
@@ -103,14 +100,6 @@ impl<'a> Vma<'a> {
     /// Not a mapping, but a range within others that faults (MADV_GUARD_INSTALL). These come after all mappings.
     pub(crate) fn is_guard(&self) -> bool {
         self.status & GUARD != 0
-    }
-
-    /// Whether CRIU restores both as inherited one from the other (`check_cow_vmas` in criu/mem.c).
-    pub(crate) fn may_be_inherited(&self, parent: &Vma<'_>) -> bool {
-        self.start == parent.start
-            && self.end == parent.end
-            && (self.flags ^ parent.flags) & (GROWS_DOWN | ANONYMOUS) == 0
-            && (self.flags & ANONYMOUS != 0 || self.file == parent.file)
     }
 
     /// The message of a part of it. Right for anonymous memory only: a file's part would start elsewhere in the file.

@@ -15,7 +15,7 @@ pub(super) fn write_image(folder: &Path) {
     file(&folder.join("pstree.img"), &[0x5456_4319, 0x5027_3030], &[&[0x08, 7, 0x10, 0]]);
 }
 
-fn file(path: &Path, magic: &[u32], entries: &[&[u8]]) {
+pub(super) fn file(path: &Path, magic: &[u32], entries: &[&[u8]]) {
     let mut bytes: Vec<u8> = magic.iter().flat_map(|word| word.to_le_bytes()).collect();
     for entry in entries {
         bytes.extend(u32::try_from(entry.len()).unwrap().to_le_bytes());
@@ -152,6 +152,17 @@ fn cgroup_roots_are_those_of_proc() {
     let root = |controller: &str, path: &str| CgroupRoot { controller: controller.to_owned(), path: path.to_owned() };
     let roots = CgroupRoots::parse("4:cpu,cpuacct:/a:b\n1:name=systemd:/\n0::/init\n");
     assert_eq!(roots, [root("cpu", "/a:b"), root("cpuacct", "/a:b"), root("name=systemd", "/"), root("", "/init")]);
+}
+
+#[test]
+fn an_external_file_is_named_by_its_mount_and_inode() {
+    let file = tempfile::tempfile().unwrap();
+    let inode = std::os::unix::fs::MetadataExt::ino(&file.metadata().unwrap());
+    let notation = External::of_file(&file).unwrap().notation();
+    let mount = notation.strip_prefix("file[").unwrap().strip_suffix(&format!(":{inode:x}]")).unwrap();
+    let mount = u64::from_str_radix(mount, 16).unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(mounts.lines().any(|line| line.starts_with(&format!("{mount} "))), "{notation}");
 }
 
 #[test]

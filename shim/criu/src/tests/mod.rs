@@ -2,4 +2,5 @@
 
 mod fake;
 mod formats;
+mod memory;
 mod protocol;

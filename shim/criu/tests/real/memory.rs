@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use async_trait::async_trait;
-use criu::image::memory::{self, Changes, Run, Staging};
-use criu::image::{self};
+use criu::image;
+use criu::image::memory::{self, Changes, Inherited, Run, Staging};
 use criu::{BoxError, External, NotifyRestore};
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -20,7 +20,8 @@ const LEAST: u64 = 256 << 10;
 pub(crate) fn sentences() -> Vec<Sentence> {
     vec![
         sentence!(a_family_gets_its_memory_back_when_all_of_it_is_filled),
-        sentence!(a_family_gets_its_memory_back_when_only_what_is_not_inherited_is_filled),
+        sentence!(a_family_shares_what_it_shared_when_that_is_left_to_criu),
+        sentence!(memory_that_is_not_filled_is_empty),
         sentence!(rewritten_images_are_restored_twice_and_again_from_a_new_dump),
         sentence!(images_that_nothing_is_taken_out_of_are_restored_as_before),
         sentence!(staging_memory_becomes_anonymous_again),
@@ -76,12 +77,21 @@ async fn family_runs(world: &World) {
 }
 
 /// A family that is dumped and gone.
-async fn dumped_family(world: &World) {
-    let target = world.target(&["family"]).await;
+async fn dumped_family(world: &World, things: &[&str]) {
+    let target = world.target(things).await;
     family_runs(world).await;
+    if things.contains(&"deep") {
+        until("the thread to use its stack", || !deep(world).is_empty()).await;
+    }
     world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap();
     target.child.wait().await;
     until("the family to end", || children().is_empty()).await;
+}
+
+/// Where the thread's part of its stack is, and an end of line.
+fn deep(world: &World) -> String {
+    let text = std::fs::read_to_string(world.path("count.deep")).unwrap_or_default();
+    if text.ends_with('\n') { text } else { String::new() }
 }
 
 /// Restores a family and waits until all have verified their memory.
@@ -104,29 +114,55 @@ fn take(images: &Path, runs: &[Run]) -> Taken {
 }
 
 async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
-    dumped_family(&world).await;
+    // The thread last: nothing may be forked once there is one.
+    dumped_family(&world, &["family", "deep"]).await;
     let images = world.path("images");
-    let runs = memory::runs(&images, LEAST).unwrap();
+    let runs = memory::runs(&images, LEAST, Inherited::Take).unwrap();
     let length: u64 = runs.iter().map(|run| run.length).sum();
     assert!(length > 3 * (48 << 20), "{length}");
+    let stack = deep(&world).trim().parse::<u64>().unwrap() + (1 << 20);
+    assert!(runs.iter().any(|run| run.address <= stack && stack < run.address + run.length), "{stack:#x} {runs:?}");
     let taken = take(&images, &runs);
-    assert_eq!(memory::runs(&images, LEAST).unwrap(), []);
+    assert_eq!(memory::runs(&images, LEAST, Inherited::Take).unwrap(), []);
     restored_family(&world, taken).await.kill().await;
 }
 
-async fn a_family_gets_its_memory_back_when_only_what_is_not_inherited_is_filled(world: World) {
-    dumped_family(&world).await;
+async fn a_family_shares_what_it_shared_when_that_is_left_to_criu(world: World) {
+    dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let mut runs = memory::runs(&images, LEAST).unwrap();
-    runs.retain(|run| !run.inherited);
+    let runs = memory::runs(&images, LEAST, Inherited::Leave).unwrap();
+    let mut pids: Vec<i32> = runs.iter().map(|run| run.pid).collect();
+    pids.dedup();
+    let own = |pid: &i32| runs.iter().filter(|run| run.pid == *pid).map(|run| run.length >> 20).sum::<u64>();
+    assert_eq!(pids.iter().map(own).collect::<Vec<_>>(), [22, 6, 10]);
     let taken = take(&images, &runs);
-    restored_family(&world, taken).await.kill().await;
+    let target = restored_family(&world, taken).await;
+    for pid in pids {
+        assert!(shared(pid) > 34 << 10, "{pid}: {}", shared(pid));
+    }
+    target.kill().await;
+}
+
+/// Memory that a process shares with others and that is no file's, in KiB.
+fn shared(pid: i32) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("Shared_Dirty:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+async fn memory_that_is_not_filled_is_empty(world: World) {
+    dumped_family(&world, &["family"]).await;
+    let images = world.path("images");
+    take(&images, &memory::runs(&images, LEAST, Inherited::Take).unwrap());
+    let restored = world.criu.restore(world.restore_request(), &mut ()).await.unwrap();
+    assert_ne!(restored.root.wait().await.code, 0);
+    until("the family to end", || children().is_empty()).await;
 }
 
 async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: World) {
-    dumped_family(&world).await;
+    dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let taken = take(&images, &memory::runs(&images, LEAST).unwrap());
+    let taken = take(&images, &memory::runs(&images, LEAST, Inherited::Take).unwrap());
     restored_family(&world, taken.clone()).await.kill().await;
     let target = restored_family(&world, taken).await;
     std::fs::rename(&images, world.path("old")).unwrap();
@@ -137,9 +173,9 @@ async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: Wo
 }
 
 async fn images_that_nothing_is_taken_out_of_are_restored_as_before(world: World) {
-    dumped_family(&world).await;
+    dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let pids: Vec<i32> = memory::runs(&images, LEAST).unwrap().iter().map(|run| run.pid).collect();
+    let pids: Vec<i32> = memory::runs(&images, LEAST, Inherited::Take).unwrap().iter().map(|run| run.pid).collect();
     let changes = |pid: &i32| Changes { pid: *pid, ..Changes::default() };
     memory::rewrite(&images, &pids.iter().map(changes).collect::<Vec<_>>()).unwrap();
     restored_family(&world, vec![]).await.kill().await;

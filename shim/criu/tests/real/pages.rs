@@ -45,6 +45,8 @@ impl Pages {
     }
 
     /// Verifies as long as the parent runs, and counts.
+    // A forked child has nothing to clean up that is not its parent's.
+    #[allow(clippy::disallowed_methods)]
     fn watch(&mut self, count: &File) -> ! {
         let parent = parent_id();
         for number in (0_u64..).take_while(|_| parent_id() == parent) {
@@ -89,6 +91,22 @@ pub(crate) fn family(named: &dyn Fn(&str) -> String) -> Pages {
     pages.write(41 * MIB, 32 * PAGE, 4);
     pages.write(56 * MIB, 4 * MIB, 4);
     pages
+}
+
+/// A thread with much on its stack, which the process does not outlive.
+pub(crate) fn deep_thread(named: &dyn Fn(&str) -> String) {
+    let place = named("deep");
+    let deep = move || {
+        let stack = std::hint::black_box([7_u8; 2 * MIB]);
+        std::fs::write(place, format!("{}\n", stack.as_ptr().addr())).unwrap();
+        loop {
+            if !std::hint::black_box(&stack).iter().all(|byte| *byte == 7) {
+                std::process::abort();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    std::thread::Builder::new().stack_size(16 * MIB).spawn(deep).unwrap();
 }
 
 /// 16 MiB, of which 12 are a file's and 4 empty, with a few pages that were written to since.

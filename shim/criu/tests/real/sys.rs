@@ -64,7 +64,7 @@ impl Memory {
     pub(crate) fn forget(&mut self, offset: usize, length: usize) {
         assert!(offset + length <= self.length);
         // SAFETY: the part is within these pages, and nothing borrows them.
-        let done = unsafe { libc::madvise(self.address.byte_add(offset), length, libc::MADV_DONTNEED) };
+        let done = unsafe { libc::madvise(self.address.wrapping_byte_add(offset), length, libc::MADV_DONTNEED) };
         assert_eq!(done, 0, "{}", io::Error::last_os_error());
     }
 

@@ -89,6 +89,7 @@ fn hold(held: &mut Held, file: &str, thing: &str) -> bool {
         "child" => held.child = Some(spawn(&["echo-child"])),
         "echo" => held.echo = true,
         "family" => held.pages = Some(pages::family(&named)),
+        "deep" => pages::deep_thread(&named),
         "staging" => held.pages = Some(pages::staging(&named)),
         "memory" => held.memory = vec![1; MEMORY],
         "tcp" => {

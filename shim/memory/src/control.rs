@@ -9,6 +9,11 @@ use std::thread;
 const MAX_THREADS: usize = 16;
 
 /// The threads of one operation, how far it is, and the way to stop it. Shared with whoever watches.
+///
+/// Threads are not bound to NUMA nodes. Where a process's memory is, the kernel tells only page by page (`numa_maps`,
+/// `move_pages`), which takes about as long as copying it, and a process that used more than one node has it on all of
+/// them. The kernel's scheduler moves threads towards the memory that they use, if it is told to balance
+/// (`kernel.numa_balancing`).
 #[derive(Debug)]
 pub struct Control {
     threads: NonZeroUsize,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use crate::checksum::{CHECKSUM_BYTES, Checksum, ZERO_CHUNK};
 use crate::error::SaveError;
-use crate::pack::{CHUNK_BYTES, MAX_CHUNKS, Trailer};
+use crate::pack::{CHUNK, CHUNK_BYTES, MAX_CHUNKS, Trailer};
 use crate::units;
 
 /// A pack that is being written. By one thread: writes to one file wait for each other in the kernel.
@@ -38,13 +38,17 @@ impl PackWriter {
         self.data
     }
 
-    /// Appends chunks. Only the last ones of the pack may end with a shorter chunk.
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), SaveError> {
-        debug_assert!(self.data.is_multiple_of(units::wide(CHUNK_BYTES)), "nothing comes after a shorter chunk");
-        self.checksums.extend(bytes.chunks(CHUNK_BYTES).map(Checksum::of));
+    /// Appends chunks, whose checksums are these. Only the last chunk of the pack may be shorter.
+    pub(crate) fn append(
+        &mut self,
+        bytes: &[u8],
+        checksums: impl IntoIterator<Item = Checksum>,
+    ) -> Result<(), SaveError> {
+        self.checksums.extend(checksums);
         self.file.write_all_at(bytes, self.data).map_err(|source| SaveError::write(self.path.clone(), source))?;
         self.data += units::wide(bytes.len());
-        debug_assert!(self.checksums.len() <= MAX_CHUNKS, "a pack has at most 256 MiB");
+        let chunks = units::bytes(self.data.div_ceil(CHUNK));
+        debug_assert!(self.checksums.len() == chunks && chunks <= MAX_CHUNKS, "one checksum for each of 4096 chunks");
         Ok(())
     }
 

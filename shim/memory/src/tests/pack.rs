@@ -3,17 +3,22 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use super::noise;
+use crate::checksum::Checksum;
 use crate::pack::PackWriter;
 use crate::{Control, Pack, PackError, VerifyError, verify};
 
 const GOLDEN: &[u8] = include_bytes!("../testdata/pack");
 
+fn append(writer: &mut PackWriter, bytes: &[u8]) {
+    writer.append(bytes, Checksum::of_chunks(bytes)).unwrap();
+}
+
 /// A chunk, two chunks of zeros, and a page.
 fn write(folder: &Path) -> PathBuf {
     let mut writer = PackWriter::create(folder.join("pack")).unwrap();
-    writer.append(&noise(65536, 1)).unwrap();
+    append(&mut writer, &noise(65536, 1));
     writer.append_zeros(2);
-    writer.append(&noise(4096, 2)).unwrap();
+    append(&mut writer, &noise(4096, 2));
     writer.finish().unwrap().0
 }
 
@@ -39,7 +44,7 @@ fn a_written_pack_is_good() {
 fn the_format_does_not_change() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = PackWriter::create(folder.path().join("pack")).unwrap();
-    writer.append(&[b"gpusnap ".repeat(512), b"one page".repeat(512)].concat()).unwrap();
+    append(&mut writer, &[b"gpusnap ".repeat(512), b"one page".repeat(512)].concat());
     let (path, length) = writer.finish().unwrap();
     assert_eq!(length, 8192);
     assert!(std::fs::read(&path).unwrap() == GOLDEN);

@@ -10,10 +10,9 @@ const MAX_THREADS: usize = 16;
 
 /// The threads of one operation, how far it is, and the way to stop it. Shared with whoever watches.
 ///
-/// Threads are not bound to NUMA nodes. Where a process's memory is, the kernel tells only page by page (`numa_maps`,
-/// `move_pages`), which takes about as long as copying it, and a process that used more than one node has it on all of
-/// them. The kernel's scheduler moves threads towards the memory that they use, if it is told to balance
-/// (`kernel.numa_balancing`).
+/// Threads are not bound to NUMA nodes. Which node memory is on, the kernel tells page by page only (`numa_maps`,
+/// `move_pages`), and of a process that used several nodes all windows of memory are spread over them, so that there is
+/// no thread that would be near. A machine with several nodes has not been measured.
 #[derive(Debug)]
 pub struct Control {
     threads: NonZeroUsize,
@@ -57,8 +56,8 @@ impl Control {
         self.cancelled.store(true, Ordering::Relaxed);
     }
 
-    /// Bytes that have been dealt with: of memory when saving or filling, zeros included that had to be looked at; of
-    /// packs when verifying or prefetching.
+    /// Bytes that have been dealt with. When saving, of all memory; from files, when it was looked at, before any is
+    /// written. When filling, of stored memory. When verifying or prefetching, of packs.
     #[must_use]
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)

@@ -28,7 +28,7 @@ use nix::unistd::Pid;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-const BUFFER: u64 = 512 << 10;
+const BUFFER: u64 = 256 << 10;
 const HUGE: u64 = 2 << 20;
 
 fn main() -> Result<()> {

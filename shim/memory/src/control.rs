@@ -11,8 +11,7 @@ const MAX_THREADS: usize = 16;
 /// The threads of one operation, how far it is, and the way to stop it. Shared with whoever watches.
 ///
 /// Threads are not bound to NUMA nodes. Which node memory is on, the kernel tells page by page only (`numa_maps`,
-/// `move_pages`), and of a process that used several nodes all windows of memory are spread over them, so that there is
-/// no thread that would be near. A machine with several nodes has not been measured.
+/// `move_pages`), and a process that ran on several has memory on several. What it would gain has not been measured.
 #[derive(Debug)]
 pub struct Control {
     threads: NonZeroUsize,

@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
 use super::{Holder, draft, is_root, noise, open, save, targets, threads};
@@ -38,6 +38,9 @@ fn memory_is_saved_as_it_is() {
     assert_eq!(saved.table.packs(), &[3 * MIB + PAGE]);
     assert!(restored(&saved, 1) == content);
     assert!(holder.memory() == content);
+    // Space that was allocated ahead is given back.
+    let blocks = std::fs::metadata(&saved.packs[0]).unwrap().blocks();
+    assert!(blocks * 512 <= 3 * MIB + 8 * PAGE, "{blocks} blocks");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use criu::image::memory::{self as images, Changes, Run};
+use criu::image::memory::{self as images, Changes, Inherited, Run};
 use memory::{Control, FileSource, SegmentTable, Target};
 use phase::Phase;
 use snapshot::{
@@ -101,7 +101,7 @@ impl Saving {
             let of = self.staging.iter().filter(|of| of.pid == run.pid).flat_map(|of| &of.ranges);
             of.into_iter().any(|range| range.start < run.address + run.length && run.address < range.end)
         };
-        let mut runs = images::runs(images, LEAST_RUN).because("cannot read the images")?;
+        let mut runs = images::runs(images, LEAST_RUN, Inherited::Take).because("cannot read the images")?;
         runs.retain(|run| !staged(run));
         let big: u64 = runs.iter().map(|run| run.length).sum();
         if self.staging.iter().all(|of| of.ranges.is_empty()) && big < LEAST_MEMORY {

@@ -23,6 +23,11 @@ impl Checksum {
         Self(XxHash3_128::oneshot(bytes))
     }
 
+    /// Those of chunks, the last of which may be shorter.
+    pub(crate) fn of_chunks(bytes: &[u8]) -> impl Iterator<Item = Self> {
+        bytes.chunks(CHUNK_BYTES).map(Self::of)
+    }
+
     pub(crate) fn from_bytes(bytes: [u8; CHECKSUM_BYTES]) -> Self {
         Self(u128::from_le_bytes(bytes))
     }

@@ -110,7 +110,7 @@ impl Pack {
     /// Number of the first chunk of `bytes`, which begin at a chunk, that is not what was written.
     pub(crate) fn damaged(&self, first: usize, bytes: &[u8]) -> Option<usize> {
         let expected = self.checksums.get(first..).unwrap_or_default().iter().copied().map(Some);
-        let found = bytes.chunks(CHUNK_BYTES).map(Checksum::of);
+        let found = Checksum::of_chunks(bytes);
         let wrong = found.zip(expected.chain(std::iter::repeat(None))).position(|(is, was)| was != Some(is));
         wrong.map(|wrong| first + wrong)
     }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::{Draft, Saved, check_range};
 use crate::buffer::{Buffer, SIZE};
-use crate::checksum::is_zero;
+use crate::checksum::{Checksum, is_zero};
 use crate::control::Control;
 use crate::error::SaveError;
 use crate::pack::{CHUNK_BYTES, MAX_PACK_DATA, PackWriter};
@@ -47,14 +47,15 @@ struct Copied {
 /// file.
 ///
 /// # Errors
-/// When a process ends, its memory is not mapped, a disk is full, or it is cancelled. What was written stays.
+/// When a process ends, its memory is not mapped, a disk is full, or it is cancelled. What was written stays. Nothing is
+/// synced to the disk.
 pub fn save_processes(targets: &[Target], zero_run: u64, draft: &Draft, control: &Control) -> Result<Saved, SaveError> {
     let windows = windows(targets)?;
     // The largest first, so that no thread begins one when all others are about to end.
     let mut order: Vec<usize> = (0..windows.len()).collect();
     order.sort_by_key(|index| Reverse(windows[*index].length));
     let zero_run = units::bytes(zero_run).div_ceil(CHUNK_BYTES);
-    let mut copied = control.spread(control.threads(), order.len(), Buffer::new, |buffer, index| {
+    let mut copied = control.gather(order.len(), Buffer::new, |buffer, index| {
         let number = order[index];
         let copied = Copy::new(&windows[number], zero_run, draft.path(number)).run(buffer, control)?;
         Ok::<_, SaveError>((number, copied))
@@ -177,7 +178,7 @@ impl<'a> Copy<'a> {
             none => none.insert(PackWriter::create(self.path.clone())?),
         };
         let offset = pack.data_length();
-        pack.append(bytes)?;
+        pack.append(bytes, Checksum::of_chunks(bytes))?;
         self.say(bytes.len(), Place::Pack { index: 0, offset });
         Ok(())
     }

@@ -188,16 +188,35 @@ pub(crate) fn unless_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> 
     }
 }
 
-/// Waits for a lock.
-pub(crate) fn lock(file: impl AsFd, operation: FlockOperation) -> io::Result<()> {
-    Ok(retry_on_intr(|| rustix::fs::flock(&file, operation))?)
+/// A lock on a file, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Lock<F: AsFd>(F);
+
+impl<F: AsFd> Lock<F> {
+    /// Waits for it.
+    pub(crate) fn wait(file: F, operation: FlockOperation) -> io::Result<Self> {
+        retry_on_intr(|| rustix::fs::flock(&file, operation))?;
+        Ok(Self(file))
+    }
+
+    /// Takes it unless somebody else has it.
+    pub(crate) fn attempt(file: F, operation: FlockOperation) -> io::Result<Option<Self>> {
+        match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The file that is locked.
+    pub(crate) fn file(&self) -> &F {
+        &self.0
+    }
 }
 
-/// Takes a lock unless somebody else has it.
-pub(crate) fn try_lock(file: impl AsFd, operation: FlockOperation) -> io::Result<bool> {
-    match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error.into()),
+impl<F: AsFd> Drop for Lock<F> {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that was forked in this instant has a copy until it runs its program.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }

@@ -71,7 +71,8 @@ fn layer(round: usize, n: usize) -> Vec<u8> {
 }
 
 fn publish_round(store: &Store, name: &str, round: usize) {
-    let layers: Vec<Vec<u8>> = (0..4).map(|n| layer(round, n)).collect();
+    let own = format!("{name} {round}").into_bytes();
+    let layers: Vec<Vec<u8>> = (0..4).map(|n| layer(round, n)).chain([own]).collect();
     let layers: Vec<&[u8]> = layers.iter().map(Vec::as_slice).collect();
     let digest = publish(store, name, &layers).unwrap().digest();
     say(&format!("{name} {digest}"));
@@ -83,7 +84,11 @@ fn what_the_other_processes_do() {
     let store = Store::open(Path::new(&root)).unwrap();
     say("ready");
     match what.as_str() {
-        "publish" => (0..).for_each(|round| publish_round(&store, &format!("c/{}", round % 5), round)),
+        "publish" => {
+            for round in 0.. {
+                publish_round(&store, &format!("c/{}", round % 5), round);
+            }
+        }
         "import" => {
             let mut archive = Vec::new();
             let kept = store.open_snapshot(&reference("kept/archive")).unwrap();

@@ -2,12 +2,15 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
 use crate::{IfInUse, Import, Prune};
 
 const WHAT: &str = "GPUSNAP_TEST_CHILD";
+const STEP: &str = "GPUSNAP_TEST_STEP";
 const ROOT: &str = "GPUSNAP_TEST_ROOT";
 /// The test harness writes to the same stream.
 const MARK: &str = "child: ";
@@ -20,9 +23,19 @@ pub(super) struct Other {
 impl Other {
     /// Starts a process that does `what` in the store.
     pub(super) fn start(what: &str, store: &Store) -> Self {
+        Self::start_until(what, store, usize::MAX)
+    }
+
+    /// Likewise; it dies instead of its change number `step` of the disk.
+    pub(super) fn start_until(what: &str, store: &Store, step: usize) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "tests::child::what_the_other_processes_do", "--nocapture", "--test-threads=1"]);
-        command.env(WHAT, what).env(ROOT, store.root()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .env(WHAT, what)
+            .env(ROOT, store.root())
+            .env(STEP, step.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Self { child, lines }
@@ -59,6 +72,16 @@ impl Other {
     }
 }
 
+/// Steps since the work began, and the one that is not survived.
+static STEPS: (AtomicUsize, OnceLock<usize>) = (AtomicUsize::new(0), OnceLock::new());
+
+/// Called before each change of the disk.
+pub(crate) fn step() {
+    if STEPS.1.get().is_some_and(|last| STEPS.0.fetch_add(1, Ordering::Relaxed) == *last) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
 fn say(what: &str) {
     let mut out = std::io::stdout();
     writeln!(out, "{MARK}{what}").unwrap();
@@ -81,15 +104,37 @@ fn publish_round(store: &Store, name: &str, round: usize) {
 #[test]
 fn what_the_other_processes_do() {
     let (Ok(what), Some(root)) = (std::env::var(WHAT), std::env::var_os(ROOT)) else { return };
-    let store = Store::open(Path::new(&root)).unwrap();
+    let root = Path::new(&root);
+    let count_steps = || STEPS.1.set(std::env::var(STEP).unwrap().parse().unwrap()).unwrap();
+    if what == "open once" {
+        count_steps();
+        drop(publish(&Store::open(&root.with_file_name("new")).unwrap(), "default/a", &[b"x"]).unwrap());
+        return say("done");
+    }
+    let store = Store::open(root).unwrap();
     say("ready");
+    count_steps();
     match what.as_str() {
+        "publish once" => {
+            publish_round(&store, "once/a", 0);
+            publish_round(&store, "once/b", 1);
+            // From one to the other.
+            publish_round(&store, "once/a", 1);
+            say("done");
+        }
+        "remove once" => {
+            publish_round(&store, "once/a", 0);
+            publish_round(&store, "once/b", 1);
+            store.remove(&reference("once/a"), IfInUse::Wait).unwrap();
+            store.enforce_quota(1).unwrap();
+            say("done");
+        }
         "publish" => {
             for round in 0.. {
                 publish_round(&store, &format!("c/{}", round % 5), round);
             }
         }
-        "import" => {
+        "import" | "import once" => {
             let mut archive = Vec::new();
             let kept = store.open_snapshot(&reference("kept/archive")).unwrap();
             kept.export(None, &mut archive, &|_| {}).unwrap();
@@ -100,6 +145,9 @@ fn what_the_other_processes_do() {
                 let import = Import { name: Some(name.clone()), if_taken: IfTaken::Move };
                 let digest = store.import(&*archive, import, &|_| {}).unwrap().digest();
                 say(&format!("{name} {digest}"));
+                if what == "import once" {
+                    return say("done");
+                }
             }
         }
         "remove" => {

@@ -11,9 +11,19 @@ use crate::{IfInUse, Import, Prune};
 
 const WHAT: &str = "GPUSNAP_TEST_CHILD";
 const STEP: &str = "GPUSNAP_TEST_STEP";
+/// Beside the store.
+const ARCHIVE: &str = "archive.tar";
 const ROOT: &str = "GPUSNAP_TEST_ROOT";
 /// The test harness writes to the same stream.
 const MARK: &str = "child: ";
+
+/// Puts an archive beside a store for a process that imports.
+pub(super) fn prepare_archive(store: &Store) {
+    let elsewhere = World::new();
+    let snapshot = elsewhere.publish("imported/x", &[b"new", &[6; 100_000], &[7; 100_000]]);
+    let file = std::fs::File::create(store.root().with_file_name(ARCHIVE)).unwrap();
+    snapshot.export(Some(&name("imported/x")), file, &|_| {}).unwrap();
+}
 
 pub(super) struct Other {
     child: Child,
@@ -135,19 +145,15 @@ fn what_the_other_processes_do() {
             }
         }
         "import" | "import once" => {
-            let mut archive = Vec::new();
-            let kept = store.open_snapshot(&reference("kept/archive")).unwrap();
-            kept.export(None, &mut archive, &|_| {}).unwrap();
-            drop(kept);
-            for round in 0.. {
-                // Without it there is something to import.
-                let name = name(&format!("c/{}", round % 3));
-                let import = Import { name: Some(name.clone()), if_taken: IfTaken::Move };
-                let digest = store.import(&*archive, import, &|_| {}).unwrap().digest();
-                say(&format!("{name} {digest}"));
+            let archive = std::fs::read(root.with_file_name(ARCHIVE)).unwrap();
+            loop {
+                drop(store.import(&*archive, Import::default(), &|_| {}).unwrap());
+                say("imported/x");
                 if what == "import once" {
                     return say("done");
                 }
+                // So that there is something to import.
+                store.remove(&reference("imported/x"), IfInUse::Wait).unwrap();
             }
         }
         "remove" => {

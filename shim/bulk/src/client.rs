@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use phase::Timeline;
 use reaper::{Child, Reaper};
 use rustix::process::Signal;
+use snapshot::Pointer;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
@@ -79,6 +80,17 @@ impl Worker {
     pub async fn publish(&mut self, publish: Publish, timeline: &Timeline) -> Result<Option<Published>, BulkError> {
         match self.order(&Order::Publish(Box::new(publish)), timeline).await? {
             Report::Published(published) => Ok(published?),
+            _ => Err(BulkError::Died),
+        }
+    }
+
+    /// Removes a snapshot that was published for a checkpoint that came to nothing.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub async fn withdraw(&mut self, pointer: Pointer, timeline: &Timeline) -> Result<(), BulkError> {
+        match self.order(&Order::Withdraw(pointer), timeline).await? {
+            Report::Withdrawn(withdrawn) => Ok(withdrawn?),
             _ => Err(BulkError::Died),
         }
     }

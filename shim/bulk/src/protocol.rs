@@ -14,6 +14,7 @@ pub(crate) enum Order {
     Begin { store: PathBuf },
     Save { staging: Vec<Staging> },
     Publish(Box<Publish>),
+    Withdraw(Pointer),
     Open { source: Source, images: PathBuf },
     Fill { processes: Vec<Restored> },
 }
@@ -26,6 +27,7 @@ pub(crate) enum Report {
     Begun(Result<(), Failure>),
     Saved(Result<Saved, Failure>),
     Published(Result<Option<Published>, Failure>),
+    Withdrawn(Result<(), Failure>),
     Opened(Result<(), Failure>),
     Filled(Result<Filled, Failure>),
 }
@@ -111,6 +113,9 @@ pub struct Publish {
     /// Parts of the saved staging memory that stayed in memory, by the process's pid in its own pid namespace: the images
     /// have them too.
     pub left: Vec<(i32, Range<u64>)>,
+    /// Pages that processes have in common by a fork stay in the images, so that they are in common again. A fill makes them
+    /// a page of each process.
+    pub keep_shared: bool,
     /// What else is known of the snapshot. Sizes and processes' names are the worker's to fill in.
     pub config: Config,
 }

@@ -137,9 +137,7 @@ impl Draft {
             size: config.len() as u64,
             annotations: BTreeMap::new(),
         };
-        if !blobs.contains_key(&config_layer.digest) {
-            blobs.insert(config_layer.digest, self.write_document(&config)?);
-        }
+        blobs.insert(config_layer.digest, self.write_document(&config)?);
         let manifest = Manifest::build(&config_layer, &layers, new.subject, &new.annotations)?;
         self.publish_received(Received { name: new.name, if_taken: new.if_taken, manifest, blobs })
     }
@@ -187,7 +185,7 @@ impl Draft {
         }
         let config = folders.config(&manifest)?;
         index.add(&manifest, name.as_ref());
-        folders.write_index(&index)?;
+        folders.write_index(&index, false)?;
         placed.blobs.clear();
         if self.store.durability == Durability::Machine {
             folders.root.sync().map_err(FileError::new("flush", folders.root.path()))?;
@@ -197,7 +195,7 @@ impl Draft {
 
     fn look_at(&self, new: &NewLayer, progress: Progress<'_>) -> Result<Layer, PublishError> {
         let mut file = self.file(&new.path)?;
-        let at = |action| FileError::new(action, self.folder.join(&new.path));
+        let at = |action| FileError::new(action, self.files().join(&new.path));
         let (digest, size) = match new.digest {
             Some(digest) => (digest, file.metadata().map_err(at("look at"))?.len()),
             None => hash(&mut file, progress).map_err(at("read"))?,
@@ -206,17 +204,17 @@ impl Draft {
     }
 
     fn file(&self, path: &Path) -> Result<std::fs::File, PublishError> {
-        self.folder.file(self.inner(path)).map_err(|source| match Errno::from_io_error(&source) {
+        self.files().file(self.inner(path)).map_err(|source| match Errno::from_io_error(&source) {
             // Over `..`, or over a link.
             Some(Errno::XDEV | Errno::LOOP) => PublishError::Outside { path: path.to_owned() },
-            _ => FileError::new("open", self.folder.join(path))(source).into(),
+            _ => FileError::new("open", self.files().join(path))(source).into(),
         })
     }
 
     /// A file of the draft is as long as it should be, for root alone, and on the disk if that is asked for.
     fn make_ready(&self, digest: Digest, path: &Path, expected: u64) -> Result<(), PublishError> {
         let file = self.file(path)?;
-        let at = |action| FileError::new(action, self.folder.join(path));
+        let at = |action| FileError::new(action, self.files().join(path));
         let metadata = file.metadata().map_err(at("look at"))?;
         if metadata.len() != expected {
             return Err(PublishError::Size { digest, found: metadata.len(), expected });
@@ -258,7 +256,7 @@ impl Placed<'_> {
         // Missing or damaged: what the draft has is right, and takes its place at once.
         let target = folders.blobs.join(digest.hex());
         self.draft
-            .folder
+            .files()
             .rename(self.draft.inner(path), &folders.blobs, digest.hex())
             .map_err(FileError::new("move a blob to", target))?;
         if matches!(before, Ok(None)) {

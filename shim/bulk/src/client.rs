@@ -49,12 +49,13 @@ impl Worker {
         Ok(Self { process, socket: BufReader::new(socket) })
     }
 
-    /// Begins a snapshot in the store at this path.
+    /// Begins a snapshot in the store at this path. When it is published, snapshots that were not used for the longest time go
+    /// until the store has at most `quota` bytes.
     ///
     /// # Errors
     /// When the store cannot be used.
-    pub async fn begin(&mut self, store: &Path, timeline: &Timeline) -> Result<(), BulkError> {
-        match self.order(&Order::Begin { store: store.to_owned() }, timeline).await? {
+    pub async fn begin(&mut self, store: &Path, quota: Option<u64>, timeline: &Timeline) -> Result<(), BulkError> {
+        match self.order(&Order::Begin { store: store.to_owned(), quota }, timeline).await? {
             Report::Begun(begun) => Ok(begun?),
             _ => Err(BulkError::Died),
         }

@@ -11,7 +11,7 @@ use snapshot::{Config, Name, Pointer};
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Order {
-    Begin { store: PathBuf },
+    Begin { store: PathBuf, quota: Option<u64> },
     Save { staging: Vec<Staging> },
     Publish(Box<Publish>),
     Withdraw(Pointer),

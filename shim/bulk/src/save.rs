@@ -35,6 +35,8 @@ type Hashes = JoinHandle<Result<Vec<(Digest, u64)>, FileError>>;
 /// A snapshot that is being made.
 pub(crate) struct Saving {
     draft: Draft,
+    /// Bytes that the store may have.
+    quota: Option<u64>,
     control: Control,
     /// Staging memory.
     gpu: memory::Saved,
@@ -44,11 +46,15 @@ pub(crate) struct Saving {
 }
 
 impl Saving {
-    pub(crate) fn begin(store: &Path) -> Result<Self, Failure> {
+    pub(crate) fn begin(store: &Path, quota: Option<u64>) -> Result<Self, Failure> {
         let store = Store::open(store).because("cannot use the node store")?;
         let draft = store.draft().because("cannot use the node store")?;
         let (gpu, staging) = (memory::Saved::default(), Vec::new());
-        Ok(Self { draft, control: Control::new(), gpu, hashes: None, staging })
+        Ok(Self { draft, quota, control: Control::new(), gpu, hashes: None, staging })
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        self.draft.store()
     }
 
     pub(crate) fn save(&mut self, staging: &[Staging]) -> Result<Saved, Failure> {
@@ -71,9 +77,9 @@ impl Saving {
     }
 
     pub(crate) fn publish(self, publish: Publish, began: &mut dyn FnMut(Phase)) -> Result<Option<Published>, Failure> {
-        let Publish { images, place, left, mut config } = publish;
+        let Publish { images, place, left, keep_shared, mut config } = publish;
         began(Phase::MoveMemory);
-        let Some((host, table)) = self.move_memory(&images, &left)? else { return Ok(None) };
+        let Some((host, table)) = self.move_memory(&images, &left, keep_shared)? else { return Ok(None) };
         let (gpu_bytes, all) = (self.gpu.table.statistics().stored, table.statistics());
         config.sizes.gpu_memory = gpu_bytes;
         config.sizes.host_memory = all.stored - gpu_bytes;
@@ -96,12 +102,14 @@ impl Saving {
         &self,
         images: &Path,
         left: &[(i32, Range<u64>)],
+        keep_shared: bool,
     ) -> Result<Option<(memory::Saved, SegmentTable)>, Failure> {
         let staged = |run: &Run| {
             let of = self.staging.iter().filter(|of| of.pid == run.pid).flat_map(|of| &of.ranges);
             of.into_iter().any(|range| range.start < run.address + run.length && run.address < range.end)
         };
-        let mut runs = images::runs(images, LEAST_RUN, Inherited::Take).because("cannot read the images")?;
+        let inherited = if keep_shared { Inherited::Leave } else { Inherited::Take };
+        let mut runs = images::runs(images, LEAST_RUN, inherited).because("cannot read the images")?;
         runs.retain(|run| !staged(run));
         let big: u64 = runs.iter().map(|run| run.length).sum();
         if self.staging.iter().all(|of| of.ranges.is_empty()) && big < LEAST_MEMORY {
@@ -175,7 +183,7 @@ impl Saving {
             layers.push(NewLayer { digest: Some(digest), ..layer(GPU_MEMORY_TYPE, path.clone()) });
         }
         layers.extend(host.packs.iter().map(|path| layer(HOST_MEMORY_TYPE, path.clone())));
-        let store = self.draft.store().root().to_owned();
+        let (store, quota) = (self.draft.store().clone(), self.quota);
         let new = NewSnapshot {
             name: Some(name.clone()),
             if_taken: IfTaken::Move,
@@ -185,7 +193,15 @@ impl Saving {
             annotations: BTreeMap::new(),
         };
         let snapshot = self.draft.publish(new, &|_| ()).because("cannot publish the snapshot")?;
-        Pointer::new(snapshot.digest(), &store, Some(name), None).because("cannot publish the snapshot")
+        if let Some(quota) = quota {
+            // The snapshot is there all the same, and in use until this is done.
+            let enforced = store.enforce_quota(quota);
+            let left = enforced.because("cannot make room in the node store")?.left;
+            if left > quota {
+                eprintln!("the node store has {left} bytes, more than its quota of {quota}: what is in use stays");
+            }
+        }
+        Pointer::new(snapshot.digest(), store.root(), Some(name), None).because("cannot publish the snapshot")
     }
 }
 

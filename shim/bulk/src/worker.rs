@@ -7,7 +7,9 @@ use std::process::ExitCode;
 
 use phase::Phase;
 
-use crate::protocol::{Failure, Order, Report};
+use snapshot::{IfInUse, Reference, Store};
+
+use crate::protocol::{Because, Failure, Order, Report};
 use crate::restore::Restoring;
 use crate::save::Saving;
 
@@ -20,6 +22,7 @@ pub const WORKER: &str = "memory-worker";
 pub fn worker_main() -> ExitCode {
     // For ps and for messages: a program that was started by /proc/self/exe is called exe.
     let _ = rustix::thread::set_name(c"memory-worker");
+    raise_file_limit();
     match serve() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -29,10 +32,19 @@ pub fn worker_main() -> ExitCode {
     }
 }
 
+/// Each pack is an open file, and 256 MiB: a soft limit of 1024 would be a limit for snapshots.
+fn raise_file_limit() {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit.maximum;
+    // Without it, a pack that cannot be opened says why.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, limit);
+}
+
 /// What a worker is for, once it knows.
 enum Job {
     None,
     Saving(Box<Saving>),
+    Saved(Store),
     Restoring(Box<Restoring>),
 }
 
@@ -59,7 +71,7 @@ fn say(reports: &mut UnixStream, report: &Report) -> io::Result<()> {
 fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
     let unasked = || Failure::new("the worker was asked for something that it has not begun".into());
     match (order, std::mem::replace(job, Job::None)) {
-        (Order::Begin { store }, _) => Report::Begun(Saving::begin(&store).map(|saving| {
+        (Order::Begin { store, quota }, _) => Report::Begun(Saving::begin(&store, quota).map(|saving| {
             *job = Job::Saving(Box::new(saving));
         })),
         (Order::Save { staging }, Job::Saving(mut saving)) => {
@@ -68,7 +80,14 @@ fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
             *job = Job::Saving(saving);
             Report::Saved(saved)
         }
-        (Order::Publish(publish), Job::Saving(saving)) => Report::Published(saving.publish(*publish, began)),
+        (Order::Publish(publish), Job::Saving(saving)) => {
+            *job = Job::Saved(saving.store().clone());
+            Report::Published(saving.publish(*publish, began))
+        }
+        (Order::Withdraw(pointer), Job::Saved(store)) => {
+            let removed = store.remove(&Reference::Digest(pointer.digest()), IfInUse::Refuse);
+            Report::Withdrawn(removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store"))
+        }
         (Order::Open { source, images }, _) => Report::Opened(Restoring::open(&source, &images).map(|restoring| {
             *job = Job::Restoring(Box::new(restoring));
         })),
@@ -78,6 +97,7 @@ fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
         }
         (Order::Save { .. }, _) => Report::Saved(Err(unasked())),
         (Order::Publish(_), _) => Report::Published(Err(unasked())),
+        (Order::Withdraw(_), _) => Report::Withdrawn(Err(unasked())),
         (Order::Fill { .. }, _) => Report::Filled(Err(unasked())),
     }
 }

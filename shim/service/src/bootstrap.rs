@@ -18,7 +18,7 @@ use runtime::Choice;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::container::Context;
+use crate::container::{Context, NodeStore};
 use crate::error::chain;
 use crate::events::Events;
 use crate::task::{TaskService, timestamp};
@@ -32,6 +32,8 @@ const KILLED: u32 = 137;
 const LAST_EVENTS: Duration = Duration::from_secs(5);
 /// Environment variable with the folder of the node's store, where it is not the usual one.
 const STORE: &str = "GPUSNAP_STORE";
+/// Environment variable with the number of bytes that the store may have. Without it there is no limit.
+const QUOTA: &str = "GPUSNAP_STORE_QUOTA";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -143,7 +145,9 @@ impl Shim for GpusnapShim {
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
         let logs = crate::checkpoint::LOGS.into();
-        let store = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
+        let root = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
+        let quota = std::env::var(QUOTA).ok().and_then(|bytes| bytes.parse().ok());
+        let store = NodeStore { root, quota };
         let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }

@@ -50,7 +50,8 @@ impl BigMemory {
         }
         let mut worker = Worker::start(&work.reaper)?;
         let criu = Criu::new(work.reaper.clone());
-        let (begun, criu) = tokio::join!(worker.begin(&work.store, &work.timeline), criu.version());
+        let (begun, criu) =
+            tokio::join!(worker.begin(&work.store.root, work.store.quota, &work.timeline), criu.version());
         begun?;
         // If it says nothing, the dump will fail for a better reason.
         let host = host(criu.map(|version| version.to_string()).unwrap_or_default());
@@ -112,7 +113,8 @@ impl BigMemory {
                 MemoryPlace::Inline => Place::Inline,
                 _ => Place::Store(name(work, config.created)?),
             };
-            let publish = Publish { images, place, left: self.left, config };
+            let keep_shared = would_not_fit_apart(&work.cgroup)?;
+            let publish = Publish { images, place, left: self.left, keep_shared, config };
             Ok(self.worker.publish(publish, &work.timeline).await?)
         }
         .await;
@@ -133,6 +135,21 @@ fn resident(cgroup: &Cgroup) -> Result<u64, CheckpointFailure> {
     };
     let pages: u64 = pids.into_iter().filter_map(of).sum();
     Ok(pages.saturating_mul(u64::try_from(rustix::param::page_size()).unwrap_or(u64::MAX)))
+}
+
+/// Whether the processes have a memory limit that they would exceed if each had a copy of what they share by forks.
+fn would_not_fit_apart(cgroup: &Cgroup) -> Result<bool, CheckpointFailure> {
+    let Some(left) = cgroup.memory_left() else { return Ok(false) };
+    let pids = cgroup.pids().map_err(CheckpointFailure::Cgroup)?;
+    let shared = |pid: i32| {
+        let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+        let kib = |key: &str| {
+            let line = rollup.lines().find_map(|line| line.strip_prefix(key))?;
+            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        };
+        Some(kib("Anonymous:")?.saturating_sub(kib("Pss_Anon:")?) << 10)
+    };
+    Ok(pids.into_iter().filter_map(shared).sum::<u64>() > left)
 }
 
 fn swap(saved: Saved) -> Swap {

@@ -33,7 +33,7 @@ use reaper::{Child, Reaper};
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 
 use super::big_memory::BigMemory;
-use super::{Actor, Status};
+use super::{Actor, NodeStore, Status};
 use crate::checkpoint::{Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
 
@@ -122,8 +122,7 @@ pub(super) struct Work {
     /// The container was paused before.
     pub(super) paused: bool,
     pub(super) reaper: Reaper,
-    /// Where the node keeps snapshots.
-    pub(super) store: PathBuf,
+    pub(super) store: NodeStore,
     pub(super) timeline: Timeline,
     pub(super) wishes: Wishes,
     caller: Caller,

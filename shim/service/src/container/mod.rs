@@ -55,6 +55,14 @@ use crate::events::Events;
 use crate::stdio::{Copies, Owner, Stdio};
 use crate::task::timestamp;
 
+/// Where the node keeps snapshots.
+#[derive(Clone, Debug)]
+pub(crate) struct NodeStore {
+    pub(crate) root: PathBuf,
+    /// How many bytes it may have.
+    pub(crate) quota: Option<u64>,
+}
+
 /// What all containers of one shim share.
 #[derive(Clone)]
 pub(crate) struct Context {
@@ -63,8 +71,7 @@ pub(crate) struct Context {
     pub(crate) bundle: PathBuf,
     /// Where logs of failed checkpoints and restores go.
     pub(crate) logs: PathBuf,
-    /// Where the node keeps snapshots.
-    pub(crate) store: PathBuf,
+    pub(crate) store: NodeStore,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
     /// Makes the runtime that was chosen for a container.

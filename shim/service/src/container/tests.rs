@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use super::Context;
+use super::{Context, NodeStore};
 use crate::events::Events;
 use crate::task::TaskService;
 
@@ -192,7 +192,7 @@ impl Bench {
             namespace: "test".into(),
             bundle: bundle.path().to_owned(),
             logs: logs.path().to_owned(),
-            store: logs.path().join("store"),
+            store: NodeStore { root: logs.path().join("store"), quota: None },
             reaper,
             events: publisher,
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),

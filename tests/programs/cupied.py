@@ -31,6 +31,7 @@ def work():
     turns = (turns + 1) % 10000
     if turns == 0:
         y.fill(0)
+        cupy.cuda.get_current_stream().synchronize()
 
 
 def spectrum():

@@ -12,8 +12,9 @@ parser.add_argument("gib", type=float)
 parser.add_argument("--allocator", choices=("native", "async", "expandable"), default="native")
 parser.add_argument("--pinned", type=int, default=0)
 options = parser.parse_args()
-SETTING = {"native": "", "async": "backend:cudaMallocAsync", "expandable": "expandable_segments:True"}
-os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = SETTING[options.allocator]
+if options.allocator != "native":
+    setting = {"async": "backend:cudaMallocAsync", "expandable": "expandable_segments:True"}[options.allocator]
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = os.environ["PYTORCH_ALLOC_CONF"] = setting
 
 import torch
 

@@ -204,4 +204,5 @@ def describe(pid):
         where = pathlib.Path(f"/proc/{pid}/wchan").read_text()
     except OSError:
         where = "?"
-    return f"{pid} {facts.get('Name')} {facts.get('State')} ppid={facts.get('PPid')} tracer={facts.get('TracerPid')} threads={facts.get('Threads')} wchan={where}"
+    shown = " ".join(f"{name}={facts.get(name)}" for name in ("Name", "State", "PPid", "TracerPid", "Threads"))
+    return f"{pid} {shown} wchan={where}"

@@ -20,14 +20,15 @@ class Container:
         self.suite, self.bed, self.case, self.id = suite, suite.bed, case, f"{case}-{number}"
         self.program, self.settings, self.annotations = program, dict(settings), dict(annotations)
         self.host_network, self.stock = host_network, stock
-        self.asked = 0
+        self.tmp = f"{WORK}/tmp/{case}/{number}"
+        self.cgroup = self.id  # its name; `ctr container restore` keeps the old one
 
     @property
     def is_gpu_py(self):
         return self.program[0] == "gpu.py"
 
     def options(self):
-        options = self.suite.machine.options(self.case)
+        options = self.suite.machine.options(self.tmp)
         for name, value in self.settings.items():
             options += ["--env", f"{name}={value}"]
         for name, value in self.annotations.items():
@@ -46,7 +47,7 @@ class Container:
     def start(self, seconds=150):
         """Starts it cold; gives the seconds until it is ready."""
         begin = time.monotonic()
-        self.bed.ctr("run", "--detach", "--null-io", *self.options(), IMAGE, self.id, *self.argv())
+        self.bed.ctr("run", "--detach", "--null-io", *self.options(), IMAGE, self.id, *self.argv(), timeout=90)
         try:
             self.ready(seconds)
         except Failed as failure:
@@ -57,10 +58,14 @@ class Container:
         def look():
             log = self.log()
             if "FAILED" in log or not self.alive():
-                raise Failed(f"{self.id} has ended: {log.strip()[-600:]}")
-            return "ready " in log
+                raise Failed(f"{self.id} has ended: {log.strip()[-600:]} {self.output()[-600:]}")
+            return "ready " in log and self.workers() <= len(set(re.findall(r"^w\d+ (?=n=)", log, re.MULTILINE)))
 
         until(f"{self.id} ready", look, seconds)
+
+    def workers(self):
+        """How many processes of gpu.py's have to compute as well."""
+        return int(self.program[self.program.index("--spawn") + 1]) if "--spawn" in self.program else 0
 
     def why(self):
         """Why it does not start: what it prints in another try."""
@@ -69,18 +74,18 @@ class Container:
         status, text = self.bed.tries(
             "ctr", "--address", "/run/gpu/containerd.sock", "run", "--rm", *self.options(), IMAGE, f"{self.id}-why", *self.argv(), timeout=20
         )
-        failed = pathlib.Path(self.bed.path(f"{WORK}/tmp/{self.case}/failed"))
+        failed = pathlib.Path(self.bed.path(f"{self.tmp}/failed"))
         told = failed.read_text()[-1500:] if failed.exists() else ""
         return f"again: exit {status}: {text.strip()[-1500:]} {told}"
 
     def init(self):
-        pid = self.bed.init_of(self.id)
+        pid = self.bed.init_of(self.cgroup)
         if pid is None:
             raise Failed(f"{self.id} has no process")
         return pid
 
     def alive(self):
-        return self.bed.init_of(self.id) is not None
+        return self.bed.init_of(self.cgroup) is not None
 
     def shim(self):
         return self.bed.shim_of(self.id)
@@ -110,7 +115,6 @@ class Container:
         """What the program answers."""
         if self.is_gpu_py:
             return self.two_rounds(seconds)
-        self.asked += 1
         number = f"{os.getpid()}{time.monotonic_ns()}"
         new = self.file("ask.new")
         new.write_text(" ".join([number, name, *argument]))
@@ -121,7 +125,7 @@ class Container:
                 if line.startswith(f"answer {number} "):
                     return json.loads(line.split(" ", 3)[3])
                 if line.startswith("FAILED"):
-                    raise Failed(f"{self.id}: {line}")
+                    raise Failed(f"{self.id}: {line}; {self.output()[-700:]}")
             if not self.alive():
                 raise Failed(f"{self.id} has ended while it was asked for {name}; {self.deaths()}")
             return None
@@ -153,7 +157,7 @@ class Container:
     def deaths(self):
         """What the kernel says of processes that died."""
         status, text = self.bed.tries("dmesg", timeout=5)
-        lines = [line for line in text.splitlines() if "segfault" in line or "oom" in line.lower() or "NVRM" in line]
+        lines = [line for line in text.splitlines() if "segfault" in line or "NVRM" in line]
         return " | ".join(lines[-3:])
 
     def saved(self, number):
@@ -178,12 +182,14 @@ class Container:
             raise Failed(f"the checkpoint of {self.id} hangs: {self.stuck()}")
         if status != 0:
             raise Failed(f"the checkpoint of {self.id}: {text.strip()[-900:]}")
+        # What a registry or a volume would bring to the new container: processes map what is compiled there.
+        self.bed.run("cp", "-a", self.tmp, f"{self.saved(number)}.tmp", timeout=60)
         timeline = [] if self.stock else self.suite.timeline(self.id, "checkpointed", mark)
         return {"took": took, "timeline": timeline, **self.size(number)}
 
     def stuck(self):
         shim = self.shim()
-        pids = ([shim, *descendants(shim)] if shim else []) + self.bed.pids(self.id)
+        pids = ([shim, *descendants(shim)] if shim else []) + self.pids()
         return "; ".join(describe(pid) for pid in dict.fromkeys(pids))[:4000]
 
     def size(self, number):
@@ -200,17 +206,19 @@ class Container:
         return about
 
     def forget(self, number):
-        self.bed.tries("rm", "-rf", self.saved(number), timeout=60)
+        self.bed.tries("rm", "-rf", self.saved(number), f"{self.saved(number)}.tmp", timeout=60)
 
     def restored(self, number, as_number, seconds=LONG):
         """A new container from the folder; gives it and what there is to say."""
         new = Container(
             self.suite, self.case, as_number, self.program, self.settings, self.annotations, self.host_network, self.stock
         )
-        new.create()
+        new.create(f"{self.saved(number)}.tmp")
         return new, new.restore(self.saved(number), seconds)
 
-    def create(self):
+    def create(self, tmp):
+        """Without a task; its /tmp is a copy of that folder."""
+        self.bed.run("bash", "-euc", f"mkdir -p {os.path.dirname(self.tmp)}; rm -rf {self.tmp}; cp -a {tmp} {self.tmp}", timeout=60)
         self.bed.ctr("container", "create", *self.options(), IMAGE, self.id, *self.argv())
 
     def root(self):
@@ -219,23 +227,28 @@ class Container:
         # mount -t overlay overlay /x -o index=off,workdir=...
         return [(words[words.index("-t") + 1], words[words.index("-t") + 2], words[-1].split(","))]
 
+    def make(self, folder):
+        """A task from a folder, not yet started; gives the seconds that took."""
+        root, binary = self.root(), "runc" if self.suite.runtime == "runc" and not self.stock else ""
+        begin = time.monotonic()
+        containerd.create(self.bed.socket, self.id, root, folder, binary, 60)
+        return time.monotonic() - begin
+
     def restore(self, folder, seconds=LONG):
         """A task from a folder. How long until it is made, is started, and answers."""
-        mark, root = self.suite.log_size(), self.root()
-        binary = "runc" if self.suite.runtime == "runc" and not self.stock else ""
-        begin = time.monotonic()
+        mark = self.suite.log_size()
         try:
-            containerd.create(self.bed.socket, self.id, root, folder, binary, 60)
-            created = time.monotonic()
+            about = {"create": self.make(folder)}
+            begin = time.monotonic()
             containerd.start(self.bed.socket, self.id, seconds)
-        except (containerd.Refused, OSError) as error:
-            raise Failed(f"the restore of {self.id}: {error!r}; {self.stuck() if isinstance(error, OSError) else ''}") from None
-        started = time.monotonic()
-        about = {"create": created - begin, "start": started - created}
+        except containerd.Refused as refusal:
+            raise Failed(f"the restore of {self.id}: {refusal}") from None
+        except OSError as error:
+            raise Failed(f"the restore of {self.id} hangs: {error!r}; {self.stuck()}") from None
+        about["start"] = time.monotonic() - begin
         if not self.stock:
-            first = self.ask("answer", seconds=90)
-            about["first answer"] = time.monotonic() - created
-            about["answer"] = first
+            about["answer"] = self.ask("answer", seconds=90)
+            about["first answer"] = time.monotonic() - begin
             about["timeline"] = self.suite.timeline(self.id, "restored", mark)
         return about
 
@@ -248,8 +261,11 @@ class Container:
         until(f"{self.id} stopped", lambda: self.status() == "STOPPED", 30)
         self.remove()
 
+    def pids(self):
+        return self.bed.pids(self.cgroup)
+
     def nothing_left(self):
-        until(f"no process of {self.id}", lambda: not self.bed.pids(self.id), 30)
+        until(f"no process of {self.id}", lambda: not self.pids(), 30)
 
     def exec(self, *argv, seconds=40):
         return self.bed.ctr("task", "exec", "--exec-id", f"x{time.monotonic_ns()}", self.id, *argv, timeout=seconds)

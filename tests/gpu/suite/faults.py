@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 
+from . import containerd
 from .bed import Failed, children, descendants, named, until, wait
 from .core import case
 
@@ -32,33 +33,43 @@ def seen(shim, name, seconds=30):
     return until(name, look, seconds, pause=0.001)
 
 
-def begins(timeline):
-    """When each step begins and how long it is, from Discover on; of a step that comes twice, the first."""
+def begins(timeline, first="discover"):
+    """When each step begins and how long it is, from `first` on; of a step that comes twice, the longer one."""
     at, found, on = 0.0, {}, False
     for name, seconds in timeline:
-        on = on or name == "discover"
+        on = on or name == first
         if on:
-            found.setdefault(name, (at, seconds))
+            if seconds > found.get(name, (0, -1))[1]:
+                found[name] = (at, seconds)
             at += seconds
     return found
 
 
 def strike(suite, container, role, step, plan):
-    """Kills the role in the middle of the step of a checkpoint; gives what the client was told."""
+    """Kills the role in the middle of the step of a checkpoint; gives how many and what the client was told."""
     shim = container.shim()
     process = container.checkpointing("struck")
-    seen(shim, "cuda-guardian")
     at, length = plan[step]
-    time.sleep(max(0.0, at + length * 0.5))
-    victims = [shim] if role == "shim" else named(descendants(shim), role)
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
+    if role == "criu":
+        seen(shim, "criu")
+        time.sleep(length * 0.5)
+    else:
+        seen(shim, "cuda-guardian")
+        time.sleep(at + length * 0.5)
+    count = kill(shim, role)
     status, text = wait(process, 120)
     if status == 124:
         raise Failed(f"{role} killed in {step}: the checkpoint hangs: {container.stuck()}")
-    told = "succeeded" if status == 0 else " ".join(text.split())[-260:]
     container.forget("struck")
-    return len(victims), told
+    return count, "succeeded" if status == 0 else " ".join(text.split())[-260:]
+
+
+def kill(shim, role):
+    """Kills all processes of this role; gives how many there were."""
+    victims = [shim] if role == "shim" else named(descendants(shim), role)
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    return len(victims)
 
 
 def survives(suite, role, steps):
@@ -113,11 +124,7 @@ def shim_killed(suite):
         container.ask("answer")
         plan = begins(container.checkpoint("clean")["timeline"])
         container.forget("clean")
-        before = suite.bed.pids(container.id)
-        shim = container.shim()
         _, told = strike(suite, container, "shim", step, plan)
-        below = [pid for pid in [*before, *descendants(shim)] if os.path.exists(f"/proc/{pid}")]
-        until(f"the end of {below}", lambda: not [pid for pid in below if os.path.exists(f"/proc/{pid}")], 60)
         container.nothing_left()
         suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "task", "rm", "--force", container.id, timeout=40)
         suite.bed.ctr("task", "start", "--detach", "--null-io", container.id)
@@ -135,48 +142,51 @@ def restore_killed(suite):
     source.checkpoint("a")
     good, about = source.restored("a", 1)
     good.remove()
-    at = {}
-    moment = 0.0
-    for name, seconds in about["timeline"]:
-        at.setdefault(name, (moment, seconds))
-        moment += seconds
+    plan = begins(about["timeline"], "inspect")
+    killed = 0
     for number, (role, step) in enumerate([("criu", "restore"), ("cuda-guardian", "cuda-restore"), ("shim", "cuda-restore")], 2):
-        struck = struck_restore(suite, source, number, role, at[step])
+        count, told = struck_restore(suite, source, number, role, step, plan)
+        killed += count
         new, about = source.restored("a", number + 10)
         if about.pop("answer")["same"] != first["same"]:
             raise Failed("another answer after a second try")
         new.remove()
-        suite.step(f"{role} killed in {step} of a restore", told=struck)
+        suite.step(f"{role} killed in {step} of a restore", killed=count, told=told)
+    if not killed:
+        raise Failed("there was nothing to kill")
 
 
-def struck_restore(suite, source, number, role, moment):
-    """A restore whose `role` is killed; gives what the client was told."""
+def struck_restore(suite, source, number, role, step, plan):
+    """A restore whose `role` is killed; gives how many and what the client was told."""
     new = suite.container(number, *source.program, settings=source.settings)
-    new.create()
-    told = []
+    new.create(f"{source.saved('a')}.tmp")
+    new.make(source.saved("a"))
+    shim, told, count = new.shim(), [], 0
 
-    def restore():
+    def start():
         try:
-            new.restore(source.saved("a"), 120)
+            containerd.start(suite.bed.socket, new.id, 120)
             told.append("succeeded")
-        except Failed as failure:
-            told.append(str(failure)[-260:])
+        except (containerd.Refused, OSError) as error:
+            told.append(str(error)[-260:])
 
-    thread = threading.Thread(target=restore)
+    thread = threading.Thread(target=start)
     thread.start()
     try:
-        shim = until("the shim", new.shim, 20, pause=0.001)
-        # Start begins: the guardian is started right after the checkpoint was looked at.
-        seen(shim, "cuda-guardian")
-        time.sleep(max(0.0, moment[0] + moment[1] * 0.5 - 0.02))
-        for pid in [shim] if role == "shim" else named(descendants(shim), role):
-            os.kill(pid, signal.SIGKILL)
+        at, length = plan[step]
+        if role == "criu":
+            seen(shim, "criu")
+            time.sleep(length * 0.5)
+        else:
+            seen(shim, "cuda-guardian")
+            time.sleep(at + length * 0.5)
+        count = kill(shim, role)
     finally:
         thread.join(150)
     if told == ["succeeded"]:
         new.ask("answer")
     else:
         new.nothing_left()
-    new.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "task", "rm", "--force", new.id, timeout=40)
-    new.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "container", "rm", new.id)
-    return told[0] if told else "no answer"
+    for words in (["task", "rm", "--force"], ["container", "rm"]):
+        suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", *words, new.id, timeout=40)
+    return count, told[0] if told else "no answer"

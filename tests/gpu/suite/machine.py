@@ -14,6 +14,7 @@ import time
 from .bed import IMAGE, REPO, WORK
 
 DRIVER = "/usr/local/nvidia"
+NOT_SHOWN = ("", "dev", "etc", "proc", "run", "sys", "tmp", "var")  # a container has its own
 PASSED_ON = ("CUDA", "NVIDIA", "NCCL", "NVSHMEM", "TORCH", "TRITON", "XLA", "JAX", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 
 
@@ -22,28 +23,28 @@ class Machine:
 
     def __init__(self, bed, fake=None):
         self.bed, self.fake = bed, fake
-        python = shutil.which("python3")
-        needed = [python, os.path.realpath(python), sys.base_prefix, "/usr/bin", "/lib"]
-        self.python = python
-        self.tops = sorted({pathlib.Path(path).resolve().parts[1] for path in needed})
-        if os.path.isdir("/opt"):
-            self.tops = sorted({*self.tops, "opt"})
+        self.python = shutil.which("python3")
+        found = [os.path.dirname(self.python), sys.base_prefix, "/usr/bin", "/opt", "/lib", *sys.path]
+        found += [os.path.realpath(path) for path in found] + [os.path.realpath(self.python)]
+        tops = {path.split("/")[1] for path in found if os.path.exists(path) and not path.startswith(str(REPO))}
+        self.tops = sorted(top for top in tops if top not in NOT_SHOWN and not os.path.islink(f"/{top}"))
 
     def folders(self):
         """What is mounted into containers: the machine's folders at the top, and what is mounted in them."""
         mounted = [line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines()]
-        inner = [path for path in mounted if path.split("/")[1] in self.tops and os.path.isdir(path)]
-        inner = [path for path in inner if path.count("/") > 1 and not path.startswith("/var/")]
+        inner = [path for path in mounted if path.split("/")[1] in self.tops and path.count("/") > 1]
         return [f"/{top}" for top in self.tops] + sorted(set(inner))
 
     def prepare(self):
         """Mounts and the image, in the bed. Once, before containers start."""
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 85 // 100
+        # Not a part of the memory that there is: a machine may show more of it when it is used.
+        size = "16g" if self.fake else "110g"
         script = [f"mkdir -p {WORK}", f"mountpoint -q {WORK} || mount -t tmpfs -o mode=755,size={size} tmpfs {WORK}"]
         for path in self.folders():
             # Without what is mounted below it: CRIU is told of the mounts that the container's spec has, no others.
             to = f"{WORK}/machine{path.replace('/', '+')}"
-            script.append(f"mkdir -p {to}; mountpoint -q {to} || {{ mount --bind /host{path} {to}; mount -o remount,bind,ro {to}; }}")
+            make = f"mkdir -p {to}" if os.path.isdir(path) else f"mkdir -p {WORK}/machine; touch {to}"
+            script.append(f"{make}; mountpoint -q {to} || {{ mount --bind /host{path} {to}; mount -o remount,bind,ro {to}; }}")
         script.append(f"mkdir -p {WORK}/saved {WORK}/tmp {WORK}/shims; touch /etc/criu/runc.conf 2>/dev/null || mkdir -p /etc/criu")
         # What makes CRIU fail on the machine with the H100, and what our shim does not do either.
         script.append("echo network-lock skip >/etc/criu/runc.conf")
@@ -67,8 +68,7 @@ class Machine:
                 entry = tarfile.TarInfo(name)
                 entry.type, entry.mode = tarfile.DIRTYPE, 0o1777 if "tmp" in name else 0o755
                 tar.addfile(entry)
-            if "etc" not in self.tops:
-                tar.add("/etc", "etc", filter=small)
+            tar.add("/etc", "etc", filter=small)
         layer = layer.getvalue()
         digest = hashlib.sha256(layer).hexdigest()
         config = {
@@ -98,12 +98,12 @@ class Machine:
             add("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
             add("index.json", json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode())
 
-    def options(self, case, mounts_of="ctr"):
-        """Options of `ctr run` or `nerdctl run` for a container with the machine's software and its GPU. /tmp is the same
-        for all containers of a case: what is compiled there is mapped by processes."""
-        self.bed.run("mkdir", "-p", f"{WORK}/tmp/{case}/home", timeout=10)
+    def options(self, tmp, mounts_of="ctr"):
+        """Options of `ctr run` or `nerdctl run` for a container with the machine's software and its GPU, and a folder of the bed
+        as its /tmp, which has all that it writes."""
+        self.bed.run("mkdir", "-p", f"{tmp}/home", timeout=10)
         binds = [(f"{WORK}/machine{path.replace('/', '+')}", path, "ro") for path in self.folders()]
-        binds += [(f"{REPO}/tests/programs", "/programs", "ro"), (f"{WORK}/tmp/{case}", "/tmp", "rw")]
+        binds += [(f"{REPO}/tests/programs", "/programs", "ro"), (tmp, "/tmp", "rw")]
         if self.fake:
             binds.append((str(self.fake), "/cuda", "ro"))
         options = []

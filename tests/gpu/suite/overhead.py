@@ -30,13 +30,13 @@ def overhead(suite):
         note("checkpoint: our driver calls", spent(about["timeline"], "cuda-checkpoint", "cuda-restore"))
         note("checkpoint: our dump", spent(about["timeline"], "dump"))
         us.ask("answer")
-        hand.forget("a")
+        hand.forget("b")
         pid = hand.init()
         begin = time.monotonic()
         driver(suite, "lock", pid)
         driver(suite, "checkpoint", pid)
         saved = time.monotonic()
-        about = hand.checkpoint("a")
+        about = hand.checkpoint("b")
         dumped = time.monotonic()
         driver(suite, "restore", pid)
         driver(suite, "unlock", pid)
@@ -48,7 +48,7 @@ def overhead(suite):
         note("restore: ours", about["create"] + about["start"])
         note("restore: our own part", ours(about["timeline"]))
         restored.remove()
-        restored, about = hand.restored("a", f"hand-{number}")
+        restored, about = hand.restored("b", f"hand-{number}")
         pid, begin = restored.init(), time.monotonic()
         driver(suite, "restore", pid)
         driver(suite, "unlock", pid)
@@ -58,14 +58,14 @@ def overhead(suite):
     for name, values in series.items():
         suite.step(name, median=statistics.median(values), least=min(values), most=max(values))
     own = statistics.median(series["checkpoint: our own part"])
-    if own > 0.1:
+    if own > 0.1 and not suite.fake:
         raise Failed(f"our own part of a checkpoint is {own:.3f} s")
 
 
 def driver(suite, operation, pid):
     out = subprocess.run(
         [str(cuda_call()), operation, str(pid), *(["10000"] if operation == "lock" else [])],
-        env=suite.machine.driver_environment(), capture_output=True, text=True, timeout=60,
+        check=False, env=suite.machine.driver_environment(), capture_output=True, text=True, timeout=60,
     )
     if out.returncode != 0:
         raise Failed(f"cuda-call {operation} {pid}: {out.stdout} {out.stderr}")

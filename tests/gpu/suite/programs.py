@@ -1,6 +1,7 @@
 """Each program through its whole life: started cold, checkpointed and left running, restored as a new container, checkpointed
 again with an end, restored again."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ def life(suite, *program, single=False, new=False, inspect=None, alongside=None,
     cold = source.start()
     first = source.ask("answer")
     source.ask("go")
-    suite.step("started", seconds=cold, processes=len(suite.bed.pids(source.id)), ready=ready_line(source))
+    suite.step("started", seconds=cold, processes=len(source.pids()), ready=ready_line(source))
     if inspect:
         inspect(source)
     finish = alongside(source) if alongside else None
@@ -37,7 +38,7 @@ def life(suite, *program, single=False, new=False, inspect=None, alongside=None,
         same(restored.ask("answer"), first, "after something new")
     if inspect:
         inspect(restored)
-    suite.step("restored as a new container", cold=cold, bytes=checkpoint["bytes"], processes=len(suite.bed.pids(restored.id)), **about)
+    suite.step("restored as a new container", cold=cold, bytes=checkpoint["bytes"], processes=len(restored.pids()), **about)
     restored.forget("a")
     if not single:
         source.ask("go")
@@ -73,7 +74,7 @@ def ready_line(container):
 def nvidia_smi(container):
     """nvidia-smi works in the container."""
     if not container.suite.fake:
-        text = container.exec("nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader")
+        text = container.exec(shutil.which("nvidia-smi"), "--query-gpu=uuid,memory.used", "--format=csv,noheader")
         container.suite.step("nvidia-smi", says=text.strip())
 
 

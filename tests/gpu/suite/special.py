@@ -81,7 +81,7 @@ def stopped_process(suite):
     source.start()
 
     def worker(container):
-        found = [pid for pid in suite.bed.pids(container.id) if pid != container.init()]
+        found = [pid for pid in container.pids() if pid != container.init()]
         return found[0] if found else None
 
     def said(container):
@@ -144,6 +144,7 @@ def ctr_image(suite):
     source = suite.container(0, *program)
     source.start()
     first = source.ask("answer")
+    suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "image", "rm", "gputest/ctr")
     mark, begin = suite.log_size(), time.monotonic()
     suite.bed.ctr("container", "checkpoint", "--task", "--rw", "--image", source.id, "gputest/ctr", timeout=180)
     took = time.monotonic() - begin
@@ -151,13 +152,14 @@ def ctr_image(suite):
     source.ask("go")
     suite.step("checkpointed to an image", took=took, timeline=suite.timeline(source.id, "checkpointed", mark))
     source.remove()
-    restored, mark, begin = suite.container(1, *program), suite.log_size(), time.monotonic()
+    restored = suite.container(1, *program)
+    restored.cgroup = source.id
+    mark, begin = suite.log_size(), time.monotonic()
     suite.bed.ctr("container", "restore", "--live", "--rw", restored.id, "gputest/ctr", timeout=180)
     took = time.monotonic() - begin
     same(restored.ask("answer"), first, "restored")
     restored.ask("go")
     suite.step("restored from the image", took=took, timeline=suite.timeline(restored.id, "restored", mark))
-    suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "image", "rm", "gputest/ctr")
 
 
 @case(45, fake=True)
@@ -173,8 +175,9 @@ def nerdctl(suite):
 
     options = ["--runtime", "io.containerd.gpusnap.v2", "--net", "none", "--pull", "never"]
     options += ["--annotation", "gpusnap.dev/on-checkpoint=exit"]
+    options += suite.machine.options(container.tmp, "nerdctl")
     argv = [suite.machine.python, f"/programs/{program[0]}", *program[1:]]
-    container.id = run("run", "-d", "--name", name, *options, *suite.machine.options(suite.case, "nerdctl"), IMAGE, *argv).strip().splitlines()[-1]
+    container.id = container.cgroup = run("run", "-d", "--name", name, *options, IMAGE, *argv).strip().splitlines()[-1]
     try:
         container.ready(90)
         first = container.ask("answer")

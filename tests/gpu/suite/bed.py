@@ -35,9 +35,13 @@ class Bed:
     def testbed(self, *arguments, timeout=120, **environment):
         """A command of the test bed's script."""
         environment = {**self.environment, **environment}
-        out = subprocess.run(
-            [str(TESTBED), *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
-        )
+        command = [str(TESTBED), *arguments]
+        try:
+            out = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise Failed(f"testbed {' '.join(arguments[:3])}: not done in {timeout} s") from None
         if out.returncode != 0:
             raise Failed(f"testbed {' '.join(arguments[:3])}: {out.stderr.strip()[-600:]}")
         return out.stdout

@@ -17,7 +17,7 @@ class Container:
     `annotations`: of the container."""
 
     def __init__(self, suite, case, number, program, settings=(), annotations=(), host_network=False, stock=False):
-        self.suite, self.bed, self.case, self.id = suite, suite.bed, case, f"{case}-{number}"
+        self.suite, self.bed, self.case, self.id = suite, suite.bed, case, f"{case}_{number}"
         self.program, self.settings, self.annotations = program, dict(settings), dict(annotations)
         self.host_network, self.stock = host_network, stock
         self.tmp = f"{WORK}/tmp/{case}/{number}"
@@ -182,10 +182,13 @@ class Container:
             raise Failed(f"the checkpoint of {self.id} hangs: {self.stuck()}")
         if status != 0:
             raise Failed(f"the checkpoint of {self.id}: {text.strip()[-900:]}")
-        # What a registry or a volume would bring to the new container: processes map what is compiled there.
-        self.bed.run("cp", "-a", self.tmp, f"{self.saved(number)}.tmp", timeout=60)
+        self.keep_tmp(number)
         timeline = [] if self.stock else self.suite.timeline(self.id, "checkpointed", mark)
         return {"took": took, "timeline": timeline, **self.size(number)}
+
+    def keep_tmp(self, number):
+        """What a volume would bring to the new container: processes map what is compiled there."""
+        self.bed.run("bash", "-euc", f"rm -rf {self.saved(number)}.tmp; cp -a {self.tmp} {self.saved(number)}.tmp", timeout=60)
 
     def stuck(self):
         shim = self.shim()

@@ -88,6 +88,6 @@ def ours(timeline):
 def cuda_call():
     """The program that makes one driver call."""
     for folder in (REPO / ".gpu-carry", REPO / "target/release", REPO / "target/debug"):
-        if (folder / "cuda-call").exists():
+        if os.access(folder / "cuda-call", os.X_OK):
             return folder / "cuda-call"
     raise FileNotFoundError("cuda-call: cargo build --release -p fake-cuda")

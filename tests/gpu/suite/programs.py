@@ -193,7 +193,7 @@ def http_under_load(suite):
         return finish
 
     def served(server):
-        if server.id.endswith("-1"):
+        if server.id.endswith("_1"):
             load(server)()
 
     life(suite, "server.py", str(PORT), single=True, annotations={"gpusnap.dev/tcp": "close"}, host_network=True, alongside=load, inspect=served)

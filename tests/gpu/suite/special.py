@@ -126,6 +126,7 @@ def two_containers(suite):
         status, text = wait(process, 120)
         if status != 0:
             raise Failed(f"two checkpoints at once: {text[-900:]}")
+    one.keep_tmp("b")
     for container in (one, other):
         container.ask("go")
         same(container.ask("answer"), first, "after two checkpoints at once")

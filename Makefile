@@ -102,7 +102,7 @@ test-gpu: build fake-cuda ## GPU programs and failures on this machine's GPU; GP
 
 .PHONY: gpu-carry
 gpu-carry: build fake-cuda ## .gpu-carry/: what a bare GPU machine without network needs for tests/gpu/run
-	[ -e .gpu-carry/bed.tar.xz ] || $(TESTBED) build
+	$(TESTBED) build
 	tests/gpu/pack
 
 .PHONY: bench

@@ -95,6 +95,16 @@ test-k8s: build ## Pods, and the kubelet's checkpoint API, on a one-node Kuberne
 	tests/k8s/cluster build
 	tests/k8s/test
 
+.PHONY: test-gpu
+test-gpu: build fake-cuda ## GPU programs and failures on this machine's GPU; GPU_ARGS='--fake' without one (tests/gpu/README.md)
+	[ -e .gpu-carry/bed.tar.xz ] || $(TESTBED) build
+	tests/gpu/run $(GPU_ARGS)
+
+.PHONY: gpu-carry
+gpu-carry: build fake-cuda ## .gpu-carry/: what a bare GPU machine without network needs for tests/gpu/run
+	$(TESTBED) build
+	tests/gpu/pack
+
 .PHONY: bench
 bench: build testbed ## Lifecycle, checkpoint and restore of a container, ours against runc's shim, interleaved
 	$(TESTBED) in $(CURDIR)/tests/bench/lifecycle.sh

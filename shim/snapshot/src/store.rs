@@ -22,8 +22,8 @@ const LAYOUT: &str = "oci-layout";
 const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const LOCK: &str = "lock";
 /// What a store consists of, and what a file system has when it is made.
-const KNOWN: [&str; 9] =
-    [INDEX, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "uses", "lost+found"];
+const KNOWN: [&str; 10] =
+    [INDEX, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "partial", "uses", "lost+found"];
 
 /// Whether a snapshot that is published survives a crash of the machine from then on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,7 @@ pub(crate) struct Folders {
     pub(crate) root: Folder,
     pub(crate) blobs: Folder,
     pub(crate) drafts: Folder,
+    pub(crate) partial: Folder,
     pub(crate) uses: Folder,
 }
 
@@ -159,8 +160,8 @@ impl Store {
         lock(&guard, FlockOperation::LockExclusive).map_err(FileError::new("lock", folder.join(LOCK)))?;
         initialise(&folder)?;
         let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
-        let (blobs, drafts, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("uses")?);
-        let folders = Folders { root: folder, blobs, drafts, uses };
+        let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
+        let folders = Folders { root: folder, blobs, drafts, partial, uses };
         Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
     }
 
@@ -191,7 +192,7 @@ fn initialise(folder: &Folder) -> Result<(), OpenError> {
     let path = |name: &str| folder.join(name);
     let layout = unless_missing(folder.read(LAYOUT, 4096)).map_err(FileError::new("read", path(LAYOUT)))?;
     let has_index = unless_missing(folder.file(INDEX)).map_err(FileError::new("open", path(INDEX)))?.is_some();
-    for name in ["blobs", "blobs/sha256", "drafts", "uses"] {
+    for name in ["blobs", "blobs/sha256", "drafts", "partial", "uses"] {
         folder.make(name).map_err(FileError::new("make", path(name)))?;
     }
     if let Some(layout) = layout {

@@ -1,7 +1,7 @@
 //! How far a transfer is, for whoever shows it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Counters of one transfer, which may be read while it runs.
 #[derive(Debug, Default)]
@@ -10,6 +10,7 @@ pub struct Meter {
     moved: AtomicU64,
     present: AtomicU64,
     lost: AtomicU64,
+    trouble: Mutex<Option<String>>,
 }
 
 /// A reading of a [`Meter`], in bytes.
@@ -35,6 +36,16 @@ impl Meter {
             present: self.present.load(Ordering::Relaxed),
             lost: self.lost.load(Ordering::Relaxed),
         }
+    }
+
+    /// What the last attempt failed with that is being repeated, once: it is not there the next time.
+    #[must_use]
+    pub fn take_trouble(&self) -> Option<String> {
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    pub(crate) fn set_trouble(&self, trouble: String) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = Some(trouble);
     }
 
     pub(crate) fn set_total(&self, bytes: u64) {

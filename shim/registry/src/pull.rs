@@ -113,7 +113,7 @@ pub enum PullError {
 /// # Errors
 /// What [`PullError`] says; the store is as it was, and a repetition goes on from what had come.
 pub async fn pull(store: &Store, pull: Pull, options: &Options, meter: &Arc<Meter>) -> Result<Snapshot, PullError> {
-    let session = Session::open(&pull.target, RegistryOperation::Pull, &options.patience).await?;
+    let session = Session::open(&pull.target, RegistryOperation::Pull, &options.patience, meter).await?;
     let target = pull.target.to_string();
     let bytes = session.persist(async || manifest(&session).await).await?;
     let manifest = Manifest::parse(&bytes).map_err(|source| PullError::Manifest { target: target.clone(), source })?;
@@ -245,11 +245,214 @@ impl Incoming<'_> {
             }
             let partial = self.partial(blob).await?;
             // Whoever completed it has verified it.
-            if partial.len()? == blob.size {
+            if partial.received()? == blob.size {
                 return Ok(self.draft.take(partial)?);
             }
             drop(partial);
             self.receive_one(blob, &Arc::new(Share::new(&Arc::default()))).await?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Totals;
+    use crate::push::push;
+    use crate::testing::{Fake, Fault, chain, patience, snapshot_of};
+
+    const BLOBS: &str = "GET /v2/team/vit/blobs/";
+
+    fn options() -> Options {
+        Options { jobs: 3, patience: patience() }
+    }
+
+    /// A registry with a snapshot in it, and the store that it was pushed from.
+    async fn registry_with(layers: &[&[u8]]) -> (Fake, tempfile::TempDir) {
+        let (fake, root) = (Fake::start(), tempfile::tempdir().unwrap());
+        let snapshot = snapshot_of(root.path(), "default/vit", layers);
+        push(&snapshot, &fake.target(), &options(), &Arc::default()).await.unwrap();
+        (fake, root)
+    }
+
+    async fn pull_into(store: &Store, fake: &Fake) -> (Result<Snapshot, PullError>, Totals) {
+        let meter = Arc::default();
+        let name = Some("default/again".parse().unwrap());
+        let pulled = Pull { target: fake.target(), name, if_taken: IfTaken::Move, quota: None };
+        let result = pull(store, pulled, &options(), &meter).await;
+        (result, meter.read())
+    }
+
+    fn error((result, _): (Result<Snapshot, PullError>, Totals)) -> String {
+        chain(&result.unwrap_err())
+    }
+
+    fn new_store() -> (tempfile::TempDir, Store) {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path()).unwrap();
+        (root, store)
+    }
+
+    /// The fake's manifest with one text replaced by another.
+    fn change_manifest(fake: &Fake, from: &str, to: &str) {
+        let manifest = String::from_utf8(fake.manifest("warm").unwrap()).unwrap();
+        assert!(manifest.contains(from), "{manifest}");
+        fake.put_manifest("warm", manifest.replace(from, to).as_bytes());
+    }
+
+    #[tokio::test]
+    async fn what_was_pushed_is_pulled_bit_for_bit() {
+        let packs = [b"images".to_vec(), vec![1; 3_000_000], vec![2; 2_000_000], vec![1; 3_000_000]];
+        let packs: Vec<&[u8]> = packs.iter().map(Vec::as_slice).collect();
+        let (fake, source) = registry_with(&packs).await;
+        let (_root, store) = new_store();
+        let (pulled, totals) = pull_into(&store, &fake).await;
+        let (pulled, from) = (pulled.unwrap(), Store::open(source.path()).unwrap());
+        let pushed = from.open_snapshot(&pulled.digest().into()).unwrap();
+        assert_eq!(pulled.manifest().bytes(), pushed.manifest().bytes());
+        for blob in pulled.manifest().blobs() {
+            assert_eq!(
+                std::fs::read(pulled.path(&blob.digest)).unwrap(),
+                std::fs::read(pushed.path(&blob.digest)).unwrap()
+            );
+        }
+        assert_eq!(totals.moved, totals.total);
+        assert_eq!(pulled.names()[0].to_string(), "default/again");
+        let (again, totals) = pull_into(&store, &fake).await;
+        again.unwrap();
+        assert_eq!((totals.moved, totals.present), (0, totals.total));
+    }
+
+    #[tokio::test]
+    async fn of_a_second_snapshot_only_what_differs_moves() {
+        let (pack, other) = (vec![1; 3_000_000], vec![2; 50_000]);
+        let (fake, root) = registry_with(&[b"images", &pack]).await;
+        let (_root, store) = new_store();
+        pull_into(&store, &fake).await.0.unwrap();
+        let second = snapshot_of(root.path(), "default/second", &[b"other images", &pack, &other]);
+        let meter = Arc::default();
+        push(&second, &fake.target(), &options(), &meter).await.unwrap();
+        let fixed = second.manifest().config().size + 12;
+        assert_eq!(meter.read().moved, 50_000 + fixed);
+        let before = fake.sent();
+        let (pulled, totals) = pull_into(&store, &fake).await;
+        assert_eq!(pulled.unwrap().digest(), second.digest());
+        assert_eq!((totals.moved, totals.present), (50_000 + fixed, 3_000_000));
+        assert!(fake.sent() - before < 60_000);
+    }
+
+    #[tokio::test]
+    async fn a_pull_that_failed_goes_on_where_it_was() {
+        let packs: Vec<Vec<u8>> = (0..6_u8).map(|n| vec![n; 1_500_000]).collect();
+        let packs: Vec<&[u8]> = packs.iter().map(Vec::as_slice).collect();
+        let (fake, _source) = registry_with(&packs).await;
+        let (_root, store) = new_store();
+        let bad = Digest::of(packs[4]).to_string();
+        let bad: &'static str = format!("GET /v2/team/vit/blobs/{bad}").leak();
+        fake.fault(bad, Fault::Cut(1_100_000));
+        fake.status(bad, 403);
+        assert!(error(pull_into(&store, &fake).await).contains("refuses access"));
+        let begun = fake.sent();
+        let (pulled, totals) = pull_into(&store, &fake).await;
+        pulled.unwrap();
+        assert!(totals.present >= 1_100_000, "{totals:?}");
+        assert_eq!(fake.sent() - begun, totals.moved + fake.manifest("warm").unwrap().len() as u64);
+        assert!(std::fs::read_dir(store.root().join("partial")).unwrap().next().is_none());
+    }
+
+    #[tokio::test]
+    async fn two_pulls_at_once_share_what_they_receive() {
+        let packs: Vec<Vec<u8>> = (0..8_u8).map(|n| vec![n; 1_000_000]).collect();
+        let packs: Vec<&[u8]> = packs.iter().map(Vec::as_slice).collect();
+        let (fake, _source) = registry_with(&packs).await;
+        let (root, store) = new_store();
+        let other = Store::open(root.path()).unwrap();
+        let (one, two) = tokio::join!(pull_into(&store, &fake), pull_into(&other, &fake));
+        assert_eq!(one.0.unwrap().digest(), two.0.unwrap().digest());
+    }
+
+    #[tokio::test]
+    async fn a_manifest_without_end_is_refused() {
+        let (fake, _source) = registry_with(&[b"images"]).await;
+        let (_root, store) = new_store();
+        fake.fault("GET /v2/team/vit/manifests/", Fault::Endless);
+        let error = error(pull_into(&store, &fake).await);
+        assert!(error.contains("manifest team/vit:warm") && error.contains("more than 4194304 bytes"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_manifest_other_than_the_pinned_one_is_refused() {
+        let (fake, _source) = registry_with(&[b"images"]).await;
+        let (_root, store) = new_store();
+        let pinned = Digest::of(&fake.manifest("warm").unwrap()).to_string();
+        fake.put_manifest(&pinned, &[fake.manifest("warm").unwrap(), b" ".to_vec()].concat());
+        let target = Target::parse(&format!("{}/team/vit@{pinned}", fake.target().registry()), false).unwrap();
+        let pinned = Pull { target, name: None, if_taken: IfTaken::Move, quota: None };
+        let error = chain(&pull(&store, pinned, &options(), &Arc::default()).await.unwrap_err());
+        assert!(error.contains("another digest"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_this_version_would_not_understand_is_refused_before_its_memory_comes() {
+        let (fake, _source) = registry_with(&[b"images", b"memory"]).await;
+        let (_root, store) = new_store();
+        let good = fake.manifest("warm").unwrap();
+        let refused = async |from: &str, to: &str| {
+            fake.put_manifest("warm", &good);
+            change_manifest(&fake, from, to);
+            let before = fake.count(BLOBS);
+            let error = error(pull_into(&store, &fake).await);
+            assert_eq!(fake.count(BLOBS), before, "{error}");
+            error
+        };
+        let error = refused("gpu-memory.v1", "gpu-memory.v9\\u001b[2J").await;
+        assert!(
+            error.contains("gpu-memory.v9") && error.contains("use a newer one") && !error.contains('\x1b'),
+            "{error}"
+        );
+        assert!(refused("vnd.gpusnap.snapshot.v1+json", "vnd.gpusnap.snapshot.v2+json").await.contains("v2"));
+        refused("\"size\":6", "\"size\":-1").await;
+        refused("sha256:", "sha512:").await;
+
+        let later = br#"{"version":2}"#;
+        let (config, later) = (Manifest::parse(&good).unwrap().config().clone(), (fake.put(later), later.len()));
+        fake.put_manifest("warm", &good);
+        change_manifest(&fake, &config.digest.to_string(), &later.0.to_string());
+        change_manifest(&fake, &format!("\"size\":{}", config.size), &format!("\"size\":{}", later.1));
+        let before = fake.count(BLOBS);
+        let error = super::tests::error(pull_into(&store, &fake).await);
+        assert!(error.contains("config is of version 2"), "{error}");
+        assert_eq!(fake.count(BLOBS), before + 1);
+    }
+
+    #[tokio::test]
+    async fn without_room_nothing_is_received() {
+        let (fake, _source) = registry_with(&[b"images", b"memory..."]).await;
+        let (_root, store) = new_store();
+        change_manifest(&fake, "\"size\":9", "\"size\":4611686018427387904");
+        let error = error(pull_into(&store, &fake).await);
+        assert!(error.contains("needs 46116860184273879") && error.contains("gpusnap rm"), "{error}");
+        assert_eq!(fake.count(BLOBS), 1, "the config");
+        let small = Pull { target: fake.target(), name: None, if_taken: IfTaken::Move, quota: Some(1000) };
+        let error = chain(&pull(&store, small, &options(), &Arc::default()).await.unwrap_err());
+        assert!(error.contains("the quota of the store is 1000"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_push_that_failed_sends_the_rest_and_the_manifest_last() {
+        let (fake, root) = (Fake::start(), tempfile::tempdir().unwrap());
+        let packs: Vec<Vec<u8>> = (0..5_u8).map(|n| vec![n; 500_000]).collect();
+        let packs: Vec<&[u8]> = packs.iter().map(Vec::as_slice).collect();
+        let snapshot = snapshot_of(root.path(), "default/vit", &packs);
+        fake.status("PUT /v2/team/vit/blobs/", 507);
+        let failed = push(&snapshot, &fake.target(), &options(), &Arc::default()).await.unwrap_err();
+        assert!(chain(&failed).contains("507"), "{failed}");
+        assert!(fake.manifest("warm").is_none());
+        let meter = Arc::default();
+        push(&snapshot, &fake.target(), &options(), &meter).await.unwrap();
+        assert_eq!(fake.manifest("warm").unwrap(), snapshot.manifest().bytes());
+        let totals = meter.read();
+        assert_eq!(totals.moved + totals.present, totals.total);
+        assert!(fake.log().last().unwrap().contains("/manifests/"));
     }
 }

@@ -48,7 +48,7 @@ pub async fn push(
     if target.digest().is_some_and(|pinned| pinned != digest.to_string()) {
         return Err(PushError::Pinned { target: target.to_string(), digest });
     }
-    let session = Session::open(target, RegistryOperation::Push, &options.patience).await?;
+    let session = Session::open(target, RegistryOperation::Push, &options.patience, meter).await?;
     meter.set_total(manifest.size() - manifest.bytes().len() as u64);
     let blobs: BTreeMap<Digest, &Layer> = manifest.blobs().map(|blob| (blob.digest, blob)).collect();
     let sent = stream::iter(blobs.into_values())

@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::credentials::credentials;
 use crate::error::RegistryError;
+use crate::progress::Meter;
 use crate::target::Target;
 
 /// How much of an answer that says what went wrong is read, in bytes.
@@ -129,6 +130,7 @@ pub(crate) struct Session {
     /// One renewal at a time.
     renewal: tokio::sync::Mutex<()>,
     pub(crate) patience: Patience,
+    meter: Arc<Meter>,
 }
 
 impl Session {
@@ -137,6 +139,7 @@ impl Session {
         target: &Target,
         operation: RegistryOperation,
         patience: &Patience,
+        meter: &Arc<Meter>,
     ) -> Result<Self, RegistryError> {
         let registry = target.registry();
         // Refused if a provider is installed already, which then serves as well.
@@ -170,6 +173,7 @@ impl Session {
             renewal: tokio::sync::Mutex::new(()),
             patience: patience.clone(),
             target: target.clone(),
+            meter: Arc::clone(meter),
         };
         session.persist(async || session.log_in().await).await?;
         Ok(session)
@@ -248,7 +252,7 @@ impl Session {
             }
             let pause = self.patience.pause.saturating_mul(1 << (number - 1).min(16)).min(LONGEST_PAUSE);
             let pause = wait.unwrap_or(pause);
-            tracing::info!(%error, ?pause, "trying again");
+            self.meter.set_trouble(error.to_string());
             tokio::time::sleep(pause).await;
             number += 1;
         }

@@ -299,3 +299,29 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     }
     line
 }
+
+/// A snapshot in a store of its own, with these layers of memory.
+pub(crate) fn snapshot_of(root: &std::path::Path, name: &str, layers: &[&[u8]]) -> snapshot::Snapshot {
+    let store = snapshot::Store::open(root).unwrap();
+    let draft = store.draft().unwrap();
+    let layers = layers.iter().enumerate().map(|(n, content)| {
+        let path = draft.folder().join(format!("layer-{n}"));
+        std::fs::write(&path, content).unwrap();
+        let media_type = if n == 0 { snapshot::CRIU_TYPE } else { snapshot::GPU_MEMORY_TYPE };
+        snapshot::NewLayer {
+            media_type: media_type.into(),
+            path: path.strip_prefix(draft.folder()).unwrap().into(),
+            digest: None,
+            annotations: std::collections::BTreeMap::new(),
+        }
+    });
+    let new = snapshot::NewSnapshot {
+        name: Some(name.parse().unwrap()),
+        if_taken: snapshot::IfTaken::Move,
+        config: snapshot::Config::new(1_795_000_000, name, "libcontainer", snapshot::Host::default()),
+        layers: layers.collect(),
+        subject: None,
+        annotations: std::collections::BTreeMap::new(),
+    };
+    draft.publish(new, &|_| ()).unwrap()
+}

@@ -167,7 +167,7 @@ mod tests {
         source.write_all(content).unwrap();
         let meter = Arc::new(Meter::default());
         let blob = Layer { media_type: "x".into(), digest, size: content.len() as u64, annotations: BTreeMap::new() };
-        let session = Session::open(&fake.target(), RegistryOperation::Push, patience).await.unwrap();
+        let session = Session::open(&fake.target(), RegistryOperation::Push, patience, &meter).await.unwrap();
         let open = || Ok(File::open(source.path()).unwrap());
         let result = upload(&session, &blob, open, &Arc::new(Share::new(&meter))).await;
         Outcome { result, totals: meter.read(), digest }
@@ -193,15 +193,15 @@ mod tests {
 
     #[tokio::test]
     async fn an_upload_that_breaks_off_is_sent_again() {
-        let (fake, content) = (Fake::start(), vec![6; 30_000_000]);
+        let (fake, content) = (Fake::start(), vec![6; 10_000_000]);
         fake.fault(PUT, Fault::CutRequest(1_000_000));
         fake.status(PUT, 500);
         fake.status("POST /v2/team/vit/blobs/uploads/", 503);
         let sent = upload_content(&fake, &content).await;
         assert!(sent.result.unwrap());
         assert_eq!(fake.blob(sent.digest).unwrap(), content);
-        assert_eq!(sent.totals.moved, 30_000_000);
-        assert!(sent.totals.lost >= 30_000_000);
+        assert_eq!(sent.totals.moved, 10_000_000);
+        assert!(sent.totals.lost >= 10_000_000);
     }
 
     #[tokio::test]
@@ -222,7 +222,7 @@ mod tests {
         let error = chain(&outcome.result.unwrap_err());
         assert!(error.contains("is damaged and was not sent") && error.contains("gpusnap verify"), "{error}");
         assert!(fake.blob(outcome.digest).is_none());
-        assert_eq!(fake.count(PUT), 1);
+        assert!(fake.count(PUT) <= 1);
     }
 
     #[tokio::test]

@@ -81,7 +81,7 @@ impl Partial {
     ///
     /// # Errors
     /// What the file system refuses.
-    pub fn len(&self) -> Result<u64, FileError> {
+    pub fn received(&self) -> Result<u64, FileError> {
         self.file.metadata().map(|metadata| metadata.len()).map_err(FileError::new("look at", &self.path))
     }
 
@@ -100,9 +100,12 @@ impl Draft {
     /// # Errors
     /// What the file system refuses.
     pub fn take(&self, partial: Partial) -> Result<PathBuf, FileError> {
-        let name = partial.digest.hex();
+        let Partial { file, path, digest } = partial;
+        let name = digest.hex();
         let moved = self.store.folders.partial.rename(&name, &self.folder, &name);
-        moved.map_err(FileError::new("move to a draft", &partial.path))?;
+        moved.map_err(FileError::new("move to a draft", path))?;
+        // Not before: its lock keeps others away.
+        drop(file);
         Ok(PathBuf::from(name))
     }
 }
@@ -155,7 +158,7 @@ mod tests {
         assert!(other.partial(&digest).unwrap().is_none(), "one at a time");
         drop(partial);
         let partial = other.partial(&digest).unwrap().unwrap();
-        assert_eq!(partial.len().unwrap(), 4);
+        assert_eq!(partial.received().unwrap(), 4);
         let mut there = String::new();
         partial.file().unwrap().read_to_string(&mut there).unwrap();
         assert_eq!(there, "all ");

@@ -3,7 +3,6 @@
 //! Whoever makes one holds its lock; when its maker is gone, so is the lock, and the draft is garbage.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -151,9 +150,4 @@ impl Trash {
         };
         done.map(drop).map_err(FileError::new("remove", blobs.join(name)))
     }
-}
-
-/// The file whose lock says that a snapshot is in use, and whose time says when it last was.
-pub(crate) fn use_file(folders: &Folders, digest: Digest) -> Result<File, FileError> {
-    folders.uses.lockable(digest.hex()).map_err(FileError::new("open", folders.uses.join(digest.hex())))
 }

@@ -88,6 +88,14 @@ impl Index {
         self.entries().any(|entry| entry.digest == digest)
     }
 
+    /// The name that the index gives a snapshot, whether it is one or not.
+    pub(crate) fn raw_name(&self, digest: Digest) -> Option<&str> {
+        let of_digest = |descriptor: &&Descriptor| entry(descriptor).is_some_and(|entry| entry.digest == digest);
+        let mut annotations =
+            self.0.manifests().iter().filter(of_digest).filter_map(|found| found.annotations().as_ref());
+        annotations.find_map(|annotations| annotations.get(REF_NAME)).map(String::as_str)
+    }
+
     pub(crate) fn names_of(&self, digest: Digest) -> Vec<Name> {
         self.entries().filter(|entry| entry.digest == digest).filter_map(|entry| entry.name).collect()
     }

@@ -7,35 +7,46 @@
 
 #![deny(unsafe_code)]
 
+mod archive;
 mod config;
 mod digest;
 mod draft;
 mod folder;
 mod hash;
 mod index;
+mod list;
 mod manifest;
 mod name;
 mod partial;
 mod pointer;
 mod publish;
+mod reach;
+mod remove;
 mod snapshot;
 mod store;
+#[cfg(test)]
+mod tests;
+mod verify;
 
 pub use oci_spec::image::Descriptor;
 
+pub use crate::archive::{ExportError, Import, ImportError};
 pub use crate::config::{Config, ConfigError, Gpu, Host, Process, Sizes, Step};
 pub use crate::digest::{Digest, DigestError};
 pub use crate::draft::Draft;
 pub use crate::folder::FileError;
 pub use crate::hash::{Progress, hash_files};
 pub use crate::index::IndexError;
+pub use crate::list::{Listed, Usage};
 pub use crate::manifest::{DOCUMENT_LIMIT, Layer, Manifest, ManifestError};
 pub use crate::name::{Name, NameError, Reference, ReferenceError, Scope};
 pub use crate::partial::Partial;
 pub use crate::pointer::{Pointer, PointerError};
 pub use crate::publish::{IfTaken, NewLayer, NewSnapshot, PublishError, Received};
+pub use crate::remove::{GRACE, IfInUse, Prune, RemoveError, Removed};
 pub use crate::snapshot::{ResolveError, Snapshot, SnapshotError};
 pub use crate::store::{DEFAULT_ROOT, Durability, OpenError, ReadError, Store};
+pub use crate::verify::{Inner, Problem, Report};
 
 /// What a manifest says that it is.
 pub const ARTIFACT_TYPE: &str = "application/vnd.gpusnap.snapshot.v1+json";
@@ -51,3 +62,9 @@ pub const HOST_MEMORY_TYPE: &str = "application/vnd.gpusnap.host-memory.v1";
 pub const SEGMENTS_TYPE: &str = "application/vnd.gpusnap.segments.v1";
 /// Media type of the contents of `/dev/shm`.
 pub const SHM_TYPE: &str = "application/vnd.gpusnap.shm.v1.tar";
+
+/// An error and its causes in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
+}

@@ -242,16 +242,13 @@ mod tests {
         let golden = |from: &str, to: &str| {
             let text = std::str::from_utf8(GOLDEN).unwrap();
             assert!(text.contains(from), "{from}");
-            Manifest::parse(text.replace(from, to).as_bytes()).unwrap_err()
+            Manifest::parse(text.replacen(from, to, 1).as_bytes()).unwrap_err()
         };
         let later = golden("gpusnap.snapshot.v1+json", "gpusnap.snapshot.v2+json");
         assert!(later.to_string().contains("snapshot.v2+json"), "{later}");
         golden(CONFIG_TYPE, "application/vnd.oci.image.config.v1+json");
         assert!(matches!(golden("\"schemaVersion\":2", "\"schemaVersion\":3"), ManifestError::Schema { found: 3 }));
-        assert!(matches!(
-            golden("\"size\":12,", "\"size\":18446744073709551615,"),
-            ManifestError::Contradiction { .. }
-        ));
+        assert!(matches!(golden("\"size\":12}", "\"size\":13}"), ManifestError::Contradiction { .. }));
         assert!(matches!(golden("\"size\":300", "\"size\":18446744073709551615"), ManifestError::Sizes));
         assert!(matches!(golden("sha256:", "xxhash:"), ManifestError::Digest(_)));
         assert!(matches!(golden("\"size\":300", "\"size\":-1"), ManifestError::Json(_)));

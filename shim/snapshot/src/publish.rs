@@ -137,9 +137,7 @@ impl Draft {
             size: config.len() as u64,
             annotations: BTreeMap::new(),
         };
-        if !blobs.contains_key(&config_layer.digest) {
-            blobs.insert(config_layer.digest, self.write_document(&config)?);
-        }
+        blobs.insert(config_layer.digest, self.write_document(&config)?);
         let manifest = Manifest::build(&config_layer, &layers, new.subject, &new.annotations)?;
         self.publish_received(Received { name: new.name, if_taken: new.if_taken, manifest, blobs })
     }
@@ -187,7 +185,7 @@ impl Draft {
         }
         let config = folders.config(&manifest)?;
         index.add(&manifest, name.as_ref());
-        folders.write_index(&index)?;
+        folders.write_index(&index, false)?;
         placed.blobs.clear();
         if self.store.durability == Durability::Machine {
             folders.root.sync().map_err(FileError::new("flush", folders.root.path()))?;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, Timespec, Timestamps, UTIME_NOW};
 
-use crate::draft::use_file;
 use crate::folder::{FileError, lock};
 use crate::index::Index;
 use crate::store::{Folders, ReadError};
@@ -126,6 +125,18 @@ pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, Re
     }
 }
 
+/// With the store's lock: marks a snapshot as in use until the file is closed.
+pub(crate) fn hold(folders: &Folders, digest: Digest) -> Result<File, FileError> {
+    let file = use_file(folders, digest)?;
+    lock(&file, FlockOperation::LockShared).map_err(FileError::new("lock", folders.uses.join(digest.hex())))?;
+    Ok(file)
+}
+
+/// The file whose lock says that a snapshot is in use, and whose time says when it last was.
+pub(crate) fn use_file(folders: &Folders, digest: Digest) -> Result<File, FileError> {
+    folders.uses.lockable(digest.hex()).map_err(FileError::new("open", folders.uses.join(digest.hex())))
+}
+
 impl Snapshot {
     pub(crate) fn new(
         folders: Arc<Folders>,
@@ -139,12 +150,11 @@ impl Snapshot {
 
     /// With the store's lock: marks a snapshot as in use until the file is closed, and notes the time.
     pub(crate) fn begin_use(folders: &Folders, digest: Digest) -> Result<File, FileError> {
-        let file = use_file(folders, digest)?;
-        let path = || folders.uses.join(digest.hex());
-        lock(&file, FlockOperation::LockShared).map_err(FileError::new("lock", path()))?;
+        let file = hold(folders, digest)?;
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: now, last_modification: now };
-        rustix::fs::futimens(&file, &times).map_err(|error| FileError::new("touch", path())(error.into()))?;
+        let touched = rustix::fs::futimens(&file, &times);
+        touched.map_err(|error| FileError::new("touch", folders.uses.join(digest.hex()))(error.into()))?;
         Ok(file)
     }
 

@@ -19,11 +19,15 @@ pub const DEFAULT_ROOT: &str = "/var/lib/gpusnap";
 
 const INDEX: &str = "index.json";
 const LAYOUT: &str = "oci-layout";
-const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+pub(crate) const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const LOCK: &str = "lock";
+/// Room for an index with less in it, so that snapshots can be removed on a full disk.
+const RESERVE: &str = "reserve";
+/// An index of 500 snapshots.
+const RESERVE_SIZE: u64 = 256 << 10;
 /// What a store consists of, and what a file system has when it is made.
-const KNOWN: [&str; 10] =
-    [INDEX, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "partial", "uses", "lost+found"];
+const KNOWN: [&str; 11] =
+    [INDEX, RESERVE, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "partial", "uses", "lost+found"];
 
 /// Whether a snapshot that is published survives a crash of the machine from then on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -162,6 +166,7 @@ impl Store {
         let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
         let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
         let folders = Folders { root: folder, blobs, drafts, partial, uses };
+        folders.keep_reserve();
         Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
     }
 
@@ -232,12 +237,35 @@ impl Folders {
         Index::parse(&bytes).map_err(|source| ReadError::Index { path, source })
     }
 
-    /// With the exclusive lock.
-    pub(crate) fn write_index(&self, index: &Index) -> Result<(), ReadError> {
+    /// With the exclusive lock. On a full disk the reserve is given up for it if `with_reserve`.
+    pub(crate) fn write_index(&self, index: &Index, with_reserve: bool) -> Result<(), ReadError> {
         let path = self.root.join(INDEX);
         let bytes = index.to_bytes().map_err(|source| ReadError::Index { path: path.clone(), source })?;
-        self.root.replace(INDEX, &bytes).map_err(FileError::new("write", path))?;
+        match self.root.replace(INDEX, &bytes) {
+            Err(full) if with_reserve && full.kind() == io::ErrorKind::StorageFull => {
+                unless_missing(self.root.unlink(RESERVE)).map_err(FileError::new("free", self.root.join(RESERVE)))?;
+                self.root.replace(INDEX, &bytes)
+            }
+            result => result,
+        }
+        .map_err(FileError::new("write", path))?;
         Ok(())
+    }
+
+    /// Sees to it that there is a reserve. Without one a full disk cannot be relieved, but there is nothing to be done then.
+    pub(crate) fn keep_reserve(&self) {
+        let make = || -> io::Result<()> {
+            let file = self.root.create(RESERVE)?;
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_SIZE)?;
+            Ok(())
+        };
+        match make() {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                tracing::debug!("no room is kept for the index: {error}");
+                let _ = self.root.unlink(RESERVE);
+            }
+            _ => {}
+        }
     }
 
     /// The bytes of a small blob, which are what its digest says.

@@ -1,0 +1,117 @@
+//! What the store has.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use rustix::fs::FlockOperation;
+
+use crate::folder::{FileError, try_lock};
+use crate::reach::{Reach, blob_files};
+use crate::remove::last_use;
+use crate::snapshot::use_file;
+use crate::store::ReadError;
+use crate::{Config, Digest, Manifest, ManifestError, Name, Store};
+
+/// A snapshot of the store.
+#[derive(Debug)]
+pub struct Listed {
+    /// Of its manifest.
+    pub digest: Digest,
+    /// Its names, in the order in which they were given.
+    pub names: Vec<Name>,
+    /// When it was last used or published.
+    pub last_used: Option<SystemTime>,
+    /// Somebody uses it now.
+    pub in_use: bool,
+    /// What its blobs take, in bytes, whoever else needs them.
+    pub size: u64,
+    /// What would be freed if it were removed, in bytes.
+    pub unique: u64,
+    /// What it is, or why that cannot be said.
+    pub content: Result<(Manifest, Config), ReadError>,
+}
+
+/// What takes room in the store, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// All blobs.
+    pub blobs: u64,
+    /// Those that nothing names.
+    pub garbage: u64,
+    /// What the snapshots would take if nothing were shared.
+    pub unshared: u64,
+}
+
+impl Store {
+    /// All snapshots, sorted by name, those without a name last.
+    ///
+    /// # Errors
+    /// A damaged index, and what the file system refuses. A damaged snapshot is listed.
+    pub fn list(&self) -> Result<Vec<Listed>, ReadError> {
+        let folders = &self.folders;
+        // Exclusive: two who ask at once who uses a snapshot would find each other.
+        let _lock = folders.lock(FlockOperation::LockExclusive)?;
+        let index = folders.index()?;
+        let (reach, files) = (Reach::of(folders, &index), blob_files(folders)?);
+        let counts = reach.counts();
+        let size = |digest: &Digest| files.get(digest).map_or(0, |file| file.size);
+        let mut listed: BTreeMap<Digest, Listed> = BTreeMap::new();
+        for entry in index.entries() {
+            let digest = entry.digest;
+            if listed.contains_key(&digest) {
+                continue;
+            }
+            let content = folders.manifest(digest).and_then(|manifest| {
+                let config = folders.config(&manifest)?;
+                Ok((manifest, config))
+            });
+            // An image that another tool has put there.
+            let foreign = matches!(&content, Err(ReadError::Manifest { source: ManifestError::Foreign { .. }, .. }));
+            if foreign && !entry.certain {
+                continue;
+            }
+            let path = folders.uses.join(digest.hex());
+            let file = use_file(folders, digest)?;
+            let free =
+                try_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(FileError::new("lock", path))?;
+            let blobs = reach.trees.get(&digest);
+            let of_its_own = |blob: &&Digest| counts.get(blob) == Some(&1);
+            listed.insert(
+                digest,
+                Listed {
+                    digest,
+                    names: index.names_of(digest),
+                    last_used: last_use(self, digest),
+                    in_use: !free,
+                    size: blobs.into_iter().flatten().map(size).sum(),
+                    unique: blobs.into_iter().flatten().filter(of_its_own).map(size).sum(),
+                    content,
+                },
+            );
+        }
+        let mut listed: Vec<Listed> = listed.into_values().collect();
+        listed.sort_by(|a, b| (a.names.is_empty(), &a.names).cmp(&(b.names.is_empty(), &b.names)));
+        Ok(listed)
+    }
+
+    /// What takes room.
+    ///
+    /// # Errors
+    /// A damaged index, and what the file system refuses.
+    pub fn usage(&self) -> Result<Usage, ReadError> {
+        let folders = &self.folders;
+        let _lock = folders.lock(FlockOperation::LockShared)?;
+        let (reach, files) = (Reach::of(folders, &folders.index()?), blob_files(folders)?);
+        let counts = reach.counts();
+        let mut usage = Usage::default();
+        for (digest, file) in files {
+            let count = counts.get(&digest).copied().unwrap_or_default();
+            usage.blobs += file.size;
+            usage.unshared += file.size * count as u64;
+            if count == 0 {
+                usage.garbage += file.size;
+            }
+        }
+        Ok(usage)
+    }
+}

@@ -1,0 +1,71 @@
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::time::Duration;
+
+use super::child::Other;
+use super::*;
+use crate::{IfInUse, Prune, RemoveError};
+
+const NOW: Prune = Prune { grace: Duration::ZERO, unnamed: None };
+
+/// A moment within the next `most`.
+fn moment(most: Duration) -> Duration {
+    let parts = RandomState::new().hash_one(0) % 10_000;
+    most * u32::try_from(parts).unwrap() / 10_000
+}
+
+/// Kills a process that does `what` at 50 moments. What it had done by then is there, and all is whole.
+fn killed_at_any_moment(what: &str) {
+    let world = World::new();
+    let kept = world.publish("kept/archive", &[b"kept", &[5; 200_000]]).digest();
+    let mut published: BTreeMap<String, String> = BTreeMap::new();
+    for round in 0..50 {
+        let mut other = Other::start(what, &world.store);
+        while other.next().is_some_and(|said| said != "ready") {}
+        std::thread::sleep(moment(Duration::from_millis(40)));
+        for said in other.kill() {
+            if let Some((name, digest)) = said.split_once(' ') {
+                published.insert(name.to_owned(), digest.to_owned());
+            }
+        }
+        assert_eq!(world.problems(), [""; 0], "round {round}");
+        assert_eq!(world.store.open_snapshot(&reference("kept/archive")).unwrap().digest(), kept);
+        for name in published.keys() {
+            // It may have moved on in the last instant.
+            drop(world.store.open_snapshot(&reference(name)).unwrap());
+        }
+        if round % 10 == 9 {
+            world.store.prune(NOW).unwrap();
+            assert_eq!(world.store.folders.drafts.names().unwrap(), [""; 0]);
+            assert_eq!((world.store.usage().unwrap().garbage, world.problems()), (0, vec![]));
+        }
+    }
+    assert!(what == "remove" || !published.is_empty());
+}
+
+#[test]
+fn a_process_killed_while_it_publishes_leaves_whole_snapshots_only() {
+    killed_at_any_moment("publish");
+}
+
+#[test]
+fn a_process_killed_while_it_imports_leaves_whole_snapshots_only() {
+    killed_at_any_moment("import");
+}
+
+#[test]
+fn a_process_killed_while_it_removes_leaves_whole_snapshots_only() {
+    killed_at_any_moment("remove");
+}
+
+#[test]
+fn a_snapshot_is_in_use_as_long_as_the_process_that_uses_it_lives() {
+    let world = World::new();
+    drop(world.publish("kept/archive", &[b"kept"]));
+    let mut user = Other::start("use", &world.store);
+    while user.next().is_some_and(|said| !said.starts_with("sha256:")) {}
+    let asked = reference("kept/archive");
+    assert!(matches!(world.store.remove(&asked, IfInUse::Refuse), Err(RemoveError::InUse { .. })));
+    user.kill();
+    assert_eq!(world.store.remove(&asked, IfInUse::Refuse).unwrap().snapshots.len(), 1);
+}

@@ -1,0 +1,175 @@
+//! Verification: every byte is read and compared with what is said of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::File;
+use std::io::Seek;
+
+use rustix::fs::FlockOperation;
+
+use crate::hash::{Progress, hash, in_parallel};
+use crate::index::Index;
+use crate::manifest::ManifestError;
+use crate::snapshot::{hold, resolve};
+use crate::store::ReadError;
+use crate::{Digest, Layer, Reference, SnapshotError, Store};
+
+/// Looks into a layer whose digest is right: a pack's own checksums, say. In words what is wrong. Called from any thread.
+pub type Inner<'a> = &'a (dyn Fn(&Layer, &File) -> Result<(), String> + Sync);
+
+/// What a verification found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Snapshots that were looked at.
+    pub snapshots: usize,
+    /// Blobs that were read.
+    pub blobs: usize,
+    /// Their size in bytes.
+    pub bytes: u64,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+}
+
+/// Something that is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Where.
+    pub place: String,
+    /// What.
+    pub what: String,
+    /// The snapshots that cannot be trusted therefore.
+    pub snapshots: Vec<Digest>,
+}
+
+/// One line.
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.what)?;
+        for (index, snapshot) in self.snapshots.iter().enumerate() {
+            write!(f, "{}{}", if index == 0 { " (needed by " } else { ", " }, snapshot.short())?;
+        }
+        f.write_str(if self.snapshots.is_empty() { "" } else { ")" })
+    }
+}
+
+impl Store {
+    /// Reads all bytes of one snapshot, or of all, and of each file of the store, and tells what is wrong. Snapshots are in use
+    /// meanwhile. `inner` looks into layers, `progress` is told of bytes that were read.
+    ///
+    /// # Errors
+    /// No such snapshot; the lock is out of reach. Damage is no error.
+    pub fn verify(
+        &self,
+        which: Option<&Reference>,
+        inner: Option<Inner<'_>>,
+        progress: Progress<'_>,
+    ) -> Result<Report, SnapshotError> {
+        let folders = &self.folders;
+        let mut report = Report::default();
+        let (digests, _uses) = {
+            let _lock = folders.lock(FlockOperation::LockShared)?;
+            let index = match folders.index() {
+                Ok(index) => index,
+                Err(error) if which.is_none() => {
+                    report.note("index.json", &error, &[]);
+                    return Ok(report);
+                }
+                Err(error) => return Err(error.into()),
+            };
+            let digests: BTreeSet<Digest> = match which {
+                Some(reference) => BTreeSet::from([resolve(&index, reference)?]),
+                None => {
+                    self.check_files(&index, &mut report);
+                    index.entries().map(|entry| entry.digest).collect()
+                }
+            };
+            let uses = digests.iter().map(|digest| hold(folders, *digest)).collect::<Result<Vec<File>, _>>()?;
+            (digests, uses)
+        };
+        let mut layers: BTreeMap<Digest, (Layer, Vec<Digest>)> = BTreeMap::new();
+        for digest in digests {
+            let manifest = match folders.manifest(digest) {
+                Ok(manifest) => manifest,
+                // An image that another tool has put there.
+                Err(ReadError::Manifest { source: ManifestError::Foreign { .. }, .. }) if which.is_none() => continue,
+                Err(error) => {
+                    report.snapshots += 1;
+                    report.note("manifest", &error, &[digest]);
+                    continue;
+                }
+            };
+            report.snapshots += 1;
+            if let Err(error) = folders.config(&manifest) {
+                report.note("config", &error, &[digest]);
+            }
+            for layer in manifest.layers() {
+                layers.entry(layer.digest).or_insert_with(|| (layer.clone(), Vec::new())).1.push(digest);
+            }
+        }
+        let layers: Vec<(Layer, Vec<Digest>)> = layers.into_values().collect();
+        let checked = in_parallel(&layers, |(layer, _)| {
+            Ok::<_, std::convert::Infallible>(self.check_layer(layer, inner, progress).err())
+        });
+        let Ok(checked) = checked;
+        for ((layer, snapshots), wrong) in layers.into_iter().zip(checked) {
+            report.blobs += 1;
+            report.bytes += layer.size;
+            if let Some(what) = wrong {
+                let snapshots: BTreeSet<Digest> = snapshots.into_iter().collect();
+                report.problems.push(Problem {
+                    place: layer.digest.to_string(),
+                    what,
+                    snapshots: snapshots.into_iter().collect(),
+                });
+            }
+        }
+        Ok(report)
+    }
+
+    fn check_layer(&self, layer: &Layer, inner: Option<Inner<'_>>, progress: Progress<'_>) -> Result<(), String> {
+        let mut file = self.folders.blob(layer.digest).map_err(|error| crate::chain(&error))?;
+        let found = file.metadata().map_err(|error| error.to_string())?.len();
+        if found != layer.size {
+            return Err(format!("it has {found} bytes, where the manifest says {}", layer.size));
+        }
+        let (digest, size) = hash(&mut file, progress).map_err(|error| format!("it cannot be read: {error}"))?;
+        if digest != layer.digest || size != layer.size {
+            return Err("its bytes are others".to_owned());
+        }
+        file.rewind().map_err(|error| error.to_string())?;
+        inner.map_or(Ok(()), |inner| inner(layer, &file))
+    }
+
+    /// What the index and the folder of blobs say of themselves.
+    fn check_files(&self, index: &Index, report: &mut Report) {
+        let mut names = BTreeSet::new();
+        for name in index.entries().filter_map(|entry| entry.name) {
+            if !names.insert(name.clone()) {
+                report.problem("index.json", format!("{name} stands for several snapshots"), &[]);
+            }
+        }
+        let blobs = &self.folders.blobs;
+        let found = match blobs.names() {
+            Ok(found) => found,
+            Err(error) => return report.problem("blobs/sha256", error.to_string(), &[]),
+        };
+        for name in found {
+            let place = || format!("blobs/sha256/{}", name.to_string_lossy().escape_debug());
+            if name.to_str().is_none_or(|name| Digest::from_hex(name).is_err()) {
+                report.problem(&place(), "it is no blob".to_owned(), &[]);
+            } else if !std::fs::symlink_metadata(blobs.join(&name)).is_ok_and(|metadata| metadata.is_file()) {
+                report.problem(&place(), "it is no regular file".to_owned(), &[]);
+            }
+        }
+    }
+}
+
+impl Report {
+    fn problem(&mut self, place: &str, what: String, snapshots: &[Digest]) {
+        self.problems.push(Problem { place: place.to_owned(), what, snapshots: snapshots.to_vec() });
+    }
+
+    fn note(&mut self, place: &str, error: &dyn std::error::Error, snapshots: &[Digest]) {
+        self.problem(place, crate::chain(error), snapshots);
+    }
+}

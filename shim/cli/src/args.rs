@@ -175,7 +175,9 @@ mod tests {
             panic!()
         };
         assert_eq!((unnamed, quota), (Some(Duration::from_secs(7 * 86_400)), Some(1_500_000_000_000)));
-        for line in ["prune --quota -1", "prune --quota x", "prune --unnamed 7", "rm", "push vit", "pull", "pull x -j 0"] {
+        for line in
+            ["prune --quota -1", "prune --quota x", "prune --unnamed 7", "rm", "push vit", "pull", "pull x -j 0"]
+        {
             assert!(parse(&format!("gpusnap {line}")).is_err(), "{line}");
         }
     }

@@ -2,8 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-const BYTES: [(&str, u64); 4] =
-    [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
+const BYTES: [(&str, u64); 4] = [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)];
 const SECONDS: [(&str, u64); 5] = [("w", 604_800), ("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)];
 
 /// A size with three digits.
@@ -77,9 +76,14 @@ mod tests {
 
     #[test]
     fn sizes_are_read_with_either_kind_of_unit() {
-        for (text, size) in
-            [("0", 0), ("12", 12), ("500M", 500_000_000), ("1.25kB", 1250), ("2GiB", 2 << 30), ("1.5t", 1_500_000_000_000)]
-        {
+        for (text, size) in [
+            ("0", 0),
+            ("12", 12),
+            ("500M", 500_000_000),
+            ("1.25kB", 1250),
+            ("2GiB", 2 << 30),
+            ("1.5t", 1_500_000_000_000),
+        ] {
             assert_eq!(parse_bytes(text), Ok(size), "{text}");
         }
         for text in ["", "M", "-1", "1.x", "1X", "1MX", "99999999999T", "1 G", "\u{e9}"] {

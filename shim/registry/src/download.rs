@@ -444,7 +444,8 @@ mod tests {
         fake.want_login();
         let blob = layer(fake.put(&content), content.len());
         download_anew(&fake, &blob).await.result.unwrap();
-        let session = Session::open(&fake.target(), RegistryOperation::Pull, &patience(), &Arc::default()).await.unwrap();
+        let session =
+            Session::open(&fake.target(), RegistryOperation::Pull, &patience(), &Arc::default()).await.unwrap();
         fake.expire();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("blob");
@@ -473,7 +474,9 @@ mod tests {
         let fake = Fake::start();
         let blob = layer(Digest::of(b""), 0);
         let nobody = Target::parse("127.0.0.1:1/a", false).unwrap();
-        let Err(error) = Session::open(&nobody, RegistryOperation::Pull, &patience(), &Arc::default()).await else { panic!() };
+        let Err(error) = Session::open(&nobody, RegistryOperation::Pull, &patience(), &Arc::default()).await else {
+            panic!()
+        };
         let error = crate::testing::chain(&error);
         assert!(error.contains("no working connection to 127.0.0.1:1") && error.contains("refused"), "{error}");
         assert!(download_anew(&fake, &blob).await.result.is_ok(), "an empty blob needs no registry");

@@ -11,7 +11,7 @@ use reqwest::Method;
 use reqwest::header::ACCEPT;
 use snapshot::{
     Config, ConfigError, DOCUMENT_LIMIT, Digest, Draft, FileError, IfTaken, Layer, Manifest, ManifestError, Name,
-    Partial, PublishError, Received, Snapshot, Store,
+    Partial, PublishError, Received, RemoveError, Snapshot, Store,
 };
 
 use crate::download::{blocking, download};
@@ -90,19 +90,26 @@ pub enum PullError {
         /// The store.
         store: PathBuf,
     },
-    /// The snapshot alone is more than the store may take.
-    #[error("{target} has {size} bytes and the quota of the store is {quota}")]
+    /// It is more than the store may take beside what is in use there.
+    #[error(
+        "{target} needs {missing} bytes more, the quota of the store is {quota}, and {used} of them cannot be freed"
+    )]
     Quota {
         /// Where it was found.
         target: String,
-        /// Bytes of the snapshot.
-        size: u64,
+        /// Bytes that the store lacks of it.
+        missing: u64,
+        /// Bytes of what stays.
+        used: u64,
         /// Bytes that the store may take.
         quota: u64,
     },
     /// The store.
     #[error(transparent)]
     File(#[from] FileError),
+    /// No room could be made.
+    #[error(transparent)]
+    Remove(#[from] RemoveError),
     /// It was received, and could not be published.
     #[error(transparent)]
     Publish(#[from] PublishError),
@@ -137,7 +144,9 @@ pub async fn pull(store: &Store, pull: Pull, options: &Options, meter: &Arc<Mete
 
     let layers = manifest.layers().iter().filter(|layer| layer.digest != manifest.config().digest);
     let layers: BTreeMap<Digest, Layer> = layers.map(|layer| (layer.digest, layer.clone())).collect();
-    check_room(store, &target, &manifest, &layers, pull.quota)?;
+    incoming.keep(&layers)?;
+    let (room, name) = ((store.clone(), layers.clone(), pull.quota), target);
+    blocking(move || make_room(&room.0, &name, &room.1, room.2)).await?;
     incoming.receive(layers.values().cloned()).await?;
     for layer in layers.values() {
         blobs.insert(layer.digest, incoming.take(layer).await?);
@@ -175,21 +184,26 @@ async fn manifest(session: &Session) -> Result<Vec<u8>, Failure> {
 }
 
 /// Before the first byte of memory is received: there is room for all of it.
-fn check_room(
+fn make_room(
     store: &Store,
     target: &str,
-    manifest: &Manifest,
     layers: &BTreeMap<Digest, Layer>,
     quota: Option<u64>,
 ) -> Result<(), PullError> {
-    let size = manifest.size();
-    if let Some(quota) = quota.filter(|quota| size > *quota) {
-        return Err(PullError::Quota { target: target.to_owned(), size, quota });
-    }
-    let mut needed = 0_u64;
+    let (mut missing, mut needed) = (0, 0);
     for layer in layers.values() {
         if store.blob_size(&layer.digest)? != Some(layer.size) {
+            missing += layer.size;
             needed += layer.size - store.partial_size(&layer.digest)?.min(layer.size);
+        }
+    }
+    if let Some(quota) = quota {
+        let over = |used| PullError::Quota { target: target.to_owned(), missing, used, quota };
+        let left = quota.checked_sub(missing).ok_or_else(|| over(0))?;
+        // What makes room is nothing that this snapshot has: the draft keeps that.
+        let used = store.enforce_quota(left)?.left;
+        if used > left {
+            return Err(over(used));
         }
     }
     let free = store.free_space()?;
@@ -215,6 +229,11 @@ impl Incoming<'_> {
             .buffer_unordered(self.jobs)
             .try_collect()
             .await
+    }
+
+    /// What the store has already does not go before this pull is over.
+    fn keep(&self, layers: &BTreeMap<Digest, Layer>) -> Result<(), PullError> {
+        layers.values().try_for_each(|layer| Ok(self.draft.reuse(&layer.digest, layer.size).map(drop)?))
     }
 
     async fn receive_one(&self, blob: &Layer, share: &Arc<Share>) -> Result<(), PullError> {
@@ -429,13 +448,27 @@ mod tests {
     async fn without_room_nothing_is_received() {
         let (fake, _source) = registry_with(&[b"images", b"memory..."]).await;
         let (_root, store) = new_store();
-        change_manifest(&fake, "\"size\":9", "\"size\":4611686018427387904");
-        let error = error(pull_into(&store, &fake).await);
-        assert!(error.contains("needs 46116860184273879") && error.contains("gpusnap rm"), "{error}");
-        assert_eq!(fake.count(BLOBS), 1, "the config");
-        let small = Pull { target: fake.target(), name: None, if_taken: IfTaken::Move, quota: Some(1000) };
+        let small = Pull { target: fake.target(), name: None, if_taken: IfTaken::Move, quota: Some(4) };
         let error = chain(&pull(&store, small, &options(), &Arc::default()).await.unwrap_err());
-        assert!(error.contains("the quota of the store is 1000"), "{error}");
+        assert!(error.contains("the quota of the store is 4"), "{error}");
+        change_manifest(&fake, "\"size\":9", "\"size\":4611686018427387904");
+        let error = super::tests::error(pull_into(&store, &fake).await);
+        assert!(error.contains("needs 46116860184273879") && error.contains("gpusnap rm"), "{error}");
+        assert_eq!(fake.count(BLOBS), 2, "the configs");
+    }
+
+    #[tokio::test]
+    async fn a_quota_makes_room_by_what_was_not_used_for_long() {
+        let (pack, other) = (vec![1; 200_000], vec![2; 300_000]);
+        let (fake, _source) = registry_with(&[b"images", &pack, &other]).await;
+        let (root, store) = new_store();
+        drop(snapshot_of(root.path(), "default/old", &[b"old images", &pack, &vec![3; 400_000]]));
+        let target = fake.target();
+        let fitting = Pull { target, name: None, if_taken: IfTaken::Move, quota: Some(600_000) };
+        let meter = Arc::default();
+        pull(&store, fitting, &options(), &meter).await.unwrap();
+        assert!(meter.read().present >= 200_000, "what both have in common stayed");
+        assert_eq!(store.list().unwrap().len(), 1);
     }
 
     #[tokio::test]

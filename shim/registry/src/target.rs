@@ -57,6 +57,12 @@ impl Target {
         self.reference.digest().or(self.reference.tag()).unwrap_or("latest")
     }
 
+    /// The last part of the repository's name.
+    #[must_use]
+    pub fn short_name(&self) -> &str {
+        self.repository().rsplit('/').next().unwrap_or_default()
+    }
+
     pub(crate) fn repository(&self) -> &str {
         self.reference.repository()
     }

@@ -26,8 +26,19 @@ const RESERVE: &str = "reserve";
 /// An index of 500 snapshots.
 const RESERVE_SIZE: u64 = 256 << 10;
 /// What a store consists of, and what a file system has when it is made.
-const KNOWN: [&str; 11] =
-    [INDEX, RESERVE, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "partial", "uses", "lost+found"];
+const KNOWN: [&str; 11] = [
+    INDEX,
+    RESERVE,
+    "index.json.new",
+    LAYOUT,
+    "oci-layout.new",
+    LOCK,
+    "blobs",
+    "drafts",
+    "partial",
+    "uses",
+    "lost+found",
+];
 
 /// Whether a snapshot that is published survives a crash of the machine from then on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -3,14 +3,16 @@
 //! Whoever makes one holds its lock; when its maker is gone, so is the lock, and the draft is garbage.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
-use crate::folder::{FileError, Folder, lock, try_lock, unless_missing};
+use crate::folder::{FileError, Folder, Lock, unless_missing};
 use crate::store::Folders;
 use crate::{Digest, Store};
 
@@ -18,7 +20,7 @@ use crate::{Digest, Store};
 #[derive(Debug)]
 pub struct Draft {
     pub(crate) store: Store,
-    pub(crate) folder: Folder,
+    folder: Lock<Folder>,
     name: OsString,
 }
 
@@ -30,14 +32,18 @@ impl Store {
     pub fn draft(&self) -> Result<Draft, FileError> {
         let drafts = &self.folders.drafts;
         loop {
-            let made = tempfile::Builder::new().prefix("").rand_bytes(16).tempdir_in(drafts.path());
+            let made = tempfile::Builder::new()
+                .prefix("")
+                .rand_bytes(16)
+                .permissions(Permissions::from_mode(0o700))
+                .tempdir_in(drafts.path());
             let path = made.map_err(FileError::new("make a draft in", drafts.path()))?.keep();
             let name = path.file_name().unwrap_or_default().to_owned();
             // Before it was locked it may have been taken for garbage.
-            let locked = || -> io::Result<Option<Folder>> {
+            let locked = || -> io::Result<Option<Lock<Folder>>> {
                 let Some(folder) = unless_missing(drafts.sub(&name))? else { return Ok(None) };
-                lock(&folder, FlockOperation::LockExclusive)?;
-                Ok((rustix::fs::fstat(&folder)?.st_nlink > 0).then_some(folder))
+                let folder = Lock::wait(folder, FlockOperation::LockExclusive)?;
+                Ok(unless_missing(drafts.sub(&name))?.is_some().then_some(folder))
             };
             if let Some(folder) = locked().map_err(FileError::new("lock", path))? {
                 return Ok(Draft { store: self.clone(), folder, name });
@@ -50,7 +56,11 @@ impl Draft {
     /// Where to write. Files in it that are published must not be open for writing by then.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        self.folder.path()
+        self.files().path()
+    }
+
+    pub(crate) fn files(&self) -> &Folder {
+        self.folder.file()
     }
 
     /// The store that it is in.
@@ -68,14 +78,14 @@ impl Draft {
         let folders = &self.store.folders;
         let name = digest.hex();
         let link = || -> io::Result<bool> {
-            match unless_missing(folders.blobs.link(&name, &self.folder, &name)) {
+            match unless_missing(folders.blobs.link(&name, self.files(), &name)) {
                 Ok(None) => return Ok(false),
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }
-            let fits = self.folder.file(&name)?.metadata()?.len() == size;
+            let fits = self.files().file(&name)?.metadata()?.len() == size;
             if !fits {
-                self.folder.unlink(&name)?;
+                self.files().unlink(&name)?;
             }
             Ok(fits)
         };
@@ -109,7 +119,7 @@ pub(crate) fn collect(folders: &Arc<Folders>) -> Result<usize, FileError> {
         let path = drafts.join(&name);
         let mut collect = || -> io::Result<()> {
             let Some(folder) = unless_missing(drafts.sub(&name))? else { return Ok(()) };
-            if try_lock(&folder, FlockOperation::NonBlockingLockExclusive)? {
+            if let Some(_lock) = Lock::attempt(folder, FlockOperation::NonBlockingLockExclusive)? {
                 remove_folder(drafts, &name)?;
                 removed += 1;
             }
@@ -143,7 +153,7 @@ impl Trash {
     /// With the store's exclusive lock, and after the index that does not name the blob has been written.
     pub(crate) fn take(&self, digest: Digest) -> Result<(), FileError> {
         let (blobs, name) = (&self.folders.blobs, digest.hex());
-        let moved = self.draft.as_ref().map(|draft| blobs.rename(&name, &draft.folder, &name));
+        let moved = self.draft.as_ref().map(|draft| blobs.rename(&name, draft.files(), &name));
         let done = match moved {
             Some(Ok(())) => Ok(Some(())),
             _ => unless_missing(blobs.unlink(&name)),

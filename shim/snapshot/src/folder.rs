@@ -34,6 +34,12 @@ impl FileError {
     }
 }
 
+/// Something is about to change on the disk. Tests die here.
+#[cfg(test)]
+use crate::tests::child::step;
+#[cfg(not(test))]
+fn step() {}
+
 /// An open folder.
 #[derive(Debug)]
 pub(crate) struct Folder {
@@ -105,12 +111,14 @@ impl Folder {
 
     /// Makes a file that was not there, for root alone.
     pub(crate) fn create(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        step();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         Ok(File::from(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?))
     }
 
     /// Opens a file that is there for its lock and its times, and makes it if it is not.
     pub(crate) fn lockable(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        step();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
         Ok(File::from(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?))
     }
@@ -118,6 +126,7 @@ impl Folder {
     /// Makes a new file with this content, on the disk before this returns. What is left of it after a failure goes.
     pub(crate) fn write_new(&self, name: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
         let mut file = self.create(&name)?;
+        step();
         file.write_all(bytes).and_then(|()| file.sync_all()).inspect_err(|_| {
             let _ = self.unlink(&name);
         })
@@ -134,19 +143,23 @@ impl Folder {
     }
 
     pub(crate) fn rename(&self, from: impl AsRef<Path>, folder: &Self, to: impl AsRef<Path>) -> io::Result<()> {
+        step();
         Ok(rustix::fs::renameat(&self.fd, from.as_ref(), &folder.fd, to.as_ref())?)
     }
 
     pub(crate) fn link(&self, from: impl AsRef<Path>, folder: &Self, to: impl AsRef<Path>) -> io::Result<()> {
+        step();
         Ok(rustix::fs::linkat(&self.fd, from.as_ref(), &folder.fd, to.as_ref(), AtFlags::empty())?)
     }
 
     pub(crate) fn unlink(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        step();
         Ok(rustix::fs::unlinkat(&self.fd, name.as_ref(), AtFlags::empty())?)
     }
 
     /// Makes a folder for root alone, unless it is there.
     pub(crate) fn make(&self, name: &str) -> io::Result<()> {
+        step();
         match rustix::fs::mkdirat(&self.fd, name, Mode::RWXU) {
             Err(Errno::EXIST) => Ok(()),
             result => Ok(result?),
@@ -188,16 +201,35 @@ pub(crate) fn unless_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> 
     }
 }
 
-/// Waits for a lock.
-pub(crate) fn lock(file: impl AsFd, operation: FlockOperation) -> io::Result<()> {
-    Ok(retry_on_intr(|| rustix::fs::flock(&file, operation))?)
+/// A lock on a file, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Lock<F: AsFd>(F);
+
+impl<F: AsFd> Lock<F> {
+    /// Waits for it.
+    pub(crate) fn wait(file: F, operation: FlockOperation) -> io::Result<Self> {
+        retry_on_intr(|| rustix::fs::flock(&file, operation))?;
+        Ok(Self(file))
+    }
+
+    /// Takes it unless somebody else has it.
+    pub(crate) fn attempt(file: F, operation: FlockOperation) -> io::Result<Option<Self>> {
+        match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
+            Ok(()) => Ok(Some(Self(file))),
+            Err(Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The file that is locked.
+    pub(crate) fn file(&self) -> &F {
+        &self.0
+    }
 }
 
-/// Takes a lock unless somebody else has it.
-pub(crate) fn try_lock(file: impl AsFd, operation: FlockOperation) -> io::Result<bool> {
-    match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error.into()),
+impl<F: AsFd> Drop for Lock<F> {
+    fn drop(&mut self) {
+        // Closing is not enough: a process that was forked in this instant has a copy until it runs its program.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }

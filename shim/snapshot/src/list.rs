@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use rustix::fs::FlockOperation;
 
-use crate::folder::{FileError, try_lock};
+use crate::folder::{FileError, Lock};
 use crate::reach::{Reach, blob_files};
 use crate::remove::last_use;
 use crate::snapshot::use_file;
@@ -72,8 +72,8 @@ impl Store {
             }
             let path = folders.uses.join(digest.hex());
             let file = use_file(folders, digest)?;
-            let free =
-                try_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(FileError::new("lock", path))?;
+            let free = Lock::attempt(file, FlockOperation::NonBlockingLockExclusive);
+            let free = free.map_err(FileError::new("lock", path))?.is_some();
             let blobs = reach.trees.get(&digest);
             let of_its_own = |blob: &&Digest| counts.get(blob) == Some(&1);
             listed.insert(

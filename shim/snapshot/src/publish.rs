@@ -195,7 +195,7 @@ impl Draft {
 
     fn look_at(&self, new: &NewLayer, progress: Progress<'_>) -> Result<Layer, PublishError> {
         let mut file = self.file(&new.path)?;
-        let at = |action| FileError::new(action, self.folder.join(&new.path));
+        let at = |action| FileError::new(action, self.files().join(&new.path));
         let (digest, size) = match new.digest {
             Some(digest) => (digest, file.metadata().map_err(at("look at"))?.len()),
             None => hash(&mut file, progress).map_err(at("read"))?,
@@ -204,17 +204,17 @@ impl Draft {
     }
 
     fn file(&self, path: &Path) -> Result<std::fs::File, PublishError> {
-        self.folder.file(self.inner(path)).map_err(|source| match Errno::from_io_error(&source) {
+        self.files().file(self.inner(path)).map_err(|source| match Errno::from_io_error(&source) {
             // Over `..`, or over a link.
             Some(Errno::XDEV | Errno::LOOP) => PublishError::Outside { path: path.to_owned() },
-            _ => FileError::new("open", self.folder.join(path))(source).into(),
+            _ => FileError::new("open", self.files().join(path))(source).into(),
         })
     }
 
     /// A file of the draft is as long as it should be, for root alone, and on the disk if that is asked for.
     fn make_ready(&self, digest: Digest, path: &Path, expected: u64) -> Result<(), PublishError> {
         let file = self.file(path)?;
-        let at = |action| FileError::new(action, self.folder.join(path));
+        let at = |action| FileError::new(action, self.files().join(path));
         let metadata = file.metadata().map_err(at("look at"))?;
         if metadata.len() != expected {
             return Err(PublishError::Size { digest, found: metadata.len(), expected });
@@ -256,7 +256,7 @@ impl Placed<'_> {
         // Missing or damaged: what the draft has is right, and takes its place at once.
         let target = folders.blobs.join(digest.hex());
         self.draft
-            .folder
+            .files()
             .rename(self.draft.inner(path), &folders.blobs, digest.hex())
             .map_err(FileError::new("move a blob to", target))?;
         if matches!(before, Ok(None)) {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::FlockOperation;
 
 use crate::draft::{Trash, collect};
-use crate::folder::{FileError, lock, try_lock, unless_missing};
+use crate::folder::{FileError, Lock, unless_missing};
 use crate::index::{Entry, Index};
 use crate::reach::{BlobFile, Reach, blob_files};
 use crate::snapshot::{resolve, use_file};
@@ -107,7 +107,7 @@ impl Store {
             drop(sweep);
             // Not to keep it: who opens a snapshot waits for this lock while they have the store's.
             let path = self.folders.uses.join(digest.hex());
-            lock(&file, FlockOperation::LockExclusive).map_err(FileError::new("lock", path))?;
+            drop(Lock::wait(file, FlockOperation::LockExclusive).map_err(FileError::new("lock", path))?);
         }
     }
 
@@ -175,9 +175,9 @@ struct Sweep<'a> {
     freed: BTreeSet<Digest>,
     removed: Removed,
     /// Nobody uses what goes until it is gone.
-    uses: Vec<File>,
+    uses: Vec<Lock<File>>,
     /// The store's lock.
-    lock: File,
+    lock: Lock<File>,
 }
 
 impl<'a> Sweep<'a> {
@@ -219,11 +219,9 @@ impl<'a> Sweep<'a> {
     fn take(&mut self, digest: Digest) -> Result<bool, RemoveError> {
         let path = self.store.folders.uses.join(digest.hex());
         let file = use_file(&self.store.folders, digest)?;
-        let free = try_lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(FileError::new("lock", path))?;
-        if !free {
-            return Ok(false);
-        }
-        self.uses.push(file);
+        let free = Lock::attempt(file, FlockOperation::NonBlockingLockExclusive);
+        let Some(lock) = free.map_err(FileError::new("lock", path))? else { return Ok(false) };
+        self.uses.push(lock);
         self.index.remove(digest);
         self.changed = true;
         self.reach.unreadable.remove(&digest);

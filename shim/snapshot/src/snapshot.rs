@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FlockOperation, Timespec, Timestamps, UTIME_NOW};
 
-use crate::folder::{FileError, lock};
+use crate::folder::{FileError, Lock};
 use crate::index::Index;
 use crate::store::{Folders, ReadError};
 use crate::{Config, Digest, Layer, Manifest, Name, Reference, Store};
@@ -20,7 +20,7 @@ pub struct Snapshot {
     manifest: Manifest,
     config: Config,
     /// Its shared lock says that the snapshot is in use.
-    _use: File,
+    _use: Lock<File>,
 }
 
 /// A reference does not lead to one snapshot.
@@ -142,10 +142,9 @@ pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, Re
 }
 
 /// With the store's lock: marks a snapshot as in use until the file is closed.
-pub(crate) fn hold(folders: &Folders, digest: Digest) -> Result<File, FileError> {
-    let file = use_file(folders, digest)?;
-    lock(&file, FlockOperation::LockShared).map_err(FileError::new("lock", folders.uses.join(digest.hex())))?;
-    Ok(file)
+pub(crate) fn hold(folders: &Folders, digest: Digest) -> Result<Lock<File>, FileError> {
+    let held = Lock::wait(use_file(folders, digest)?, FlockOperation::LockShared);
+    held.map_err(FileError::new("lock", folders.uses.join(digest.hex())))
 }
 
 /// The file whose lock says that a snapshot is in use, and whose time says when it last was.
@@ -159,19 +158,19 @@ impl Snapshot {
         names: Vec<Name>,
         manifest: Manifest,
         config: Config,
-        r#use: File,
+        r#use: Lock<File>,
     ) -> Self {
         Self { folders, names, manifest, config, _use: r#use }
     }
 
     /// With the store's lock: marks a snapshot as in use until the file is closed, and notes the time.
-    pub(crate) fn begin_use(folders: &Folders, digest: Digest) -> Result<File, FileError> {
-        let file = hold(folders, digest)?;
+    pub(crate) fn begin_use(folders: &Folders, digest: Digest) -> Result<Lock<File>, FileError> {
+        let held = hold(folders, digest)?;
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
         let times = Timestamps { last_access: now, last_modification: now };
-        let touched = rustix::fs::futimens(&file, &times);
+        let touched = rustix::fs::futimens(held.file(), &times);
         touched.map_err(|error| FileError::new("touch", folders.uses.join(digest.hex()))(error.into()))?;
-        Ok(file)
+        Ok(held)
     }
 
     /// The digest of its manifest.

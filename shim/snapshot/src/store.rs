@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::fs::FlockOperation;
 
-use crate::folder::{FileError, Folder, lock, unless_missing};
+use crate::folder::{FileError, Folder, Lock, unless_missing};
 use crate::index::{Index, IndexError};
 use crate::manifest::{DOCUMENT_LIMIT, ManifestError};
 use crate::{Digest, Manifest};
@@ -171,8 +171,7 @@ impl Store {
             let closed = std::fs::Permissions::from_mode(0o700);
             std::fs::set_permissions(&root, closed).map_err(at("close to others"))?;
         }
-        let guard = folder.lockable(LOCK).map_err(FileError::new("open", folder.join(LOCK)))?;
-        lock(&guard, FlockOperation::LockExclusive).map_err(FileError::new("lock", folder.join(LOCK)))?;
+        let _lock = lock(&folder, FlockOperation::LockExclusive)?;
         initialise(&folder)?;
         let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
         let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
@@ -232,14 +231,17 @@ fn initialise(folder: &Folder) -> Result<(), OpenError> {
     Ok(())
 }
 
+fn lock(root: &Folder, operation: FlockOperation) -> Result<Lock<File>, FileError> {
+    let path = || root.join(LOCK);
+    let file = root.lockable(LOCK).map_err(FileError::new("open", path()))?;
+    Lock::wait(file, operation).map_err(FileError::new("lock", path()))
+}
+
 impl Folders {
     /// Waits for the store's lock. `LockShared`: what the index names stays; `LockExclusive`: the index may be replaced.
     /// It is held for renames and small reads only, never while bytes of layers are moved.
-    pub(crate) fn lock(&self, operation: FlockOperation) -> Result<File, FileError> {
-        let path = || self.root.join(LOCK);
-        let file = self.root.lockable(LOCK).map_err(FileError::new("open", path()))?;
-        lock(&file, operation).map_err(FileError::new("lock", path()))?;
-        Ok(file)
+    pub(crate) fn lock(&self, operation: FlockOperation) -> Result<Lock<File>, FileError> {
+        lock(&self.root, operation)
     }
 
     pub(crate) fn index(&self) -> Result<Index, ReadError> {

@@ -83,7 +83,7 @@ impl Store {
                     index.entries().map(|entry| entry.digest).collect()
                 }
             };
-            let uses = digests.iter().map(|digest| hold(folders, *digest)).collect::<Result<Vec<File>, _>>()?;
+            let uses = digests.iter().map(|digest| hold(folders, *digest)).collect::<Result<Vec<_>, _>>()?;
             (digests, uses)
         };
         let mut layers: BTreeMap<Digest, (Layer, Vec<Digest>)> = BTreeMap::new();

@@ -112,8 +112,8 @@ impl Store {
         if !blobs.contains(&digest) {
             return Err(missing(&super::blob_path(digest)));
         }
-        let manifest = draft.folder.read(digest.hex(), DOCUMENT_LIMIT);
-        let manifest = Manifest::parse(&manifest.map_err(FileError::new("read", draft.folder.join(digest.hex())))?)?;
+        let manifest = draft.files().read(digest.hex(), DOCUMENT_LIMIT);
+        let manifest = Manifest::parse(&manifest.map_err(FileError::new("read", draft.files().join(digest.hex())))?)?;
         let name = match import.name {
             Some(name) => Some(name),
             None => index.raw_name(digest).map(str::parse).transpose()?,
@@ -199,8 +199,8 @@ fn unpack_blob(
     draft: &Draft,
     progress: Progress<'_>,
 ) -> Result<(), ImportError> {
-    let path = draft.folder.join(digest.hex());
-    let mut file = draft.folder.create(digest.hex()).map_err(FileError::new("make", &path))?;
+    let path = draft.files().join(digest.hex());
+    let mut file = draft.files().create(digest.hex()).map_err(FileError::new("make", &path))?;
     let mut source = Remembering { source: entry, failed: false };
     let (found, read) = match copy(&mut source, &mut file, progress) {
         Ok(copied) => copied,

@@ -2,15 +2,28 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::*;
 use crate::{IfInUse, Import, Prune};
 
 const WHAT: &str = "GPUSNAP_TEST_CHILD";
+const STEP: &str = "GPUSNAP_TEST_STEP";
+/// Beside the store.
+const ARCHIVE: &str = "archive.tar";
 const ROOT: &str = "GPUSNAP_TEST_ROOT";
 /// The test harness writes to the same stream.
 const MARK: &str = "child: ";
+
+/// Puts an archive beside a store for a process that imports.
+pub(super) fn prepare_archive(store: &Store) {
+    let elsewhere = World::new();
+    let snapshot = elsewhere.publish("imported/x", &[b"new", &[6; 100_000], &[7; 100_000]]);
+    let file = std::fs::File::create(store.root().with_file_name(ARCHIVE)).unwrap();
+    snapshot.export(Some(&name("imported/x")), file, &|_| {}).unwrap();
+}
 
 pub(super) struct Other {
     child: Child,
@@ -20,9 +33,19 @@ pub(super) struct Other {
 impl Other {
     /// Starts a process that does `what` in the store.
     pub(super) fn start(what: &str, store: &Store) -> Self {
+        Self::start_until(what, store, usize::MAX)
+    }
+
+    /// Likewise; it dies instead of its change number `step` of the disk.
+    pub(super) fn start_until(what: &str, store: &Store, step: usize) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "tests::child::what_the_other_processes_do", "--nocapture", "--test-threads=1"]);
-        command.env(WHAT, what).env(ROOT, store.root()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command
+            .env(WHAT, what)
+            .env(ROOT, store.root())
+            .env(STEP, step.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         let mut child = command.spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap());
         Self { child, lines }
@@ -59,6 +82,16 @@ impl Other {
     }
 }
 
+/// Steps since the work began, and the one that is not survived.
+static STEPS: (AtomicUsize, OnceLock<usize>) = (AtomicUsize::new(0), OnceLock::new());
+
+/// Called before each change of the disk.
+pub(crate) fn step() {
+    if STEPS.1.get().is_some_and(|last| STEPS.0.fetch_add(1, Ordering::Relaxed) == *last) {
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    }
+}
+
 fn say(what: &str) {
     let mut out = std::io::stdout();
     writeln!(out, "{MARK}{what}").unwrap();
@@ -71,7 +104,8 @@ fn layer(round: usize, n: usize) -> Vec<u8> {
 }
 
 fn publish_round(store: &Store, name: &str, round: usize) {
-    let layers: Vec<Vec<u8>> = (0..4).map(|n| layer(round, n)).collect();
+    let own = format!("{name} {round}").into_bytes();
+    let layers: Vec<Vec<u8>> = (0..4).map(|n| layer(round, n)).chain([own]).collect();
     let layers: Vec<&[u8]> = layers.iter().map(Vec::as_slice).collect();
     let digest = publish(store, name, &layers).unwrap().digest();
     say(&format!("{name} {digest}"));
@@ -80,21 +114,46 @@ fn publish_round(store: &Store, name: &str, round: usize) {
 #[test]
 fn what_the_other_processes_do() {
     let (Ok(what), Some(root)) = (std::env::var(WHAT), std::env::var_os(ROOT)) else { return };
-    let store = Store::open(Path::new(&root)).unwrap();
+    let root = Path::new(&root);
+    let count_steps = || STEPS.1.set(std::env::var(STEP).unwrap().parse().unwrap()).unwrap();
+    if what == "open once" {
+        count_steps();
+        drop(publish(&Store::open(&root.with_file_name("new")).unwrap(), "default/a", &[b"x"]).unwrap());
+        return say("done");
+    }
+    let store = Store::open(root).unwrap();
     say("ready");
+    count_steps();
     match what.as_str() {
-        "publish" => (0..).for_each(|round| publish_round(&store, &format!("c/{}", round % 5), round)),
-        "import" => {
-            let mut archive = Vec::new();
-            let kept = store.open_snapshot(&reference("kept/archive")).unwrap();
-            kept.export(None, &mut archive, &|_| {}).unwrap();
-            drop(kept);
+        "publish once" => {
+            publish_round(&store, "once/a", 0);
+            publish_round(&store, "once/b", 1);
+            // From one to the other.
+            publish_round(&store, "once/a", 1);
+            say("done");
+        }
+        "remove once" => {
+            publish_round(&store, "once/a", 0);
+            publish_round(&store, "once/b", 1);
+            store.remove(&reference("once/a"), IfInUse::Wait).unwrap();
+            store.enforce_quota(1).unwrap();
+            say("done");
+        }
+        "publish" => {
             for round in 0.. {
-                // Without it there is something to import.
-                let name = name(&format!("c/{}", round % 3));
-                let import = Import { name: Some(name.clone()), if_taken: IfTaken::Move };
-                let digest = store.import(&*archive, import, &|_| {}).unwrap().digest();
-                say(&format!("{name} {digest}"));
+                publish_round(&store, &format!("c/{}", round % 5), round);
+            }
+        }
+        "import" | "import once" => {
+            let archive = std::fs::read(root.with_file_name(ARCHIVE)).unwrap();
+            loop {
+                drop(store.import(&*archive, Import::default(), &|_| {}).unwrap());
+                say("imported/x");
+                if what == "import once" {
+                    return say("done");
+                }
+                // So that there is something to import.
+                store.remove(&reference("imported/x"), IfInUse::Wait).unwrap();
             }
         }
         "remove" => {

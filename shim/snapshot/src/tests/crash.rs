@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-use super::child::Other;
+use super::child::{Other, prepare_archive};
 use super::*;
 use crate::{IfInUse, Prune, RemoveError};
 
@@ -18,12 +18,15 @@ fn moment(most: Duration) -> Duration {
 fn killed_at_any_moment(what: &str) {
     let world = World::new();
     let kept = world.publish("kept/archive", &[b"kept", &[5; 200_000]]).digest();
+    prepare_archive(&world.store);
     let mut published: BTreeMap<String, String> = BTreeMap::new();
     for round in 0..50 {
         let mut other = Other::start(what, &world.store);
         while other.next().is_some_and(|said| said != "ready") {}
+        // Now and then it comes to an end first.
+        let first = if round % 5 == 0 { other.next() } else { None };
         std::thread::sleep(moment(Duration::from_millis(40)));
-        for said in other.kill() {
+        for said in first.into_iter().chain(other.kill()) {
             if let Some((name, digest)) = said.split_once(' ') {
                 published.insert(name.to_owned(), digest.to_owned());
             }
@@ -40,7 +43,58 @@ fn killed_at_any_moment(what: &str) {
             assert_eq!((world.store.usage().unwrap().garbage, world.problems()), (0, vec![]));
         }
     }
-    assert!(what == "remove" || !published.is_empty());
+    assert!(what != "publish" || !published.is_empty());
+}
+
+/// Kills a process before each change that `what` makes on the disk, until it comes to its end.
+fn killed_at_every_step(what: &str) {
+    for step in 0.. {
+        let world = World::new();
+        let kept = world.publish("kept/archive", &[b"kept", &[5; 2000]]);
+        prepare_archive(&world.store);
+        let said = Other::start_until(what, &world.store, step).wait();
+        let store = Store::open(world.store.root()).unwrap();
+        assert_eq!(problems(&store), [""; 0], "step {step}");
+        drop(store.open_snapshot(&kept.digest().into()).unwrap());
+        let removed = store.prune(NOW).unwrap();
+        assert!(removed.unreadable.is_empty());
+        assert_eq!((store.usage().unwrap().garbage, problems(&store)), (0, vec![]), "step {step}");
+        assert_eq!(store.folders.drafts.names().unwrap(), [""; 0]);
+        drop(publish(&store, "default/after", &[b"goes on"]).unwrap());
+        if said.last().is_some_and(|said| said == "done") {
+            assert!(step > 10, "it has only {step} steps");
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_a_publication_leaves_whole_snapshots_only() {
+    killed_at_every_step("publish once");
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_making_a_store_leaves_one_that_can_be_opened() {
+    for step in 0.. {
+        let world = World::new();
+        let said = Other::start_until("open once", &world.store, step).wait();
+        let store = Store::open(&world.store.root().with_file_name("new")).unwrap();
+        assert_eq!(problems(&store), [""; 0], "step {step}");
+        if said.last().is_some_and(|said| said == "done") {
+            return assert_eq!(names(&store), ["default/a"]);
+        }
+        drop(publish(&store, "default/after", &[b"goes on"]).unwrap());
+    }
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_an_import_leaves_whole_snapshots_only() {
+    killed_at_every_step("import once");
+}
+
+#[test]
+fn a_process_killed_at_any_step_of_a_removal_leaves_whole_snapshots_only() {
+    killed_at_every_step("remove once");
 }
 
 #[test]

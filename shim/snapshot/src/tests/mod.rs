@@ -1,7 +1,7 @@
 //! Tests of the store as a whole.
 
 mod archive;
-mod child;
+pub(crate) mod child;
 mod concurrency;
 mod crash;
 mod damage;

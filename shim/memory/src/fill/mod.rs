@@ -1,0 +1,164 @@
+//! Packs into memory.
+
+mod prefetch;
+mod source;
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::buffer::{Buffer, SIZE};
+use crate::control::Control;
+use crate::error::FillError;
+use crate::pack::{CHUNK, CHUNK_BYTES, Pack};
+use crate::remote;
+use crate::table::{Place, Process, Segment, SegmentTable};
+use crate::units;
+pub use prefetch::prefetch;
+use source::Source;
+
+/// Memory is handed out by addresses that are multiples of this: no two threads fault in the same huge page.
+const PORTION: u64 = 2 << 20;
+
+/// Threads when packs have to come from a disk: it gives its full rate only to several requests at a time, and a
+/// thread that waits for one needs no processor.
+const DISK_THREADS: NonZeroUsize = NonZeroUsize::new(16).expect("16 is not 0");
+
+/// Whose memory is filled, and who hears of it.
+pub struct Destination<'a> {
+    /// Processes of the table, in the order in which they are wanted: pid in the table, pid on this host. All of the
+    /// table must be here; others are passed over.
+    pub processes: &'a [(i32, i32)],
+    /// Called with a process' pid in the table when all its memory is in place; from any thread, which does nothing else
+    /// meanwhile.
+    pub ready: &'a (dyn Fn(i32) + Sync),
+}
+
+/// What is left of a process.
+struct Progress {
+    /// In the table.
+    pid: i32,
+    /// On this host.
+    host: i32,
+    /// Bytes that are not in place yet.
+    left: AtomicU64,
+}
+
+/// A part of a segment.
+struct Portion {
+    process: usize,
+    address: u64,
+    length: u64,
+    pack: usize,
+    offset: u64,
+}
+
+/// Writes all memory of a table into processes whose memory is mapped and still all zero, and which stand still. Every
+/// chunk is checked before any of it is written.
+///
+/// What the page cache has comes from there; what it has not is read past it, where the disk can do that.
+///
+/// # Errors
+/// When packs are not those of the table or are damaged, a process of the table is not given, has ended or does not have
+/// the memory, or it is cancelled.
+pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, control: &Control) -> Result<(), FillError> {
+    check_packs(table, packs)?;
+    let sources: Vec<Source<'_>> = packs.iter().map(Source::new).collect();
+    let (progress, portions) = plan(table, into.processes)?;
+    for progress in &progress {
+        progress.landed(0, into.ready);
+    }
+    let cached = sources.iter().all(Source::begins_in_cache);
+    let threads = if cached { control.threads() } else { control.threads().max(DISK_THREADS) };
+    control
+        .spread(threads, portions.len(), Buffer::new, |buffer, index| {
+            let portion = &portions[index];
+            let progress = &progress[portion.process];
+            copy(portion, &sources[portion.pack], progress.host, buffer, control)?;
+            progress.landed(portion.length, into.ready);
+            Ok::<_, FillError>(())
+        })
+        .map(|_| ())
+}
+
+impl Progress {
+    fn landed(&self, bytes: u64, ready: &(dyn Fn(i32) + Sync)) {
+        // What other threads wrote is in place for whoever is told.
+        let left = self.left.fetch_sub(bytes, Ordering::AcqRel);
+        if left == bytes {
+            ready(self.pid);
+        }
+    }
+}
+
+fn check_packs(table: &SegmentTable, packs: &[Pack]) -> Result<(), FillError> {
+    if table.packs().len() != packs.len() {
+        return Err(FillError::Packs { expected: table.packs().len(), found: packs.len() });
+    }
+    for (pack, expected) in packs.iter().zip(table.packs().iter().copied()) {
+        let found = pack.data_length();
+        if found != expected {
+            return Err(FillError::Length { path: pack.path().to_owned(), expected, found });
+        }
+    }
+    Ok(())
+}
+
+fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Vec<Portion>), FillError> {
+    if let Some(Process { pid, .. }) =
+        table.processes().iter().find(|process| !order.iter().any(|(pid, _)| *pid == process.pid))
+    {
+        return Err(FillError::Unknown { pid: *pid });
+    }
+    let mut progress = Vec::new();
+    let mut portions = Vec::new();
+    for (pid, host) in order.iter().copied() {
+        let before = portions.len();
+        for segment in table.segments(pid) {
+            cut(segment, progress.len(), &mut portions);
+        }
+        let left = portions[before..].iter().map(|portion: &Portion| portion.length).sum();
+        progress.push(Progress { pid, host, left: AtomicU64::new(left) });
+    }
+    Ok((progress, portions))
+}
+
+fn cut(segment: &Segment, process: usize, portions: &mut Vec<Portion>) {
+    let Place::Pack { index, mut offset } = segment.place else { return };
+    let mut address = segment.address;
+    while address < segment.end() {
+        let length = (PORTION - address % PORTION).min(segment.end() - address);
+        // A number that is no usize is none of a pack: the table is checked.
+        portions.push(Portion { process, address, length, pack: usize::try_from(index).unwrap_or(usize::MAX), offset });
+        address += length;
+        offset += length;
+    }
+}
+
+fn copy(
+    portion: &Portion,
+    source: &Source<'_>,
+    host: i32,
+    buffer: &mut Buffer,
+    control: &Control,
+) -> Result<(), FillError> {
+    let end = portion.offset + portion.length;
+    let mut begin = portion.offset / CHUNK * CHUNK;
+    while begin < end {
+        control.check()?;
+        let pack = source.pack();
+        let length = (end - begin).next_multiple_of(CHUNK).min(units::wide(SIZE)).min(pack.data_length() - begin);
+        let bytes = &mut buffer[..units::bytes(length)];
+        source.read(bytes, begin).map_err(|source| FillError::Read { path: pack.path().to_owned(), source })?;
+        if let Some(chunk) = pack.damaged(units::bytes(begin) / CHUNK_BYTES, bytes) {
+            return Err(FillError::Corrupt { path: pack.path().to_owned(), pack: portion.pack, chunk });
+        }
+        let from = portion.offset.max(begin);
+        let to = end.min(begin + length);
+        let wanted = &bytes[units::bytes(from - begin)..units::bytes(to - begin)];
+        remote::write(host, portion.address + (from - portion.offset), wanted)
+            .map_err(|error| FillError::process(host, error))?;
+        control.add(to - from);
+        begin += length;
+    }
+    Ok(())
+}

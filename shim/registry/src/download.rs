@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use reqwest::header::{CONTENT_RANGE, RANGE};
 use reqwest::{Method, Response, StatusCode};
 use sha2::{Digest as _, Sha256};
-use snapshot::{Digest, Layer};
+use snapshot::{Digest, Layer, Partial};
 use tokio::sync::mpsc;
 
 use crate::error::RegistryError;
 use crate::progress::Share;
+use crate::pull::PullError;
 use crate::session::{Failure, Session};
 
 /// Pieces between the connection and the disk: back-pressure for a registry that is faster.
@@ -21,25 +21,26 @@ const PIECES_IN_FLIGHT: usize = 16;
 const FURTHER: u64 = 1 << 20;
 
 /// A blob of which a beginning is there, and the hash of that.
-struct Partial {
+struct Content {
     file: File,
-    path: PathBuf,
+    /// Its lock must not be given back while a thread still writes.
+    partial: Partial,
     hasher: Sha256,
     length: u64,
 }
 
-impl Partial {
+impl Content {
     /// Takes up what an earlier attempt left.
-    fn take_up(file: File, path: PathBuf) -> Result<Self, RegistryError> {
-        let mut partial = Self { file, path, hasher: Sha256::new(), length: 0 };
+    fn take_up(file: File, partial: Partial) -> Result<Self, RegistryError> {
+        let mut content = Self { file, partial, hasher: Sha256::new(), length: 0 };
         let mut buffer = vec![0; 1 << 20];
         loop {
-            let read = partial.file.read(&mut buffer).map_err(|source| partial.failed("read", source))?;
+            let read = content.file.read(&mut buffer).map_err(|source| content.failed("read", source))?;
             if read == 0 {
-                return Ok(partial);
+                return Ok(content);
             }
-            partial.hasher.update(&buffer[..read]);
-            partial.length += read as u64;
+            content.hasher.update(&buffer[..read]);
+            content.length += read as u64;
         }
     }
 
@@ -63,40 +64,39 @@ impl Partial {
     }
 
     fn failed(&self, action: &'static str, source: std::io::Error) -> RegistryError {
-        RegistryError::File { action, path: self.path.clone(), source }
+        RegistryError::File { action, path: self.partial.path().to_owned(), source }
     }
 }
 
-/// Completes `file` (at `path`, whose content is a beginning of the blob, or nothing) until it is the blob, verified.
-///
-/// What is there stays there after a failure, for another attempt to go on from; content that turned out wrong does not.
+/// Completes a blob, and verifies it. What there is of it stays after a failure, for another attempt to go on from; content that
+/// turned out wrong does not.
 pub(crate) async fn download(
     session: &Session,
     blob: &Layer,
-    file: File,
-    path: PathBuf,
+    partial: Partial,
     share: &Arc<Share>,
-) -> Result<(), RegistryError> {
-    let partial = blocking(move || Partial::take_up(file, path)).await?;
-    let taken_up = partial.length.min(blob.size);
+) -> Result<(), PullError> {
+    let file = partial.file()?;
+    let content = blocking(move || Content::take_up(file, partial)).await?;
+    let taken_up = content.length.min(blob.size);
     share.present(taken_up);
     let mut work = Download {
         session,
         blob,
         what: format!("blob {}", blob.digest.short()),
-        partial: Arc::new(Mutex::new(partial)),
+        content: Arc::new(Mutex::new(content)),
         share,
         best: taken_up,
         joined: taken_up > 0,
     };
-    session.persist(async || work.attempt().await).await
+    Ok(session.persist(async || work.attempt().await).await?)
 }
 
 struct Download<'a> {
     session: &'a Session,
     blob: &'a Layer,
     what: String,
-    partial: Arc<Mutex<Partial>>,
+    content: Arc<Mutex<Content>>,
     share: &'a Arc<Share>,
     /// The most bytes that were ever there: a registry that breaks off and begins anew does not get further.
     best: u64,
@@ -105,18 +105,18 @@ struct Download<'a> {
 }
 
 impl Download<'_> {
-    fn partial(&self) -> MutexGuard<'_, Partial> {
-        self.partial.lock().unwrap_or_else(PoisonError::into_inner)
+    fn content(&self) -> MutexGuard<'_, Content> {
+        self.content.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn length(&self) -> u64 {
-        self.partial().length
+        self.content().length
     }
 
     fn start_over(&mut self) -> Result<(), RegistryError> {
         self.joined = false;
         self.share.start_over();
-        self.partial().start_over()
+        self.content().start_over()
     }
 
     async fn attempt(&mut self) -> Result<(), Failure> {
@@ -130,7 +130,7 @@ impl Download<'_> {
             self.best = self.best.max(length);
             received.map_err(|failure| failure.got_further(further))?;
         }
-        if self.partial().digest() == self.blob.digest {
+        if self.content().digest() == self.blob.digest {
             return Ok(());
         }
         let error = self.session.wrong(&self.what, "its content has another digest");
@@ -185,12 +185,12 @@ impl Download<'_> {
     /// Hashing and writing happen beside receiving, in a thread of their own.
     async fn stream(&self, mut response: Response, left: u64) -> Result<(), Failure> {
         let (pieces, mut queue) = mpsc::channel(PIECES_IN_FLIGHT);
-        let (partial, share) = (Arc::clone(&self.partial), Arc::clone(self.share));
+        let (content, share) = (Arc::clone(&self.content), Arc::clone(self.share));
         let writer = blocking(move || -> Result<(), RegistryError> {
-            let mut partial = partial.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut content = content.lock().unwrap_or_else(PoisonError::into_inner);
             while let Some(piece) = queue.blocking_recv() {
                 let piece: &[u8] = AsRef::<[u8]>::as_ref(&piece);
-                partial.append(piece)?;
+                content.append(piece)?;
                 share.moved(piece.len() as u64);
             }
             Ok(())
@@ -243,12 +243,14 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::path::Path;
+    use std::path::PathBuf;
 
     use oci_client::RegistryOperation;
+    use snapshot::Store;
 
     use super::*;
     use crate::progress::{Meter, Totals};
+    use crate::target::Target;
     use crate::testing::{Fake, Fault, patience};
 
     fn content() -> Vec<u8> {
@@ -260,7 +262,7 @@ mod tests {
     }
 
     struct Outcome {
-        result: Result<(), RegistryError>,
+        result: Result<(), PullError>,
         left: Vec<u8>,
         totals: Totals,
     }
@@ -271,19 +273,41 @@ mod tests {
         }
     }
 
-    async fn download_to(fake: &Fake, blob: &Layer, path: &Path) -> Outcome {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        let meter = Arc::new(Meter::default());
-        let result = match Session::open(&fake.target(), RegistryOperation::Pull, &patience(), &Arc::default()).await {
-            Ok(session) => download(&session, blob, file, path.into(), &Arc::new(Share::new(&meter))).await,
-            Err(error) => Err(error),
-        };
-        Outcome { result, left: std::fs::read(path).unwrap(), totals: meter.read() }
+    /// A store, and in it what an earlier process left of a blob.
+    struct Begun {
+        store: Store,
+        _root: tempfile::TempDir,
+    }
+
+    impl Begun {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            Self { store: Store::open(root.path()).unwrap(), _root: root }
+        }
+
+        fn path(&self, blob: &Layer) -> PathBuf {
+            self.store.root().join("partial").join(blob.digest.hex())
+        }
+
+        fn with(self, blob: &Layer, content: &[u8]) -> Self {
+            std::fs::write(self.path(blob), content).unwrap();
+            self
+        }
+
+        async fn download(&self, fake: &Fake, blob: &Layer) -> Outcome {
+            let meter = Arc::new(Meter::default());
+            let session = Session::open(&fake.target(), RegistryOperation::Pull, &patience(), &meter).await;
+            let partial = self.store.partial(&blob.digest).unwrap().unwrap();
+            let result = match session {
+                Ok(session) => download(&session, blob, partial, &Arc::new(Share::new(&meter))).await,
+                Err(error) => Err(error.into()),
+            };
+            Outcome { result, left: std::fs::read(self.path(blob)).unwrap(), totals: meter.read() }
+        }
     }
 
     async fn download_anew(fake: &Fake, blob: &Layer) -> Outcome {
-        let folder = tempfile::tempdir().unwrap();
-        download_to(fake, blob, &folder.path().join("blob")).await
+        Begun::new().download(fake, blob).await
     }
 
     #[tokio::test]
@@ -302,10 +326,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_an_earlier_run_left_is_gone_on_from() {
-        let (fake, content, folder) = (Fake::start(), content(), tempfile::tempdir().unwrap());
-        let (path, blob) = (folder.path().join("blob"), layer(fake.put(&content), content.len()));
-        std::fs::write(&path, &content[..2_000_000]).unwrap();
-        let outcome = download_to(&fake, &blob, &path).await;
+        let (fake, content) = (Fake::start(), content());
+        let blob = layer(fake.put(&content), content.len());
+        let outcome = Begun::new().with(&blob, &content[..2_000_000]).download(&fake, &blob).await;
         outcome.result.unwrap();
         assert_eq!((outcome.left, fake.sent()), (content, 1_000_000));
         assert_eq!(outcome.totals.present, 2_000_000);
@@ -313,11 +336,10 @@ mod tests {
 
     #[tokio::test]
     async fn what_an_earlier_run_left_is_thrown_away_if_it_is_damaged() {
-        let (fake, content, folder) = (Fake::start(), content(), tempfile::tempdir().unwrap());
-        let (path, blob) = (folder.path().join("blob"), layer(fake.put(&content), content.len()));
+        let (fake, content) = (Fake::start(), content());
+        let blob = layer(fake.put(&content), content.len());
         for left in [vec![7; 2_000_000], vec![7; content.len()], vec![7; content.len() + 5]] {
-            std::fs::write(&path, left).unwrap();
-            let outcome = download_to(&fake, &blob, &path).await;
+            let outcome = Begun::new().with(&blob, &left).download(&fake, &blob).await;
             outcome.result.unwrap();
             assert_eq!(outcome.left, content);
         }
@@ -447,11 +469,10 @@ mod tests {
         let session =
             Session::open(&fake.target(), RegistryOperation::Pull, &patience(), &Arc::default()).await.unwrap();
         fake.expire();
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("blob");
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let begun = Begun::new();
+        let partial = begun.store.partial(&blob.digest).unwrap().unwrap();
         let share = Arc::new(Share::new(&Arc::new(Meter::default())));
-        download(&session, &blob, file, path, &share).await.unwrap();
+        download(&session, &blob, partial, &share).await.unwrap();
     }
 
     #[tokio::test]
@@ -481,6 +502,4 @@ mod tests {
         assert!(error.contains("no working connection to 127.0.0.1:1") && error.contains("refused"), "{error}");
         assert!(download_anew(&fake, &blob).await.result.is_ok(), "an empty blob needs no registry");
     }
-
-    use crate::target::Target;
 }

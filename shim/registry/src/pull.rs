@@ -190,27 +190,36 @@ fn make_room(
     layers: &BTreeMap<Digest, Layer>,
     quota: Option<u64>,
 ) -> Result<(), PullError> {
-    let (mut missing, mut needed) = (0, 0);
-    for layer in layers.values() {
-        if store.blob_size(&layer.digest)? != Some(layer.size) {
-            missing += layer.size;
-            needed += layer.size - store.partial_size(&layer.digest)?.min(layer.size);
-        }
-    }
-    if let Some(quota) = quota {
+    // What goes to make room may be shared with this snapshot: then the draft has it, and it is missing from then on.
+    while let Some(quota) = quota {
+        let missing = missing(store, layers)?;
         let over = |used| PullError::Quota { target: target.to_owned(), missing, used, quota };
         let left = quota.checked_sub(missing).ok_or_else(|| over(0))?;
-        // What makes room is nothing that this snapshot has: the draft keeps that.
         let used = store.enforce_quota(left)?.left;
-        if used > left {
-            return Err(over(used));
+        if self::missing(store, layers)? == missing {
+            if used > left {
+                return Err(over(used));
+            }
+            break;
         }
+    }
+    let mut needed = missing(store, layers)?;
+    for layer in layers.values() {
+        needed = needed.saturating_sub(store.partial_size(&layer.digest)?.min(layer.size));
     }
     let free = store.free_space()?;
     if needed > free {
         return Err(PullError::Space { target: target.to_owned(), needed, free, store: store.root().to_owned() });
     }
     Ok(())
+}
+
+/// What of these the store has not, in bytes.
+fn missing(store: &Store, layers: &BTreeMap<Digest, Layer>) -> Result<u64, FileError> {
+    layers.values().try_fold(0, |sum, layer| {
+        let there = store.blob_size(&layer.digest)? == Some(layer.size);
+        Ok(if there { sum } else { sum + layer.size })
+    })
 }
 
 struct Incoming<'a> {
@@ -242,7 +251,7 @@ impl Incoming<'_> {
             return Ok(());
         }
         let partial = self.partial(blob).await?;
-        Ok(download(self.session, blob, partial.file()?, partial.path().to_owned(), share).await?)
+        download(self.session, blob, partial, share).await
     }
 
     /// What there is of a blob. Waits for another process that receives it.

@@ -8,14 +8,14 @@ use std::time::{Duration, SystemTime};
 use rustix::fs::FlockOperation;
 
 use crate::draft::Draft;
-use crate::folder::{FileError, Folder, try_lock, unless_missing};
+use crate::folder::{FileError, Folder, Lock, unless_missing};
 use crate::store::Folders;
 use crate::{Digest, Store};
 
 /// A blob of which a beginning is there, or nothing yet. One process at a time has it; dropped, what is there stays.
 #[derive(Debug)]
 pub struct Partial {
-    file: File,
+    file: Lock<File>,
     path: PathBuf,
     digest: Digest,
 }
@@ -28,17 +28,17 @@ impl Store {
     pub fn partial(&self, digest: &Digest) -> Result<Option<Partial>, FileError> {
         let (folder, name) = (&self.folders.partial, digest.hex());
         let path = folder.join(&name);
-        let take_up = || -> io::Result<Option<File>> {
+        let take_up = || -> io::Result<Option<Lock<File>>> {
             loop {
                 let file = folder.lockable(&name)?;
                 if !file.metadata()?.is_file() {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
                 }
-                if !try_lock(&file, FlockOperation::NonBlockingLockExclusive)? {
+                let Some(file) = Lock::attempt(file, FlockOperation::NonBlockingLockExclusive)? else {
                     return Ok(None);
-                }
+                };
                 // Whoever had the lock before may have published it, and then it must not be written to.
-                if is_at(&file, folder, &name)? {
+                if is_at(file.file(), folder, &name)? {
                     return Ok(Some(file));
                 }
             }
@@ -82,7 +82,7 @@ impl Partial {
     /// # Errors
     /// What the file system refuses.
     pub fn received(&self) -> Result<u64, FileError> {
-        self.file.metadata().map(|metadata| metadata.len()).map_err(FileError::new("look at", &self.path))
+        self.file.file().metadata().map(|metadata| metadata.len()).map_err(FileError::new("look at", &self.path))
     }
 
     /// Its file, to be read and written; all of them have one position.
@@ -90,7 +90,7 @@ impl Partial {
     /// # Errors
     /// No more files can be open.
     pub fn file(&self) -> Result<File, FileError> {
-        self.file.try_clone().map_err(FileError::new("open", &self.path))
+        self.file.file().try_clone().map_err(FileError::new("open", &self.path))
     }
 }
 
@@ -102,7 +102,7 @@ impl Draft {
     pub fn take(&self, partial: Partial) -> Result<PathBuf, FileError> {
         let Partial { file, path, digest } = partial;
         let name = digest.hex();
-        let moved = self.store.folders.partial.rename(&name, &self.folder, &name);
+        let moved = self.store.folders.partial.rename(&name, self.files(), &name);
         moved.map_err(FileError::new("move to a draft", path))?;
         // Not before: its lock keeps others away.
         drop(file);
@@ -120,10 +120,11 @@ pub(crate) fn collect(folders: &Folders, grace: Duration) -> Result<u64, FileErr
             let metadata = file.metadata()?;
             // A time in the future is one that nobody can wait for.
             let age = SystemTime::now().duration_since(metadata.modified()?).unwrap_or(Duration::MAX);
-            if age >= grace
-                && try_lock(&file, FlockOperation::NonBlockingLockExclusive)?
-                && is_at(&file, folder, &name)?
-            {
+            if age < grace {
+                return Ok(());
+            }
+            let Some(file) = Lock::attempt(file, FlockOperation::NonBlockingLockExclusive)? else { return Ok(()) };
+            if is_at(file.file(), folder, &name)? {
                 folder.unlink(&name)?;
                 freed += metadata.len();
             }

@@ -23,6 +23,8 @@ pub(crate) enum CliError {
     List { source: ReadError },
     #[error("cannot {action} {snapshot}")]
     Snapshot { action: &'static str, snapshot: String, source: Box<SnapshotError> },
+    #[error("cannot inspect {snapshot}: its segment table is damaged: {what}")]
+    Segments { snapshot: String, what: String },
     #[error("{snapshot} was not removed")]
     Remove { snapshot: String, source: RemoveError },
     #[error("the store was not pruned")]
@@ -62,7 +64,9 @@ impl CliError {
     pub(crate) fn code(&self) -> u8 {
         match self {
             Self::Reference(_) | Self::Name(_) | Self::Target(_) | Self::Terminal => MISUSED,
-            Self::Open { source: OpenError::Damaged { .. }, .. } | Self::Damaged { .. } => DAMAGED,
+            Self::Open { source: OpenError::Damaged { .. }, .. } | Self::Damaged { .. } | Self::Segments { .. } => {
+                DAMAGED
+            }
             Self::List { source } => read_code(source),
             Self::Snapshot { source, .. } => snapshot_code(source),
             Self::Remove { source, .. } | Self::Prune { source } => remove_code(source),
@@ -94,7 +98,7 @@ impl CliError {
         match (self, self.code()) {
             (Self::Remove { .. }, IN_USE) => Some("try again later, or with --wait"),
             (Self::Snapshot { .. } | Self::Remove { .. }, MISSING) => Some("see `gpusnap ls`"),
-            (Self::Snapshot { .. } | Self::List { .. } | Self::Export { .. }, DAMAGED) => {
+            (Self::Snapshot { .. } | Self::Segments { .. } | Self::List { .. } | Self::Export { .. }, DAMAGED) => {
                 Some("`gpusnap verify` tells what else is")
             }
             (Self::Pull { source, .. }, _) => match &**source {
@@ -111,17 +115,23 @@ impl CliError {
 
     /// One line: what happened, why, and what to do next.
     pub(crate) fn line(&self) -> String {
-        let mut line = format!("gpusnap: {self}");
-        let mut cause = std::error::Error::source(self);
-        while let Some(error) = cause {
-            line += &format!(": {error}");
-            cause = error.source();
-        }
+        let mut line = format!("gpusnap: {}", chain(self));
         if let Some(advice) = self.advice() {
             line += &format!("; {advice}");
         }
         line.replace(|c: char| c.is_control(), " ")
     }
+}
+
+/// An error and its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line += &format!(": {error}");
+        cause = error.source();
+    }
+    line
 }
 
 /// May be gone the next time.

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
+use memory::Place;
 use serde::Serialize;
-use snapshot::{Config, Listed, Manifest, Name};
+use snapshot::{Config, Listed, Manifest, Name, SEGMENTS_TYPE, Snapshot};
 
 use super::Context;
 use super::list::{ago, seconds};
-use crate::error::CliError;
+use super::verify::segments;
+use crate::error::{CliError, chain};
 use crate::output::{clean, print, print_json, table};
 use crate::units::{age, bytes};
 
@@ -24,6 +26,7 @@ struct Inspected<'a> {
     size: u64,
     unique: u64,
     layers: Vec<Layers>,
+    memory: Vec<Memory>,
     config: &'a Config,
 }
 
@@ -47,6 +50,7 @@ pub(super) fn inspect(context: &Context, given: &str, json: bool) -> Result<(), 
     let listed = listed.iter().find(|listed| listed.digest == snapshot.digest());
     let (manifest, config) = (snapshot.manifest(), snapshot.config());
     let layers = layers(manifest);
+    let memory = memory(&snapshot).map_err(|what| CliError::Segments { snapshot: reference.to_string(), what })?;
     if json {
         return print_json(&Inspected {
             names: snapshot.names(),
@@ -56,12 +60,13 @@ pub(super) fn inspect(context: &Context, given: &str, json: bool) -> Result<(), 
             size: manifest.size(),
             unique: listed.map_or(0, |listed| listed.unique),
             layers,
+            memory,
             config,
         });
     }
     let mut text = about(snapshot.names(), manifest, config, listed);
     text += &of_gpus(config);
-    text += &of_processes(config);
+    text += &of_processes(config, &memory);
     text += &of_layers(&layers);
     text += &of_phases(config);
     print(text.as_bytes())
@@ -119,14 +124,38 @@ fn of_gpus(config: &Config) -> String {
     format!("\n{}", table(&rows, 3))
 }
 
-fn of_processes(config: &Config) -> String {
-    let mut rows = vec![["PID", "PROCESS", "GPU", "GPU MEMORY"].map(str::to_owned)];
+/// What the segment table says of a process, in bytes.
+#[derive(Clone, Copy, Default, Serialize)]
+struct Memory {
+    /// Pid in its own pid namespace.
+    pid: i32,
+    /// In packs or zero; the rest is in CRIU's images.
+    memory: u64,
+    zero: u64,
+}
+
+fn memory(snapshot: &Snapshot) -> Result<Vec<Memory>, String> {
+    let Some(layer) = snapshot.layers_of(SEGMENTS_TYPE).next() else { return Ok(Vec::new()) };
+    let file = snapshot.open(layer).map_err(|error| chain(&error))?;
+    let table = segments(layer, &file)?;
+    let processes = table.processes().iter().map(|process| {
+        let sum = |zero: bool| {
+            let kind = process.segments.iter().filter(|segment| !zero || segment.place == Place::Zero);
+            kind.map(|segment| segment.length).sum()
+        };
+        Memory { pid: process.pid, memory: sum(false), zero: sum(true) }
+    });
+    Ok(processes.collect())
+}
+
+fn of_processes(config: &Config, memory: &[Memory]) -> String {
+    let mut rows = vec![["PID", "PROCESS", "MEMORY", "OF IT ZERO", "GPU MEMORY"].map(str::to_owned)];
     rows.extend(config.processes.iter().map(|process| {
-        let gpu = if process.gpu { "yes" } else { "" };
-        let staged = if process.gpu { bytes(process.staged) } else { String::new() };
-        [process.pid.to_string(), clean(&process.comm), gpu.to_owned(), staged]
+        let memory = memory.iter().find(|memory| memory.pid == process.pid).copied().unwrap_or_default();
+        let staged = if process.gpu { bytes(process.staged) } else { "-".to_owned() };
+        [process.pid.to_string(), clean(&process.comm), bytes(memory.memory), bytes(memory.zero), staged]
     }));
-    format!("\n{}", table(&rows, 3))
+    format!("\n{}", table(&rows, 2))
 }
 
 fn of_layers(layers: &[Layers]) -> String {

@@ -1,13 +1,17 @@
 //! `gpusnap verify`.
 
+use std::fs::File;
+use std::io::Read;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use memory::{Control, MAX_TABLE, Pack, SegmentTable};
 use serde::Serialize;
-use snapshot::{Reference, Report, SnapshotError, Store};
+use snapshot::{GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Layer, Reference, Report, SEGMENTS_TYPE, SnapshotError, Store};
 
 use super::{Context, blocking, interrupted};
-use crate::error::CliError;
+use crate::error::{CliError, chain};
 use crate::output::{clean, print, print_json};
 use crate::progress::{Reading, Shown};
 use crate::units::bytes;
@@ -67,7 +71,7 @@ fn read_all(store: &Store, references: &[Reference], done: &AtomicU64) -> Result
         done.fetch_add(bytes, Ordering::Relaxed);
     };
     let verify = |which: Option<&Reference>| {
-        store.verify(which, None, &progress).map_err(|source: SnapshotError| CliError::Snapshot {
+        store.verify(which, Some(&look_into), &progress).map_err(|source: SnapshotError| CliError::Snapshot {
             action: "verify",
             snapshot: which.map_or_else(|| "the store".to_owned(), ToString::to_string),
             source: Box::new(source),
@@ -85,6 +89,31 @@ fn read_all(store: &Store, references: &[Reference], done: &AtomicU64) -> Result
         all.problems.extend(report.problems);
     }
     Ok(all)
+}
+
+/// Packs have checksums of their own, by which a restore goes, and the segment table a form.
+fn look_into(layer: &Layer, file: &File) -> Result<(), String> {
+    match layer.media_type.as_str() {
+        GPU_MEMORY_TYPE | HOST_MEMORY_TYPE => {
+            let file = file.try_clone().map_err(|error| error.to_string())?;
+            let pack = Pack::from_file(layer.digest.short().into(), file).map_err(|error| chain(&error))?;
+            // One thread: packs are looked at in parallel already.
+            let control = Control::with_threads(NonZeroUsize::MIN);
+            memory::verify(&[pack], &control).map_err(|error| chain(&error))
+        }
+        SEGMENTS_TYPE => segments(layer, file).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Reads a segment table.
+pub(super) fn segments(layer: &Layer, file: &File) -> Result<SegmentTable, String> {
+    if layer.size > MAX_TABLE {
+        return Err(format!("it has {} bytes, more than any segment table", layer.size));
+    }
+    let mut bytes = Vec::new();
+    file.take(layer.size).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    SegmentTable::parse(&bytes).map_err(|error| chain(&error))
 }
 
 fn tell(context: &Context, report: &Report, json: bool) -> Result<(), CliError> {

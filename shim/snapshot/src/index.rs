@@ -29,17 +29,19 @@ pub enum IndexError {
 
 /// An index. What other tools have put into it is kept as it is.
 #[derive(Clone, Debug)]
-pub(crate) struct Index(ImageIndex);
+pub struct Index(ImageIndex);
 
 /// A line of the index that may be a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) digest: Digest,
+pub struct Entry {
+    /// Of the manifest.
+    pub digest: Digest,
     /// Of the manifest, in bytes.
-    pub(crate) size: u64,
-    pub(crate) name: Option<Name>,
+    pub size: u64,
+    /// Its name, if it has one that is one.
+    pub name: Option<Name>,
     /// It says that it is a snapshot. Tools that copy images do not always.
-    pub(crate) certain: bool,
+    pub certain: bool,
 }
 
 impl Index {
@@ -51,7 +53,11 @@ impl Index {
         Self(index.build().expect("every required field is set above"))
     }
 
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
+    /// Reads an index.
+    ///
+    /// # Errors
+    /// One that is too large, of another version, or none.
+    pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
         if bytes.len() > DOCUMENT_LIMIT {
             return Err(IndexError::TooLarge);
         }
@@ -75,7 +81,7 @@ impl Index {
     }
 
     /// The lines that may be snapshots.
-    pub(crate) fn entries(&self) -> impl Iterator<Item = Entry> {
+    pub fn entries(&self) -> impl Iterator<Item = Entry> {
         self.0.manifests().iter().filter_map(entry)
     }
 

@@ -36,7 +36,7 @@ pub use crate::digest::{Digest, DigestError};
 pub use crate::draft::Draft;
 pub use crate::folder::FileError;
 pub use crate::hash::{Progress, hash_files};
-pub use crate::index::IndexError;
+pub use crate::index::{Entry, Index, IndexError};
 pub use crate::list::{Listed, Usage};
 pub use crate::manifest::{DOCUMENT_LIMIT, Layer, Manifest, ManifestError};
 pub use crate::name::{Name, NameError, Reference, ReferenceError, Scope};

@@ -104,7 +104,7 @@ impl Manifest {
     /// Each blob has one size, and all together one that can be counted.
     fn check_sizes(&self) -> Result<(), ManifestError> {
         let mut sizes = BTreeMap::new();
-        let mut total = 0_u64;
+        let mut total = self.bytes.len() as u64;
         for layer in self.blobs() {
             if *sizes.entry(layer.digest).or_insert(layer.size) != layer.size {
                 return Err(ManifestError::Contradiction { digest: layer.digest });

@@ -66,7 +66,7 @@ impl Store {
     ) -> Result<Report, SnapshotError> {
         let folders = &self.folders;
         let mut report = Report::default();
-        let (digests, _uses) = {
+        let (entries, _uses) = {
             let _lock = folders.lock(FlockOperation::LockShared)?;
             let index = match folders.index() {
                 Ok(index) => index,
@@ -76,18 +76,17 @@ impl Store {
                 }
                 Err(error) => return Err(error.into()),
             };
-            let digests: BTreeSet<Digest> = match which {
-                Some(reference) => BTreeSet::from([resolve(&index, reference)?]),
-                None => {
-                    self.check_files(&index, &mut report);
-                    index.entries().map(|entry| entry.digest).collect()
-                }
-            };
-            let uses = digests.iter().map(|digest| hold(folders, *digest)).collect::<Result<Vec<_>, _>>()?;
-            (digests, uses)
+            let wanted = which.map(|reference| resolve(&index, reference)).transpose()?;
+            if wanted.is_none() {
+                self.check_files(&index, &mut report);
+            }
+            let entries = index.entries().filter(|entry| wanted.is_none_or(|wanted| entry.digest == wanted));
+            let entries: BTreeMap<Digest, u64> = entries.map(|entry| (entry.digest, entry.size)).collect();
+            let uses = entries.keys().map(|digest| hold(folders, *digest)).collect::<Result<Vec<_>, _>>()?;
+            (entries, uses)
         };
         let mut layers: BTreeMap<Digest, (Layer, Vec<Digest>)> = BTreeMap::new();
-        for digest in digests {
+        for (digest, size) in entries {
             let manifest = match folders.manifest(digest) {
                 Ok(manifest) => manifest,
                 // An image that another tool has put there.
@@ -99,6 +98,11 @@ impl Store {
                 }
             };
             report.snapshots += 1;
+            let found = manifest.bytes().len() as u64;
+            if found != size {
+                let what = format!("the manifest has {found} bytes, where the index says {size}");
+                report.problem("index.json", what, &[digest]);
+            }
             if let Err(error) = folders.config(&manifest) {
                 report.note("config", &error, &[digest]);
             }

@@ -167,6 +167,25 @@ fn digests_and_names_that_lead_elsewhere_are_not_followed() {
 }
 
 #[test]
+fn an_index_that_contradicts_itself_is_found() {
+    let replace = |world: &World, from: &str, to: &str| {
+        let index = world.store.root().join("index.json");
+        let text = std::fs::read_to_string(&index).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(index, text.replace(from, to)).unwrap();
+    };
+    let (_, problems) = after(|world, _| replace(world, "\"size\":", "\"size\":1"));
+    assert!(problems.len() == 1 && problems[0].contains("where the index says"), "{problems:?}");
+    let (_, problems) = after(|world, _| {
+        drop(world.publish("default/b", &[b"x"]));
+        replace(world, "default/b", "default/a");
+    });
+    assert!(problems.len() == 1 && problems[0].contains("several snapshots"), "{problems:?}");
+    let (_, problems) = after(|world, _| std::fs::write(world.store.root().join("index.json"), "{").unwrap());
+    assert!(problems.len() == 1 && problems[0].contains("index.json"), "{problems:?}");
+}
+
+#[test]
 fn checksums_inside_of_layers_can_be_checked_too() {
     let world = World::new();
     drop(world.publish("default/a", &[b"good", b"bad"]));

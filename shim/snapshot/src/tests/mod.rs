@@ -8,6 +8,7 @@ mod damage;
 mod full;
 mod publication;
 mod removal;
+mod tools;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

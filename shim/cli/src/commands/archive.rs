@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use snapshot::{ExportError, Import, Name, Reference, Snapshot};
 
-use super::{Context, blocking, interrupted};
+use super::{Context, Interrupt, blocking};
 use crate::error::CliError;
 use crate::progress::{Reading, Shown};
 use crate::units::bytes;
@@ -140,6 +140,7 @@ async fn stoppable<T: Send + 'static>(
     total: u64,
     work: impl FnOnce(Arc<AtomicBool>, &AtomicU64) -> Result<T, CliError> + Send + 'static,
 ) -> Result<T, CliError> {
+    let mut interrupt = Interrupt::listen();
     let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let counted = Arc::clone(&done);
     let _shown = Shown::begin(what.clone(), context.quiet, move || Reading {
@@ -151,7 +152,7 @@ async fn stoppable<T: Send + 'static>(
     let mut work = std::pin::pin!(blocking(move || work(told, &done)));
     tokio::select! {
         result = &mut work => result,
-        () = interrupted() => {
+        () = interrupt.wait() => {
             stop.store(true, Ordering::Relaxed);
             // It may have been done by then.
             work.await.map_err(|_| CliError::Interrupted { what, next: "nothing of it was kept" })

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use snapshot::{Name, Reference, Scope, Store};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::{Arguments, Command};
 use crate::error::CliError;
@@ -102,17 +102,27 @@ fn manual(folder: Option<&Path>) -> Result<(), CliError> {
     clap_mangen::generate_to(command, folder).map_err(failed)
 }
 
-/// Waits until somebody wants this process to end.
-async fn interrupted() {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-    else {
-        // Then the signals do what they do without a handler.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+/// Whether somebody wants this process to end. From its making on they no longer end it by themselves.
+struct Interrupt([Option<Signal>; 2]);
+
+impl Interrupt {
+    fn listen() -> Self {
+        // Without a handler the signals do what they did before.
+        Self([SignalKind::interrupt(), SignalKind::terminate()].map(|kind| signal(kind).ok()))
     }
+
+    async fn wait(&mut self) {
+        let [interrupt, terminate] = &mut self.0;
+        tokio::select! {
+            Some(()) = receive(interrupt) => {}
+            Some(()) = receive(terminate) => {}
+            else => std::future::pending().await,
+        }
+    }
+}
+
+async fn receive(signal: &mut Option<Signal>) -> Option<()> {
+    signal.as_mut()?.recv().await
 }
 
 /// Runs what blocks in a thread of its own.

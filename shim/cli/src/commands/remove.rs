@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use snapshot::{IfInUse, Prune, Removed};
 
-use super::{Context, blocking, interrupted};
+use super::{Context, Interrupt, blocking};
 use crate::error::CliError;
 use crate::units::bytes;
 
 pub(super) async fn remove(context: &Context, snapshots: Vec<String>, wait: bool) -> Result<(), CliError> {
     let if_in_use = if wait { IfInUse::Wait } else { IfInUse::Refuse };
     let references = snapshots.iter().map(|given| context.reference(given)).collect::<Result<Vec<_>, _>>()?;
+    let mut interrupt = Interrupt::listen();
     let store = context.open()?;
     for reference in references {
         let (store, asked) = (store.clone(), reference.clone());
@@ -18,7 +19,7 @@ pub(super) async fn remove(context: &Context, snapshots: Vec<String>, wait: bool
         let removal = blocking(move || store.remove(&asked, if_in_use));
         let removed = tokio::select! {
             removed = removal => removed,
-            () = interrupted() => {
+            () = interrupt.wait() => {
                 return Err(CliError::Interrupted { what: format!("removing {reference}"), next: "see `gpusnap ls`" });
             }
         };

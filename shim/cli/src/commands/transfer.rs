@@ -6,13 +6,14 @@ use std::time::Instant;
 use registry::{Meter, Options, Pull, Target, Totals};
 use snapshot::IfTaken;
 
-use super::{Context, interrupted};
+use super::{Context, Interrupt};
 use crate::args::Transfer;
 use crate::error::{AGAIN, CliError};
 use crate::progress::{Reading, Shown, rate};
 use crate::units::bytes;
 
 pub(super) async fn push(context: &Context, given: &str, target: &str, transfer: &Transfer) -> Result<(), CliError> {
+    let mut interrupt = Interrupt::listen();
     let (reference, target) = (context.reference(given)?, Target::parse(target, transfer.plain_http)?);
     let opened = context.open()?.open_snapshot(&reference);
     let snapshot = opened.map_err(|source| CliError::Snapshot {
@@ -24,7 +25,7 @@ pub(super) async fn push(context: &Context, given: &str, target: &str, transfer:
     let shown = show(context, format!("pushing {reference}"), &meter);
     let pushed = tokio::select! {
         pushed = registry::push(&snapshot, &target, &options, &meter) => pushed,
-        () = interrupted() => {
+        () = interrupt.wait() => {
             return Err(CliError::Interrupted { what: format!("pushing {reference}"), next: AGAIN });
         }
     };
@@ -44,6 +45,7 @@ pub(super) async fn pull(
     quota: Option<u64>,
     transfer: &Transfer,
 ) -> Result<(), CliError> {
+    let mut interrupt = Interrupt::listen();
     let target = Target::parse(target, transfer.plain_http)?;
     let name = context.name(name.unwrap_or_else(|| target.short_name()))?;
     let store = context.open()?;
@@ -52,7 +54,7 @@ pub(super) async fn pull(
     let pull = Pull { target: target.clone(), name: Some(name.clone()), if_taken: IfTaken::Move, quota };
     let pulled = tokio::select! {
         pulled = registry::pull(&store, pull, &options, &meter) => pulled,
-        () = interrupted() => {
+        () = interrupt.wait() => {
             return Err(CliError::Interrupted { what: format!("pulling {target}"), next: AGAIN });
         }
     };

@@ -10,7 +10,7 @@ use memory::{Control, MAX_TABLE, Pack, SegmentTable};
 use serde::Serialize;
 use snapshot::{GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Layer, Reference, Report, SEGMENTS_TYPE, SnapshotError, Store};
 
-use super::{Context, blocking, interrupted};
+use super::{Context, Interrupt, blocking};
 use crate::error::{CliError, chain};
 use crate::output::{clean, print, print_json};
 use crate::progress::{Reading, Shown};
@@ -33,6 +33,7 @@ struct Problem {
 
 pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool) -> Result<(), CliError> {
     let references = snapshots.iter().map(|given| context.reference(given)).collect::<Result<Vec<_>, _>>()?;
+    let mut interrupt = Interrupt::listen();
     let store = context.open()?;
     let done = Arc::new(AtomicU64::new(0));
     let total = total(&store, &references);
@@ -45,7 +46,7 @@ pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool
     let work = blocking(move || read_all(&store, &references, &done));
     let report = tokio::select! {
         report = work => report?,
-        () = interrupted() => {
+        () = interrupt.wait() => {
             return Err(CliError::Interrupted { what: "the verification".to_owned(), next: "nothing was changed" });
         }
     };

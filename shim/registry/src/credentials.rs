@@ -53,6 +53,9 @@ pub fn credentials(registry: &str) -> Result<RegistryAuth, CredentialsError> {
             let said = if stderr.trim().is_empty() { stdout } else { stderr };
             Err(unusable(format!("{helper}: {}", crate::session::one_line(&said))))
         }
+        Err(CredentialRetrievalError::HelperCommunicationError) => {
+            Err(unusable("the credential helper that it names cannot be run".to_owned()))
+        }
         Err(error) => Err(unusable(error.to_string())),
     }
 }

@@ -88,6 +88,37 @@ fn what_is_not_there_and_who_is_not_are_told_apart() {
 }
 
 #[test]
+fn the_credentials_of_docker_login_open_a_registry() {
+    let Some(registry) = Registry::start_locked() else { return };
+    let world = World::new();
+    world.publish("default/vit", 1, 0);
+    let target = registry.at("cave/vit:1");
+    let host = target.split('/').next().unwrap();
+    let push = || world.gpusnap(&["push", "vit", &target]);
+
+    let closed = push().code(1);
+    assert!(closed.contains(&format!("try `docker login {host}`")), "{closed}");
+    // ali:open sesame
+    world.docker_config(&format!(r#"{{"auths":{{"{host}":{{"auth":"YWxpOm9wZW4gc2VzYW1l"}}}}}}"#), "");
+    push().succeeds();
+    world.docker_config(&format!(r#"{{"auths":{{"{host}":{{"auth":"YWxpOndyb25n"}}}}}}"#), "");
+    assert!(push().code(1).contains("try `docker login"));
+
+    let helped = format!(r#"{{"credHelpers":{{"{host}":"cave"}}}}"#);
+    world.docker_config(&helped, r#"echo '{"Username":"ali","Secret":"open sesame"}'"#);
+    push().succeeds();
+    world.docker_config(r#"{"credsStore":"cave"}"#, r#"echo '{"Username":"ali","Secret":"open sesame"}'"#);
+    push().succeeds();
+    world.docker_config(&helped, "echo locked out >&2; exit 1");
+    let helpless = push().code(1);
+    assert!(helpless.contains("docker-credential-cave: locked out"), "{helpless}");
+    world.docker_config(r#"{"credsStore":"of-nobody"}"#, "");
+    assert!(push().code(1).contains("cannot be run"));
+    world.docker_config("not JSON", "");
+    assert!(push().code(1).contains("config.json"));
+}
+
+#[test]
 fn killed_at_any_moment_a_pull_leaves_a_clean_store_and_the_next_one_succeeds() {
     let Some(registry) = Registry::start() else { return };
     let source = World::new();

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -17,6 +18,9 @@ use snapshot::{Config, Digest, Host, IfTaken, NewLayer, NewSnapshot, Process, St
 
 /// What is in a pack of these tests, in bytes.
 const PACK: usize = 1 << 20;
+
+/// `open sesame`, as bcrypt has it.
+const PASSWORD: &str = "$2b$04$bLx1c8hVSmEHJ47DkJXt7.wku8ddzWfan2qoEMfU0VRljT5f4c/Oa";
 
 /// A store of its own.
 pub(crate) struct World {
@@ -75,6 +79,14 @@ impl World {
         draft.publish(new, &|_| ()).unwrap().digest()
     }
 
+    /// Makes this docker's config.json, and a helper for credentials that is this script.
+    pub(crate) fn docker_config(&self, config: &str, helper: &str) {
+        std::fs::write(self.root.path().join("config.json"), config).unwrap();
+        let path = self.root.path().join("docker-credential-cave");
+        std::fs::write(&path, format!("#!/bin/sh\nread -r registry\n{helper}\n")).unwrap();
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).unwrap();
+    }
+
     /// Digests and sizes of all blobs.
     pub(crate) fn blobs(&self) -> BTreeMap<String, u64> {
         let files = std::fs::read_dir(self.store().join("blobs/sha256")).unwrap().map(Result::unwrap);
@@ -109,6 +121,8 @@ impl World {
         command.arg("--store").arg(store).args(arguments);
         // Nobody's own credentials.
         command.env("DOCKER_CONFIG", self.root.path()).env_remove("CONTAINERD_NAMESPACE");
+        let path = std::env::var("PATH").unwrap();
+        command.env("PATH", format!("{}:{path}", self.root.path().display()));
         Gpusnap { command }
     }
 }
@@ -193,18 +207,29 @@ pub(crate) struct Registry {
 impl Registry {
     /// None where it is not installed.
     pub(crate) fn start() -> Option<Self> {
+        Self::start_with("")
+    }
+
+    /// One that lets in `ali` with the password `open sesame` only.
+    pub(crate) fn start_locked() -> Option<Self> {
+        Self::start_with("auth: {htpasswd: {realm: cave, path: PASSWORDS}}\n")
+    }
+
+    fn start_with(more: &str) -> Option<Self> {
         let program = std::env::var("GPUSNAP_DOCKER_REGISTRY").unwrap_or_else(|_| "docker-registry".to_owned());
         let root = tempfile::tempdir().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let (config, log) = (root.path().join("config.yml"), root.path().join("log"));
-        let data = root.path().join("data");
+        let (data, passwords) = (root.path().join("data"), root.path().join("passwords"));
         write!(
             File::create(&config).unwrap(),
             "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
-             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: 127.0.0.1:{port}}}\n",
-            data.display()
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: 127.0.0.1:{port}}}\n{}",
+            data.display(),
+            more.replace("PASSWORDS", passwords.to_str().unwrap())
         )
         .unwrap();
+        std::fs::write(&passwords, format!("ali:{PASSWORD}\n")).unwrap();
         std::fs::create_dir(data).unwrap();
         let spawned = Command::new(&program)
             .arg("serve")

@@ -15,13 +15,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use memory::{
     CHUNK, Control, Destination, Draft, FileSource, MAX_PACK_DATA, Pack, Process, Saved, Segment, SegmentTable, Target,
     fill, save_files, save_processes, verify,
 };
+use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::time::{TimeSpec, TimeVal};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
@@ -48,8 +50,7 @@ fn main() -> Result<()> {
     std::fs::create_dir(&folder)?;
     let measured = Bench { size, threads, folder: folder.clone(), table: Table::default() }.run(rounds);
     std::fs::remove_dir_all(&folder)?;
-    measured?.print(size);
-    Ok(())
+    measured?.print(size)
 }
 
 /// The role of a process that has memory and waits until its parent is gone.
@@ -104,30 +105,52 @@ impl Drop for Holder {
     }
 }
 
-/// Seconds by what took them, in the order in which they were first measured.
+/// What was measured, in the order in which it was first done.
 #[derive(Default)]
-struct Table(Vec<(&'static str, Vec<f64>)>);
+struct Table(Vec<Row>);
+
+struct Row {
+    what: &'static str,
+    /// How long each round took.
+    seconds: Vec<f64>,
+    /// What each took of all processors, which other work on the machine disturbs less.
+    processor: Vec<f64>,
+}
 
 impl Table {
     fn time<T>(&mut self, what: &'static str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let begin = Instant::now();
+        let (begin, processor) = (Instant::now(), processor_seconds()?);
         let result = work()?;
-        let seconds = begin.elapsed().as_secs_f64();
-        match self.0.iter_mut().find(|(known, _)| *known == what) {
-            Some((_, all)) => all.push(seconds),
-            None => self.0.push((what, vec![seconds])),
+        let (seconds, processor) = (begin.elapsed().as_secs_f64(), processor_seconds()? - processor);
+        if !self.0.iter().any(|row| row.what == what) {
+            self.0.push(Row { what, seconds: Vec::new(), processor: Vec::new() });
+        }
+        for row in self.0.iter_mut().filter(|row| row.what == what) {
+            row.seconds.push(seconds);
+            row.processor.push(processor);
         }
         Ok(result)
     }
 
-    fn print(mut self, size: u64) {
-        println!("{:56} {:>10} {:>10}", "GB/s", "best", "median");
-        for (what, seconds) in &mut self.0 {
+    fn print(mut self, size: u64) -> Result<()> {
+        let gigabytes = f64::from(u32::try_from(size >> 20)?) * 1.048_576e-3;
+        println!("{:50} {:>9} {:>9}   {:>9} {:>9}", "", "GB/s best", "median", "CPU s/GB", "median");
+        for Row { what, seconds, processor } in &mut self.0 {
             seconds.sort_by(f64::total_cmp);
-            let rate = |seconds: f64| u32::try_from(size >> 20).map_or(0.0, f64::from) * 1.048_576e-3 / seconds;
-            println!("{what:56} {:10.2} {:10.2}", rate(seconds[0]), rate(seconds[seconds.len() / 2]));
+            processor.sort_by(f64::total_cmp);
+            let middle = seconds.len() / 2;
+            let [best, median] = [seconds[0], seconds[middle]].map(|seconds| gigabytes / seconds);
+            let [least, usual] = [processor[0], processor[middle]].map(|seconds| seconds / gigabytes);
+            println!("{what:50} {best:9.2} {median:9.2}   {least:9.3} {usual:9.3}");
         }
+        Ok(())
     }
+}
+
+fn processor_seconds() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let seconds = |time: TimeVal| Duration::from(TimeSpec::new(time.tv_sec(), time.tv_usec() * 1000)).as_secs_f64();
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 struct Bench {
@@ -187,25 +210,29 @@ impl Bench {
         }
         drop(target);
         let target = Holder::start(size, "nothing")?;
-        self.table.time("read from packs, and written into fresh memory", || {
-            spread(threads, size, |window, offset, buffer| {
-                packs[window].file().read_exact_at(buffer, offset % MAX_PACK_DATA)?;
-                write(target.pid, target.address + offset, buffer)
-            })
-        })?;
+        for what in ["read from packs, and written into fresh memory", "read from packs, and written, memory is there"]
+        {
+            self.table.time(what, || {
+                spread(threads, size, |window, offset, buffer| {
+                    packs[window].file().read_exact_at(buffer, offset % MAX_PACK_DATA)?;
+                    write(target.pid, target.address + offset, buffer)
+                })
+            })?;
+        }
         drop(target);
-        for what in ["FILL fresh memory", "FILL fresh memory from a disk"] {
-            if what.ends_with("disk") {
+        let target = Holder::start(size, "nothing")?;
+        let table = moved(&saved, source, &target)?;
+        let destination = Destination { processes: &[(1, target.pid)], ready: &|_| () };
+        for what in ["FILL fresh memory", "FILL, memory is there", "FILL from a disk, memory is there"] {
+            if what.contains("disk") {
                 for pack in &packs {
                     pack.file().sync_all()?;
                     rustix::fs::fadvise(pack.file(), 0, None, rustix::fs::Advice::DontNeed)?;
                 }
             }
-            let target = Holder::start(size, "nothing")?;
-            let table = moved(&saved, source, &target)?;
-            let destination = Destination { processes: &[(1, target.pid)], ready: &|_| () };
             self.table.time(what, || Ok(fill(&table, &packs, &destination, &Control::with_threads(threads))?))?;
         }
+        drop(target);
         self.saving_files(&packs)
     }
 

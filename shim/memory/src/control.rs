@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 /// More threads than this gain nothing: 16 reach the rate at which a machine's memory copies (30 GB/s on the host of
@@ -71,44 +72,61 @@ impl Control {
     }
 
     /// Does the steps 0 to `count - 1`, in this order but many at a time, and returns what they return, in order.
-    ///
-    /// Each thread has something of its own, made by `own`. The first failure keeps further steps from being begun; of
-    /// several failures that of the earliest step is returned.
-    pub(crate) fn spread<O, T: Send, E: Send>(
+    /// Otherwise as [`Self::each`].
+    pub(crate) fn gather<O, T: Send, E: Send>(
         &self,
-        threads: NonZeroUsize,
         count: usize,
         own: impl Fn() -> O + Sync,
         step: impl Fn(&mut O, usize) -> Result<T, E> + Sync,
     ) -> Result<Vec<T>, E> {
+        let results = Mutex::new(Vec::new());
+        self.each(self.threads, count, own, |own, index| {
+            let result = step(own, index)?;
+            results.lock().unwrap_or_else(PoisonError::into_inner).push((index, result));
+            Ok(())
+        })?;
+        let mut results = results.into_inner().unwrap_or_else(PoisonError::into_inner);
+        results.sort_unstable_by_key(|(index, _)| *index);
+        Ok(results.into_iter().map(|(_, result)| result).collect())
+    }
+
+    /// Does the steps 0 to `count - 1`, in this order but many at a time.
+    ///
+    /// Each thread has something of its own, made by `own`. The first failure keeps further steps from being begun; of
+    /// several failures that of the earliest step is returned.
+    pub(crate) fn each<O, E: Send>(
+        &self,
+        threads: NonZeroUsize,
+        count: usize,
+        own: impl Fn() -> O + Sync,
+        step: impl Fn(&mut O, usize) -> Result<(), E> + Sync,
+    ) -> Result<(), E> {
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
         let work = || {
             let mut own = own();
-            let mut results = Vec::new();
             while !failed.load(Ordering::Relaxed) {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= count {
                     break;
                 }
-                let result = step(&mut own, index);
-                failed.fetch_or(result.is_err(), Ordering::Relaxed);
-                results.push((index, result));
+                if let Err(error) = step(&mut own, index) {
+                    failed.store(true, Ordering::Relaxed);
+                    return Some((index, error));
+                }
             }
-            results
+            None
         };
-        let mut results = thread::scope(|scope| {
+        let failure = thread::scope(|scope| {
             let others: Vec<_> = (1..threads.get().min(count))
                 // With fewer threads than wanted it takes longer, and that is all.
                 .map_while(|_| thread::Builder::new().name("memory".into()).spawn_scoped(scope, work).ok())
                 .collect();
-            let mut results = work();
-            for other in others {
-                results.extend(other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
-            }
-            results
+            let own = work();
+            let others =
+                others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+            others.chain([own]).flatten().min_by_key(|(index, _)| *index)
         });
-        results.sort_unstable_by_key(|(index, _)| *index);
-        results.into_iter().map(|(_, result)| result).collect()
+        failure.map_or(Ok(()), |(_, error)| Err(error))
     }
 }

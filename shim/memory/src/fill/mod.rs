@@ -25,8 +25,8 @@ const DISK_THREADS: NonZeroUsize = NonZeroUsize::new(16).expect("16 is not 0");
 
 /// Whose memory is filled, and who hears of it.
 pub struct Destination<'a> {
-    /// Processes of the table, in the order in which they are wanted: pid in the table, pid on this host. All of the
-    /// table must be here; others are passed over.
+    /// Processes of the table, each once, in the order in which they are wanted: pid in the table, pid on this host. All
+    /// of the table must be here; others are passed over.
     pub processes: &'a [(i32, i32)],
     /// Called with a process' pid in the table when all its memory is in place; from any thread, which does nothing else
     /// meanwhile.
@@ -43,6 +43,17 @@ struct Progress {
     left: AtomicU64,
 }
 
+/// A stored segment, which is handed out in portions.
+struct Stored {
+    process: usize,
+    address: u64,
+    length: u64,
+    pack: usize,
+    offset: u64,
+    /// How many portions those before it have.
+    before: usize,
+}
+
 /// A part of a segment.
 struct Portion {
     process: usize,
@@ -50,6 +61,13 @@ struct Portion {
     length: u64,
     pack: usize,
     offset: u64,
+}
+
+/// All portions, in order. They are not listed: a table that says that all memory is the same pack has too many.
+#[derive(Default)]
+struct Plan {
+    stored: Vec<Stored>,
+    portions: usize,
 }
 
 /// Writes all memory of a table into processes whose memory is mapped and still all zero, and which stand still. Every
@@ -63,21 +81,19 @@ struct Portion {
 pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, control: &Control) -> Result<(), FillError> {
     check_packs(table, packs)?;
     let sources: Vec<Source<'_>> = packs.iter().map(Source::new).collect();
-    let (progress, portions) = plan(table, into.processes)?;
+    let (progress, plan) = plan(table, into.processes)?;
     for progress in &progress {
         progress.landed(0, into.ready);
     }
     let cached = sources.iter().all(Source::begins_in_cache);
     let threads = if cached { control.threads() } else { control.threads().max(DISK_THREADS) };
-    control
-        .spread(threads, portions.len(), Buffer::new, |buffer, index| {
-            let portion = &portions[index];
-            let progress = &progress[portion.process];
-            copy(portion, &sources[portion.pack], progress.host, buffer, control)?;
-            progress.landed(portion.length, into.ready);
-            Ok::<_, FillError>(())
-        })
-        .map(|_| ())
+    control.each(threads, plan.portions, Buffer::new, |buffer, index| {
+        let portion = plan.portion(index);
+        let progress = &progress[portion.process];
+        copy(&portion, &sources[portion.pack], progress.host, buffer, control)?;
+        progress.landed(portion.length, into.ready);
+        Ok(())
+    })
 }
 
 impl Progress {
@@ -86,6 +102,33 @@ impl Progress {
         let left = self.left.fetch_sub(bytes, Ordering::AcqRel);
         if left == bytes {
             ready(self.pid);
+        }
+    }
+}
+
+impl Plan {
+    /// Adds a segment. Returns how many of its bytes are stored.
+    fn add(&mut self, process: usize, segment: &Segment) -> u64 {
+        let Place::Pack { index, offset } = segment.place else { return 0 };
+        let Segment { address, length, .. } = *segment;
+        // A number that is no usize is none of a pack: the table is checked.
+        let pack = usize::try_from(index).unwrap_or(usize::MAX);
+        self.stored.push(Stored { process, address, length, pack, offset, before: self.portions });
+        self.portions += units::bytes((address + length).div_ceil(PORTION) - address / PORTION);
+        length
+    }
+
+    fn portion(&self, index: usize) -> Portion {
+        let stored = &self.stored[self.stored.partition_point(|stored| stored.before <= index) - 1];
+        let number = stored.address / PORTION + units::wide(index - stored.before);
+        let begin = stored.address.max(number * PORTION);
+        let end = (stored.address + stored.length).min((number + 1) * PORTION);
+        Portion {
+            process: stored.process,
+            address: begin,
+            length: end - begin,
+            pack: stored.pack,
+            offset: stored.offset + (begin - stored.address),
         }
     }
 }
@@ -103,35 +146,19 @@ fn check_packs(table: &SegmentTable, packs: &[Pack]) -> Result<(), FillError> {
     Ok(())
 }
 
-fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Vec<Portion>), FillError> {
+fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Plan), FillError> {
     if let Some(Process { pid, .. }) =
         table.processes().iter().find(|process| !order.iter().any(|(pid, _)| *pid == process.pid))
     {
         return Err(FillError::Unknown { pid: *pid });
     }
+    let mut plan = Plan::default();
     let mut progress = Vec::new();
-    let mut portions = Vec::new();
     for (pid, host) in order.iter().copied() {
-        let before = portions.len();
-        for segment in table.segments(pid) {
-            cut(segment, progress.len(), &mut portions);
-        }
-        let left = portions[before..].iter().map(|portion: &Portion| portion.length).sum();
+        let left = table.segments(pid).iter().map(|segment| plan.add(progress.len(), segment)).sum();
         progress.push(Progress { pid, host, left: AtomicU64::new(left) });
     }
-    Ok((progress, portions))
-}
-
-fn cut(segment: &Segment, process: usize, portions: &mut Vec<Portion>) {
-    let Place::Pack { index, mut offset } = segment.place else { return };
-    let mut address = segment.address;
-    while address < segment.end() {
-        let length = (PORTION - address % PORTION).min(segment.end() - address);
-        // A number that is no usize is none of a pack: the table is checked.
-        portions.push(Portion { process, address, length, pack: usize::try_from(index).unwrap_or(usize::MAX), offset });
-        address += length;
-        offset += length;
-    }
+    Ok((progress, plan))
 }
 
 fn copy(

@@ -13,9 +13,7 @@ use crate::units;
 /// # Errors
 /// When a chunk is damaged or cannot be read, or it is cancelled.
 pub fn verify(packs: &[Pack], control: &Control) -> Result<(), VerifyError> {
-    control
-        .spread(control.threads(), packs.len(), Buffer::new, |buffer, index| one(&packs[index], buffer, control))
-        .map(|_: Vec<()>| ())
+    control.each(control.threads(), packs.len(), Buffer::new, |buffer, index| one(&packs[index], buffer, control))
 }
 
 fn one(pack: &Pack, buffer: &mut Buffer, control: &Control) -> Result<(), VerifyError> {

@@ -74,8 +74,7 @@ enum Chunk {
 /// written stays. Nothing is synced to the disk.
 pub fn save_files(sources: &[FileSource<'_>], draft: &Draft, control: &Control) -> Result<Saved, SaveError> {
     let parts = parts(sources)?;
-    let threads = control.threads();
-    let looked = control.spread(threads, parts.len(), Buffer::new, |buffer, index| {
+    let looked = control.gather(parts.len(), Buffer::new, |buffer, index| {
         control.check()?;
         let looked = look(sources, &parts[index], buffer)?;
         control.add(units::wide(parts[index].length));
@@ -92,7 +91,7 @@ pub fn save_files(sources: &[FileSource<'_>], draft: &Draft, control: &Control) 
             _ => processes.push(Process { pid, segments: vec![segment] }),
         }
     }
-    let written = control.spread(threads, layout.plans.len(), Buffer::new, |buffer, index| {
+    let written = control.gather(layout.plans.len(), Buffer::new, |buffer, index| {
         write(sources, &layout.plans[index], draft.path(index), buffer, control)
     })?;
     let (packs, lengths) = written.into_iter().unzip();

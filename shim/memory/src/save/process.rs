@@ -55,7 +55,7 @@ pub fn save_processes(targets: &[Target], zero_run: u64, draft: &Draft, control:
     let mut order: Vec<usize> = (0..windows.len()).collect();
     order.sort_by_key(|index| Reverse(windows[*index].length));
     let zero_run = units::bytes(zero_run).div_ceil(CHUNK_BYTES);
-    let mut copied = control.spread(control.threads(), order.len(), Buffer::new, |buffer, index| {
+    let mut copied = control.gather(order.len(), Buffer::new, |buffer, index| {
         let number = order[index];
         let copied = Copy::new(&windows[number], zero_run, draft.path(number)).run(buffer, control)?;
         Ok::<_, SaveError>((number, copied))

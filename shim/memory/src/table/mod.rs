@@ -213,9 +213,10 @@ impl SegmentTable {
         let mut statistics = Statistics { stored: self.packs.iter().sum(), ..Statistics::default() };
         let mut stored = Vec::new();
         for segment in self.processes.iter().flat_map(|process| &process.segments) {
-            statistics.memory += segment.length;
+            // Of an untrusted table with very many processes, this may be more than there are numbers.
+            statistics.memory = statistics.memory.saturating_add(segment.length);
             match segment.place {
-                Place::Zero => statistics.zero += segment.length,
+                Place::Zero => statistics.zero = statistics.zero.saturating_add(segment.length),
                 Place::Pack { index, offset } => stored.push((index, offset, offset + segment.length)),
             }
         }

@@ -144,3 +144,29 @@ fn what_a_forger_says_is_checked() {
     let large = vec![0; usize::try_from(MAX_TABLE).unwrap() + 1];
     assert_eq!(SegmentTable::parse(&large), Err(TableError::TooLarge(MAX_TABLE + 1)));
 }
+
+#[test]
+fn whatever_a_forger_says_is_refused_or_as_written() {
+    let mut state = 1_u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        usize::try_from(state >> 33).unwrap() % below
+    };
+    let mut accepted = 0;
+    for _ in 0..20_000 {
+        let bytes = forged(random(GOLDEN.len() - 16), &[[0, 1, 0x7f, 0x80, 0xff, 0x10][random(6)]]);
+        if let Ok(table) = SegmentTable::parse(&bytes) {
+            assert!(table.encode() == bytes);
+            assert!(table.statistics().memory >= table.statistics().zero);
+            accepted += 1;
+        }
+    }
+    assert!(accepted > 0);
+}
+
+#[test]
+fn sums_of_what_a_forger_says_do_not_overflow() {
+    let all = |pid| Process { pid, segments: vec![zero(0, 1 << 56)] };
+    let table = SegmentTable::new(vec![], (1..300).map(all).collect()).unwrap();
+    assert_eq!(table.statistics(), Statistics { memory: u64::MAX, zero: u64::MAX, ..Statistics::default() });
+}

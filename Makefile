@@ -79,7 +79,7 @@ test-criu: deps testbed ## The criu crate against the real CRIU
 DOCKER_REGISTRY := $(TOOLS)/docker-registry/usr/bin/docker-registry
 $(DOCKER_REGISTRY):
 	rm -rf $(TOOLS)/docker-registry && mkdir -p $(TOOLS)/docker-registry
-	cd $(TOOLS)/docker-registry && apt-get download -qq docker-registry && dpkg -x docker-registry_*.deb .
+	cd $(TOOLS)/docker-registry && apt-get update -qq && apt-get download -qq docker-registry && dpkg -x docker-registry_*.deb .
 
 .PHONY: test-registry
 test-registry: deps $(DOCKER_REGISTRY) ## gpusnap push and pull against Debian's docker-registry, and skopeo beside it

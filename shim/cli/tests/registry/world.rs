@@ -121,6 +121,8 @@ impl World {
         command.arg("--store").arg(store).args(arguments);
         // Nobody's own credentials.
         command.env("DOCKER_CONFIG", self.root.path()).env_remove("CONTAINERD_NAMESPACE");
+        // Nobody answers there: this machine's registries are not asked for through it.
+        command.env("http_proxy", "http://127.0.0.1:1").env("HTTPS_PROXY", "http://127.0.0.1:1");
         let path = std::env::var("PATH").unwrap();
         command.env("PATH", format!("{}:{path}", self.root.path().display()));
         Gpusnap { command }

@@ -136,13 +136,11 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 
 /// May be gone the next time.
 fn is_passing(error: &RegistryError) -> bool {
-    matches!(
-        error,
-        RegistryError::Status { .. }
-            | RegistryError::Connection { .. }
-            | RegistryError::Stalled { .. }
-            | RegistryError::Short { .. }
-    )
+    match error {
+        RegistryError::Status { status, .. } => matches!(status, 408 | 429 | 500..),
+        RegistryError::Connection { .. } | RegistryError::Stalled { .. } | RegistryError::Short { .. } => true,
+        _ => false,
+    }
 }
 
 fn read_code(error: &ReadError) -> u8 {

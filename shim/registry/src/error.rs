@@ -74,6 +74,15 @@ pub enum RegistryError {
         #[source]
         source: reqwest::Error,
     },
+    /// Its certificate is none that this machine trusts.
+    #[error("{registry} cannot be trusted: make its authority one of this machine's (`update-ca-certificates`)")]
+    Certificate {
+        /// Host and port.
+        registry: String,
+        /// What the HTTP library says.
+        #[source]
+        source: reqwest::Error,
+    },
     /// Nothing moved for too long.
     #[error("{registry} stalls: no byte of {what} moved for {seconds} s{}", tried(*attempts))]
     Stalled {

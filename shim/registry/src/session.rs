@@ -368,6 +368,9 @@ impl Session {
         let again = !(source.is_builder() || source.is_redirect());
         // Its URL may carry the signature of a link to a cloud's storage.
         let source = source.without_url();
+        if is_about_certificate(&source) {
+            return RegistryError::Certificate { registry: self.registry(), source }.into();
+        }
         let error = RegistryError::Connection { registry: self.registry(), what: what.to_owned(), attempts: 1, source };
         if again { Failure::again(error) } else { error.into() }
     }
@@ -380,6 +383,16 @@ impl Session {
     pub(crate) fn wrong(&self, what: &str, reason: &str) -> RegistryError {
         wrong(self.target.registry(), what, reason)
     }
+}
+
+/// No further attempt helps against those.
+fn is_about_certificate(error: &(dyn std::error::Error + 'static)) -> bool {
+    if matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))) {
+        return true;
+    }
+    // What an input error wraps is not its source.
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    wrapped.is_some_and(|wrapped| is_about_certificate(wrapped)) || error.source().is_some_and(is_about_certificate)
 }
 
 fn wrong(registry: &str, what: &str, reason: &str) -> RegistryError {

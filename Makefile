@@ -9,6 +9,7 @@ TRIPLE := $(shell rustc -vV | sed -n 's/^host: //p')
 # Test programs that need containerd, runc or a root of their own run inside the test bed.
 RUN_IN_BED := CARGO_TARGET_$(shell echo $(TRIPLE) | tr 'a-z-' 'A-Z_')_RUNNER="$(CURDIR)/$(TESTBED) in"
 SHIM := target/release/containerd-shim-gpusnap-v2
+CLI := target/release/gpusnap
 TOOLS := $(or $(GPUSNAP_TOOLS),/var/tmp/gpusnap-tools)
 CARGO_DENY_VERSION := 0.20.2
 
@@ -21,15 +22,22 @@ demo: build testbed ## Build all, start the test bed and show a container's life
 	examples/demo/demo.sh
 
 .PHONY: test
-test: lint test-unit test-fake-cuda test-contract test-criu test-e2e ## Everything that can be tested without a GPU
+test: lint test-unit test-registry test-fake-cuda test-contract test-criu test-e2e ## Everything that can be tested without a GPU
 
 .PHONY: build
-build: deps ## Build the shim: target/release/containerd-shim-gpusnap-v2
+build: deps ## Build the shim and the command line: target/release/containerd-shim-gpusnap-v2 and gpusnap
 	cargo build --release --locked -p service
+	cargo build --release --locked -p cli
 
 .PHONY: install
-install: build ## Install the shim where containerd finds it
+install: build ## Install the shim where containerd finds it, and gpusnap with its completions and manual pages
 	install -D -m 755 $(SHIM) $(DESTDIR)/usr/local/bin/containerd-shim-gpusnap-v2
+	install -D -m 755 $(CLI) $(DESTDIR)/usr/local/bin/gpusnap
+	$(CLI) man $(DESTDIR)/usr/local/share/man/man1
+	install -d $(addprefix $(DESTDIR)/usr/local/share/,bash-completion/completions zsh/site-functions fish/vendor_completions.d)
+	$(CLI) completion bash > $(DESTDIR)/usr/local/share/bash-completion/completions/gpusnap
+	$(CLI) completion zsh > $(DESTDIR)/usr/local/share/zsh/site-functions/_gpusnap
+	$(CLI) completion fish > $(DESTDIR)/usr/local/share/fish/vendor_completions.d/gpusnap.fish
 
 .PHONY: deps
 deps: ## Install the Debian packages that the build needs
@@ -66,6 +74,17 @@ test-contract: deps testbed ## What every OCI runtime must do, on libcontainer, 
 .PHONY: test-criu
 test-criu: deps testbed ## The criu crate against the real CRIU
 	$(RUN_IN_BED) cargo test --locked -p criu --test real
+
+# docker-registry is unpacked only: installed, it would be started as a service.
+DOCKER_REGISTRY := $(TOOLS)/docker-registry/usr/bin/docker-registry
+$(DOCKER_REGISTRY):
+	rm -rf $(TOOLS)/docker-registry && mkdir -p $(TOOLS)/docker-registry
+	cd $(TOOLS)/docker-registry && apt-get update -qq && apt-get download -qq docker-registry && dpkg -x docker-registry_*.deb .
+
+.PHONY: test-registry
+test-registry: deps $(DOCKER_REGISTRY) ## gpusnap push and pull against Debian's docker-registry, and skopeo beside it
+	packaging/build-deps skopeo
+	GPUSNAP_DOCKER_REGISTRY=$(DOCKER_REGISTRY) cargo test --locked -p cli --test registry
 
 # Of the eight cells of the matrix, those that say most; `make test-e2e E2E_TARGETS=` runs all.
 E2E_TARGETS := 2.1/stock,2.1/gpusnap,2.1/gpusnap-runc,2.1/as-runc,2.4/gpusnap,2.4/as-runc

@@ -27,6 +27,7 @@ mod tests;
 use crate::process::{self, RunState};
 pub use error::{HoldError, ReleaseError, Waits};
 pub use jobs::JobError;
+pub(crate) use jobs::is_put_to_sleep;
 
 /// How long [`Hold::let_go`] waits for threads that were taken but do not stand still yet, or are dying. Standing still
 /// takes microseconds, unless a thread is in an uninterruptible wait.

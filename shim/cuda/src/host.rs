@@ -8,7 +8,7 @@ use cgroup::Cgroup;
 
 use crate::ahead::Ahead;
 use crate::call::{Answer, Call, CallFailure, Callers, TICK};
-use crate::hold::{Hold, Scope};
+use crate::hold::{self, Hold, Scope};
 use crate::inventory::Inventory;
 use crate::process::{self, Range, RunState};
 use crate::residue;
@@ -182,6 +182,10 @@ impl Host for Machine<'_> {
             return process::run_state(pid) == RunState::Stopped;
         }
         drivers.any(|thread| process::thread_state(pid, thread.tid) == Some(b'T'))
+    }
+
+    fn is_asleep(&mut self, pid: i32) -> bool {
+        process::run_state(pid) == RunState::Stopped || hold::is_put_to_sleep(pid)
     }
 
     fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {

@@ -91,6 +91,8 @@ pub(crate) trait Host {
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
     fn let_go(&mut self);
     fn is_stopped(&mut self, pid: i32) -> bool;
+    /// It was stopped by a signal, or put to sleep.
+    fn is_asleep(&mut self, pid: i32) -> bool;
     /// Where it has devices of the driver mapped: begin and end.
     fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
     /// Lets the driver's threads of a stopped process run, and nothing else of it.
@@ -565,16 +567,33 @@ impl<'a, H: Host> Session<'a, H> {
     /// when all threads of all its processes, those of the driver too, have been told to halt, which they do before they
     /// execute anything. And what could write to it without a thread, a device, was closed by the driver's checkpoint.
     fn swap_held(&mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
-        let pids = self.host.pids()?;
+        let is_swapped = |pid: &i32| swap.processes.iter().any(|process| process.pid == *pid);
+        let (asleep, mut pids): (Vec<i32>, Vec<i32>) =
+            self.host.pids()?.into_iter().partition(|pid| self.host.is_asleep(*pid));
+        // Of those that sleep the others need no hold, and CRIU finds them as it likes them.
+        let asleep: Vec<i32> = asleep.into_iter().filter(is_swapped).collect();
+        pids.extend(&asleep);
         self.hold_all(&pids, H::hold_whole)?;
         self.host.thaw()?;
         self.host.settle(HALT)?;
-        let mut swapped = Swapped::default();
-        for process in &swap.processes {
-            let left = self.host.swap(&swap.files, process, limit)?;
-            swapped.processes.push(SwappedProcess { pid: process.pid, left });
+        for pid in &asleep {
+            self.host.wake(*pid)?;
         }
-        Ok(swapped)
+        let mut swapped = Swapped::default();
+        let mut failure = None;
+        for process in &swap.processes {
+            match self.host.swap(&swap.files, process, limit) {
+                Ok(left) => swapped.processes.push(SwappedProcess { pid: process.pid, left }),
+                Err(error) => {
+                    failure = Some(error);
+                    break;
+                }
+            }
+        }
+        for pid in &asleep {
+            self.host.put_to_sleep(*pid)?;
+        }
+        failure.map_or(Ok(swapped), Err)
     }
 
     /// Gives all processes of the container their GPU state back, whatever state they are in, and leaves the container

@@ -33,7 +33,7 @@ const LAST_EVENTS: Duration = Duration::from_secs(5);
 /// Environment variable with the folder of the node's store, where it is not the usual one.
 const STORE: &str = "GPUSNAP_STORE";
 /// Environment variable with the number of bytes that the store may have. Without it there is no limit.
-const QUOTA: &str = "GPUSNAP_STORE_QUOTA";
+const QUOTA: &str = "GPUSNAP_QUOTA";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 

@@ -79,11 +79,12 @@ impl Draft {
         let name = digest.hex();
         let link = || -> io::Result<bool> {
             match unless_missing(folders.blobs.link(&name, self.files(), &name)) {
-                Ok(None) => return Ok(false),
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }
-            let fits = self.files().file(&name)?.metadata()?.len() == size;
+            // It may be here from an earlier call, and gone from the store since.
+            let Some(file) = unless_missing(self.files().file(&name))? else { return Ok(false) };
+            let fits = file.metadata()?.len() == size;
             if !fits {
                 self.files().unlink(&name)?;
             }

@@ -18,6 +18,9 @@ use crate::{Digest, Reference, ResolveError, Store};
 /// first and the index last.
 pub const GRACE: Duration = Duration::from_secs(3600);
 
+/// A transfer that was broken off is left for another attempt for this long.
+const PARTIAL_GRACE: Duration = Duration::from_secs(24 * 3600);
+
 /// What if a snapshot that should go is in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IfInUse {
@@ -47,6 +50,8 @@ pub struct Removed {
     pub bytes: u64,
     /// Drafts of makers that are gone.
     pub drafts: usize,
+    /// What there was of blobs that came in part and were given up, in bytes.
+    pub partial: u64,
     /// Snapshots that stayed because they are in use.
     pub in_use: Vec<Digest>,
     /// Manifests that cannot be read. As long as they are there nobody knows what they need, and no blob goes.
@@ -124,6 +129,7 @@ impl Store {
         sweep.remove_uses_of_none()?;
         let mut removed = sweep.finish(Some(prune.grace))?;
         removed.drafts = drafts;
+        removed.partial = crate::partial::collect(&self.folders, prune.grace)?;
         Ok(removed)
     }
 
@@ -146,6 +152,7 @@ impl Store {
         }
         let mut removed = sweep.finish(Some(GRACE))?;
         removed.drafts = drafts;
+        removed.partial = crate::partial::collect(&self.folders, PARTIAL_GRACE)?;
         Ok(removed)
     }
 }

@@ -106,6 +106,22 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Gives a snapshot a further name. Another one that has it is left without.
+    ///
+    /// # Errors
+    /// No such snapshot, a damaged one, or a damaged index; and what the file system refuses.
+    pub fn tag(&self, reference: &Reference, name: &Name) -> Result<Digest, SnapshotError> {
+        let folders = &self.folders;
+        let _lock = folders.lock(FlockOperation::LockExclusive)?;
+        let mut index = folders.index()?;
+        let digest = resolve(&index, reference)?;
+        index.add(&folders.manifest(digest)?, Some(name));
+        folders.write_index(&index, false)?;
+        Ok(digest)
+    }
+}
+
 /// The one snapshot that is meant.
 pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, ResolveError> {
     let missing = || ResolveError::Missing { reference: reference.clone() };

@@ -26,8 +26,19 @@ const RESERVE: &str = "reserve";
 /// An index of 500 snapshots.
 const RESERVE_SIZE: u64 = 256 << 10;
 /// What a store consists of, and what a file system has when it is made.
-const KNOWN: [&str; 10] =
-    [INDEX, RESERVE, "index.json.new", LAYOUT, "oci-layout.new", LOCK, "blobs", "drafts", "uses", "lost+found"];
+const KNOWN: [&str; 11] = [
+    INDEX,
+    RESERVE,
+    "index.json.new",
+    LAYOUT,
+    "oci-layout.new",
+    LOCK,
+    "blobs",
+    "drafts",
+    "partial",
+    "uses",
+    "lost+found",
+];
 
 /// Whether a snapshot that is published survives a crash of the machine from then on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +64,7 @@ pub(crate) struct Folders {
     pub(crate) root: Folder,
     pub(crate) blobs: Folder,
     pub(crate) drafts: Folder,
+    pub(crate) partial: Folder,
     pub(crate) uses: Folder,
 }
 
@@ -162,8 +174,8 @@ impl Store {
         let _lock = lock(&folder, FlockOperation::LockExclusive)?;
         initialise(&folder)?;
         let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
-        let (blobs, drafts, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("uses")?);
-        let folders = Folders { root: folder, blobs, drafts, uses };
+        let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
+        let folders = Folders { root: folder, blobs, drafts, partial, uses };
         folders.keep_reserve();
         Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
     }
@@ -195,7 +207,7 @@ fn initialise(folder: &Folder) -> Result<(), OpenError> {
     let path = |name: &str| folder.join(name);
     let layout = unless_missing(folder.read(LAYOUT, 4096)).map_err(FileError::new("read", path(LAYOUT)))?;
     let has_index = unless_missing(folder.file(INDEX)).map_err(FileError::new("open", path(INDEX)))?.is_some();
-    for name in ["blobs", "blobs/sha256", "drafts", "uses"] {
+    for name in ["blobs", "blobs/sha256", "drafts", "partial", "uses"] {
         folder.make(name).map_err(FileError::new("make", path(name)))?;
     }
     if let Some(layout) = layout {

@@ -89,6 +89,12 @@ impl Hold {
     }
 }
 
+/// Whether a process stops as soon as it runs, after [`Hold::put_to_sleep`].
+pub(crate) fn is_put_to_sleep(pid: i32) -> bool {
+    let stops = |tid| signals(pid, tid).is_some_and(|[pending, _, _]| pending & bit(Signal::STOP) != 0);
+    process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| stops(thread.tid)))
+}
+
 /// Whether the next signal of a held thread is SIGCONT, once that has been sent to it.
 fn gets_only_sigcont(pid: i32, tid: i32) -> bool {
     let Some([pending, shared, blocked]) = signals(pid, tid) else { return false };

@@ -235,6 +235,10 @@ impl Host for FakeHost {
         self.processes[&pid].stopped
     }
 
+    fn is_asleep(&mut self, pid: i32) -> bool {
+        self.processes[&pid].stopped
+    }
+
     fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
         match self.processes[&pid].cuda {
             Cuda::Beginner => vec![(3, 4)],

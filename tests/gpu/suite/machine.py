@@ -14,8 +14,14 @@ import time
 from .bed import IMAGE, REPO, WORK
 
 DRIVER = "/usr/local/nvidia"
+STORE = f"{WORK}/store"
 NOT_SHOWN = ("", "dev", "etc", "proc", "run", "sys", "tmp", "var")  # a container has its own
 PASSED_ON = ("CUDA", "NVIDIA", "NCCL", "NVSHMEM", "TORCH", "TRITON", "XLA", "JAX", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+
+
+def memory():
+    """The machine's, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 class Machine:
@@ -128,9 +134,15 @@ class Machine:
         return passed | {"PATH": path, "HOME": "/tmp/home", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def shim_environment(self):
+        store = [f"GPUSNAP_STORE={STORE}", f"GPUSNAP_QUOTA={memory() // 3}"]
         if not self.fake:
-            return []
-        return [f"GPUSNAP_LIBCUDA={self.fake}/libcuda.so.1", f"GPUSNAP_NVML={self.fake}/libnvidia-ml.so.1"]
+            return store
+        return [*store, f"GPUSNAP_LIBCUDA={self.fake}/libcuda.so.1", f"GPUSNAP_NVML={self.fake}/libnvidia-ml.so.1"]
+
+    def make_store(self):
+        """The node's store, in memory, as large as may be: what is measured is not the disk."""
+        self.bed.run("mkdir", "-p", STORE)
+        self.bed.run("mount", "-t", "tmpfs", "-o", f"huge=always,mode=700,size={memory() * 3 // 5}", "tmpfs", STORE)
 
     def driver_environment(self):
         """For a process on this side that calls the driver."""
@@ -140,7 +152,7 @@ class Machine:
     def facts(self):
         """What a result depends on."""
         facts = {"kernel": os.uname().release, "cores": os.cpu_count(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
-        facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GiB"
+        facts["memory"] = f"{memory() >> 30} GiB"
         try:
             facts["thp"] = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip()
         except OSError:

@@ -161,7 +161,9 @@ while True:
     print('line', count, flush=True)
     time.sleep(0.05)
 ";
-    let options = [&["--detach"], t.nerdctl().ends_on_checkpoint()].concat();
+    // Through the images, so that there is time in which CRIU can be killed.
+    let slow = ["--detach", "--annotation", "gpusnap.dev/memory=images"];
+    let options = [slow.as_slice(), t.nerdctl().ends_on_checkpoint()].concat();
     let id = t.nerdctl().run_image(e2e::PYTHON, name, &options, &["python3", "-c", program]).ok()?.trimmed();
     t.note_id(&id);
     t.nerdctl().logs_have(name, "line 3\n")?;

@@ -13,12 +13,12 @@ from .core import case
 SLOW = {"FAKE_CUDA": "lock-ms=150,checkpoint-ms=300,restore-ms=300"}
 
 
-def started(suite, number):
+def started(suite, number, annotations=()):
     """A program that is large enough for steps to last, and checks all of its memory."""
     if suite.fake:
-        container = suite.container(number, "gpu.py", "--size", "64", settings=SLOW)
+        container = suite.container(number, "gpu.py", "--size", "64", settings=SLOW, annotations=annotations)
     else:
-        container = suite.container(number, "tensors.py", "2")
+        container = suite.container(number, "tensors.py", "2", annotations=annotations)
     container.start()
     container.ask("answer")
     return container
@@ -72,8 +72,8 @@ def kill(shim, role):
     return len(victims)
 
 
-def survives(suite, role, steps):
-    container = started(suite, 0)
+def survives(suite, role, steps, annotations=()):
+    container = started(suite, 0, annotations)
     plan = begins(container.checkpoint("clean")["timeline"])
     container.forget("clean")
     killed = 0
@@ -110,7 +110,8 @@ def caller_killed(suite):
 @case(50, fake=True)
 def criu_killed(suite):
     """SIGKILL of criu in a dump."""
-    survives(suite, "criu", ["dump", "dump"])
+    # Through the images, so that there is time for it.
+    survives(suite, "criu", ["dump", "dump"], {"gpusnap.dev/memory": "images"})
 
 
 @case(90, fake=True)
@@ -127,6 +128,8 @@ def shim_killed(suite):
         _, told = strike(suite, container, "shim", step, plan)
         container.nothing_left()
         suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "task", "rm", "--force", container.id, timeout=40)
+        # containerd is not done with it when its processes are gone.
+        until(f"no task of {container.id}", lambda: container.status() is None, 30)
         suite.bed.ctr("task", "start", "--detach", "--null-io", container.id)
         container.ready(90)
         container.ask("answer")

@@ -13,7 +13,8 @@ ROUNDS = 3
 def overhead(suite):
     """A checkpoint and a restore by us and by hand, three rounds; what of ours is neither the driver nor CRIU."""
     program = ("gpu.py", "--size", "64") if suite.fake else ("tensors.py", "2")
-    us, hand = suite.container("ours", *program), suite.container("hand", *program, stock=True)
+    # As by hand, all through CRIU's images.
+    us, hand = suite.container("ours", *program, annotations={"gpusnap.dev/memory": "images"}), suite.container("hand", *program, stock=True)
     us.start()
     hand.start()
     series = {}

@@ -60,6 +60,8 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
     Options {
         tcp_established: allow.tcp == Tcp::Keep,
         tcp_close: allow.tcp == Tcp::Close,
+        // What nobody has accepted yet is closed like the rest.
+        tcp_skip_in_flight: allow.tcp == Tcp::Close,
         ext_unix_sk: allow.external_unix_sockets,
         shell_job: allow.shell_job,
         file_locks: true,

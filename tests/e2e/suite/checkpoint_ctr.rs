@@ -406,6 +406,11 @@ fn the_state_can_be_asked_during_a_dump(t: &Test) -> Result<()> {
 
 /// Starts a container with this many megabytes in memory that do not compress to nothing, and that counts.
 pub(crate) fn hold_memory(t: &Test, id: &str, megabytes: u32) -> Result<u64> {
+    hold_memory_with(t, id, &[], megabytes)
+}
+
+/// The same with further options of `ctr run`.
+pub(crate) fn hold_memory_with(t: &Test, id: &str, options: &[&str], megabytes: u32) -> Result<u64> {
     let program = format!(
         "import os, time
 pages = {megabytes} << 8
@@ -423,6 +428,6 @@ while True:
     os.replace('/new', '/count')
     time.sleep(0.02)"
     );
-    t.ctr().start_python(id, &[], &program)?;
+    t.ctr().start_python(id, options, &program)?;
     counts_past(t, id, 3)
 }

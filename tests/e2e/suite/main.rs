@@ -15,6 +15,7 @@ mod bad_input;
 mod checkpoint_cri;
 mod checkpoint_ctr;
 mod checkpoint_faults;
+mod checkpoint_memory;
 mod checkpoint_nerdctl;
 mod checkpoint_workloads;
 mod cost;
@@ -61,6 +62,7 @@ fn checkpoint_cases() -> Vec<Case> {
         checkpoint_workloads::cases(),
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),
+        checkpoint_memory::cases(),
         gpu::cases(),
     ]
     .into_iter()

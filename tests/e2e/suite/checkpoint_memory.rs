@@ -1,0 +1,111 @@
+//! Where the big memory of a checkpoint is kept.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use e2e::target::Shim;
+use e2e::{Case, Test, case, ensure_eq, eventually, proc};
+use serde_json::Value;
+
+use crate::checkpoint_ctr::{count, counts_past, hold_memory_with};
+
+pub(crate) fn cases() -> Vec<Case> {
+    let cases = vec![
+        case!(big_memory_goes_to_the_node_store_and_comes_back),
+        case!(memory_can_be_kept_beside_the_images),
+        case!(memory_can_be_left_in_the_images),
+        case!(a_memory_worker_that_is_killed_leaves_the_container_running).alone(),
+        case!(a_checkpoint_whose_snapshot_is_gone_says_so).alone(),
+    ];
+    let unlike = |case: Case, shim| case.except(shim, "all memory goes through the images, by runc");
+    cases.into_iter().map(|case| unlike(unlike(case, Shim::Stock), Shim::GpusnapRunc)).collect()
+}
+
+/// More than what is left in images.
+const MEGABYTES: u32 = 96;
+
+/// Checkpoints into a folder, and says what gpusnap.json has and how many bytes all files.
+fn checkpointed(t: &Test, id: &str) -> Result<(Value, u64)> {
+    let folder = t.folder()?.join(id);
+    t.ctr().checkpoint_task(id, &["--image-path", &folder.to_string_lossy()]).ok()?;
+    let manifest = serde_json::from_slice(&fs::read(folder.join("gpusnap.json"))?)?;
+    Ok((manifest, bytes(&folder)?))
+}
+
+fn bytes(folder: &Path) -> Result<u64> {
+    let mut sum = 0;
+    for entry in fs::read_dir(folder)? {
+        sum += entry?.metadata()?.len();
+    }
+    Ok(sum)
+}
+
+/// Moves it to another container, all of whose memory is looked at.
+fn survives(t: &Test, id: &str) -> Result<()> {
+    let to = t.id("c");
+    let before = count(t, id)?;
+    t.ctr().moves(id, &to)?;
+    ensure!(count(t, &to)? >= before, "it began again");
+    counts_past(t, &to, before + 100).map(drop)
+}
+
+fn big_memory_goes_to_the_node_store_and_comes_back(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    hold_memory_with(t, &id, &[], MEGABYTES)?;
+    let (manifest, bytes) = checkpointed(t, &id)?;
+    ensure_eq!(manifest["version"], 2);
+    let digest = manifest["memory"]["source"]["snapshot"]["digest"].as_str().context("no digest")?;
+    let blob = Path::new("/var/lib/gpusnap/blobs/sha256").join(digest.trim_start_matches("sha256:"));
+    ensure!(blob.is_file(), "{} is not there", blob.display());
+    ensure!(bytes < 64 << 20, "{bytes} bytes are in the folder");
+    survives(t, &id)
+}
+
+fn memory_can_be_kept_beside_the_images(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    hold_memory_with(t, &id, &["--annotation", "gpusnap.dev/memory=inline"], MEGABYTES)?;
+    let (manifest, bytes) = checkpointed(t, &id)?;
+    ensure_eq!(manifest["memory"]["source"], "inline");
+    ensure!(bytes > 1 << 20, "{bytes} bytes are in the folder");
+    survives(t, &id)
+}
+
+fn memory_can_be_left_in_the_images(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    hold_memory_with(t, &id, &["--annotation", "gpusnap.dev/memory=images"], MEGABYTES)?;
+    let (manifest, bytes) = checkpointed(t, &id)?;
+    ensure_eq!(manifest["version"], 1);
+    ensure!(bytes > u64::from(MEGABYTES) << 20, "{bytes} bytes are in the folder");
+    survives(t, &id)
+}
+
+fn a_memory_worker_that_is_killed_leaves_the_container_running(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let before = hold_memory_with(t, &id, &[], 512)?;
+    let client = t.ctr().checkpoint(&id, &t.id("checkpoint")).spawn()?;
+    eventually("a worker to kill", || {
+        ensure!(proc::alive(client.pid()), "it is over: {} {}", client.stdout(), client.stderr());
+        let is_worker = |pid: &u32| proc::cmdline(*pid).split(' ').nth(1) == Some("memory-worker");
+        proc::kill(proc::all().into_iter().find(is_worker).context("none yet")?)
+    })?;
+    client.wait()?.expect_failure()?;
+    counts_past(t, &id, before + 5)?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    counts_past(t, &id, before + 10).map(drop)
+}
+
+fn a_checkpoint_whose_snapshot_is_gone_says_so(t: &Test) -> Result<()> {
+    let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
+    hold_memory_with(t, &id, &[], MEGABYTES)?;
+    t.ctr().checkpoint(&id, &image).ok()?;
+    t.ctr().remove(&id)?;
+    let (store, away) = (Path::new("/var/lib/gpusnap"), Path::new("/var/lib/gpusnap-away"));
+    fs::rename(store, away)?;
+    let refused = t.ctr().restore(&to, &image).run();
+    fs::remove_dir_all(store).ok();
+    fs::rename(away, store)?;
+    let out = refused?.expect_failure()?;
+    ensure!(out.stderr.contains("snapshot"), "{}", out.stderr);
+    Ok(())
+}

@@ -98,7 +98,7 @@ impl BigMemory {
 
     /// Waits for the images and moves what is big out of them. None if there is nothing, or the dump has failed.
     pub(super) async fn publish(
-        mut self,
+        &mut self,
         work: &Work,
         images: PathBuf,
         gpu: Option<&SavedGpus>,
@@ -108,19 +108,28 @@ impl BigMemory {
             return Ok(None);
         }
         let published = async {
-            let config = config(work, self.host, gpu)?;
+            let config = config(work, self.host.clone(), gpu)?;
             let place = match work.wishes.memory {
                 MemoryPlace::Inline => Place::Inline,
                 _ => Place::Store(name(work, config.created)?),
             };
             let keep_shared = would_not_fit_apart(&work.cgroup)?;
-            let publish = Publish { images, place, left: self.left, keep_shared, config };
+            let publish = Publish { images, place, left: self.left.clone(), keep_shared, config };
             Ok(self.worker.publish(publish, &work.timeline).await?)
         }
         .await;
         let refused = |error: &CheckpointFailure| Err(crate::error::chain(error).into());
         reviewer.decide(published.as_ref().map_or_else(refused, |_| Ok(())));
         published
+    }
+
+    /// Removes what was published for a checkpoint that came to nothing all the same.
+    pub(super) async fn withdraw(&mut self, work: &Work, published: &Published) {
+        if let bulk::Source::Snapshot(pointer) = &published.source
+            && let Err(error) = self.worker.withdraw(pointer.clone(), &work.timeline).await
+        {
+            tracing::warn!("container {}: {}", work.id, crate::error::chain(&error));
+        }
     }
 }
 

@@ -173,7 +173,7 @@ impl Work {
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
         blocking(move || cgroup.freeze_at_rest(paused)).await?.map_err(CheckpointFailure::Cgroup)?;
         let (gpu, staging) = self.suspend(&mut fate.guardian).await?;
-        let memory = BigMemory::save(self, staging, fate.guardian.as_mut()).await?;
+        let mut memory = BigMemory::save(self, staging, fate.guardian.as_mut()).await?;
         if let Some(shm) = self.shm.clone() {
             self.timeline.enter(Phase::SaveShm);
             let images = draft.folder().to_owned();
@@ -193,7 +193,7 @@ impl Work {
             review: memory.is_some().then_some(review),
         };
         let dump = self.runtime.checkpoint(request);
-        let (dumped, published) = match memory {
+        let (dumped, published) = match &mut memory {
             Some(memory) => {
                 let publish = memory.publish(self, draft.folder().to_owned(), gpu.as_ref(), reviewer);
                 tokio::join!(dump, publish)
@@ -204,6 +204,9 @@ impl Work {
             // Where containerd's own shim leaves it, and its users look for it.
             if let Err(error) = std::fs::copy(log.path().join(LOG), self.bundle.join("criu-dump.log")) {
                 tracing::debug!("container {}: no log of the failed dump: {error}", self.id);
+            }
+            if let (Some(memory), Ok(Some(published))) = (&mut memory, &published) {
+                memory.withdraw(self, published).await;
             }
             // A refusal of the images is what the dump failed for.
             return Err(published.err().unwrap_or_else(|| error.into()));

@@ -29,7 +29,8 @@ impl Restoring {
                 let table = inline::segments(images).because("cannot read the memory beside the images")?;
                 let table = parse(&table)?;
                 let packs = (0..table.packs().len()).map(|index| Pack::open(&inline::pack(images, index)));
-                (table, packs.collect::<Result<Vec<_>, _>>(), None)
+                let packs: Result<Vec<_>, _> = packs.collect();
+                (table, packs.because("the memory beside the images is damaged")?, None)
             }
             Source::Snapshot(pointer) => {
                 let snapshot = find(pointer)?;
@@ -47,10 +48,9 @@ impl Restoring {
                             .because("the snapshot of its memory is damaged")
                     })
                     .collect();
-                (table, Ok(packs?), Some(snapshot))
+                (table, packs?, Some(snapshot))
             }
         };
-        let packs = packs.because("the memory beside the images is damaged")?;
         let (packs, control) = (Arc::new(packs), Arc::new(Control::new()));
         let (to_read, reading) = (Arc::clone(&packs), Arc::clone(&control));
         // What it does not get to is read when it is needed.

@@ -292,7 +292,11 @@ fn attach_sees_output_and_detaches(t: &Test) -> Result<()> {
 
 fn a_container_out_of_memory_exits_with_137(t: &Test) -> Result<()> {
     let (name, events) = (t.id("c"), Events::subscribe(t)?);
-    t.nerdctl().start(&name, &["--memory", "16m"], &["tail", "/dev/zero"])?;
+    let volume = format!("{}:/shared", t.folder()?.display());
+    // runc's own start needs memory too, and Debian's shim tells of nothing that happens before it has begun to watch.
+    let script = "while [ ! -e /shared/go ]; do sleep 0.05; done; exec tail /dev/zero";
+    t.nerdctl().start_sh(&name, &["--memory", "64m", "--volume", &volume], script)?;
+    fs::write(t.folder()?.join("go"), "")?;
     ensure_eq!(t.nerdctl().exit_code(&name)?, 137);
     let id = t.nerdctl().inspect(&name)?["Id"].as_str().context("Id")?.to_owned();
     events.of_task_until(&id, "/tasks/oom")?;

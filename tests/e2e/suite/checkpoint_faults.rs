@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
 use e2e::{Case, Output, Running, Test, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
+use rustix::process::Signal;
 
 use crate::checkpoint_ctr::{count, counts_past, hold_memory, start_counting, ticking};
 use crate::checkpoint_workloads::forget_unpacked;
@@ -380,7 +381,18 @@ struct Dump {
     criu: u32,
 }
 
-/// Starts a dump of much memory, and waits until CRIU writes it.
+impl Dump {
+    /// Kills one of those who dump, and lets CRIU go on, if it is there and may.
+    fn kill(&self, victim: u32) -> Result<()> {
+        proc::kill(victim)?;
+        // It is gone already where it is the victim, or goes with it.
+        let _ = proc::signal(self.criu, Signal::CONT);
+        Ok(())
+    }
+}
+
+/// Starts a dump of much memory, waits until CRIU writes it, and stops CRIU: it would be done before a slow machine has
+/// looked who is to be killed.
 fn large_dump(t: &Test, id: &str) -> Result<Dump> {
     hold_memory(t, id, 1000)?;
     // Asked before, because not every shim answers during a dump.
@@ -394,6 +406,7 @@ fn large_dump(t: &Test, id: &str) -> Result<Dump> {
         ensure!(proc::alive(client.pid()), "the dump was over too soon: {} {}", client.stdout(), client.stderr());
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
+    proc::signal(criu, Signal::STOP)?;
     Ok(Dump { client, shim, criu })
 }
 
@@ -430,14 +443,14 @@ fn survives(t: &Test, id: &str, dump: Dump) -> Result<()> {
 fn a_criu_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
     let id = t.id("c");
     let dump = large_dump(t, &id)?;
-    proc::kill(dump.criu)?;
+    dump.kill(dump.criu)?;
     survives(t, &id, dump)
 }
 
 fn a_runtime_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
     let id = t.id("c");
     let dump = large_dump(t, &id)?;
-    proc::kill(begun_by(dump.shim, dump.criu)?)?;
+    dump.kill(begun_by(dump.shim, dump.criu)?)?;
     survives(t, &id, dump)
 }
 
@@ -468,7 +481,7 @@ fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
     let dump = large_dump(t, &id)?;
     // The container, and who dumps it.
     let below = proc::descendants(dump.shim);
-    proc::kill(dump.shim)?;
+    dump.kill(dump.shim)?;
     dump.client.wait()?.expect_failure()?;
     // containerd ends the container of a shim that has gone; nothing of it may be stuck.
     for pid in below {
@@ -488,7 +501,8 @@ fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
 fn a_client_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test) -> Result<()> {
     let id = t.id("c");
     let dump = large_dump(t, &id)?;
-    dump.client.signal(rustix::process::Signal::KILL)?;
+    dump.client.signal(Signal::KILL)?;
+    proc::signal(dump.criu, Signal::CONT)?;
     proc::gone(dump.criu)?;
     // It was the client who would have resumed it.
     t.ctr().task(&["resume", &id]).run()?;

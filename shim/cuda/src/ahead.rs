@@ -1,23 +1,32 @@
-//! Touching memory ahead of the driver.
+//! Getting the pages of the staging memory ahead of the driver.
 //!
-//! The driver's checkpoint makes one large anonymous mapping and copies all device memory into it. It spends most of that
-//! time on page faults, one small page after the other. The threads of the process are held meanwhile: as soon as the mapping
-//! is there, they ask for huge pages and touch it, side by side and in the order in which the driver will come by.
+//! The driver's checkpoint begins with one large anonymous mapping, and asks the kernel to populate it: one thread gets one
+//! small page after the other, and half of the checkpoint is over before anything is copied (docs/gpu.md). So the
+//! driver's threads are stopped at their system calls until this one comes:
 //!
-//! Nothing depends on it. Where it does not work, the driver is as slow as it is.
+//! ```text
+//!   driver's thread    ── mmap, less MAP_POPULATE ──► stands still ───────► goes on, and is traced no more
+//!   held threads                                       │ ask for huge pages   ▲ touch them, side by side, in the order in
+//!                                                      └──────────────────────┘ which the driver comes by
+//! ```
+//!
+//! Nothing depends on it. Where no held thread can be used, or nothing is populated, the driver is as slow as it is; if this
+//! process ends, the driver goes on, and finds the pages that it touches missing, which the kernel helps it to.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use crate::call::TICK;
 use crate::hold::Hold;
 use crate::inject::{InjectError, Team, answer, argument};
-use crate::process::{self, Range};
+use crate::process::Range;
+use watch::{Seen, Watch};
 
-/// A mapping that is shorter than this, in bytes, is touched soon enough.
+/// A mapping that is shorter than this, in bytes, is populated soon enough.
 const LEAST: u64 = 64 << 20;
 
 /// How much one call touches: some tens of milliseconds, so that none is waited for for long, and of whole huge pages.
@@ -29,12 +38,11 @@ const MOST_THREADS: usize = 16;
 /// What is to be left of the memory that there is: the driver needs some for itself.
 const RESERVE: u64 = 256 << 20;
 
-/// How often the process is looked at until it has such a mapping, and how often when it has one: looking costs the kernel a
-/// lock that page faults need.
-const LOOK: Duration = Duration::from_millis(2);
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// For how long the driver's threads are stopped at every system call. It maps within milliseconds (580.159).
+const WATCHED: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether calls have returned.
+/// How often it is looked whether they stand at one, and whether calls have returned.
+const LOOK: Duration = Duration::from_micros(100);
 const TEND: Duration = Duration::from_micros(500);
 
 /// How long a call may take that is still under way when the driver is done.
@@ -49,27 +57,18 @@ pub(crate) struct Ahead {
 
 #[derive(Debug)]
 struct Process {
-    pid: i32,
-    /// Anonymous memory that was there before, or is seen to already.
-    seen: Vec<Range>,
-    next_look: Instant,
+    watch: Watch,
+    until: Instant,
     team: Option<Team>,
     slices: VecDeque<Range>,
-    is_over: bool,
 }
 
 impl Ahead {
-    /// Of processes with the anonymous memory that they had before.
-    pub(crate) fn of(processes: impl Iterator<Item = (i32, Vec<Range>)>) -> Self {
-        let of = |(pid, seen)| Process {
-            pid,
-            seen,
-            next_look: Instant::now(),
-            team: None,
-            slices: VecDeque::new(),
-            is_over: false,
-        };
-        let processes: Vec<_> = processes.map(of).collect();
+    /// Of processes that the driver is about to checkpoint, whose other threads are held.
+    pub(crate) fn of(pids: impl Iterator<Item = i32>) -> Self {
+        let until = Instant::now() + WATCHED;
+        let of = |pid| Process { watch: Watch::begin(pid), until, team: None, slices: VecDeque::new() };
+        let processes: Vec<_> = pids.map(of).collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores.min(MOST_THREADS) / processes.len().max(1)).max(1);
         Self { processes, threads }
@@ -79,20 +78,11 @@ impl Ahead {
     pub(crate) fn tick(&mut self, hold: &mut Hold, left: impl Fn() -> Option<u64>) -> Duration {
         let mut pause = TICK;
         for process in &mut self.processes {
-            if process.is_over {
-                continue;
-            }
-            match process.tick(hold, self.threads, &left) {
-                Ok(wish) => pause = pause.min(wish),
-                Err(error) => {
-                    tracing::debug!(
-                        pid = process.pid,
-                        error = &error as &dyn std::error::Error,
-                        "not ahead of the driver"
-                    );
-                    process.is_over = true;
-                }
-            }
+            let wish = process.tick(hold, self.threads, &left).unwrap_or_else(|error| {
+                process.give_up(&error);
+                LOOK
+            });
+            pause = pause.min(wish);
         }
         pause
     }
@@ -101,25 +91,29 @@ impl Ahead {
     #[cfg(test)]
     pub(crate) fn is_done(&mut self) -> bool {
         let mut processes = self.processes.iter_mut();
-        processes.all(|process| process.is_over || process.team.as_mut().is_some_and(|team| team.busy() == 0))
+        processes.all(|process| process.watch.is_over() && process.team.as_mut().is_none_or(|team| team.busy() == 0))
     }
 
     /// Waits for what is under way and puts all threads back.
     pub(crate) fn finish(self, hold: &mut Hold) {
         let deadline = Instant::now() + LAST_CALL;
-        for team in self.processes.into_iter().filter_map(|process| process.team) {
-            team.disband(hold, deadline);
+        for process in self.processes {
+            process.watch.finish(deadline);
+            if let Some(team) = process.team {
+                team.disband(hold, deadline);
+            }
         }
     }
 }
 
 impl Process {
     fn tick(&mut self, hold: &mut Hold, most: usize, left: impl Fn() -> Option<u64>) -> Result<Duration, InjectError> {
-        if Instant::now() >= self.next_look {
-            self.look(hold, most)?;
-            self.next_look = Instant::now() + if self.team.is_some() { LOOK_AGAIN } else { LOOK };
+        let mut pause = TICK;
+        if !self.watch.is_over() {
+            self.watch(hold, most)?;
+            pause = LOOK;
         }
-        let Some(team) = &mut self.team else { return Ok(LOOK) };
+        let Some(team) = &mut self.team else { return Ok(pause) };
         let mut under_way = team.busy();
         let (slices, mut refused) = (&mut self.slices, None);
         let next = || {
@@ -134,34 +128,39 @@ impl Process {
         team.advance(next, |returned| refused = refused.take().or(answer(returned).err()))?;
         if let Some(error) = refused {
             // The kernel is older than 5.14, there is no memory, or the driver has given up.
-            tracing::debug!(pid = self.pid, error = &error as &dyn std::error::Error, "not ahead of the driver");
+            tracing::debug!(error = &error as &dyn std::error::Error, "not ahead of the driver");
             self.slices.clear();
         }
-        Ok(if team.busy() > 0 { TEND } else { LOOK })
+        Ok(if team.busy() > 0 { pause.min(TEND) } else { pause })
     }
 
-    fn look(&mut self, hold: &mut Hold, most: usize) -> Result<(), InjectError> {
-        let pid = self.pid;
-        let now = process::anonymous_mappings(pid);
-        let now = now.map_err(|source| InjectError::File { action: "read the mappings of", pid, source })?;
-        for range in process::gained(&self.seen, &now).into_iter().filter(|range| range.len() >= LEAST) {
-            let team = match &mut self.team {
-                Some(team) => team,
-                // They are all idle: this is before the first slice.
-                None => self.team.insert(Team::gather(hold, pid, most)?),
-            };
-            tracing::debug!(pid, %range, threads = team.len(), "touching memory ahead of the driver");
-            if team.busy() == 0 {
+    fn watch(&mut self, hold: &mut Hold, most: usize) -> Result<(), InjectError> {
+        match self.watch.look()? {
+            Seen::Nothing if Instant::now() < self.until => {}
+            Seen::Asked { length } if length >= LEAST => {
+                // What cannot be touched ahead is better populated.
+                self.team = Some(Team::gather(hold, self.watch.pid(), most)?);
+                self.watch.answer_unpopulated()?;
+            }
+            Seen::Made(range) => {
+                let Some(team) = &mut self.team else { return Ok(()) };
+                tracing::debug!(pid = self.watch.pid(), %range, threads = team.len(), "touching memory ahead of the driver");
                 let advice = argument(libc::MADV_HUGEPAGE);
                 // A kernel without huge pages has small ones.
                 let advised = team.call(libc::SYS_madvise, [range.start, range.len(), advice, 0, 0, 0]);
                 drop(advised);
+                self.slices.extend(slices(range));
+                self.watch.leave()?;
             }
-            self.slices.extend(slices(range));
-            self.seen.push(range);
-            self.seen.sort_unstable();
+            Seen::Nothing | Seen::Asked { .. } | Seen::Failed => self.watch.leave()?,
         }
         Ok(())
+    }
+
+    fn give_up(&mut self, error: &InjectError) {
+        tracing::debug!(pid = self.watch.pid(), error = error as &dyn std::error::Error, "not ahead of the driver");
+        self.slices.clear();
+        self.watch.abandon();
     }
 }
 

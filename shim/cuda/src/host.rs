@@ -120,9 +120,9 @@ impl Host for Machine<'_> {
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
-        let Self { cgroup, callers, hold, anonymous } = self;
+        let Self { cgroup, callers, hold, .. } = self;
         let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
-        let mut ahead = Ahead::of(checkpoints.filter_map(|(pid, _)| Some((*pid, anonymous.get(pid)?.clone()))));
+        let mut ahead = Ahead::of(checkpoints.map(|(pid, _)| *pid));
         let results = callers.make(calls, limit, &mut || {
             // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
             if let Err(error) = hold.watch() {

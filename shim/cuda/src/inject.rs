@@ -30,6 +30,7 @@ mod worker;
 use crate::hold::{Glance, Hold, HoldError, Stand, Stop, glance, sys};
 use crate::process::{self, Mapping};
 use machine::State;
+pub(crate) use machine::set_argument;
 pub(crate) use team::Team;
 use worker::{Frame, Place, Worker};
 
@@ -145,7 +146,7 @@ pub enum InjectError {
 }
 
 /// A moment at which this process may die. In tests some do.
-fn step() {
+pub(crate) fn step() {
     #[cfg(test)]
     crate::testbed::step();
 }

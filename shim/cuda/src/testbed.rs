@@ -212,7 +212,7 @@ impl Drop for Freezer {
 }
 
 /// Waits until something is so; fails if it does not come.
-pub(crate) fn await_that(what: &str, is: impl Fn() -> bool) {
+pub(crate) fn await_that(what: &str, mut is: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !is() {
         assert!(Instant::now() < end, "waited in vain: {what}");
@@ -311,7 +311,7 @@ fn staged_word(at: u64) -> u64 {
 /// Has a staging area of so many MiB, whose address is value 5, and checks all the time what is in it: 0 counts that it
 /// is right and 7 that it is not. When it reads a line, it increments the second word of each page.
 fn stage(mebibytes: u64) -> ! {
-    let words = sys::map_words(mebibytes << 20);
+    let words = sys::map_words(mebibytes << 20, 0);
     let numbered = || words.iter().zip((0..).step_by(8));
     for (word, at) in numbered() {
         if staged_word(at) != 0 {
@@ -413,9 +413,11 @@ fn play() {
         }
         // Its driver's thread makes a mapping, at value 5, when it is told.
         "maps" => {
-            drivers_thread_that(|| {
+            let mebibytes: u64 = argument.parse().unwrap();
+            drivers_thread_that(move || {
                 if VALUES[5].load(Ordering::Relaxed) == 0 && sys::is_pending(libc::SIGUSR1) {
-                    VALUES[5].store(sys::map_words(200 << 20).as_ptr() as u64, Ordering::Relaxed);
+                    let words = sys::map_words(mebibytes << 20, libc::MAP_POPULATE);
+                    VALUES[5].store(words.as_ptr() as u64, Ordering::Relaxed);
                 }
             });
             many_of_the_program();
@@ -529,10 +531,9 @@ fn play() {
             let mut hold = crate::hold::Hold::new();
             hold.take(pid).unwrap();
             hold.settle(soon()).unwrap();
-            let before = crate::process::anonymous_mappings(pid).unwrap();
-            let mut ahead = crate::ahead::Ahead::of([(pid, before)].into_iter());
-            tell_driver(pid);
             STEPS.store(step, Ordering::Relaxed);
+            let mut ahead = crate::ahead::Ahead::of([pid].into_iter());
+            tell_driver(pid);
             let end = soon();
             while !ahead.is_done() && Instant::now() < end {
                 hold.watch().unwrap();

@@ -14,7 +14,7 @@ import time
 from .bed import IMAGE, REPO, WORK
 
 DRIVER = "/usr/local/nvidia"
-STORE = f"{WORK}/store"
+STORE = f"{WORK}-store"
 NOT_SHOWN = ("", "dev", "etc", "proc", "run", "sys", "tmp", "var")  # a container has its own
 PASSED_ON = ("CUDA", "NVIDIA", "NCCL", "NVSHMEM", "TORCH", "TRITON", "XLA", "JAX", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 

@@ -1,10 +1,15 @@
 //! On real processes, whose driver's thread only makes a mapping.
 
 use super::*;
-use crate::process::RunState;
+use crate::process::{self, RunState};
 use crate::testbed::{Program, await_that, soon, wait};
 
 const LENGTH: u64 = 200 << 20;
+
+/// Its driver's thread makes a populated mapping of this length when it is told to.
+fn mapper() -> Program {
+    Program::play(&format!("maps {}", LENGTH >> 20))
+}
 
 /// `Rss` and the like of the mapping that has this address, in KiB.
 fn smaps(pid: i32, start: u64, key: &str) -> u64 {
@@ -46,7 +51,7 @@ fn held(program: &Program) -> Hold {
 }
 
 fn ahead_of(program: &Program) -> Ahead {
-    Ahead::of([(program.pid, process::anonymous_mappings(program.pid).unwrap())].into_iter())
+    Ahead::of([program.pid].into_iter())
 }
 
 /// Lets the driver's thread make its mapping, and runs until nothing happens any more. Where the mapping is.
@@ -62,7 +67,7 @@ fn run(program: &Program, ahead: &mut Ahead, hold: &mut Hold, left: u64) -> u64 
 
 #[test]
 fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
-    let program = Program::play("maps");
+    let program = mapper();
     let mut hold = held(&program);
     let before = process::mappings(program.pid).unwrap().len();
     let mut ahead = ahead_of(&program);
@@ -83,12 +88,50 @@ fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
 
 #[test]
 fn nothing_is_touched_that_there_is_no_memory_for() {
-    let program = Program::play("maps");
+    let program = mapper();
     let mut hold = held(&program);
     let mut ahead = ahead_of(&program);
     let start = run(&program, &mut ahead, &mut hold, SLICE);
     ahead.finish(&mut hold);
     assert!(smaps(program.pid, start, "Rss") << 10 < SLICE);
+    hold.let_go().unwrap();
+    assert_unhurt(&program);
+}
+
+#[test]
+fn a_small_mapping_is_populated_as_the_driver_asks() {
+    let program = Program::play("maps 2");
+    let mut hold = held(&program);
+    let mut ahead = ahead_of(&program);
+    let start = run(&program, &mut ahead, &mut hold, u64::MAX);
+    assert!(ahead.processes[0].team.is_none());
+    ahead.finish(&mut hold);
+    assert!(smaps(program.pid, start, "Rss") << 10 >= 2 << 20);
+    hold.let_go().unwrap();
+    assert_unhurt(&program);
+}
+
+#[test]
+fn a_driver_that_maps_nothing_is_traced_no_longer_than_a_while() {
+    let program = mapper();
+    let mut hold = held(&program);
+    let mut ahead = ahead_of(&program);
+    await_that("it is left", || {
+        ahead.tick(&mut hold, || None);
+        ahead.is_done()
+    });
+    ahead.finish(&mut hold);
+    hold.let_go().unwrap();
+    assert_unhurt(&program);
+}
+
+#[test]
+fn a_driver_that_has_not_mapped_at_the_end_is_let_go() {
+    let program = mapper();
+    let mut hold = held(&program);
+    let mut ahead = ahead_of(&program);
+    ahead.tick(&mut hold, || None);
+    ahead.finish(&mut hold);
     hold.let_go().unwrap();
     assert_unhurt(&program);
 }
@@ -106,7 +149,7 @@ fn a_process_whose_first_thread_has_ended_is_left_alone() {
 #[test]
 fn one_that_dies_at_any_step_does_not_hurt() {
     for step in 1.. {
-        let program = Program::play("maps");
+        let program = mapper();
         let code = wait(&mut Program::spawn(&format!("ahead {} {step}", program.pid)));
         await_that("it is let go", || !matches!(process::run_state(program.pid), RunState::Traced(_)));
         assert_unhurt(&program);

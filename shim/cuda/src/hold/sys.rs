@@ -65,6 +65,39 @@ pub(crate) fn restartable_area(tid: i32) -> Option<u64> {
     (done != -1).then_some(configuration[0])
 }
 
+/// Where a thread stands that stopped at a system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AtCall {
+    /// It is about to make this one.
+    Begin {
+        /// `SYS_...`
+        number: u64,
+        arguments: [u64; 6],
+    },
+    /// It has made one, which returned this; a negative number is an error's.
+    End { returned: i64 },
+    /// At none.
+    Elsewhere,
+}
+
+/// What a thread that stands still has stopped at.
+pub(crate) fn at_call(tid: i32) -> io::Result<AtCall> {
+    let info = nix::sys::ptrace::syscall_info(nix::unistd::Pid::from_raw(tid))?;
+    Ok(match info.op {
+        libc::PTRACE_SYSCALL_INFO_ENTRY => {
+            // SAFETY: the kernel has filled this member of the union, as `op` says; it is of numbers only.
+            let entry = unsafe { info.u.entry };
+            AtCall::Begin { number: entry.nr, arguments: entry.args }
+        }
+        libc::PTRACE_SYSCALL_INFO_EXIT => {
+            // SAFETY: likewise.
+            let exit = unsafe { info.u.exit };
+            AtCall::End { returned: exit.sval }
+        }
+        _ => AtCall::Elsewhere,
+    })
+}
+
 /// Sends a signal to one thread.
 pub(crate) fn signal_thread(pid: i32, tid: i32, signal: Signal) -> io::Result<()> {
     // SAFETY: three numbers. It signals a thread of another process, and touches no memory of this one.

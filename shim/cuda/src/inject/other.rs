@@ -52,6 +52,10 @@ impl State {
     }
 }
 
+pub(crate) fn set_argument(_tid: i32, _index: usize, _value: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 pub(super) fn result(_tid: i32) -> io::Result<i64> {
     Err(io::ErrorKind::Unsupported.into())
 }

@@ -196,6 +196,16 @@ impl State {
     }
 }
 
+/// Changes an argument of the system call at whose beginning a thread stands.
+pub(crate) fn set_argument(tid: i32, index: usize, value: u64) -> io::Result<()> {
+    let mut registers = ptrace::getregs(Pid::from_raw(tid))?;
+    let r = &mut registers;
+    let mut arguments = [&mut r.rdi, &mut r.rsi, &mut r.rdx, &mut r.r10, &mut r.r8, &mut r.r9];
+    **arguments.get_mut(index).ok_or(io::ErrorKind::InvalidInput)? = value;
+    ptrace::setregs(Pid::from_raw(tid), registers)?;
+    Ok(())
+}
+
 /// What the system call that a thread has just left returned.
 pub(super) fn result(tid: i32) -> io::Result<i64> {
     Ok(ptrace::getregs(Pid::from_raw(tid))?.rax.cast_signed())

@@ -131,10 +131,10 @@ pub(crate) fn map(file: &std::fs::File) -> usize {
     address as usize
 }
 
-/// New memory, for good.
-pub(crate) fn map_words(length: u64) -> &'static [AtomicU64] {
+/// New memory, for good; `flags` are `mmap`'s besides those for private memory.
+pub(crate) fn map_words(length: u64, flags: libc::c_int) -> &'static [AtomicU64] {
     let length = usize::try_from(length).unwrap();
-    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping at an address that the kernel chooses.
     let address = unsafe { libc::mmap(std::ptr::null_mut(), length, access, flags, -1, 0) };
     assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());

@@ -80,7 +80,9 @@ impl Region {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let around = map(None, around, libc::PROT_NONE, flags, -1)?;
         let inner = Self { address: around.address + PAGE, length };
-        map(Some(inner), length, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+        // As the driver does (580.159, seen on an H100).
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
+        map(Some(inner), length, READ_WRITE, flags, -1)
             .inspect_err(|_| around.unmap())
     }
 

@@ -40,7 +40,9 @@ struct Asked {
 pub(super) enum Seen {
     Nothing,
     /// One is about to make a populated mapping of so many bytes. It stands still until it is answered, or left.
-    Asked { length: u64 },
+    Asked {
+        length: u64,
+    },
     /// It has made it, without pages, and stands still until it is left.
     Made(Range),
     /// It was refused.
@@ -54,7 +56,8 @@ impl Watch {
         let drivers = threads.into_iter().filter(|thread| thread.tid != pid && process::is_drivers(&thread.name));
         let seize = |tid: &i32| {
             let thread = Pid::from_raw(*tid);
-            ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD).and_then(|()| ptrace::interrupt(thread)).is_ok()
+            let seized = ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD);
+            seized.and_then(|()| ptrace::interrupt(thread)).is_ok()
         };
         let threads = drivers.map(|thread| thread.tid).filter(seize).collect();
         step();

@@ -82,8 +82,7 @@ impl Region {
         let inner = Self { address: around.address + PAGE, length };
         // As the driver does (580.159, seen on an H100).
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        map(Some(inner), length, READ_WRITE, flags, -1)
-            .inspect_err(|_| around.unmap())
+        map(Some(inner), length, READ_WRITE, flags, -1).inspect_err(|_| around.unmap())
     }
 
     /// Gives back what `alone` made.

@@ -399,13 +399,14 @@ fn large_dump(t: &Test, id: &str) -> Result<Dump> {
     let shim = t.ctr().shim(id)?;
     let folder = t.folder()?.join("image");
     let client = t.ctr().checkpoint_task(id, &["--image-path", &folder.to_string_lossy()]).spawn()?;
-    let criu = eventually("CRIU", || below(shim, "criu"))?;
     let written = || fs::metadata(folder.join("pages-1.img")).map_or(0, |file| file.len());
     // Looked at often: it writes a gigabyte in a second.
     while written() < 1 << 20 {
         ensure!(proc::alive(client.pid()), "the dump was over too soon: {} {}", client.stdout(), client.stderr());
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
+    // Only now: before a dump there is one that is asked for its version.
+    let criu = below(shim, "criu")?;
     proc::signal(criu, Signal::STOP)?;
     Ok(Dump { client, shim, criu })
 }

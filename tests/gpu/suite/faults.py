@@ -7,9 +7,10 @@ import threading
 import time
 
 from . import containerd
-from .bed import Failed, children, descendants, named, until, wait
+from .bed import Failed, children, cmdline, descendants, describe, named, numbers, until, wait
 from .core import case
 
+OURS = ("cuda-guardian", "cuda-caller", "memory-worker")
 SLOW = {"FAKE_CUDA": "lock-ms=150,checkpoint-ms=300,restore-ms=300"}
 
 
@@ -114,6 +115,23 @@ def criu_killed(suite):
     survives(suite, "criu", ["dump", "dump"], {"gpusnap.dev/memory": "images"})
 
 
+def starts_again(suite, container):
+    """containerd is not done with it when its processes are gone, nor when it lists it no more."""
+
+    def starts():
+        start = ["task", "start", "--detach", "--null-io", container.id]
+        status, text = suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", *start)
+        if status != 0 and "already exists" not in text:
+            raise Failed(f"start {container.id}: {text.strip()[-600:]}")
+        return status == 0
+
+    try:
+        until(f"containerd lets go of {container.id}", starts, 30, 0.5)
+    except Failed as failure:
+        ours = [pid for pid in numbers() if {"containerd-shim-gpusnap-v2", *OURS} & {os.path.basename(word) for word in cmdline(pid)[:2]}]
+        raise Failed(f"{failure}; {'; '.join(describe(pid) for pid in ours)[:3000]}") from None
+
+
 @case(90, fake=True)
 def shim_killed(suite):
     """SIGKILL of the shim: containerd ends its container, and nothing of it may be stuck or keep the GPU."""
@@ -128,9 +146,7 @@ def shim_killed(suite):
         _, told = strike(suite, container, "shim", step, plan)
         container.nothing_left()
         suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", "task", "rm", "--force", container.id, timeout=40)
-        # containerd is not done with it when its processes are gone.
-        until(f"no task of {container.id}", lambda: container.status() is None, 30)
-        suite.bed.ctr("task", "start", "--detach", "--null-io", container.id)
+        starts_again(suite, container)
         container.ready(90)
         container.ask("answer")
         suite.step(f"shim killed in {step}: cleaned up, started again", told=told)

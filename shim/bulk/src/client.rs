@@ -14,7 +14,7 @@ use snapshot::Pointer;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use crate::protocol::{Failure, Filled, Order, Publish, Published, Report, Restored, Saved, Source, Staging};
+use crate::protocol::{Failure, Filled, Node, Order, Publish, Published, Report, Restored, Saved, Source, Staging};
 use crate::worker::WORKER;
 
 /// Why memory could not be moved.
@@ -96,12 +96,18 @@ impl Worker {
         }
     }
 
-    /// Finds the snapshot that images in a folder belong to, and begins to read it.
+    /// Finds the snapshot that images in a folder belong to, pulls it if it is not there, and begins to read it.
     ///
     /// # Errors
-    /// When there is none, or it is damaged.
-    pub async fn open(&mut self, source: Source, images: PathBuf, timeline: &Timeline) -> Result<(), BulkError> {
-        match self.order(&Order::Open { source, images }, timeline).await? {
+    /// When there is none, it cannot be pulled, or it is damaged.
+    pub async fn open(
+        &mut self,
+        source: Source,
+        images: PathBuf,
+        node: Node,
+        timeline: &Timeline,
+    ) -> Result<(), BulkError> {
+        match self.order(&Order::Open { source, images, node }, timeline).await? {
             Report::Opened(opened) => Ok(opened?),
             _ => Err(BulkError::Died),
         }

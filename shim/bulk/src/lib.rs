@@ -19,6 +19,8 @@ mod worker;
 
 pub use client::{BulkError, Worker};
 pub use inline::is_inline;
-pub use protocol::{Failure, Filled, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};
+pub use protocol::{
+    Failure, Filled, Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging,
+};
 pub use save::LEAST_MEMORY;
 pub use worker::{WORKER, worker_main};

@@ -15,7 +15,7 @@ pub(crate) enum Order {
     Save { staging: Vec<Staging> },
     Publish(Box<Publish>),
     Withdraw(Pointer),
-    Open { source: Source, images: PathBuf },
+    Open { source: Source, images: PathBuf, node: Node },
     Fill { processes: Vec<Restored> },
 }
 
@@ -30,6 +30,16 @@ pub(crate) enum Report {
     Withdrawn(Result<(), Failure>),
     Opened(Result<(), Failure>),
     Filled(Result<Filled, Failure>),
+}
+
+/// Where a node looks for snapshots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    /// The folder of its store.
+    pub store: PathBuf,
+    /// The repository from which it pulls what the store lacks, such as `registry.example/models/vit`. A tag or digest does not
+    /// count: what is pulled is what a checkpoint points to.
+    pub registry: Option<String>,
 }
 
 /// Why a worker failed: an error and those under it, which cross as words.
@@ -123,8 +133,8 @@ pub struct Publish {
 /// Where big memory goes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
-    /// Into the store, under this name.
-    Store(Name),
+    /// Into the store, under this name; the pointer to it says from where it can be pulled.
+    Store(Name, Option<String>),
     /// To the images.
     Inline,
 }

@@ -92,7 +92,10 @@ impl Saving {
                 inline::write(&images, &table, packs).because("cannot put memory beside the images")?;
                 Source::Inline
             }
-            Place::Store(name) => Source::Snapshot(self.publish_in_store(&images, name, config, &host, &table)?),
+            Place::Store(name, registry) => {
+                let published = (name, registry);
+                Source::Snapshot(self.publish_in_store(&images, published, config, &host, &table)?)
+            }
         };
         Ok(Some(Published { source, memory: all.memory, spared: all.zero + all.shared }))
     }
@@ -160,7 +163,7 @@ impl Saving {
     fn publish_in_store(
         mut self,
         images: &Path,
-        name: Name,
+        (name, registry): (Name, Option<String>),
         mut config: snapshot::Config,
         host: &memory::Saved,
         table: &SegmentTable,
@@ -201,7 +204,7 @@ impl Saving {
                 eprintln!("the node store has {left} bytes, more than its quota of {quota}: what is in use stays");
             }
         }
-        Pointer::new(snapshot.digest(), store.root(), Some(name), None).because("cannot publish the snapshot")
+        Pointer::new(snapshot.digest(), store.root(), Some(name), registry).because("cannot publish the snapshot")
     }
 }
 

@@ -88,9 +88,10 @@ fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
             let removed = store.remove(&Reference::Digest(pointer.digest()), IfInUse::Refuse);
             Report::Withdrawn(removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store"))
         }
-        (Order::Open { source, images }, _) => Report::Opened(Restoring::open(&source, &images).map(|restoring| {
-            *job = Job::Restoring(Box::new(restoring));
-        })),
+        (Order::Open { source, images, node }, _) => {
+            let opened = Restoring::open(&source, &images, &node, began);
+            Report::Opened(opened.map(|restoring| *job = Job::Restoring(Box::new(restoring))))
+        }
         (Order::Fill { processes }, Job::Restoring(restoring)) => {
             began(Phase::Fill);
             Report::Filled(restoring.fill(&processes))

@@ -6,7 +6,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
 
-use crate::units::{parse_age, parse_bytes};
+use snapshot::parse_size;
+
+use crate::units::parse_age;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -79,7 +81,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "AGE", value_parser = parse_age, default_value = "1h")]
         grace: Duration,
         /// Snapshots that were not used for the longest time as well, until the rest is no more than this.
-        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         quota: Option<u64>,
     },
     /// Give a snapshot a further name. A snapshot that has the name loses it.
@@ -105,7 +107,7 @@ pub(crate) enum Command {
         /// Its name here; the last part of REPOSITORY if none is given. A snapshot that has the name loses it.
         name: Option<String>,
         /// The most that the store may take: less recently used snapshots make room, and a larger one is not begun.
-        #[arg(long, value_name = "SIZE", value_parser = parse_bytes, env = "GPUSNAP_QUOTA")]
+        #[arg(long, value_name = "SIZE", value_parser = parse_size, env = "GPUSNAP_QUOTA")]
         quota: Option<u64>,
         #[command(flatten)]
         transfer: Transfer,

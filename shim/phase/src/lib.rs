@@ -44,6 +44,8 @@ pub enum Phase {
     Release,
     /// Restore: the checkpoint is read and compared with the container.
     Inspect,
+    /// Restore: the snapshot is pulled from a registry.
+    Pull,
     /// Restore: the contents of /dev/shm are put back.
     LoadShm,
     /// Restore: standard input and output, the places of mounts, and the runtime's state are made.
@@ -81,6 +83,7 @@ impl Phase {
             Self::Publish => "publish",
             Self::Release => "release",
             Self::Inspect => "inspect",
+            Self::Pull => "pull",
             Self::LoadShm => "load-shm",
             Self::Prepare => "prepare",
             Self::Cgroup => "cgroup",
@@ -112,6 +115,7 @@ impl fmt::Display for Phase {
             Self::Publish => "publishing the images",
             Self::Release => "letting it go",
             Self::Inspect => "inspecting the checkpoint",
+            Self::Pull => "pulling its snapshot",
             Self::LoadShm => "filling its /dev/shm",
             Self::Prepare => "preparing its mounts and state",
             Self::Cgroup => "making its cgroup",

@@ -32,10 +32,20 @@ const KILLED: u32 = 137;
 const LAST_EVENTS: Duration = Duration::from_secs(5);
 /// Environment variable with the folder of the node's store, where it is not the usual one.
 const STORE: &str = "GPUSNAP_STORE";
-/// Environment variable with the number of bytes that the store may have. Without it there is no limit.
+/// Environment variable with the size that the store may have, such as `200G`. Without it there is no limit.
 const QUOTA: &str = "GPUSNAP_QUOTA";
+/// Environment variable with the repository from which snapshots are pulled that the store lacks.
+const REGISTRY: &str = "GPUSNAP_REGISTRY";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// What is set wrong must not keep containers from starting.
+fn quota() -> Option<u64> {
+    let text = std::env::var(QUOTA).ok()?;
+    snapshot::parse_size(&text)
+        .inspect_err(|error| tracing::error!("{QUOTA}: {error}; the store of snapshots has no limit"))
+        .ok()
+}
 
 /// One run of the binary.
 pub(crate) struct GpusnapShim {
@@ -146,8 +156,8 @@ impl Shim for GpusnapShim {
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
         let logs = crate::checkpoint::LOGS.into();
         let root = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
-        let quota = std::env::var(QUOTA).ok().and_then(|bytes| bytes.parse().ok());
-        let store = NodeStore { root, quota };
+        let registry = std::env::var(REGISTRY).ok().filter(|registry| !registry.is_empty());
+        let store = NodeStore { root, quota: quota(), registry };
         let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of };
         TaskService::new(context, Arc::clone(&self.exit))
     }

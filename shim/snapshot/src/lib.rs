@@ -22,6 +22,7 @@ mod pointer;
 mod publish;
 mod reach;
 mod remove;
+mod size;
 mod snapshot;
 mod store;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use crate::partial::Partial;
 pub use crate::pointer::{Pointer, PointerError};
 pub use crate::publish::{IfTaken, NewLayer, NewSnapshot, PublishError, Received};
 pub use crate::remove::{GRACE, IfInUse, Prune, RemoveError, Removed};
+pub use crate::size::parse_size;
 pub use crate::snapshot::{ResolveError, Snapshot, SnapshotError};
 pub use crate::store::{DEFAULT_ROOT, Durability, OpenError, ReadError, Store};
 pub use crate::verify::{Inner, Problem, Report};

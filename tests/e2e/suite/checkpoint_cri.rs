@@ -48,16 +48,23 @@ fn checkpoint(t: &Test, id: &str, name: &str) -> Result<String> {
     Ok(archive)
 }
 
-/// Where a restore pulls the image from, which it does even if the image is there: a registry in the bed.
+/// A registry in the bed.
+pub(crate) fn registry() -> Result<&'static str> {
+    static STARTING: Mutex<()> = Mutex::new(());
+    let _one = STARTING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let out = Cmd::new("testbed").args(&["registry", "start"]).stdin_null().run()?;
+    if out.stderr.contains("no docker-registry") {
+        return Err(Skip::because("this test bed has no registry"));
+    }
+    out.expect_code(0)?;
+    Ok("127.0.0.1:5000")
+}
+
+/// Where a restore pulls the image from, which it does even if the image is there.
 fn from_registry(t: &Test, image: &str) -> Result<String> {
     static PUSHING: Mutex<()> = Mutex::new(());
     let _one = PUSHING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let out = Cmd::new("testbed").args(&["registry", "start"]).stdin_null().run()?;
-    if out.stderr.contains("no docker-registry") {
-        return Err(Skip::because("this test bed has no registry, and a restore always pulls"));
-    }
-    out.expect_code(0)?;
-    let name = image.replace("docker.io", "127.0.0.1:5000");
+    let name = image.replace("docker.io", registry()?);
     let ctr = || t.bed().client("ctr").args(&["--address", &t.bed().address(), "--namespace", "k8s.io", "image"]);
     ctr().args(&["tag", "--force", image, &name]).ok()?;
     ctr().args(&["push", "--plain-http", &name]).ok()?;

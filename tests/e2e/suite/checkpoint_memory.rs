@@ -5,9 +5,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
-use e2e::{Case, Test, case, ensure_eq, eventually, proc};
+use e2e::{Case, Cmd, Test, case, ensure_eq, ensure_has, eventually, proc};
 use serde_json::Value;
 
+use crate::checkpoint_cri::registry;
 use crate::checkpoint_ctr::{count, counts_past, hold_memory_with};
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -17,6 +18,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(memory_can_be_left_in_the_images),
         case!(a_memory_worker_that_is_killed_leaves_the_container_running).alone(),
         case!(a_checkpoint_whose_snapshot_is_gone_says_so).alone(),
+        case!(a_snapshot_that_the_node_lacks_is_pulled),
+        case!(a_registry_that_lacks_the_snapshot_too_is_named),
     ];
     let unlike = |case: Case, shim| case.except(shim, "all memory goes through the images, by runc");
     cases.into_iter().map(|case| unlike(unlike(case, Shim::Stock), Shim::GpusnapRunc)).collect()
@@ -107,5 +110,48 @@ fn a_checkpoint_whose_snapshot_is_gone_says_so(t: &Test) -> Result<()> {
     fs::rename(away, store)?;
     let out = refused?.expect_failure()?;
     ensure!(out.stderr.contains("snapshot"), "{}", out.stderr);
+    Ok(())
+}
+
+/// `gpusnap`, which is beside our shim.
+fn gpusnap(t: &Test, args: &[&str]) -> Result<Cmd> {
+    let shim = fs::canonicalize(t.bed().shim_binary()?)?;
+    Ok(Cmd::new(shim.with_file_name("gpusnap").to_string_lossy()).args(args))
+}
+
+/// The name of the snapshot of this container, which has one.
+fn snapshot_of(t: &Test, id: &str) -> Result<String> {
+    let listed: Value = serde_json::from_slice(&gpusnap(t, &["ls", "--json"])?.ok()?.stdout)?;
+    let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["name"].as_str());
+    let mut names = names.filter(|name| name.starts_with(&format!("default/{id}.")));
+    names.next().map(str::to_owned).with_context(|| format!("no snapshot of {id} in {listed}"))
+}
+
+fn a_snapshot_that_the_node_lacks_is_pulled(t: &Test) -> Result<()> {
+    let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
+    let registry = registry()?;
+    let annotation = format!("gpusnap.dev/registry={registry}/{id}");
+    let before = hold_memory_with(t, &id, &["--annotation", &annotation], MEGABYTES)?;
+    t.ctr().checkpoint(&id, &image).ok()?;
+    t.ctr().remove(&id)?;
+    let name = snapshot_of(t, &id)?;
+    gpusnap(t, &["push", &name, &format!("{registry}/{id}:warm")])?.ok()?;
+    gpusnap(t, &["rm", &name])?.ok()?;
+    t.ctr().restore(&to, &image).ok()?;
+    counts_past(t, &to, before + 100)?;
+    ensure_eq!(snapshot_of(t, &id)?, name);
+    gpusnap(t, &["verify", &name])?.ok().map(drop)
+}
+
+fn a_registry_that_lacks_the_snapshot_too_is_named(t: &Test) -> Result<()> {
+    let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
+    let repository = format!("{}/{id}", registry()?);
+    let annotation = format!("gpusnap.dev/registry={repository}");
+    hold_memory_with(t, &id, &["--annotation", &annotation], MEGABYTES)?;
+    t.ctr().checkpoint(&id, &image).ok()?;
+    t.ctr().remove(&id)?;
+    gpusnap(t, &["rm", &snapshot_of(t, &id)?])?.ok()?;
+    let out = t.ctr().restore(&to, &image).run()?.expect_failure()?;
+    ensure_has!(out.stderr, repository);
     Ok(())
 }

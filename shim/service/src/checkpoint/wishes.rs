@@ -20,6 +20,10 @@ const TCP: &str = "gpusnap.dev/tcp";
 const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
 /// `store`, `inline` or `images`: where big memory is kept.
 const MEMORY: &str = "gpusnap.dev/memory";
+/// The repository in a registry from which the snapshot can be pulled where it is not in the node's store.
+const REGISTRY: &str = "gpusnap.dev/registry";
+/// The Kubernetes namespace of the pod, by the CRI.
+const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 /// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
 const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
 /// A field of containerd 2.4's options that containerd-shim-protos does not know.
@@ -33,6 +37,8 @@ pub(crate) struct Annotations {
     tcp: Option<String>,
     gpu_patience: Option<String>,
     memory: Option<String>,
+    registry: Option<String>,
+    pod_namespace: Option<String>,
 }
 
 /// Where the big memory of a checkpoint is kept.
@@ -50,7 +56,19 @@ pub(crate) enum MemoryPlace {
 impl Annotations {
     pub(crate) fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
-        Self { on_checkpoint: of(ON_CHECKPOINT), tcp: of(TCP), gpu_patience: of(GPU_PATIENCE), memory: of(MEMORY) }
+        Self {
+            on_checkpoint: of(ON_CHECKPOINT),
+            tcp: of(TCP),
+            gpu_patience: of(GPU_PATIENCE),
+            memory: of(MEMORY),
+            registry: of(REGISTRY),
+            pod_namespace: of(POD_NAMESPACE),
+        }
+    }
+
+    /// From where the snapshot can be pulled.
+    pub(crate) fn registry(&self) -> Option<String> {
+        self.registry.clone().filter(|registry| !registry.is_empty())
     }
 
     fn exit(&self) -> Result<bool, String> {
@@ -100,6 +118,10 @@ pub(crate) struct Wishes {
     /// How long GPU work may go on before it makes the checkpoint fail.
     pub(crate) patience: Duration,
     pub(crate) memory: MemoryPlace,
+    /// From where the snapshot can be pulled.
+    pub(crate) registry: Option<String>,
+    /// The Kubernetes namespace to which the snapshot belongs.
+    pub(crate) pod_namespace: Option<String>,
 }
 
 impl Wishes {
@@ -118,10 +140,11 @@ impl Wishes {
         let annotated_tcp = annotations.tcp().map_err(annotation)?;
         let patience = annotations.gpu_patience().map_err(annotation)?;
         let memory = annotations.memory().map_err(annotation)?;
+        let (registry, pod_namespace) = (annotations.registry(), annotations.pod_namespace.clone());
         let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
             let exit = annotations.exit().map_err(annotation)?;
             let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
-            return Ok(Self { folder, work: None, exit, allow, patience, memory });
+            return Ok(Self { folder, work: None, exit, allow, patience, memory, registry, pod_namespace });
         };
         if options.type_url.rsplit('/').next() != Some(OPTIONS) {
             return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
@@ -143,6 +166,8 @@ impl Wishes {
             },
             patience,
             memory,
+            registry,
+            pod_namespace,
         })
     }
 }

@@ -111,7 +111,10 @@ impl BigMemory {
             let config = config(work, self.host.clone(), gpu)?;
             let place = match work.wishes.memory {
                 MemoryPlace::Inline => Place::Inline,
-                _ => Place::Store(name(work, config.created)?),
+                _ => {
+                    let registry = work.wishes.registry.clone().or_else(|| work.store.registry.clone());
+                    Place::Store(name(work, config.created)?, registry)
+                }
             };
             let keep_shared = would_not_fit_apart(&work.cgroup)?;
             let publish = Publish { images, place, left: self.left.clone(), keep_shared, config };
@@ -175,7 +178,7 @@ fn swap(saved: Saved) -> Swap {
 
 /// Unlike any other of the container, so that none takes the place of one to which a folder points.
 fn name(work: &Work, created: u64) -> Result<Name, CheckpointFailure> {
-    let scope = Scope::new(&work.namespace, None)?;
+    let scope = Scope::new(&work.namespace, work.wishes.pod_namespace.as_deref())?;
     Ok(Name::new(scope, &format!("{}.{created}", work.id))?)
 }
 

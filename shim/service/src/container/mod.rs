@@ -61,6 +61,8 @@ pub(crate) struct NodeStore {
     pub(crate) root: PathBuf,
     /// How many bytes it may have.
     pub(crate) quota: Option<u64>,
+    /// The repository in a registry from which snapshots are pulled that it lacks, where nothing else is said.
+    pub(crate) registry: Option<String>,
 }
 
 /// What all containers of one shim share.

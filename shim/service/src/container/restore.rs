@@ -8,13 +8,15 @@
 //!                                              ▼
 //!                     nothing is left of it: Created, as before, and start can be tried again
 //! ```
+//!
+//! Where the node lacks the snapshot that the checkpoint points to, it is pulled after Inspect (Pull).
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulk::{Restored, Source, Worker};
+use bulk::{Node, Restored, Source, Worker};
 use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
@@ -25,7 +27,7 @@ use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
 
 use super::checkpoint::GPU;
 use super::create::undo;
-use super::{Actor, Status};
+use super::{Actor, NodeStore, Status};
 use crate::checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
@@ -83,6 +85,7 @@ impl Actor {
             stdio: self.init.stdio.clone(),
             shm: self.shm.clone(),
             annotations: self.annotations.clone(),
+            store: self.context.store.clone(),
             devices: self.devices.clone(),
             timeline: Timeline::start(Phase::Inspect),
             checkpoint,
@@ -142,6 +145,7 @@ struct Work {
     stdio: Stdio,
     shm: Option<Shm>,
     annotations: Annotations,
+    store: NodeStore,
     devices: Vec<DeviceNode>,
     timeline: Timeline,
     checkpoint: FromCheckpoint,
@@ -179,7 +183,8 @@ impl Work {
         // It reads memory meanwhile.
         let mut worker = memory.as_ref().map(|_| Worker::start(&self.reaper)).transpose()?;
         if let (Some(worker), Some(memory)) = (&mut worker, memory) {
-            worker.open(memory, images.to_owned(), &self.timeline).await?;
+            let node = self.node(&memory);
+            worker.open(memory, images.to_owned(), node, &self.timeline).await?;
         }
         let work = self.checkpoint.work.as_deref();
         let log = LogFolder::make(&self.logs, work, &self.owner.namespace, &self.id, LOG);
@@ -244,6 +249,17 @@ impl Work {
                 Err(failure)
             }
         }
+    }
+
+    /// Where snapshots are looked for. What the container asks for goes before what the checkpoint says, which goes before
+    /// what the node has set.
+    fn node(&self, memory: &Source) -> Node {
+        let said = match memory {
+            Source::Snapshot(pointer) => pointer.registry().map(str::to_owned),
+            Source::Inline => None,
+        };
+        let registry = self.annotations.registry().or(said).or_else(|| self.store.registry.clone());
+        Node { store: self.store.root.clone(), registry }
     }
 
     /// Puts big memory into the frozen processes, those with a GPU first, and lets them run if nobody else will.

@@ -193,7 +193,7 @@ impl Bench {
             namespace: "test".into(),
             bundle: bundle.path().to_owned(),
             logs: logs.path().to_owned(),
-            store: NodeStore { root: logs.path().join("store"), quota: None },
+            store: NodeStore { root: logs.path().join("store"), quota: None, registry: None },
             reaper,
             events: publisher,
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),

@@ -29,6 +29,8 @@ const LEAST_ZEROS: u64 = 1 << 20;
 const SHM: &str = "dev-shm.tar";
 /// The images are small, and nobody waits for less than a second: the fastest level of zstd.
 const ZSTD_LEVEL: i32 = 1;
+/// As many as tar keeps busy.
+const ZSTD_THREADS: u32 = 8;
 
 type Hashes = JoinHandle<Result<Vec<(Digest, u64)>, FileError>>;
 
@@ -40,7 +42,7 @@ pub(crate) struct Saving {
     control: Control,
     /// Staging memory.
     gpu: memory::Saved,
-    /// Its packs' digests, which are computed while CRIU dumps the rest.
+    /// Its packs' digests, which are computed while other things are done.
     hashes: Option<Hashes>,
     staging: Vec<Staging>,
 }
@@ -63,8 +65,7 @@ impl Saving {
         let saved = memory::save_processes(&targets, LEAST_ZEROS, &self.packs("gpu"), &self.control);
         self.gpu = saved.because("cannot save GPU memory")?;
         self.staging = staging.to_vec();
-        let paths = self.gpu.packs.clone();
-        self.hashes = Some(std::thread::spawn(move || snapshot::hash_files(&paths, &|_| ())));
+        self.hashes = Some(hashes(self.gpu.packs.clone()));
         let pieces = |of: &Staging| SavedStaging {
             process: of.process,
             pieces: self.gpu.table.segments(of.pid).iter().map(piece).collect(),
@@ -170,6 +171,7 @@ impl Saving {
     ) -> Result<Pointer, Failure> {
         let folder = self.draft.folder().to_owned();
         let (segments, criu) = (folder.join("segments"), folder.join("criu"));
+        let host_hashes = hashes(host.packs.clone());
         fs::write(&segments, table.encode()).because("cannot publish the snapshot")?;
         pack(images, &criu).because("cannot pack the images")?;
         config.sizes.images = fs::metadata(&criu).because("cannot publish the snapshot")?.len();
@@ -179,13 +181,18 @@ impl Saving {
             fs::copy(images.join(SHM), &shm).because("cannot publish the snapshot")?;
             layers.push(layer(SHM_TYPE, shm));
         }
-        let hashes = self.hashes.take().map(JoinHandle::join).transpose();
-        let hashes = hashes.map_err(|_| Failure::new("cannot compute the digests of GPU memory".into()))?;
-        let hashes = hashes.transpose().because("cannot publish the snapshot")?.unwrap_or_default();
-        for (path, (digest, _)) in self.gpu.packs.iter().zip(hashes) {
-            layers.push(NewLayer { digest: Some(digest), ..layer(GPU_MEMORY_TYPE, path.clone()) });
+        let of_packs = [
+            (GPU_MEMORY_TYPE, &self.gpu.packs, self.hashes.take()),
+            (HOST_MEMORY_TYPE, &host.packs, Some(host_hashes)),
+        ];
+        for (media_type, packs, hashes) in of_packs {
+            let hashes = hashes.map(JoinHandle::join).transpose();
+            let hashes = hashes.map_err(|_| Failure::new("cannot compute the digests of memory".into()))?;
+            let hashes = hashes.transpose().because("cannot publish the snapshot")?.unwrap_or_default();
+            for (path, (digest, _)) in packs.iter().zip(hashes) {
+                layers.push(NewLayer { digest: Some(digest), ..layer(media_type, path.clone()) });
+            }
         }
-        layers.extend(host.packs.iter().map(|path| layer(HOST_MEMORY_TYPE, path.clone())));
         let (store, quota) = (self.draft.store().clone(), self.quota);
         let new = NewSnapshot {
             name: Some(name.clone()),
@@ -206,6 +213,10 @@ impl Saving {
         }
         Pointer::new(snapshot.digest(), store.root(), Some(name), registry).because("cannot publish the snapshot")
     }
+}
+
+fn hashes(packs: Vec<PathBuf>) -> Hashes {
+    std::thread::spawn(move || snapshot::hash_files(&packs, &|_| ()))
 }
 
 fn changes_of(changes: &mut BTreeMap<i32, Changes>, pid: i32) -> &mut Changes {
@@ -247,7 +258,10 @@ fn pack(images: &Path, into: &Path) -> io::Result<()> {
     let mut names: Vec<_> = fs::read_dir(images)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.retain(|name| name != SHM);
     names.sort_unstable();
-    let mut tar = tar::Builder::new(zstd::Encoder::new(File::create_new(into)?, ZSTD_LEVEL)?);
+    let mut packed = zstd::Encoder::new(File::create_new(into)?, ZSTD_LEVEL)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    packed.multithread(u32::try_from(cores).unwrap_or(1).min(ZSTD_THREADS))?;
+    let mut tar = tar::Builder::new(packed);
     tar.mode(tar::HeaderMode::Deterministic);
     for name in names {
         let path = images.join(&name);

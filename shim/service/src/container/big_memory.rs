@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Staging memory is saved first, and files with the same contents take its place, so that CRIU has nothing to dump there.
-//! Other memory CRIU dumps as ever; what is big of it is moved out of the images while CRIU waits. Until that has
-//! succeeded the container can go on: nothing of it was touched.
+//! Other memory CRIU dumps as ever; what is big of it is moved out of the images afterwards. CRIU waits for that where it is to
+//! kill the container: until it has succeeded the container can go on, nothing of it was touched.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ use bulk::{Place, Publish, Published, Saved, SavedStaging, Worker};
 use cgroup::Cgroup;
 use criu::Criu;
 use cuda::{CudaError, Guardian, Piece, Source, Swap, SwapProcess};
-use runtime::Reviewer;
+use runtime::{Reviewer, Timeline};
 use snapshot::{Config, Host, Name, Scope};
 
 use super::checkpoint::{GPU, Work};
@@ -96,34 +96,50 @@ impl BigMemory {
         self.files.clone()
     }
 
-    /// Waits for the images and moves what is big out of them. None if there is nothing, or the dump has failed.
+    /// Waits for the images and moves what is big out of them, while the container goes on if it is to. None if there is
+    /// nothing, or the dump has failed.
     pub(super) async fn publish(
         &mut self,
         work: &Work,
         images: PathBuf,
         gpu: Option<&SavedGpus>,
         mut reviewer: Reviewer,
+        timeline: &Timeline,
     ) -> Result<Option<Published>, CheckpointFailure> {
         if !reviewer.images_are_whole().await {
             return Ok(None);
         }
-        let published = async {
-            let config = config(work, self.host.clone(), gpu)?;
-            let place = match work.wishes.memory {
-                MemoryPlace::Inline => Place::Inline,
-                _ => {
-                    let registry = work.wishes.registry.clone().or_else(|| work.store.registry.clone());
-                    Place::Store(name(work, config.created)?, registry)
-                }
-            };
-            let keep_shared = would_not_fit_apart(&work.cgroup)?;
-            let publish = Publish { images, place, left: self.left.clone(), keep_shared, config };
-            Ok(self.worker.publish(publish, &work.timeline).await?)
-        }
-        .await;
+        let prepared = self.prepare(work, images, gpu);
         let refused = |error: &CheckpointFailure| Err(crate::error::chain(error).into());
+        let publish = match prepared {
+            Ok(publish) => publish,
+            Err(error) => {
+                reviewer.decide(refused(&error));
+                return Err(error);
+            }
+        };
+        if !work.wishes.exit {
+            // Nothing more is needed of the container.
+            reviewer.decide(Ok(()));
+            return Ok(self.worker.publish(publish, timeline).await?);
+        }
+        let published = self.worker.publish(publish, timeline).await.map_err(CheckpointFailure::from);
         reviewer.decide(published.as_ref().map_or_else(refused, |_| Ok(())));
         published
+    }
+
+    /// What is to be published. The container stands still meanwhile.
+    fn prepare(&self, work: &Work, images: PathBuf, gpu: Option<&SavedGpus>) -> Result<Publish, CheckpointFailure> {
+        let config = config(work, self.host.clone(), gpu)?;
+        let place = match work.wishes.memory {
+            MemoryPlace::Inline => Place::Inline,
+            _ => {
+                let registry = work.wishes.registry.clone().or_else(|| work.store.registry.clone());
+                Place::Store(name(work, config.created)?, registry)
+            }
+        };
+        let keep_shared = would_not_fit_apart(&work.cgroup)?;
+        Ok(Publish { images, place, left: self.left.clone(), keep_shared, config })
     }
 
     /// Removes what was published for a checkpoint that came to nothing all the same.

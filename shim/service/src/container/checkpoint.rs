@@ -13,6 +13,10 @@
 //!     the draft is removed, GPU and freezer are as before: the container goes on as it was
 //! ```
 //!
+//! A container that goes on does so as soon as CRIU has dumped it: CudaRestore, Unlock and Release come before Publish, and
+//! MoveMemory and most of Publish, which need its images only, go on beside them. One that ends is not killed before all that
+//! there is of it is published.
+//!
 //! containerd has paused the container, as a rule, and resumes it after the answer. One that runs is frozen here, so that
 //! what is saved beside the processes fits them. Either way Freeze looks for processes that were caught in the middle
 //! of a `vfork`, which cannot be dumped, and lets the container run for another moment if there are any.
@@ -192,10 +196,22 @@ impl Work {
             external_files: memory.as_ref().map(BigMemory::files).unwrap_or_default(),
             review: memory.is_some().then_some(review),
         };
-        let dump = self.runtime.checkpoint(request);
-        let (dumped, published) = match &mut memory {
+        let dump = async {
+            let dumped = self.runtime.checkpoint(request).await;
+            let settled = if dumped.is_ok() && !exit {
+                let settled = self.settle(true, std::mem::take(fate)).await;
+                self.timeline.enter(Phase::Publish);
+                settled
+            } else {
+                Ok(())
+            };
+            (dumped, settled)
+        };
+        // What goes on beside the container's own way has a timeline of its own.
+        let timeline = if *exit { self.timeline.clone() } else { Timeline::start(Phase::MoveMemory) };
+        let ((dumped, settled), published) = match &mut memory {
             Some(memory) => {
-                let publish = memory.publish(self, draft.folder().to_owned(), gpu.as_ref(), reviewer);
+                let publish = memory.publish(self, draft.folder().to_owned(), gpu.as_ref(), reviewer, &timeline);
                 tokio::join!(dump, publish)
             }
             None => (dump.await, Ok(None)),
@@ -212,7 +228,8 @@ impl Work {
             return Err(published.err().unwrap_or_else(|| error.into()));
         }
         fate.killed = *exit;
-        let memory = published?;
+        settled?;
+        let memory = published.inspect_err(|_| self.timeline.enter(timeline.current()))?;
         self.timeline.enter(Phase::Publish);
         let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, gpu, memory, &self.timeline);
         let written = manifest.write(draft.folder());

@@ -17,6 +17,9 @@
 //! While it is suspended, files may take the place of memory (`swap`): it is held as a whole, thawed, and frozen again, and
 //! is suspended before and after.
 //!
+//! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again
+//! when it has begun.
+//!
 //! Nothing is remembered that the driver does not know better: what has to be undone is asked from the driver, process by
 //! process. So a guardian that takes the place of one that died does the same as one that has seen it all, and there is
 //! no journal that could be wrong.
@@ -55,6 +58,8 @@ const TRACED: Duration = Duration::from_secs(30);
 /// How long a restore is tried for that the driver refuses.
 const RESTORE_TRIES: u32 = 3;
 const BETWEEN_TRIES: Duration = Duration::from_millis(300);
+/// How often it is tried where a process begins to use CUDA meanwhile. What was moved to memory before it was seen is moved back.
+const MOST_TRIES: u32 = 3;
 /// A container in which processes keep appearing that use CUDA.
 const MOST_PASSES: u32 = 100;
 
@@ -279,14 +284,26 @@ impl<'a, H: Host> Session<'a, H> {
         patience: Duration,
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
-        self.suspend_thawed(patience, limit).map_err(|failure| {
+        let begin = Instant::now();
+        for tries in 1.. {
+            let failure = match self.suspend_thawed(begin, patience, limit) {
+                Ok(suspended) => return Ok(suspended),
+                Err(failure) => failure,
+            };
             self.is_undoing = true;
-            let members = self.members.iter().map(|member| (member.pid, member.is_stopped)).collect();
-            match self.put_back(Some(members), paused, &[], limit) {
-                Ok(_) => failure,
-                Err(undoing) => SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() },
+            let members = self.members.drain(..).map(|member| (member.pid, member.is_stopped)).collect();
+            if let Err(undoing) = self.put_back(Some(members), paused, &[], limit) {
+                return Err(SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() });
             }
-        })
+            let is_starting = matches!(failure, SessionError::Starting { .. });
+            if !is_starting || tries == MOST_TRIES || begin.elapsed() > patience {
+                return Err(failure);
+            }
+            self.is_undoing = false;
+            self.host.thaw()?;
+            self.host.sleep(INITIALISING);
+        }
+        Err(SessionError::Restless)
     }
 
     fn enter(&mut self, phase: Phase) {
@@ -295,11 +312,15 @@ impl<'a, H: Host> Session<'a, H> {
         }
     }
 
-    fn suspend_thawed(&mut self, patience: Duration, limit: Duration) -> Result<Suspended, SessionError> {
+    fn suspend_thawed(
+        &mut self,
+        begin: Instant,
+        patience: Duration,
+        limit: Duration,
+    ) -> Result<Suspended, SessionError> {
         self.enter(Phase::Discover);
         self.host.thaw()?;
         self.host.sleep(STOPPING);
-        let begin = Instant::now();
         let mut residue = Vec::new();
         for pass in 0.. {
             if pass == MOST_PASSES {
@@ -330,12 +351,12 @@ impl<'a, H: Host> Session<'a, H> {
         self.checkpoint(limit)?;
         self.enter(Phase::CleanResidue);
         let mut cleaned = 0;
-        for pid in residue {
-            if self.host.clean(pid)? > 0 {
+        for pid in &residue {
+            if self.host.clean(*pid)? > 0 {
                 cleaned += 1;
             }
         }
-        self.check_conditions()?;
+        self.check_conditions(&residue)?;
         self.enter(Phase::Freeze);
         for member in self.members.iter().filter(|member| member.is_stopped) {
             self.host.put_to_sleep(member.pid)?;
@@ -533,20 +554,26 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// The two conditions for a dump: every CUDA process is checkpointed, and nothing of the driver is in use.
-    fn check_conditions(&mut self) -> Result<(), SessionError> {
+    fn check_conditions(&mut self, residue: &[i32]) -> Result<(), SessionError> {
         let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
-        for pid in members {
-            match self.state(pid)? {
+        for pid in &members {
+            match self.state(*pid)? {
                 Some(ProcessState::Checkpointed) => {}
                 state => {
                     let state = state.map_or_else(|| "gone".to_owned(), |state| state.to_string());
-                    return Err(SessionError::State { process: self.host.describe(pid), state });
+                    return Err(SessionError::State { process: self.host.describe(*pid), state });
                 }
             }
         }
         for pid in self.host.pids()? {
             if let Some(what) = self.host.left(pid) {
-                return Err(SessionError::Left { process: self.host.describe(pid), what });
+                let process = self.host.describe(pid);
+                let is_known = members.contains(&pid) || residue.contains(&pid);
+                return Err(if is_known {
+                    SessionError::Left { process, what }
+                } else {
+                    SessionError::Starting { process }
+                });
             }
         }
         Ok(())

@@ -43,6 +43,8 @@ struct FakeHost {
     memory_left: Option<u64>,
     /// A process that starts when the first one is locked.
     newcomer: Option<(i32, Process)>,
+    /// Processes that start when process 101 is checkpointed, one each time.
+    latecomers: Vec<(i32, Process)>,
     uncleanable: bool,
     unswappable: Option<i32>,
     slept: Duration,
@@ -97,6 +99,7 @@ impl FakeHost {
                 if let Some(failure) = process.checkpoint.clone() {
                     return Err(failure);
                 }
+                self.processes.extend((pid == 101).then(|| self.latecomers.pop()).flatten());
                 ProcessState::Checkpointed
             }
             (Call::Restore { .. }, ProcessState::Checkpointed) => {
@@ -335,10 +338,27 @@ fn forked_processes_are_freed_of_the_gpu() {
 }
 
 #[test]
-fn a_process_that_is_about_to_use_cuda_is_not_taken_for_a_forked_one() {
+fn a_process_that_is_about_to_use_cuda_is_waited_for_and_saved() {
     let mut host = FakeHost::of([(101, process(RUNNING)), (102, process(Cuda::Beginner))]);
+    assert_eq!(host.suspend().unwrap().processes.len(), 2);
+    assert_eq!((host.cuda(101), host.cuda(102), host.frozen), (CHECKPOINTED, CHECKPOINTED, true));
+}
+
+#[test]
+fn a_process_that_begins_to_use_cuda_after_the_checkpoint_of_others_is_saved_in_the_next_try() {
+    let mut host = FakeHost::of([(101, process(RUNNING))]);
+    host.latecomers = vec![(102, process(RUNNING))];
+    assert_eq!(host.suspend().unwrap().processes.len(), 2);
+    assert_eq!(host.done[..4], ["locked 101", "checkpointed 101", "locked 101", "running 101"].map(str::to_owned));
+    assert_eq!((host.cuda(101), host.cuda(102), host.frozen), (CHECKPOINTED, CHECKPOINTED, true));
+}
+
+#[test]
+fn processes_that_keep_beginning_to_use_cuda_fail_the_session() {
+    let mut host = FakeHost::of([(101, process(RUNNING))]);
+    host.latecomers = (102..110).map(|pid| (pid, process(RUNNING))).collect();
     let error = host.suspend().unwrap_err().to_string();
-    assert!(error.contains("process 102 is about to use CUDA"), "{error}");
+    assert!(error.contains("is about to use CUDA: try again"), "{error}");
     assert!(host.is_untouched());
 }
 

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use crate::{Cgroup, CgroupError, file};
 
-/// Moves a process to where this one is, in the hierarchy that decides who is in the container.
-pub(crate) fn expel(cgroup: &Cgroup, pid: i32) -> Result<(), CgroupError> {
-    let own = Cgroup::of_process(i32::try_from(std::process::id()).unwrap_or(0));
+/// Moves a process to where another one is, in the hierarchy that decides who is in the container.
+pub(crate) fn expel(cgroup: &Cgroup, pid: i32, beside: i32) -> Result<(), CgroupError> {
+    let other = Cgroup::of_process(beside);
     let root = root_of(cgroup.directory());
-    let to = match own {
-        Ok(own) if root_of(own.directory()) == root => own.directory().to_owned(),
-        // This process is in the hierarchy's root.
+    let to = match other {
+        Ok(other) if root_of(other.directory()) == root => other.directory().to_owned(),
+        // It is in the hierarchy's root.
         _ => root,
     };
     file::write(&to.join("cgroup.procs"), &pid.to_string())

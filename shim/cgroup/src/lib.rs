@@ -185,12 +185,12 @@ impl Cgroup {
         freezer::thaw(self)
     }
 
-    /// Moves a process out of it, to where this process is.
+    /// Moves a process out of it, to where another one is.
     ///
     /// # Errors
     /// When a cgroup's file cannot be written.
-    pub fn expel(&self, pid: i32) -> Result<(), CgroupError> {
-        expel::expel(self, pid)
+    pub fn expel(&self, pid: i32, beside: i32) -> Result<(), CgroupError> {
+        expel::expel(self, pid, beside)
     }
 
     /// Bytes of memory that its limit, or that of a cgroup above it, leaves; None without a limit.

@@ -5,13 +5,15 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use protobuf::Message;
-use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_resp};
+use rust_criu::rust_criu_protobuf::rpc::{Criu_req, Criu_req_type, Criu_resp};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketFlags,
     SocketType,
 };
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
+
+use crate::notify::Stage;
 
 /// CRIU's answers are some hundred bytes; the longest holds an error of 1 KiB (`struct str_and_lock` in criu/log.c).
 const MAX_ANSWER: usize = 64 << 10;
@@ -96,4 +98,15 @@ fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Packet> {
         }
     }
     Ok((received.bytes, received.flags, descriptors))
+}
+
+/// What a message that criu sends to whoever drives it announces: a stage, with a process of the tree where it names one. None
+/// if it is another kind of message, or none.
+#[must_use]
+pub fn announced(message: &[u8]) -> Option<(Stage, Option<i32>)> {
+    let message = Criu_resp::parse_from_bytes(message).ok()?;
+    if message.type_() != Criu_req_type::NOTIFY {
+        return None;
+    }
+    Some((Stage::named(message.notify.script()), message.notify.pid))
 }

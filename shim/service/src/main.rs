@@ -59,6 +59,9 @@ usage: containerd-shim-gpusnap-v2 [flags] [start | delete]
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
+    if runtime::command::is_front(&name) {
+        return runtime::command::front_main(arguments);
+    }
     match arguments.next() {
         // The helper must come before any thread: it clones container processes without exec.
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),

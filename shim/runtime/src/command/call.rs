@@ -12,7 +12,7 @@ use reaper::{Child, Exit, Reaper};
 use serde::Serialize;
 use tempfile::TempDir;
 
-use super::{log, sys};
+use super::{front, log, sys};
 use crate::{Operation, ProcessIo, RuntimeError};
 
 /// Variables by which systemd speaks to the service it started. A runtime that finds them takes them for a wish of the
@@ -89,12 +89,14 @@ impl Call<'_> {
         self.finish(scratch, command).await
     }
 
-    /// Runs the program for something that leaves a process behind, and adopts that process.
+    /// Runs the program for something that leaves a process behind, and adopts that process. With `front`, the folder in which
+    /// criu will work, a tree that it restores is frozen.
     pub(super) async fn process(
         &self,
         scratch: &Scratch,
         mut arguments: Vec<OsString>,
         io: ProcessIo,
+        front: Option<&Path>,
     ) -> Result<Child, RuntimeError> {
         let pid_file = scratch.path(PID);
         arguments.extend(["--pid-file".into(), pid_file.clone().into()]);
@@ -103,6 +105,10 @@ impl Call<'_> {
         }
         arguments.push(self.container.into());
         let mut command = self.command(scratch, arguments);
+        if let Some(work) = front {
+            let put = front::put_before(&mut command, scratch.folder.path(), work);
+            put.map_err(|source| self.file("make a link in", scratch.folder.path().to_owned(), source))?;
+        }
         match io {
             ProcessIo::Fds { stdin, stdout, stderr } => command.stdin(stdin).stdout(stdout).stderr(stderr),
             ProcessIo::Terminal { .. } => {

@@ -51,7 +51,9 @@ impl Command {
             arguments.push("--no-pivot".into());
         }
         arguments.extend(flags(allow).map(OsString::from));
-        let restored = match call.process(&scratch, arguments, io).await {
+        let front = frozen.then_some(work.as_path());
+        let restored = match call.process(&scratch, arguments, io, front).await {
+            // One that is frozen already stays so.
             Ok(child) if frozen => freeze(&child).map(|()| child).map_err(|error| call.refused(error.to_string())),
             restored => restored,
         };

@@ -16,6 +16,7 @@
 
 mod call;
 mod checkpoint;
+mod front;
 mod log;
 #[allow(unsafe_code)]
 mod sys;
@@ -37,6 +38,7 @@ use crate::{
     CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RestoreRequest, RuntimeError,
 };
 use call::Call;
+pub use front::{front_main, is_front};
 
 /// A program with runc's command line.
 ///
@@ -109,7 +111,7 @@ impl Command {
         if no_new_keyring {
             arguments.push("--no-new-keyring".into());
         }
-        let result = call.process(&scratch, arguments, io).await;
+        let result = call.process(&scratch, arguments, io, None).await;
         if result.is_err()
             && let Err(error) = self.delete_now(&id).await
         {
@@ -125,7 +127,7 @@ impl Command {
         // A terminal without a socket to send it to, or the other way round, is refused with words nobody understands.
         process.set_terminal(Some(matches!(io, ProcessIo::Terminal { .. })));
         let file = scratch.write_json(&call, "process.json", &process)?;
-        call.process(&scratch, vec!["exec".into(), "--detach".into(), "--process".into(), file.into()], io).await
+        call.process(&scratch, vec!["exec".into(), "--detach".into(), "--process".into(), file.into()], io, None).await
     }
 
     async fn delete_now(&self, id: &str) -> Result<(), RuntimeError> {

@@ -22,7 +22,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cgroup::Cgroup;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
 use reaper::Child;
@@ -33,6 +32,7 @@ use super::helper;
 use super::helper::HostName;
 use super::helper::restore::Prepared;
 use super::protocol::{Join, Step};
+use crate::checkpoint::freeze_around;
 use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 impl Client {
@@ -203,18 +203,12 @@ impl NotifyRestore for Stages<'_> {
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
         let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
+        let own = i32::try_from(std::process::id()).unwrap_or_default();
         // criu holds every thread of the tree here, so that none runs before it is frozen.
-        let frozen = move |_: &_| freeze_around(criu, root).map_err(|error| error.to_string());
+        let frozen = move |_: &_| freeze_around(&[criu], root, own).map_err(|error| error.to_string());
         self.client.blocking(self.subject, frozen).await?;
         Ok(())
     }
-}
-
-/// Freezes the tree's cgroup, without criu, which made the tree there.
-fn freeze_around(criu: i32, root: i32) -> Result<(), cgroup::CgroupError> {
-    let cgroup = Cgroup::of_process(root)?;
-    cgroup.expel(criu)?;
-    cgroup.freeze()
 }
 
 /// Sends a terminal to whoever listens at a socket, as runtimes do at creation.

@@ -110,3 +110,22 @@ pub fn announced(message: &[u8]) -> Option<(Stage, Option<i32>)> {
     }
     Some((Stage::named(message.notify.script()), message.notify.pid))
 }
+
+/// A request that another program has made, with other descriptors for its folders: criu takes the numbers for those of
+/// whoever has made the socket. `exchange` gives a number for a number.
+///
+/// # Errors
+/// When it is no request, or a descriptor cannot be exchanged.
+pub fn with_other_folders(request: &[u8], mut exchange: impl FnMut(i32) -> io::Result<i32>) -> io::Result<Vec<u8>> {
+    let invalid = |error: protobuf::Error| io::Error::new(io::ErrorKind::InvalidData, error);
+    let mut request = Criu_req::parse_from_bytes(request).map_err(invalid)?;
+    if let Some(options) = request.opts.as_mut() {
+        for folder in [&mut options.images_dir_fd, &mut options.work_dir_fd] {
+            // -1 is none.
+            if let Some(number) = folder.filter(|number| *number >= 0) {
+                *folder = Some(exchange(number)?);
+            }
+        }
+    }
+    request.write_to_bytes().map_err(invalid)
+}

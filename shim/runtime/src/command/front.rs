@@ -9,12 +9,13 @@
 //!                         held back until the tree is frozen: pre-resume
 //! ```
 //!
-//! It adds nothing else. Where it fails or is killed, criu finds the socket closed, and undoes its work.
+//! It adds nothing else, but that the folders in a request are its own descriptors. Where it fails or is killed, criu finds the socket closed, and undoes its work.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
@@ -88,8 +89,8 @@ fn run(arguments: &[OsString]) -> io::Result<u8> {
     let Some(request) = receive(runtime.as_fd())? else { return Ok(1) };
     let mut child = command.spawn()?;
     drop(command);
-    let mut front = Front { runtime, criu, child: pid_of(&child), root: None, is_heard: true };
-    send(front.criu.as_fd(), request)?;
+    let mut front = Front { runtime, criu, child: pid_of(&child), folders: Vec::new(), root: None, is_heard: true };
+    front.ask(request)?;
     let forwarded = front.forward();
     drop(front);
     let status = child.wait()?;
@@ -119,6 +120,8 @@ struct Front {
     runtime: OwnedFd,
     criu: OwnedFd,
     child: i32,
+    /// The runtime's that criu is asked to use. It opens them by this process's descriptors.
+    folders: Vec<File>,
     /// Of the restored tree, once it is there.
     root: Option<i32>,
     /// The runtime may still say something.
@@ -126,6 +129,17 @@ struct Front {
 }
 
 impl Front {
+    fn ask(&mut self, (request, descriptors): Packet) -> io::Result<()> {
+        let runtime = rustix::process::getppid().map_or(0, Pid::as_raw_pid);
+        let request = criu::with_other_folders(&request, |number| {
+            let folder = File::open(format!("/proc/{runtime}/fd/{number}"))?;
+            let number = folder.as_raw_fd();
+            self.folders.push(folder);
+            Ok(number)
+        })?;
+        send(self.criu.as_fd(), (request, descriptors))
+    }
+
     /// Until criu has ended, and all that it said is told.
     fn forward(&mut self) -> io::Result<()> {
         let child = Pid::from_raw(self.child).ok_or(io::ErrorKind::NotFound)?;
@@ -152,7 +166,7 @@ impl Front {
                 return Ok(());
             } else if self.is_heard && !of_runtime.is_empty() {
                 match receive(self.runtime.as_fd())? {
-                    Some(message) => send(self.criu.as_fd(), message)?,
+                    Some(message) => self.ask(message)?,
                     None => {
                         self.is_heard = false;
                         rustix::net::shutdown(&self.criu, Shutdown::Write)?;

@@ -55,6 +55,9 @@ fn cases() -> Vec<Case> {
 /// long as all others together (default: the same).
 const CHECKPOINT_TARGETS: &str = "GPUSNAP_E2E_CHECKPOINT_TARGETS";
 
+/// Environment variable that leaves out all other tests.
+const ONLY_CHECKPOINTS: &str = "GPUSNAP_E2E_ONLY_CHECKPOINTS";
+
 fn checkpoint_cases() -> Vec<Case> {
     [
         checkpoint_ctr::cases(),
@@ -114,11 +117,13 @@ fn left_behind() -> BTreeSet<String> {
 /// All tests on all targets: first those that run beside others, then those that want to be alone.
 fn trials(list: &str) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
+    let only_checkpoints = std::env::var_os(ONLY_CHECKPOINTS).is_some();
     let with_checkpoints = Target::chosen(&std::env::var(CHECKPOINT_TARGETS).unwrap_or_default())?;
     for alone in [false, true] {
         for target in Target::chosen(list)? {
             let checkpoints = if with_checkpoints.contains(&target) { checkpoint_cases() } else { Vec::new() };
-            let cases = cases().into_iter().chain(checkpoints).filter(|case| case.alone == alone);
+            let others = if only_checkpoints { Vec::new() } else { cases() };
+            let cases = others.into_iter().chain(checkpoints).filter(|case| case.alone == alone);
             trials.extend(cases.map(|case| trial(case, target)));
         }
     }

@@ -162,6 +162,27 @@ fn runs_are_found_across_entries_and_cut_at_mappings_and_rseq_areas() {
 }
 
 #[test]
+fn a_process_or_a_thread_that_is_there_twice_is_refused() {
+    let trees: [&[(u64, u64, &[u64])]; 4] = [
+        &[(1, 0, &[1]), (1, 0, &[])],
+        &[(1, 0, &[1, 1])],
+        &[(1, 0, &[1]), (2, 1, &[1])],
+        &[(1, 0, &[1]), (2, 1, &[2])],
+    ];
+    for (tree, is_good) in trees.into_iter().zip([false, false, false, true]) {
+        let images = Images::new(tree);
+        core(&images, 1, None);
+        core(&images, 2, None);
+        images.process(1, &[(0..8, READ_WRITE, ANONYMOUS, PLAIN)], &[(0..8, PRESENT)]);
+        let found = runs(images.path(), PAGE, Inherited::Take).map_err(|error| error.to_string());
+        match found {
+            Ok(found) => assert!(is_good && found.len() == 1, "{tree:?}: {found:?}"),
+            Err(error) => assert!(!is_good && error.ends_with("a process is there twice"), "{tree:?}: {error}"),
+        }
+    }
+}
+
+#[test]
 fn only_plain_writable_memory_has_runs() {
     for (protection, flags, status, has) in [
         (READ_WRITE, ANONYMOUS, PLAIN, true),

@@ -183,6 +183,19 @@ fn a_process_or_a_thread_that_is_there_twice_is_refused() {
 }
 
 #[test]
+fn a_mapping_that_is_not_made_of_pages_is_refused() {
+    for (start, end) in [(0, 8 * PAGE - 1), (1, 8 * PAGE)] {
+        let images = Images::new(&[(1, 0, &[])]);
+        images.process(1, &[], &[(0..8, PRESENT)]);
+        let mut mm = vec![];
+        put_message(&mut mm, 14, &numbers(&[(1, start), (2, end), (5, READ_WRITE), (6, ANONYMOUS), (7, PLAIN)]));
+        images.write("mm-1.img", &MM, &[mm]);
+        let error = runs(images.path(), PAGE, Inherited::Take).unwrap_err().to_string();
+        assert!(error.ends_with("mm-1.img is damaged: a mapping is not made of pages"), "{error}");
+    }
+}
+
+#[test]
 fn only_plain_writable_memory_has_runs() {
     for (protection, flags, status, has) in [
         (READ_WRITE, ANONYMOUS, PLAIN, true),

@@ -51,9 +51,12 @@ testbed: ## Build (once) and start the test bed
 .PHONY: lint
 lint: deps $(TOOLS)/bin/cargo-deny ## Formatting, clippy, dependencies, shell scripts
 	cargo fmt --all --check
+	cargo fmt --manifest-path fuzz/Cargo.toml --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo fetch --locked # cargo-deny looks at what other platforms need as well
 	$(TOOLS)/bin/cargo-deny --offline check bans licenses sources
+	cargo fetch --locked --manifest-path fuzz/Cargo.toml
+	$(TOOLS)/bin/cargo-deny --offline --manifest-path fuzz/Cargo.toml --config deny.toml check bans licenses sources
 	git ls-files -z | xargs -0 grep -lE '^#!.*\bbash' -- | xargs shellcheck -x
 
 $(TOOLS)/bin/cargo-deny:
@@ -123,6 +126,12 @@ test-gpu: build fake-cuda ## GPU programs and failures on this machine's GPU; GP
 gpu-carry: build fake-cuda ## .gpu-carry/: what a bare GPU machine without network needs for tests/gpu/run
 	$(TESTBED) build
 	tests/gpu/pack
+
+# Not part of `test`: what it finds depends on how long it runs.
+.PHONY: fuzz
+fuzz: deps ## Parsers of bytes from elsewhere, fuzzed for FUZZ_SECONDS (30) each (fuzz/README.md)
+	packaging/build-deps g++
+	fuzz/run
 
 .PHONY: bench
 bench: build testbed ## Lifecycle, checkpoint and restore of a container, ours against runc's shim, interleaved

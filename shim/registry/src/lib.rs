@@ -25,3 +25,29 @@ pub use pull::{Pull, PullError, pull};
 pub use push::{PushError, push};
 pub use session::{Options, Patience};
 pub use target::{Target, TargetError};
+
+/// What fuzz targets call that nobody else outside has a use for.
+#[cfg(fuzzing)]
+pub mod fuzzing {
+    use std::time::Duration;
+
+    use reqwest::header::HeaderValue;
+
+    /// What an answer's body says of an error.
+    #[must_use]
+    pub fn said(body: &[u8]) -> Option<String> {
+        crate::session::said(body)
+    }
+
+    /// A `Retry-After` header.
+    #[must_use]
+    pub fn seconds(header: &[u8]) -> Option<Duration> {
+        crate::session::seconds(&HeaderValue::from_bytes(header).ok()?)
+    }
+
+    /// Foreign text as it is shown.
+    #[must_use]
+    pub fn one_line(text: &str) -> String {
+        crate::session::one_line(text)
+    }
+}

@@ -400,12 +400,12 @@ fn wrong(registry: &str, what: &str, reason: &str) -> RegistryError {
 }
 
 /// `Retry-After` in seconds; the other form, a date, is for caches.
-fn seconds(value: &HeaderValue) -> Option<Duration> {
+pub(crate) fn seconds(value: &HeaderValue) -> Option<Duration> {
     value.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }
 
 /// What an error's body says, fit to be shown.
-fn said(body: &[u8]) -> Option<String> {
+pub(crate) fn said(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice::<Envelope>(body) {
         Ok(Envelope { errors }) => {
             let error = errors.into_iter().next()?;

@@ -68,7 +68,11 @@ impl Index {
         Ok(Self(index))
     }
 
-    pub(crate) fn to_bytes(&self) -> Result<Vec<u8>, IndexError> {
+    /// What [`Index::parse`] reads. Equal indices give equal bytes.
+    ///
+    /// # Errors
+    /// One that is too large to be read back.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, IndexError> {
         let bytes = to_bytes(&self.0).map_err(IndexError::Json)?;
         if bytes.len() > DOCUMENT_LIMIT {
             return Err(IndexError::TooLarge);

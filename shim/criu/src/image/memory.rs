@@ -15,7 +15,7 @@
 //! (criu/pie/restorer.c), robust lists and the `clear_child_tid` of threads are addresses that the kernel follows when a
 //! thread ends, and frames of signals that were pending are written when it runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
@@ -160,6 +160,7 @@ fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     let mut reader = Reader::open(&path, &[COMMON_MAGIC, PSTREE_MAGIC])?;
     let mut processes = vec![];
     let mut tasks = 0;
+    let (mut pids, mut threads) = (BTreeSet::new(), BTreeSet::new());
     while let Some(entry) = reader.entry(MAX_ENTRY)? {
         let mut process = Process { pid: 0, parent: 0, threads: vec![] };
         let number = |value| i32::try_from(value).map_err(|_| damaged(&path, "a process has an impossible number"));
@@ -175,6 +176,10 @@ fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
         tasks += 1 + process.threads.len();
         if tasks > MAX_TASKS {
             return Err(damaged(&path, "it has too many processes"));
+        }
+        // Each would be read again, and all its memory be listed again.
+        if !pids.insert(process.pid) || !process.threads.iter().all(|thread| threads.insert(*thread)) {
+            return Err(damaged(&path, "a process is there twice"));
         }
         processes.push(process);
     }

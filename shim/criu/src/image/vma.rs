@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::image::pages::page_size;
 use crate::image::wire::{Field, Value, fields, first_entry, put_number, with_numbers};
 use crate::image::{COMMON_MAGIC, ImageError, MM_MAGIC, damaged};
 
@@ -70,6 +71,9 @@ impl<'a> Vma<'a> {
         })?;
         if vma.start >= vma.end {
             return Err(damaged(path, "a mapping has no length"));
+        }
+        if !vma.start.is_multiple_of(page_size()) || !vma.end.is_multiple_of(page_size()) {
+            return Err(damaged(path, "a mapping is not made of pages"));
         }
         Ok(vma)
     }

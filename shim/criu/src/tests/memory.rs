@@ -162,6 +162,40 @@ fn runs_are_found_across_entries_and_cut_at_mappings_and_rseq_areas() {
 }
 
 #[test]
+fn a_process_or_a_thread_that_is_there_twice_is_refused() {
+    let trees: [&[(u64, u64, &[u64])]; 4] = [
+        &[(1, 0, &[1]), (1, 0, &[])],
+        &[(1, 0, &[1, 1])],
+        &[(1, 0, &[1]), (2, 1, &[1])],
+        &[(1, 0, &[1]), (2, 1, &[2])],
+    ];
+    for (tree, is_good) in trees.into_iter().zip([false, false, false, true]) {
+        let images = Images::new(tree);
+        core(&images, 1, None);
+        core(&images, 2, None);
+        images.process(1, &[(0..8, READ_WRITE, ANONYMOUS, PLAIN)], &[(0..8, PRESENT)]);
+        let found = runs(images.path(), PAGE, Inherited::Take).map_err(|error| error.to_string());
+        match found {
+            Ok(found) => assert!(is_good && found.len() == 1, "{tree:?}: {found:?}"),
+            Err(error) => assert!(!is_good && error.ends_with("a process is there twice"), "{tree:?}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn a_mapping_that_is_not_made_of_pages_is_refused() {
+    for (start, end) in [(0, 8 * PAGE - 1), (1, 8 * PAGE)] {
+        let images = Images::new(&[(1, 0, &[])]);
+        images.process(1, &[], &[(0..8, PRESENT)]);
+        let mut mm = vec![];
+        put_message(&mut mm, 14, &numbers(&[(1, start), (2, end), (5, READ_WRITE), (6, ANONYMOUS), (7, PLAIN)]));
+        images.write("mm-1.img", &MM, &[mm]);
+        let error = runs(images.path(), PAGE, Inherited::Take).unwrap_err().to_string();
+        assert!(error.ends_with("mm-1.img is damaged: a mapping is not made of pages"), "{error}");
+    }
+}
+
+#[test]
 fn only_plain_writable_memory_has_runs() {
     for (protection, flags, status, has) in [
         (READ_WRITE, ANONYMOUS, PLAIN, true),

@@ -494,7 +494,8 @@ fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
         ensure!(!t.ctr().task(&["ls"]).ok()?.text().contains(&id), "it is still listed");
         Ok(())
     })?;
-    t.ctr().task(&["start", "--detach", "--null-io", &id]).ok()?;
+    // containerd may not be done with it when it lists it no more.
+    eventually("a new task", || t.ctr().task(&["start", "--detach", "--null-io", &id]).ok())?;
     counts_past(t, &id, 3)?;
     t.ctr().remove(&id)
 }

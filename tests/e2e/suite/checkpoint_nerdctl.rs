@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
 use e2e::{Case, Cmd, Test, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
 
-use crate::checkpoint_ctr::ticking;
+use crate::checkpoint_ctr::{NO_STATS, STOCK_2_4, ticking};
 use crate::nerdctl_life::nerdctl_cases;
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -18,7 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(checkpoints_are_listed_and_removed),
         case!(checkpoints_have_a_folder_of_their_own_by_default),
         case!(a_checkpoint_can_be_restored_twice),
-        case!(a_restored_container_works_with_every_nerdctl_command),
+        case!(a_restored_container_works_with_every_nerdctl_command).except_target(STOCK_2_4, NO_STATS),
         case!(logs_continue_after_a_restore),
         case!(a_restored_container_on_a_bridge_has_its_network),
         case!(a_container_checkpointed_by_ctr_into_a_folder_starts_from_there),

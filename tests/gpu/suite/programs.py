@@ -174,6 +174,9 @@ PORT = 9911
 @case(50)
 def http_under_load(suite):
     """A threaded HTTP server that is asked without pause while it is checkpointed, and again when it is restored."""
+    if suite.runtime == "runc":
+        suite.step("not with runc, which cannot be told to close connections")
+        return
 
     def load(server):
         reference = server.ask("reference")["values"]

@@ -157,20 +157,21 @@ fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
     let folder = Path::new("/var/tmp/e2e-shims").join(shim.name());
     let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
     if !installed.contains(&folder) {
-        install(&folder, shim.binary())?;
+        install(&folder, "containerd-shim-gpusnap-v2", shim.binary())?;
+        install(&folder, "gpusnap", "gpusnap")?;
         installed.push(folder.clone());
     }
     Ok(Some(folder))
 }
 
-/// Where this run has put our binary already.
+/// Where this run has put our binaries already.
 static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-fn install(folder: &Path, name: &str) -> Result<()> {
+fn install(folder: &Path, program: &str, name: &str) -> Result<()> {
     let built = std::env::var_os(SHIM_DIR)
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/release"), PathBuf::from)
-        .join("containerd-shim-gpusnap-v2");
-    ensure!(built.exists(), "{} does not exist: build it with `cargo build --release`", built.display());
+        .join(program);
+    ensure!(built.exists(), "{} does not exist: build it with `make build`", built.display());
     fs::create_dir_all(folder)?;
     // Renamed into place, because a shim of an earlier run may still execute the old file.
     let new = folder.join(".new");

@@ -114,15 +114,16 @@ fn a_checkpoint_whose_snapshot_is_gone_says_so(t: &Test) -> Result<()> {
 }
 
 /// `gpusnap`, which is beside our shim.
-fn gpusnap(t: &Test, args: &[&str]) -> Result<Cmd> {
+pub(crate) fn gpusnap(t: &Test, args: &[&str]) -> Result<Cmd> {
     let shim = fs::canonicalize(t.bed().shim_binary()?)?;
     Ok(Cmd::new(shim.with_file_name("gpusnap").to_string_lossy()).args(args))
 }
 
 /// The name of the snapshot of this container, which has one.
-fn snapshot_of(t: &Test, id: &str) -> Result<String> {
+pub(crate) fn snapshot_of(t: &Test, id: &str) -> Result<String> {
     let listed: Value = serde_json::from_slice(&gpusnap(t, &["ls", "--json"])?.ok()?.stdout)?;
-    let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["name"].as_str());
+    let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["names"].as_array()).flatten();
+    let names = names.filter_map(Value::as_str);
     let mut names = names.filter(|name| name.starts_with(&format!("default/{id}.")));
     names.next().map(str::to_owned).with_context(|| format!("no snapshot of {id} in {listed}"))
 }

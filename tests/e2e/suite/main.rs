@@ -15,6 +15,7 @@ mod bad_input;
 mod checkpoint_cri;
 mod checkpoint_ctr;
 mod checkpoint_faults;
+mod checkpoint_kills;
 mod checkpoint_memory;
 mod checkpoint_nerdctl;
 mod checkpoint_workloads;
@@ -66,6 +67,7 @@ fn checkpoint_cases() -> Vec<Case> {
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),
         checkpoint_memory::cases(),
+        checkpoint_kills::cases(),
         gpu::cases(),
     ]
     .into_iter()

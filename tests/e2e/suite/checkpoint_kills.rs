@@ -1,0 +1,184 @@
+//! The node's store of snapshots, when programs that use it are killed.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use e2e::target::Shim;
+use e2e::{Case, Cmd, Test, case, eventually, proc};
+
+use crate::checkpoint_cri::registry;
+use crate::checkpoint_ctr::{counts_past, hold_memory_with};
+use crate::checkpoint_memory::{gpusnap, snapshot_of};
+
+pub(crate) fn cases() -> Vec<Case> {
+    let through_images = "all memory goes through the images, by runc";
+    let case = case!(the_store_is_whole_whoever_is_killed_and_when).alone();
+    vec![case.except(Shim::Stock, through_images).except(Shim::GpusnapRunc, through_images)]
+}
+
+const MEGABYTES: u32 = 256;
+
+/// How often somebody is killed: `GPUSNAP_E2E_KILLS`, or as often as each does each thing once.
+fn kills() -> Result<u32> {
+    match std::env::var("GPUSNAP_E2E_KILLS") {
+        Ok(text) => text.parse().with_context(|| format!("GPUSNAP_E2E_KILLS={text}")),
+        Err(_) => Ok(12),
+    }
+}
+
+/// What uses the store, and who of it is killed in turns.
+const STEPS: [(Step, &[&str]); 4] = [
+    (Step::Checkpoint, &["memory-worker", "criu", "containerd-shim"]),
+    (Step::Push, &["gpusnap"]),
+    (Step::Pull, &["gpusnap"]),
+    (Step::Restore, &["memory-worker", "criu", "containerd-shim"]),
+];
+
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Checkpoint,
+    Push,
+    Pull,
+    Restore,
+}
+
+/// A container, its checkpoint, and a second container to be made of it.
+struct Scene<'t> {
+    t: &'t Test,
+    id: String,
+    to: String,
+    image: String,
+    target: String,
+}
+
+fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
+    let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
+    let target = format!("{}/{id}:kept", registry()?);
+    let scene = Scene { t, id, to, image, target };
+    let mut usual = Vec::new();
+    for (step, _) in STEPS {
+        scene.prepare(step)?;
+        let begin = Instant::now();
+        scene.command(step)?.ok().with_context(|| format!("{step:?}, undisturbed"))?;
+        usual.push(begin.elapsed());
+        scene.succeeds(step)?;
+    }
+    let mut killed = 0;
+    for kill in 0..kills()? {
+        let number = usize::try_from(kill)? % STEPS.len();
+        let (step, roles) = STEPS[number];
+        let role = roles[usize::try_from(kill)? / STEPS.len() % roles.len()];
+        // Spread over the time that it takes, and nowhere twice: multiples of the golden ratio, in 1024ths.
+        let moment = usual[number] * (kill * 633 % 1024) / 1024;
+        let what = || format!("kill {kill}: of {role} {moment:?} after the begin of {step:?}");
+        killed += scene.struck(step, role, moment).with_context(what)?;
+    }
+    eprintln!("e2e: {}: {killed} programs killed", t.target());
+    ensure!(killed > 0, "there was nothing to kill");
+    scene.remove_snapshots()
+}
+
+impl Scene<'_> {
+    /// What has to be there, or must not be, before a step.
+    fn prepare(&self, step: Step) -> Result<()> {
+        match step {
+            Step::Checkpoint => {
+                self.t.ctr().cmd().args(&["image", "rm", &self.image]).run()?;
+                self.remove_snapshots()?;
+                if !self.runs()? {
+                    self.forget(&self.id)?;
+                    hold_memory_with(self.t, &self.id, &[], MEGABYTES)?;
+                }
+            }
+            Step::Push => {}
+            Step::Pull => self.remove_snapshots()?,
+            // The other has the cgroup that it needs.
+            Step::Restore => {
+                self.forget(&self.id)?;
+                self.forget(&self.to)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&self, step: Step) -> Result<Cmd> {
+        Ok(match step {
+            Step::Checkpoint => self.t.ctr().checkpoint(&self.id, &self.image),
+            Step::Push => gpusnap(self.t, &["push", &snapshot_of(self.t, &self.id)?, &self.target])?,
+            Step::Pull => gpusnap(self.t, &["pull", &self.target, &format!("default/{}.pulled", self.id)])?,
+            Step::Restore => self.t.ctr().restore(&self.to, &self.image),
+        })
+    }
+
+    /// What a step was for, when it was done.
+    fn succeeds(&self, step: Step) -> Result<()> {
+        match step {
+            Step::Checkpoint => counts_past(self.t, &self.id, 3).map(drop),
+            Step::Push => Ok(()),
+            Step::Pull => snapshot_of(self.t, &self.id).map(drop),
+            Step::Restore => {
+                counts_past(self.t, &self.to, 3)?;
+                self.forget(&self.to)
+            }
+        }
+    }
+
+    /// Kills somebody during a step, and sees that the store is whole, and that the step can be done again. How many were
+    /// killed.
+    fn struck(&self, step: Step, role: &str, moment: Duration) -> Result<usize> {
+        self.prepare(step)?;
+        let running = self.command(step)?.spawn()?;
+        std::thread::sleep(moment);
+        let id = if matches!(step, Step::Restore) { &self.to } else { &self.id };
+        let is_it = |pid: &u32| {
+            let line = proc::cmdline(*pid);
+            let program = line.split(' ').next().and_then(|path| path.rsplit('/').next());
+            let is_shim = role == "containerd-shim" && line.contains(role) && line.contains(id.as_str());
+            let is_named = proc::read(*pid, "comm").is_ok_and(|name| name.trim() == role);
+            is_shim || is_named || line.split(' ').nth(1) == Some(role) || program == Some(role)
+        };
+        let killed = proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
+        // It may have been done all the same.
+        running.wait()?;
+        gpusnap(self.t, &["verify"])?.ok().context("the store")?;
+        if matches!(step, Step::Checkpoint) {
+            ensure!(role == "containerd-shim" || self.runs()?, "the container does not run any more");
+        }
+        if matches!(step, Step::Pull) && snapshot_of(self.t, &self.id).is_ok() {
+            return Ok(killed);
+        }
+        if !matches!(step, Step::Pull) {
+            self.prepare(step)?;
+        }
+        self.command(step)?.ok().context("a second try")?;
+        self.succeeds(step)?;
+        gpusnap(self.t, &["verify"])?.ok().context("the store after a second try")?;
+        Ok(killed)
+    }
+
+    fn runs(&self) -> Result<bool> {
+        let tasks = self.t.ctr().task(&["ls"]).ok()?.text();
+        let of = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        Ok(tasks
+            .lines()
+            .map(of)
+            .any(|row| row.first() == Some(&self.id) && row.get(2).is_some_and(|is| is == "RUNNING")))
+    }
+
+    fn remove_snapshots(&self) -> Result<()> {
+        while let Ok(name) = snapshot_of(self.t, &self.id) {
+            gpusnap(self.t, &["rm", "--wait", &name])?.ok()?;
+        }
+        Ok(())
+    }
+
+    /// Removes a container, of which there may be anything.
+    fn forget(&self, id: &str) -> Result<()> {
+        let ctr = self.t.ctr();
+        if !ctr.cmd().args(&["container", "ls", "-q"]).ok()?.text().lines().any(|line| line == id) {
+            return Ok(());
+        }
+        // containerd may not be done yet with one whose shim was killed.
+        eventually(&format!("{id} to be removed"), || ctr.remove(id))
+    }
+}

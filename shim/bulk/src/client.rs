@@ -14,7 +14,7 @@ use snapshot::Pointer;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
-use crate::protocol::{Failure, Filled, Node, Order, Publish, Published, Report, Restored, Saved, Source, Staging};
+use crate::protocol::{Failure, Node, Order, Publish, Published, Report, Restored, Saved, Source, Staging};
 use crate::worker::WORKER;
 
 /// Why memory could not be moved.
@@ -117,7 +117,7 @@ impl Worker {
     ///
     /// # Errors
     /// When the snapshot is damaged, or memory cannot be written. The processes are of no use then.
-    pub async fn fill(&mut self, processes: Vec<Restored>, timeline: &Timeline) -> Result<Filled, BulkError> {
+    pub async fn fill(&mut self, processes: Vec<Restored>, timeline: &Timeline) -> Result<(), BulkError> {
         match self.order(&Order::Fill { processes }, timeline).await? {
             Report::Filled(filled) => Ok(filled?),
             _ => Err(BulkError::Died),

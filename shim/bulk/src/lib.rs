@@ -19,8 +19,6 @@ mod worker;
 
 pub use client::{BulkError, Worker};
 pub use inline::is_inline;
-pub use protocol::{
-    Failure, Filled, Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging,
-};
+pub use protocol::{Failure, Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};
 pub use save::LEAST_MEMORY;
 pub use worker::{WORKER, worker_main};

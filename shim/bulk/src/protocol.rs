@@ -29,7 +29,7 @@ pub(crate) enum Report {
     Published(Result<Option<Published>, Failure>),
     Withdrawn(Result<(), Failure>),
     Opened(Result<(), Failure>),
-    Filled(Result<Filled, Failure>),
+    Filled(Result<(), Failure>),
 }
 
 /// Where a node looks for snapshots.
@@ -167,11 +167,4 @@ pub struct Restored {
     pub pid: i32,
     /// In the pid namespace of the shim.
     pub process: i32,
-}
-
-/// What was filled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Filled {
-    /// Bytes, without those that are zero.
-    pub bytes: u64,
 }

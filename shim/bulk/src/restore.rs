@@ -12,7 +12,7 @@ use snapshot::{
 };
 
 use crate::inline;
-use crate::protocol::{Because, Failure, Filled, Node, Restored, Source};
+use crate::protocol::{Because, Failure, Node, Restored, Source};
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;
@@ -72,12 +72,10 @@ impl Restoring {
         Ok(Self { table, packs, control, _snapshot: snapshot })
     }
 
-    pub(crate) fn fill(&self, processes: &[Restored]) -> Result<Filled, Failure> {
+    pub(crate) fn fill(&self, processes: &[Restored]) -> Result<(), Failure> {
         let processes: Vec<(i32, i32)> = processes.iter().map(|of| (of.pid, of.process)).collect();
         let into = Destination { processes: &processes, ready: &|_| () };
-        memory::fill(&self.table, &self.packs, &into, &self.control).because("cannot put its memory back")?;
-        let statistics = self.table.statistics();
-        Ok(Filled { bytes: statistics.memory - statistics.zero })
+        memory::fill(&self.table, &self.packs, &into, &self.control).because("cannot put its memory back")
     }
 }
 

@@ -36,6 +36,10 @@ use bed::{Bed, Sentence};
 use world::{Which, World};
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|name| runtime::command::is_front(&name)) {
+        return runtime::command::front_main(arguments);
+    }
     // The embedded runtime starts this very binary for each of its steps.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == runtime::libcontainer::HELPER) {
         return runtime::libcontainer::helper_main();

@@ -51,7 +51,9 @@ impl Command {
             arguments.push("--no-pivot".into());
         }
         arguments.extend(flags(allow).map(OsString::from));
-        let front = frozen.then_some(work.as_path());
+        // crun keeps a process of its own in the container's cgroup until criu is done. It would be frozen, and crun wait for it.
+        let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
+        let front = (frozen && !is_crun).then_some(work.as_path());
         let restored = match call.process(&scratch, arguments, io, front).await {
             // One that is frozen already stays so.
             Ok(child) if frozen => freeze(&child).map(|()| child).map_err(|error| call.refused(error.to_string())),

@@ -176,14 +176,18 @@ impl Front {
         }
     }
 
+    /// Freezes the tree, but not criu, and not this process, which the runtime has moved to its cgroup.
+    fn freeze(&self, root: i32) -> io::Result<()> {
+        let own = i32::try_from(std::process::id()).unwrap_or_default();
+        let runtime = rustix::process::getppid().map_or(0, Pid::as_raw_pid);
+        freeze_around(&[own, self.child], root, runtime).map_err(io::Error::other)
+    }
+
     fn tell_runtime(&mut self, message: Packet) -> io::Result<()> {
         if let Some((stage, pid)) = criu::announced(&message.0) {
             self.root = pid.or(self.root);
             if let (Stage::PreResume, Some(root)) = (stage, self.root) {
-                let own = i32::try_from(std::process::id()).unwrap_or_default();
-                let parent = rustix::process::getppid().map_or(0, Pid::as_raw_pid);
-                // Both are in the container's cgroup.
-                freeze_around(&[own, self.child], root, parent).map_err(io::Error::other)?;
+                self.freeze(root)?;
             }
         }
         match send(self.runtime.as_fd(), message) {

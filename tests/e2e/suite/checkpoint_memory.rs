@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(memory_can_be_left_in_the_images),
         case!(a_memory_worker_that_is_killed_leaves_the_container_running).alone(),
         case!(a_checkpoint_whose_snapshot_is_gone_says_so).alone(),
+        case!(a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot),
         case!(a_snapshot_that_the_node_lacks_is_pulled),
         case!(a_registry_that_lacks_the_snapshot_too_is_named),
     ];
@@ -126,6 +127,19 @@ pub(crate) fn snapshot_of(t: &Test, id: &str) -> Result<String> {
     let names = names.filter_map(Value::as_str);
     let mut names = names.filter(|name| name.starts_with(&format!("default/{id}.")));
     names.next().map(str::to_owned).with_context(|| format!("no snapshot of {id} in {listed}"))
+}
+
+fn a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    let before = hold_memory_with(t, &id, &[], MEGABYTES)?;
+    // It looks like an earlier checkpoint, which cannot be removed as one.
+    let folder = t.folder()?.join("image");
+    fs::create_dir_all(folder.join("inventory.img"))?;
+    let refused = t.ctr().checkpoint_task(&id, &["--image-path", &folder.to_string_lossy()]).run()?.expect_failure()?;
+    ensure_has!(refused.stderr, "publish the checkpoint");
+    let left = snapshot_of(t, &id);
+    ensure!(left.is_err(), "a snapshot is left: {left:?}");
+    counts_past(t, &id, before + 10).map(drop)
 }
 
 fn a_snapshot_that_the_node_lacks_is_pulled(t: &Test) -> Result<()> {

@@ -228,10 +228,18 @@ impl Work {
             return Err(published.err().unwrap_or_else(|| error.into()));
         }
         fate.killed = *exit;
-        settled?;
-        let memory = published.inspect_err(|_| self.timeline.enter(timeline.current()))?;
+        let moved = match settled {
+            Ok(()) => published.inspect_err(|_| self.timeline.enter(timeline.current()))?,
+            Err(error) => {
+                if let (Some(memory), Ok(Some(published))) = (&mut memory, &published) {
+                    memory.withdraw(self, published).await;
+                }
+                return Err(error);
+            }
+        };
         self.timeline.enter(Phase::Publish);
-        let manifest = Manifest::new(&self.id, self.runtime_name.clone(), *allow, gpu, memory, &self.timeline);
+        let runtime_name = self.runtime_name.clone();
+        let manifest = Manifest::new(&self.id, runtime_name, *allow, gpu, moved.clone(), &self.timeline);
         let written = manifest.write(draft.folder());
         let published = match written {
             Ok(()) => draft.publish(),
@@ -243,7 +251,13 @@ impl Work {
             }
             Err(error) => Err(error),
         };
-        published.map_err(at("publish the checkpoint in", folder))?;
+        if let Err(error) = published {
+            // Of one that has ended it is all that there is.
+            if let (Some(memory), Some(moved), false) = (&mut memory, &moved, *exit) {
+                memory.withdraw(self, moved).await;
+            }
+            return Err(at("publish the checkpoint in", folder)(error));
+        }
         log.remove();
         Ok(())
     }

@@ -8,6 +8,7 @@ import time
 from .bed import Failed, cmdline, numbers
 from .core import case
 from .machine import STORE
+from .overhead import driver
 from .programs import same
 
 IMAGES = {"gpusnap.dev/memory": "images"}
@@ -39,6 +40,32 @@ def moved(suite, which, annotations, number, *program):
     return about["took"], again["create"] + again["start"]
 
 
+def moved_by_hand(suite, number, *program):
+    """The stock sequence: driver calls by hand, and `runc checkpoint` and `runc restore` by runc's own shim."""
+    source = suite.container(f"hand-{number}", *program, stock=True)
+    source.start()
+    first = source.ask("answer")
+    source.ask("go")
+    pid, begin = source.init(), time.monotonic()
+    driver(suite, "lock", pid)
+    driver(suite, "checkpoint", pid)
+    saved = time.monotonic() - begin
+    about = source.checkpoint("c", leave=False)
+    source.ended()
+    suite.step("by hand: checkpointed", driver=saved, **about)
+    restored, again = source.restored("c", f"hand-{number}-restored")
+    pid, begin = restored.init(), time.monotonic()
+    driver(suite, "restore", pid)
+    driver(suite, "unlock", pid)
+    back = time.monotonic() - begin
+    same(restored.ask("answer"), first, "restored")
+    suite.step("by hand: restored", driver=back, **again)
+    restored.forget("c")
+    restored.remove()
+    restored.nothing_left()
+    return saved + about["took"], again["create"] + again["start"] + back
+
+
 def resident(suite, which, container):
     total = 0
     for pid in container.pids():
@@ -47,9 +74,12 @@ def resident(suite, which, container):
     suite.step(f"{which}: resident", pss=total)
 
 
-def compared(suite, rounds, *program):
+def compared(suite, rounds, *program, by_hand=False):
     series = {}
     for number in range(rounds):
+        if by_hand:
+            for name, seconds in zip(("checkpoint", "restore"), moved_by_hand(suite, number, *program)):
+                series.setdefault(f"by hand: {name}", []).append(seconds)
         for which, annotations in (("ours", {}), ("plain", IMAGES)):
             for name, seconds in zip(("checkpoint", "restore"), moved(suite, which, annotations, number, *program)):
                 series.setdefault(f"{which}: {name}", []).append(seconds)
@@ -57,16 +87,16 @@ def compared(suite, rounds, *program):
         suite.step(name, median=statistics.median(values), least=min(values), most=max(values))
 
 
-@case(120, alone=True, default=False)
+@case(200, alone=True, default=False)
 def bulk_28g(suite):
-    """28 GiB of random tensors, once in the store and once in the images."""
-    compared(suite, 1, "tensors.py", "28")
+    """26 GiB of random tensors (28 GB): the stock sequence, in the store, in the images."""
+    compared(suite, 1, "tensors.py", "26", by_hand=True)
 
 
 @case(60, alone=True, default=False, fake=True)
 def bulk_small(suite):
     """1 GiB, three times each."""
-    compared(suite, 3, *(("gpu.py", "--size", "64") if suite.fake else ("tensors.py", "1")))
+    compared(suite, 3, *(("gpu.py", "--size", "64") if suite.fake else ("tensors.py", "1")), by_hand=True)
 
 
 @case(200, alone=True, default=False)

@@ -4,7 +4,8 @@
 #
 #   checkpoint.sh [ROUNDS [SIZE...]]      default 10 rounds, 10 and 1024 MB of random memory
 #
-# FORKS=7 is a tree of 8 processes that share this memory, of which each changes an eighth. VARIANTS chooses from runc-shim,
+# With FORKS=7 in its environment (`testbed in env FORKS=7 ...`) it is a tree of 8 processes that share this memory, of which
+# each changes an eighth. VARIANTS chooses from runc-shim,
 # gpusnap-libcontainer (big memory in the node store), gpusnap-images (all of it in CRIU's images) and gpusnap-runc. Images
 # and store are on the same disk; its cache is warm.
 #
@@ -52,7 +53,9 @@ for child in range(1, processes):
     if os.fork() == 0:
         own = child
         break
-for at in range(own << 12, len(memory) if processes > 1 else 0, processes << 12): memory[at] ^= 1
+part = len(memory) // processes
+if processes > 1:
+    for at in range(own * part, own * part + part, 4096): memory[at] ^= 1
 open(f'/ready-{own}', 'w').close()
 while True: time.sleep(1)"
   until ctr task exec --exec-id ready "$2" sh -c "cd / && [ \$(ls -d ready-* | wc -l) = $((forks + 1)) ]" 2>/dev/null; do sleep 0.05; done

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use crate::{Cmd, PYTHON, Skip, Test, eventually};
 
@@ -33,6 +34,36 @@ fn checkout() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+/// Nodes that every GPU needs.
+const COMMON: [&str; 2] = ["/dev/nvidiactl", "/dev/nvidia-uvm"];
+
+/// The driver's libraries: where they are, where containers see them, and the folder that the loader needs there.
+struct Driver {
+    source: PathBuf,
+    target: String,
+    library: String,
+}
+
+fn driver() -> Result<Driver> {
+    let Some(source) = simulated() else {
+        return Ok(Driver { source: REAL.into(), target: REAL.into(), library: format!("{REAL}/lib64") });
+    };
+    static NODES: OnceLock<Result<(), String>> = OnceLock::new();
+    let nodes = checkout().join("tests/fake-cuda/nodes");
+    let make = || Cmd::new(nodes.to_string_lossy()).args(&["/dev", "2"]).ok();
+    let made = NODES.get_or_init(|| make().map(drop).map_err(|error| format!("{error:#}")));
+    made.clone().map_err(anyhow::Error::msg)?;
+    Ok(Driver { source, target: "/opt/cuda".into(), library: "/opt/cuda".into() })
+}
+
+fn program() -> Result<String> {
+    Ok(bind(&checkout().join(PROGRAM).canonicalize().context("the GPU program")?, "/opt/programs"))
+}
+
+fn bind(source: &Path, target: &str) -> String {
+    format!("type=bind,src={},dst={target},options=rbind:ro", source.display())
+}
+
 /// Containers with GPUs.
 pub struct Gpu<'a> {
     test: &'a Test,
@@ -53,29 +84,44 @@ impl<'a> Gpu<'a> {
     /// # Errors
     /// A [`Skip`] where there are not as many.
     pub fn several(test: &'a Test, count: usize) -> Result<Self> {
-        let (library, mount) = match simulated() {
-            Some(folder) => {
-                static NODES: OnceLock<Result<(), String>> = OnceLock::new();
-                let nodes = checkout().join("tests/fake-cuda/nodes");
-                let make = || Cmd::new(nodes.to_string_lossy()).args(&["/dev", "2"]).ok();
-                NODES
-                    .get_or_init(|| make().map(drop).map_err(|e| format!("{e:#}")))
-                    .clone()
-                    .map_err(anyhow::Error::msg)?;
-                ("/opt/cuda".to_owned(), format!("type=bind,src={},dst=/opt/cuda,options=rbind:ro", folder.display()))
-            }
-            None => (format!("{REAL}/lib64"), format!("type=bind,src={REAL},dst={REAL},options=rbind:ro")),
-        };
+        let Driver { source, target, library } = driver()?;
         let nodes: Vec<String> = (0..count).map(|minor| format!("/dev/nvidia{minor}")).collect();
         if !nodes.iter().all(|node| Path::new(node).exists()) {
             return Err(Skip::because(format!("there are no {count} GPUs, real or simulated ({SIMULATED})")));
         }
-        let common = ["/dev/nvidiactl", "/dev/nvidia-uvm"].map(str::to_owned);
-        let program = checkout().join(PROGRAM).canonicalize().context("the GPU program")?;
-        let program = format!("type=bind,src={},dst=/opt/programs,options=rbind:ro", program.display());
-        let mut options = vec!["--mount".to_owned(), mount, "--mount".to_owned(), program];
+        let mut options = vec!["--mount".to_owned(), bind(&source, &target), "--mount".to_owned(), program()?];
         options.extend(["--env".to_owned(), format!("LD_LIBRARY_PATH={library}")]);
-        options.extend(nodes.into_iter().chain(common).flat_map(|node| ["--device".to_owned(), node]));
+        options
+            .extend(nodes.into_iter().chain(COMMON.map(str::to_owned)).flat_map(|node| ["--device".to_owned(), node]));
+        Ok(Self { test, options })
+    }
+
+    /// With one GPU, by the Container Device Interface: a file says which nodes, mounts and variables that means.
+    ///
+    /// # Errors
+    /// A [`Skip`] where there is none.
+    pub fn by_cdi(test: &'a Test) -> Result<Self> {
+        // It looks whether there is one, and makes it if it is simulated.
+        Self::one(test)?;
+        let Driver { source, target, library } = driver()?;
+        let node = |path: &str| json!({ "path": path });
+        let mount = json!({ "hostPath": source, "containerPath": target, "options": ["rbind", "ro"] });
+        let interface = json!({
+            "cdiVersion": "0.6.0",
+            "kind": "e2e.test/gpu",
+            "devices": [{ "name": "0", "containerEdits": { "deviceNodes": [node("/dev/nvidia0")] } }],
+            "containerEdits": {
+                "deviceNodes": COMMON.map(node),
+                "env": [format!("LD_LIBRARY_PATH={library}")],
+                "mounts": [mount],
+            },
+        });
+        let folder = Path::new("/run/cdi");
+        std::fs::create_dir_all(folder)?;
+        let new = folder.join(format!(".{}", test.id("cdi")));
+        std::fs::write(&new, interface.to_string())?;
+        std::fs::rename(new, folder.join("e2e.json"))?;
+        let options = ["--mount", &program()?, "--device", "e2e.test/gpu=0"].map(str::to_owned).to_vec();
         Ok(Self { test, options })
     }
 

@@ -14,6 +14,7 @@ pub(crate) fn cases() -> Vec<Case> {
     let cases = vec![
         case!(a_gpu_program_computes_on_after_its_checkpoint),
         case!(a_restored_gpu_program_computes_on_where_it_was),
+        case!(a_gpu_program_whose_gpu_comes_by_cdi_is_restored),
         case!(a_restored_gpu_program_can_be_checkpointed_again),
         case!(a_gpu_checkpoint_that_exits_ends_the_task),
         case!(a_paused_gpu_container_stays_paused_after_its_checkpoint),
@@ -59,6 +60,15 @@ fn a_restored_gpu_program_computes_on_where_it_was(t: &Test) -> Result<()> {
     let before = gpu.rounds(&id)?;
     t.ctr().moves(&id, &to)?;
     ensure!(gpu.rounds(&to)? >= before, "it began again");
+    gpu.computes(&to)
+}
+
+fn a_gpu_program_whose_gpu_comes_by_cdi_is_restored(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::by_cdi(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &["--size", "64", "--pinned"])?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)?;
+    t.ctr().moves(&id, &to)?;
     gpu.computes(&to)
 }
 

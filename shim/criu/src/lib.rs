@@ -60,5 +60,5 @@ pub use orphan::end_orphans;
 pub use probe::Features;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
-pub use transport::{announced, with_other_folders};
+pub use transport::{Packet, announced, receive_packet, with_other_folders};
 pub use version::{CONTAINERD_MINIMUM, MINIMUM, Version};

@@ -50,54 +50,55 @@ impl Channel {
 
     /// The next message, or None when the other end is closed.
     pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
-        let mut bytes = vec![0; MAX_ANSWER];
-        let receive = || receive(self.0.as_fd(), &mut bytes);
-        let packet = self.0.async_io(Interest::READABLE, receive).await?;
-        parse(&bytes, packet)
+        let receive = || receive_packet(self.0.as_fd(), MAX_ANSWER);
+        self.0.async_io(Interest::READABLE, receive).await?.map(parse).transpose()
     }
 
     /// A message that has arrived already. None if there is none.
     pub(crate) fn received(&self) -> io::Result<Option<Received>> {
-        let mut bytes = vec![0; MAX_ANSWER];
-        match receive(self.0.as_fd(), &mut bytes) {
-            Ok(packet) => parse(&bytes, packet),
+        match receive_packet(self.0.as_fd(), MAX_ANSWER) {
+            Ok(packet) => packet.map(parse).transpose(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
         }
     }
 }
 
-/// Its length, 0 at the end of the conversation, and what came with it.
-type Packet = (usize, ReturnFlags, Vec<OwnedFd>);
+/// A message and the descriptors beside it.
+pub type Packet = (Vec<u8>, Vec<OwnedFd>);
 
-fn parse(bytes: &[u8], (length, flags, descriptors): Packet) -> io::Result<Option<Received>> {
-    let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-    if length == 0 {
-        return Ok(None);
-    }
-    if flags.contains(ReturnFlags::TRUNC) {
-        return Err(invalid(format!("it is longer than {MAX_ANSWER} bytes")));
-    }
-    let message = Criu_resp::parse_from_bytes(&bytes[..length]).map_err(|error| invalid(error.to_string()))?;
-    Ok(Some(Received { message, descriptors }))
+fn parse((bytes, descriptors): Packet) -> io::Result<Received> {
+    let message = Criu_resp::parse_from_bytes(&bytes);
+    let message = message.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.to_string()))?;
+    Ok(Received { message, descriptors })
 }
 
-fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Packet> {
+/// The next message on a socket to or from criu, or None when the other end is closed.
+///
+/// # Errors
+/// When it is longer than `most` bytes, or there is none yet on a socket that does not wait.
+pub fn receive_packet(socket: BorrowedFd<'_>, most: usize) -> io::Result<Option<Packet>> {
+    let mut bytes = vec![0; most];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut into = [IoSliceMut::new(bytes)];
+    let mut into = [IoSliceMut::new(&mut bytes)];
     let received = match rustix::net::recvmsg(socket, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-        // criu died with our answer unread. That is an end like any other.
-        Err(rustix::io::Errno::CONNRESET) => return Ok((0, ReturnFlags::empty(), vec![])),
+        // The other end died with what was sent to it unread. That is an end like any other.
+        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
         other => other?,
     };
+    if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        let what = format!("it is longer than {most} bytes, or has more than {MAX_DESCRIPTORS} descriptors");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
     let mut descriptors = vec![];
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(sent) = message {
             descriptors.extend(sent);
         }
     }
-    Ok((received.bytes, received.flags, descriptors))
+    bytes.truncate(received.bytes);
+    Ok((!bytes.is_empty()).then_some((bytes, descriptors)))
 }
 
 /// What a message that criu sends to whoever drives it announces: a stage, with a process of the tree where it names one. None

@@ -13,7 +13,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -21,11 +21,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 
 use command_fds::{CommandFdExt, FdMapping};
-use criu::Stage;
+use criu::{Packet, Stage, receive_packet};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
 };
 use rustix::process::{Pid, PidfdFlags};
 
@@ -86,7 +85,7 @@ fn run(arguments: &[OsString]) -> io::Result<u8> {
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     command.fd_mappings(vec![FdMapping { parent_fd: theirs, child_fd: number }]).map_err(io::Error::other)?;
     // The runtime moves this process to the container's cgroup before it asks for anything, and criu has to be there too.
-    let Some(request) = receive(runtime.as_fd())? else { return Ok(1) };
+    let Some(request) = receive_packet(runtime.as_fd(), MAX_MESSAGE)? else { return Ok(1) };
     let mut child = command.spawn()?;
     drop(command);
     let mut front = Front { runtime, criu, child: pid_of(&child), folders: Vec::new(), root: None, is_heard: true };
@@ -112,9 +111,6 @@ fn real() -> io::Result<PathBuf> {
 fn pid_of(child: &Child) -> i32 {
     i32::try_from(child.id()).unwrap_or_default()
 }
-
-/// A message and the descriptors beside it.
-type Packet = (Vec<u8>, Vec<OwnedFd>);
 
 struct Front {
     runtime: OwnedFd,
@@ -157,7 +153,7 @@ impl Front {
             }
             let [of_criu, of_end, of_runtime] = polled.map(|polled| polled.revents());
             if of_criu.contains(PollFlags::IN) || of_criu.contains(PollFlags::HUP) {
-                match receive(self.criu.as_fd())? {
+                match receive_packet(self.criu.as_fd(), MAX_MESSAGE)? {
                     Some(message) => self.tell_runtime(message)?,
                     // Helpers that it forks keep the socket open when it is killed, but not the other way round.
                     None => return Ok(()),
@@ -165,7 +161,7 @@ impl Front {
             } else if !of_end.is_empty() {
                 return Ok(());
             } else if self.is_heard && !of_runtime.is_empty() {
-                match receive(self.runtime.as_fd())? {
+                match receive_packet(self.runtime.as_fd(), MAX_MESSAGE)? {
                     Some(message) => self.ask(message)?,
                     None => {
                         self.is_heard = false;
@@ -199,32 +195,6 @@ impl Front {
             sent => sent,
         }
     }
-}
-
-/// The next message; None when the other end is closed.
-fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
-    let mut bytes = vec![0; MAX_MESSAGE];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut into = [IoSliceMut::new(&mut bytes)];
-    let received = match rustix::net::recvmsg(socket, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
-        received => received?,
-    };
-    if received.flags.contains(ReturnFlags::TRUNC) || received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("a message is longer than {MAX_MESSAGE} bytes"),
-        ));
-    }
-    let mut descriptors = vec![];
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(sent) = message {
-            descriptors.extend(sent);
-        }
-    }
-    bytes.truncate(received.bytes);
-    Ok((!bytes.is_empty()).then_some((bytes, descriptors)))
 }
 
 fn send(socket: BorrowedFd<'_>, (bytes, descriptors): Packet) -> io::Result<()> {

@@ -285,7 +285,9 @@ impl<'a, H: Host> Session<'a, H> {
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         let begin = Instant::now();
-        for tries in 1.. {
+        let mut tries = 0;
+        loop {
+            tries += 1;
             let failure = match self.suspend_thawed(begin, patience, limit) {
                 Ok(suspended) => return Ok(suspended),
                 Err(failure) => failure,
@@ -303,7 +305,6 @@ impl<'a, H: Host> Session<'a, H> {
             self.host.thaw()?;
             self.host.sleep(INITIALISING);
         }
-        Err(SessionError::Restless)
     }
 
     fn enter(&mut self, phase: Phase) {

@@ -216,27 +216,22 @@ impl Work {
             }
             None => (dump.await, Ok(None)),
         };
+        if (dumped.is_err() || settled.is_err())
+            && let (Some(memory), Ok(Some(published))) = (&mut memory, &published)
+        {
+            memory.withdraw(self, published).await;
+        }
         if let Err(error) = dumped {
             // Where containerd's own shim leaves it, and its users look for it.
             if let Err(error) = std::fs::copy(log.path().join(LOG), self.bundle.join("criu-dump.log")) {
                 tracing::debug!("container {}: no log of the failed dump: {error}", self.id);
             }
-            if let (Some(memory), Ok(Some(published))) = (&mut memory, &published) {
-                memory.withdraw(self, published).await;
-            }
             // A refusal of the images is what the dump failed for.
             return Err(published.err().unwrap_or_else(|| error.into()));
         }
         fate.killed = *exit;
-        let moved = match settled {
-            Ok(()) => published.inspect_err(|_| self.timeline.enter(timeline.current()))?,
-            Err(error) => {
-                if let (Some(memory), Ok(Some(published))) = (&mut memory, &published) {
-                    memory.withdraw(self, published).await;
-                }
-                return Err(error);
-            }
-        };
+        settled?;
+        let moved = published.inspect_err(|_| self.timeline.enter(timeline.current()))?;
         self.timeline.enter(Phase::Publish);
         let runtime_name = self.runtime_name.clone();
         let manifest = Manifest::new(&self.id, runtime_name, *allow, gpu, moved.clone(), &self.timeline);

@@ -80,6 +80,14 @@ pub fn all() -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
+/// All processes of this name, or that were started with it as their first argument.
+pub fn acting_as(role: &str) -> Vec<u32> {
+    let is_it = |pid: &u32| {
+        read(*pid, "comm").is_ok_and(|name| name.trim() == role) || cmdline(*pid).split(' ').nth(1) == Some(role)
+    };
+    all().into_iter().filter(is_it).collect()
+}
+
 /// Direct children.
 pub fn children(pid: u32) -> Vec<u32> {
     all().into_iter().filter(|child| parent(*child).is_ok_and(|p| p == pid)).collect()

@@ -26,12 +26,15 @@ fn kills() -> Result<u32> {
     }
 }
 
+/// The shim of the step's container; of others in the bed none is killed.
+const SHIM: &str = "containerd-shim";
+
 /// What uses the store, and who of it is killed in turns.
 const STEPS: [(Step, &[&str]); 4] = [
-    (Step::Checkpoint, &["memory-worker", "criu", "containerd-shim"]),
+    (Step::Checkpoint, &["memory-worker", "criu", SHIM]),
     (Step::Push, &["gpusnap"]),
     (Step::Pull, &["gpusnap"]),
-    (Step::Restore, &["memory-worker", "criu", "containerd-shim"]),
+    (Step::Restore, &["memory-worker", "criu", SHIM]),
 ];
 
 #[derive(Clone, Copy, Debug)]
@@ -85,7 +88,7 @@ impl Scene<'_> {
             Step::Checkpoint => {
                 self.t.ctr().cmd().args(&["image", "rm", &self.image]).run()?;
                 self.remove_snapshots()?;
-                if !self.runs()? {
+                if !self.runs() {
                     self.forget(&self.id)?;
                     hold_memory_with(self.t, &self.id, &[], MEGABYTES)?;
                 }
@@ -130,19 +133,20 @@ impl Scene<'_> {
         let running = self.command(step)?.spawn()?;
         std::thread::sleep(moment);
         let id = if matches!(step, Step::Restore) { &self.to } else { &self.id };
-        let is_it = |pid: &u32| {
+        let is_shim = |pid: &u32| {
             let line = proc::cmdline(*pid);
-            let program = line.split(' ').next().and_then(|path| path.rsplit('/').next());
-            let is_shim = role == "containerd-shim" && line.contains(role) && line.contains(id.as_str());
-            let is_named = proc::read(*pid, "comm").is_ok_and(|name| name.trim() == role);
-            is_shim || is_named || line.split(' ').nth(1) == Some(role) || program == Some(role)
+            line.contains(SHIM) && line.contains(id.as_str())
         };
-        let killed = proc::all().into_iter().filter(is_it).filter(|pid| proc::kill(*pid).is_ok()).count();
+        let victims = match role {
+            SHIM => proc::all().into_iter().filter(is_shim).collect(),
+            _ => proc::acting_as(role),
+        };
+        let killed = victims.into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
         // It may have been done all the same.
         running.wait()?;
         gpusnap(self.t, &["verify"])?.ok().context("the store")?;
         if matches!(step, Step::Checkpoint) {
-            ensure!(role == "containerd-shim" || self.runs()?, "the container does not run any more");
+            ensure!(role == SHIM || self.runs(), "the container does not run any more");
         }
         if matches!(step, Step::Pull) && snapshot_of(self.t, &self.id).is_ok() {
             return Ok(killed);
@@ -156,13 +160,8 @@ impl Scene<'_> {
         Ok(killed)
     }
 
-    fn runs(&self) -> Result<bool> {
-        let tasks = self.t.ctr().task(&["ls"]).ok()?.text();
-        let of = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-        Ok(tasks
-            .lines()
-            .map(of)
-            .any(|row| row.first() == Some(&self.id) && row.get(2).is_some_and(|is| is == "RUNNING")))
+    fn runs(&self) -> bool {
+        self.t.ctr().status(&self.id).is_ok_and(|status| status == "RUNNING")
     }
 
     fn remove_snapshots(&self) -> Result<()> {

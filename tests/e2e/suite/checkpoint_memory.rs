@@ -90,8 +90,7 @@ fn a_memory_worker_that_is_killed_leaves_the_container_running(t: &Test) -> Resu
     let client = t.ctr().checkpoint(&id, &t.id("checkpoint")).spawn()?;
     eventually("a worker to kill", || {
         ensure!(proc::alive(client.pid()), "it is over: {} {}", client.stdout(), client.stderr());
-        let is_worker = |pid: &u32| proc::cmdline(*pid).split(' ').nth(1) == Some("memory-worker");
-        proc::kill(proc::all().into_iter().find(is_worker).context("none yet")?)
+        proc::kill(*proc::acting_as("memory-worker").first().context("none yet")?)
     })?;
     client.wait()?.expect_failure()?;
     counts_past(t, &id, before + 5)?;

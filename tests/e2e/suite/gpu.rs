@@ -314,21 +314,16 @@ fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
     let gpu = if gpu.is_simulated() { gpu.fails("lock-ms=150,checkpoint-ms=300,restore-ms=150")? } else { gpu };
     let id = t.id("g");
     gpu.start(&id, &["--size", "64"])?;
-    let is_it = |pid: &u32| {
-        proc::read(*pid, "comm").is_ok_and(|name| name.trim() == role)
-            || proc::cmdline(*pid).split(' ').nth(1) == Some(role)
-    };
-    let victims = || proc::all().into_iter().filter(is_it).collect::<Vec<_>>();
     let mut killed = 0;
     for after in after_ms {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
         // Looked for often: some live for some tens of milliseconds.
-        while victims().is_empty() && proc::alive(checkpoint.pid()) {
+        while proc::acting_as(role).is_empty() && proc::alive(checkpoint.pid()) {
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(*after));
-        killed += victims().into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
+        killed += proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
         // The checkpoint may have been taken all the same: what counts is the container.
         checkpoint.wait()?;
         ensure_eq!(t.ctr().status(&id)?, "RUNNING", "after a kill {after} ms after its start");

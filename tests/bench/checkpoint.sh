@@ -5,9 +5,8 @@
 #   checkpoint.sh [ROUNDS [SIZE...]]      default 10 rounds, 10 and 1024 MB of random memory
 #
 # With FORKS=7 in its environment (`testbed in env FORKS=7 ...`) it is a tree of 8 processes that share this memory, of which
-# each changes an eighth. VARIANTS chooses from runc-shim,
-# gpusnap-libcontainer (big memory in the node store), gpusnap-images (all of it in CRIU's images) and gpusnap-runc. Images
-# and store are on the same disk; its cache is warm.
+# each changes an eighth. VARIANTS chooses from runc-shim, gpusnap-libcontainer (big memory in the node store), gpusnap-images
+# (all of it in CRIU's images) and gpusnap-runc. Images and store are on the same disk; its cache is warm.
 #
 # to folder   ctr task checkpoint --image-path: what the shim does, and nothing else
 # to image   ctr container checkpoint --task: containerd packs the folder into its content store as well

@@ -16,8 +16,7 @@ IMAGES = {"gpusnap.dev/memory": "images"}
 
 def stored(suite):
     """Bytes that the store takes."""
-    status, text = suite.bed.tries("du", "-s", "--block-size=1", STORE)
-    return int(text.split()[0]) if status == 0 else 0
+    return int(suite.bed.run("du", "-s", "--block-size=1", STORE).split()[0])
 
 
 def moved(suite, which, annotations, number, *program):

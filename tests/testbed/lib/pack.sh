@@ -58,6 +58,8 @@ pack_files() {
 pack_base() {
   local info=root/var/lib/dpkg/info package
   echo .built
+  # Only a bed that has been up has them.
+  mkdir -p root/host root/opt/gpusnap-bed root/opt/containerd-2.4/bin
   find images ! -name python.tar
   printf 'root/%s\n' .packages .stamp bin sbin lib lib64 boot dev home host media mnt opt opt/containerd-2.4 opt/containerd-2.4/bin opt/gpusnap-bed \
     proc root run srv sys tmp usr usr/local usr/local/bin var var/lib var/log var/tmp var/cache

@@ -1,6 +1,8 @@
 """PyTorch tensors of random numbers with their checksums, and matrices that are multiplied on and on.
 
-    tensors.py GIB [--allocator native|async|expandable] [--pinned MIB]
+    tensors.py GIB [--allocator native|async|expandable] [--pinned MIB] [--zeros GIB]
+
+--zeros is one tensor more, all zero but for a value in every 64 MiB.
 """
 import argparse
 import os
@@ -11,6 +13,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("gib", type=float)
 parser.add_argument("--allocator", choices=("native", "async", "expandable"), default="native")
 parser.add_argument("--pinned", type=int, default=0)
+parser.add_argument("--zeros", type=int, default=0)
 options = parser.parse_args()
 if options.allocator != "native":
     setting = {"async": "backend:cudaMallocAsync", "expandable": "expandable_segments:True"}[options.allocator]
@@ -36,6 +39,8 @@ rotation = torch.linalg.qr(torch.randn(64, 64, device="cuda", dtype=torch.float6
 state = torch.eye(64, device="cuda", dtype=torch.float64)
 host = torch.randint(0, 256, (max(1, options.pinned) << 20,), dtype=torch.uint8)
 pinned = host.pin_memory() if options.pinned else None
+zeros = torch.zeros(options.zeros << 28, dtype=torch.int32, device="cuda")
+zeros[:: 1 << 24] = torch.arange(1, 16 * options.zeros + 1, dtype=torch.int32, device="cuda")
 turns = changes = 0
 
 
@@ -52,6 +57,9 @@ def answer():
     if pinned is not None:
         # The card reads it, and so does the processor.
         ok = ok and bool(torch.equal(pinned, host)) and bool(torch.equal(pinned.cuda(non_blocking=True).cpu(), host))
+    count = 16 * options.zeros
+    # Not in one sum: numbers of 64 bits are made of all first.
+    ok = ok and sum(map(total, zeros.split(CHUNK))) == total(zeros[:: 1 << 24]) == count * (count + 1) // 2
     return {"ok": ok, "same": asked.digest([value - changes * CHUNK for value in found])}
 
 

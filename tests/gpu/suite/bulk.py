@@ -7,7 +7,6 @@ import time
 
 from .bed import Failed, cmdline, numbers
 from .core import case
-from .machine import STORE
 from .overhead import driver
 from .programs import same
 
@@ -16,7 +15,7 @@ IMAGES = {"gpusnap.dev/memory": "images"}
 
 def stored(suite):
     """Bytes that the store takes."""
-    return int(suite.bed.run("du", "-s", "--block-size=1", STORE).split()[0])
+    return int(suite.bed.run("du", "-s", "--block-size=1", suite.machine.store).split()[0])
 
 
 def moved(suite, which, annotations, number, *program):
@@ -98,12 +97,28 @@ def bulk_small(suite):
     compared(suite, 3, *(("gpu.py", "--size", "64") if suite.fake else ("tensors.py", "1")), by_hand=True)
 
 
-@case(200, alone=True, default=False)
-def bulk_scaling(suite):
-    """Restores of 1, 4, 16 and 32 GiB."""
-    for gib in (1, 4, 16, 32):
+@case(60, alone=True, default=False)
+def bulk_zeros(suite):
+    """28 GiB in one tensor (30 GB), nearly all zero."""
+    moved(suite, "zeros", {}, 0, "tensors.py", "0.25", "--zeros", "28")
+
+
+def scaled(suite, *sizes):
+    for gib in sizes:
         took = moved(suite, f"{gib}-gib", {}, 0, "tensors.py", str(gib))
         suite.step(f"{gib} GiB", checkpoint=took[0], restore=took[1])
+
+
+@case(150, alone=True, default=False)
+def bulk_scaling(suite):
+    """Restores of 1, 4, 16 and 32 GiB."""
+    scaled(suite, 1, 4, 16, 32)
+
+
+@case(100, alone=True, default=False)
+def bulk_64g(suite):
+    """The same of 60 GiB (64 GB), which want 192 GB of the machine's memory."""
+    scaled(suite, 60)
 
 
 @case(200, alone=True, default=False)

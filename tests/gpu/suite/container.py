@@ -28,7 +28,7 @@ class Container:
         return self.program[0] == "gpu.py"
 
     def options(self):
-        options = self.suite.machine.options(self.tmp)
+        options = self.suite.machine.options(self.tmp, gpus=self.argument("--devices", 1))
         for name, value in self.settings.items():
             options += ["--env", f"{name}={value}"]
         for name, value in self.annotations.items():
@@ -65,7 +65,11 @@ class Container:
 
     def workers(self):
         """How many processes of gpu.py's have to compute as well."""
-        return int(self.program[self.program.index("--spawn") + 1]) if "--spawn" in self.program else 0
+        return self.argument("--spawn", 0)
+
+    def argument(self, name, otherwise):
+        """What a number among the program's arguments is."""
+        return int(self.program[self.program.index(name) + 1]) if name in self.program else otherwise
 
     def why(self):
         """Why it does not start: what it prints in another try."""

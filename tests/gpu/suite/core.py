@@ -31,13 +31,13 @@ def case(seconds, alone=False, fake=False, default=True):
 
 
 class Suite:
-    """`state`: what `run` has settled: {"bed": folder, "fake": folder or null, "runtime": ...}."""
+    """`state`: what `run` has settled: {"bed": folder, "fake": folder or null, "runtime": ..., "disk": bool}."""
 
     def __init__(self, state, case="", report=None):
         self.state, self.case = state, case
         self.bed = Bed(state["bed"])
         self.fake = pathlib.Path(state["fake"]) if state["fake"] else None
-        self.machine = Machine(self.bed, self.fake)
+        self.machine = Machine(self.bed, self.fake, state["disk"])
         self.runtime = state["runtime"]
         self.report = report or (lambda row: print(json.dumps(row), flush=True))
 

@@ -14,7 +14,6 @@ import time
 from .bed import IMAGE, REPO, WORK
 
 DRIVER = "/usr/local/nvidia"
-STORE = f"{WORK}-store"
 NOT_SHOWN = ("", "dev", "etc", "proc", "run", "sys", "tmp", "var")  # a container has its own
 PASSED_ON = ("CUDA", "NVIDIA", "NCCL", "NVSHMEM", "TORCH", "TRITON", "XLA", "JAX", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 
@@ -25,10 +24,11 @@ def memory():
 
 
 class Machine:
-    """`fake`: a folder with the simulated driver."""
+    """`fake`: a folder with the simulated driver. `disk`: the node's store is on the disk that the bed is on."""
 
-    def __init__(self, bed, fake=None):
-        self.bed, self.fake = bed, fake
+    def __init__(self, bed, fake=None, disk=False):
+        self.bed, self.fake, self.disk = bed, fake, disk
+        self.store = f"{WORK}-store-{'disk' if disk else 'memory'}"
         self.python = shutil.which("python3")
         found = [os.path.dirname(self.python), sys.base_prefix, "/usr/bin", "/opt", "/lib", *sys.path]
         found += [os.path.realpath(path) for path in found] + [os.path.realpath(self.python)]
@@ -104,9 +104,9 @@ class Machine:
             add("oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
             add("index.json", json.dumps({"schemaVersion": 2, "manifests": [manifest]}).encode())
 
-    def options(self, tmp, mounts_of="ctr"):
-        """Options of `ctr run` or `nerdctl run` for a container with the machine's software and its GPU, and a folder of the bed
-        as its /tmp, which has all that it writes."""
+    def options(self, tmp, mounts_of="ctr", gpus=1):
+        """Options of `ctr run` or `nerdctl run` for a container with the machine's software and its first GPUs, and a folder of
+        the bed as its /tmp, which has all that it writes."""
         self.bed.run("mkdir", "-p", f"{tmp}/home", timeout=10)
         binds = [(f"{WORK}/machine{path.replace('/', '+')}", path, "ro") for path in self.folders()]
         binds += [(f"{REPO}/tests/programs", "/programs", "ro"), (tmp, "/tmp", "rw")]
@@ -118,7 +118,7 @@ class Machine:
                 options += ["-v", f"{source}:{target}:{mode}"]
             else:
                 options += ["--mount", f"type=bind,src={source},dst={target},options=rbind:{mode}"]
-        for node in ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm"):
+        for node in (*(f"/dev/nvidia{minor}" for minor in range(gpus)), "/dev/nvidiactl", "/dev/nvidia-uvm"):
             options += ["--device", node]
         for name, value in self.environment().items():
             options += ["--env", f"{name}={value}"]
@@ -134,15 +134,16 @@ class Machine:
         return passed | {"PATH": path, "HOME": "/tmp/home", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def shim_environment(self):
-        store = [f"GPUSNAP_STORE={STORE}", f"GPUSNAP_QUOTA={memory() // 3}"]
+        store = [f"GPUSNAP_STORE={self.store}", f"GPUSNAP_QUOTA={memory() // 3}"]
         if not self.fake:
             return store
         return [*store, f"GPUSNAP_LIBCUDA={self.fake}/libcuda.so.1", f"GPUSNAP_NVML={self.fake}/libnvidia-ml.so.1"]
 
     def make_store(self):
-        """The node's store, in memory, as large as may be: what is measured is not the disk."""
-        self.bed.run("mkdir", "-p", STORE)
-        self.bed.run("mount", "-t", "tmpfs", "-o", f"huge=always,mode=700,size={memory() * 3 // 5}", "tmpfs", STORE)
+        """The node's store. In memory it is as large as may be: what is measured is not the disk then."""
+        self.bed.run("mkdir", "-p", self.store)
+        if not self.disk:
+            self.bed.run("mount", "-t", "tmpfs", "-o", f"huge=always,mode=700,size={memory() * 3 // 5}", "tmpfs", self.store)
 
     def driver_environment(self):
         """For a process on this side that calls the driver."""

@@ -224,3 +224,9 @@ def gpu_py_two_processes(suite):
 def gpu_py_front(suite):
     """A front without CUDA, two workers."""
     life(suite, "gpu.py", "--front", "--spawn", "2")
+
+
+@case(25, fake=True, default=False)
+def gpu_py_two_gpus(suite):
+    """One process on two GPUs, 1 GiB on each."""
+    life(suite, "gpu.py", "--devices", "2", "--size", "16" if suite.fake else "1024")

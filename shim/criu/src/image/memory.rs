@@ -58,10 +58,10 @@ pub enum Inherited {
     Take,
 }
 
-struct Process {
+pub(crate) struct Process {
     pid: i32,
     parent: i32,
-    threads: Vec<u64>,
+    pub(crate) threads: Vec<u64>,
 }
 
 /// All runs of at least `least` bytes that can be taken out of the images and filled after the restore. In the order of the
@@ -155,7 +155,7 @@ fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
     left
 }
 
-fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
+pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     let path = images.join(PSTREE);
     let mut reader = Reader::open(&path, &[COMMON_MAGIC, PSTREE_MAGIC])?;
     let mut processes = vec![];

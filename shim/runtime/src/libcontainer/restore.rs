@@ -35,6 +35,12 @@ use super::protocol::{Join, Step};
 use crate::checkpoint::freeze_around;
 use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
+/// Errors and warnings. All processes write to one log, each line at once, and at level 4 two lines for most pages: half of
+/// the restore of a tree of forked processes (docs/benchmarks.md).
+const LOG_LEVEL: i32 = 2;
+/// Environment variable with another, up to 4.
+const LOG_LEVEL_VARIABLE: &str = "GPUSNAP_CRIU_LOG_LEVEL";
+
 impl Client {
     pub(super) async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
         let client = self.clone();
@@ -113,7 +119,11 @@ impl Client {
             inherit,
             join_namespaces: prepared.joined,
             cgroup_roots: CgroupRoots::OfCriu,
-            options: criu::Options { evasive_devices: true, ..helper::criu_options(allow) },
+            options: criu::Options {
+                evasive_devices: true,
+                log_level: Some(log_level()),
+                ..helper::criu_options(allow)
+            },
             ..criu::RestoreRequest::default()
         };
         let restored = Criu::new(self.inner.reaper.clone()).restore(criu_request, &mut stages).await;
@@ -124,6 +134,11 @@ impl Client {
         }
         Ok(restored?.root)
     }
+}
+
+fn log_level() -> i32 {
+    let asked = std::env::var(LOG_LEVEL_VARIABLE).ok().and_then(|level| level.parse().ok());
+    asked.unwrap_or(LOG_LEVEL)
 }
 
 /// The new streams in place of the pipes that the dumped process had.

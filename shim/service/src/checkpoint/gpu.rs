@@ -23,14 +23,20 @@ pub(crate) struct SavedGpus {
 }
 
 impl SavedGpus {
-    /// None for a container without CUDA. `init` is a process in its mount namespace.
-    pub(crate) fn of(suspended: Suspended, init: i32) -> Option<Self> {
+    /// None for a container without CUDA. `given` are the devices of its configuration; where that has no GPU, because a hook
+    /// brought it, what the process `init` sees is all that is known.
+    pub(crate) fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
         if processes.is_empty() && cleaned == 0 {
             return None;
         }
         let Inventory { driver, gpus } = inventory.unwrap_or_default();
-        let mut gpus = of_nodes(gpus, &nodes_of(init));
+        // The driver's library makes nodes of all GPUs of the machine, where it may; it cannot open them.
+        let mut minors: Vec<u32> = given.iter().filter_map(DeviceNode::gpu_minor).collect();
+        if minors.is_empty() {
+            minors = nodes_of(init);
+        }
+        let mut gpus = of_nodes(gpus, &minors);
         for gpu in &mut gpus {
             gpu.processes.clear();
         }

@@ -38,7 +38,7 @@ use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 
 use super::big_memory::BigMemory;
 use super::{Actor, NodeStore, Status};
-use crate::checkpoint::{Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
+use crate::checkpoint::{DeviceNode, Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
 
 /// CRIU's name for its log of a dump.
@@ -80,6 +80,7 @@ impl Actor {
             child,
             cgroup,
             shm: self.shm.clone(),
+            devices: self.devices.clone(),
             reaper: self.context.reaper.clone(),
             store: self.context.store.clone(),
             paused,
@@ -123,6 +124,7 @@ pub(super) struct Work {
     pub(super) child: Child,
     pub(super) cgroup: Cgroup,
     shm: Option<Shm>,
+    devices: Vec<DeviceNode>,
     /// The container was paused before.
     pub(super) paused: bool,
     pub(super) reaper: Reaper,
@@ -272,7 +274,7 @@ impl Work {
         let mut suspended = suspending.suspend(init, self.paused, self.wishes.patience, GPU, &self.timeline).await?;
         *guardian = Some(suspending);
         let staging = std::mem::take(&mut suspended.staging);
-        Ok((SavedGpus::of(suspended, init), staging))
+        Ok((SavedGpus::of(suspended, &self.devices, init), staging))
     }
 
     /// Lets the container go as it was, or waits for its end.

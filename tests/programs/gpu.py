@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 # For compute capability 5.0 and up; newer GPUs compile it for themselves. The simulated driver knows the names.
 PTX = b"""
@@ -200,13 +201,18 @@ class Children:
     def __init__(self):
         self.forked, self.spawned = [], []
 
-    def fork(self, count):
+    def fork(self, count, ballast):
+        """With so many MiB of memory each, unlike anybody's, which they look at again and again."""
         parent = os.getpid()
         for _ in range(count):
             pid = os.fork()
             if pid == 0:
+                own = random.randbytes(ballast << 20)
+                first = zlib.crc32(own)
                 while os.getppid() == parent:
-                    time.sleep(PERIOD)
+                    if zlib.crc32(own) != first:
+                        os._exit(1)
+                    time.sleep(PERIOD if ballast == 0 else 5 * PERIOD)
                 os._exit(0)
             self.forked.append(pid)
 
@@ -272,7 +278,7 @@ class Program:
             for_workers += [f"--{flag}"] if getattr(options, flag) else []
         for_workers += ["--log", options.log] if options.log else []
         self.children.spawn(max(options.spawn, int(options.front)), for_workers)
-        self.children.fork(options.fork)
+        self.children.fork(options.fork, options.ballast)
 
     def poll(self):
         """A thread that reads driver memory without the driver's lock. Nothing is known that has the real one do so."""
@@ -334,6 +340,7 @@ def main():
     parser.add_argument("--managed", action="store_true", help="also managed memory, which no checkpoint can save")
     parser.add_argument("--spin", type=int, default=3000, metavar="MS", help="how long SIGUSR1's kernel runs")
     parser.add_argument("--fork", type=int, default=0, metavar="N", help="children forked after CUDA has started")
+    parser.add_argument("--ballast", type=int, default=0, metavar="MIB", help="memory of each of these")
     parser.add_argument("--spawn", type=int, default=0, metavar="N", help="child processes that use CUDA themselves")
     parser.add_argument("--front", action="store_true", help="no CUDA in this process, only in spawned ones")
     parser.add_argument("--poll", action="store_true", help="a thread that reads driver memory (simulated driver only)")

@@ -31,6 +31,15 @@ pub enum BulkError {
     Died,
 }
 
+/// How much of what is to be filled is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filled {
+    /// The processes that were to come first have all their memory.
+    First,
+    /// All have.
+    All,
+}
+
 /// A process that moves the memory of one container, in one direction. It ends when this is dropped, and what it has not
 /// finished is gone then.
 #[derive(Debug)]
@@ -96,7 +105,8 @@ impl Worker {
         }
     }
 
-    /// Finds the snapshot that images in a folder belong to, pulls it if it is not there, and begins to read it.
+    /// Finds the snapshot that images in a folder belong to, pulls it if it is not there, and begins to read it. Says what of
+    /// its staging memory the caller may fill by itself, processes by their pids in their own namespaces.
     ///
     /// # Errors
     /// When there is none, it cannot be pulled, or it is damaged.
@@ -106,19 +116,38 @@ impl Worker {
         images: PathBuf,
         node: Node,
         timeline: &Timeline,
-    ) -> Result<(), BulkError> {
+    ) -> Result<Option<Saved>, BulkError> {
         match self.order(&Order::Open { source, images, node }, timeline).await? {
             Report::Opened(opened) => Ok(opened?),
             _ => Err(BulkError::Died),
         }
     }
 
-    /// Puts its memory into processes that stand still, in this order.
+    /// Puts its memory into processes that stand still, in this order. Ends when all is done, or when those that come `first`
+    /// have theirs and much of the others' is missing. With `staging`, all that there is; else without what [`Self::open`] said.
     ///
     /// # Errors
     /// When the snapshot is damaged, or memory cannot be written. The processes are of no use then.
-    pub async fn fill(&mut self, processes: Vec<Restored>, timeline: &Timeline) -> Result<(), BulkError> {
-        match self.order(&Order::Fill { processes }, timeline).await? {
+    pub async fn fill(
+        &mut self,
+        processes: Vec<Restored>,
+        first: usize,
+        staging: bool,
+        timeline: &Timeline,
+    ) -> Result<Filled, BulkError> {
+        match self.order(&Order::Fill { processes, first, staging }, timeline).await? {
+            Report::FilledFirst => Ok(Filled::First),
+            Report::Filled(filled) => Ok(filled.map(|()| Filled::All)?),
+            _ => Err(BulkError::Died),
+        }
+    }
+
+    /// Waits until the rest is filled.
+    ///
+    /// # Errors
+    /// As for [`Self::fill`].
+    pub async fn fill_rest(&mut self, timeline: &Timeline) -> Result<(), BulkError> {
+        match self.report(timeline).await.ok_or(BulkError::Died)? {
             Report::Filled(filled) => Ok(filled?),
             _ => Err(BulkError::Died),
         }
@@ -133,6 +162,10 @@ impl Worker {
         let mut line = serde_json::to_vec(order).ok()?;
         line.push(b'\n');
         self.socket.get_mut().write_all(&line).await.ok()?;
+        self.report(timeline).await
+    }
+
+    async fn report(&mut self, timeline: &Timeline) -> Option<Report> {
         let mut answer = String::new();
         loop {
             answer.clear();

@@ -17,7 +17,7 @@ mod restore;
 mod save;
 mod worker;
 
-pub use client::{BulkError, Worker};
+pub use client::{BulkError, Filled, Worker};
 pub use inline::is_inline;
 pub use protocol::{Failure, Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};
 pub use save::LEAST_MEMORY;

@@ -11,12 +11,26 @@ use snapshot::{Config, Name, Pointer};
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Order {
-    Begin { store: PathBuf, quota: Option<u64> },
-    Save { staging: Vec<Staging> },
+    Begin {
+        store: PathBuf,
+        quota: Option<u64>,
+    },
+    Save {
+        staging: Vec<Staging>,
+    },
     Publish(Box<Publish>),
     Withdraw(Pointer),
-    Open { source: Source, images: PathBuf, node: Node },
-    Fill { processes: Vec<Restored> },
+    Open {
+        source: Source,
+        images: PathBuf,
+        node: Node,
+    },
+    /// Those that come `first` are wanted before the others. Without `staging`, somebody else fills staging memory.
+    Fill {
+        processes: Vec<Restored>,
+        first: usize,
+        staging: bool,
+    },
 }
 
 /// What it says meanwhile, and in the end.
@@ -28,7 +42,10 @@ pub(crate) enum Report {
     Saved(Result<Saved, Failure>),
     Published(Result<Option<Published>, Failure>),
     Withdrawn(Result<(), Failure>),
-    Opened(Result<(), Failure>),
+    /// Staging memory that somebody else may fill.
+    Opened(Result<Option<Saved>, Failure>),
+    /// Those that were to come first have all their memory, and much of the others' is missing.
+    FilledFirst,
     Filled(Result<(), Failure>),
 }
 
@@ -96,7 +113,7 @@ pub struct Saved {
 /// Where the staging memory of a process is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SavedStaging {
-    /// In the pid namespace of the shim.
+    /// In the pid namespace of the shim; of one that is not restored yet in its own.
     pub process: i32,
     /// All of it, in order of addresses.
     pub pieces: Vec<Piece>,

@@ -3,19 +3,29 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use memory::{Control, Destination, Pack, SegmentTable};
+use memory::{Control, Destination, Pack, Place, Process, Segment, SegmentTable};
 use phase::Phase;
 use snapshot::{
     GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Pointer, Reference, ResolveError, SEGMENTS_TYPE, Snapshot, SnapshotError, Store,
 };
 
 use crate::inline;
-use crate::protocol::{Because, Failure, Node, Restored, Source};
+use crate::protocol::{Because, Failure, Node, Restored, Saved, SavedStaging, Source};
+use crate::save::piece;
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;
+
+/// With less than this left to fill, in bytes, nobody starts anything beside it: that is some 5 ms.
+const LEAST_REST: u64 = 64 << 20;
+
+/// Less staging memory than this, in bytes, is filled in the time that it takes to map files.
+const LEAST_STAGING: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
+/// As many pieces of it can be mapped in the time that is gained.
+const MOST_PIECES: usize = 2000;
 
 /// The command line, beside the shim or in the PATH.
 const COMMAND: &str = "gpusnap";
@@ -24,6 +34,8 @@ const COMMAND: &str = "gpusnap";
 pub(crate) struct Restoring {
     table: SegmentTable,
     packs: Arc<Vec<Pack>>,
+    /// How many of them, the first ones, have staging memory, as far as is known.
+    of_staging: usize,
     control: Arc<Control>,
     /// Kept so that nobody removes it.
     _snapshot: Option<Snapshot>,
@@ -36,13 +48,13 @@ impl Restoring {
         node: &Node,
         began: &mut dyn FnMut(Phase),
     ) -> Result<Self, Failure> {
-        let (table, packs, snapshot) = match source {
+        let (table, packs, of_staging, snapshot) = match source {
             Source::Inline => {
                 let table = inline::segments(images).because("cannot read the memory beside the images")?;
                 let table = parse(&table)?;
                 let packs = (0..table.packs().len()).map(|index| Pack::open(&inline::pack(images, index)));
                 let packs: Result<Vec<_>, _> = packs.collect();
-                (table, packs.because("the memory beside the images is damaged")?, None)
+                (table, packs.because("the memory beside the images is damaged")?, 0, None)
             }
             Source::Snapshot(pointer) => {
                 let snapshot = find_or_pull(pointer, node, began)?;
@@ -60,7 +72,7 @@ impl Restoring {
                             .because("the snapshot of its memory is damaged")
                     })
                     .collect();
-                (table, packs?, Some(snapshot))
+                (table, packs?, snapshot.layers_of(GPU_MEMORY_TYPE).count(), Some(snapshot))
             }
         };
         let (packs, control) = (Arc::new(packs), Arc::new(Control::new()));
@@ -69,14 +81,67 @@ impl Restoring {
         let _ = thread::Builder::new()
             .name("prefetch".into())
             .spawn(move || memory::prefetch(&to_read, PREFETCH, &reading));
-        Ok(Self { table, packs, control, _snapshot: snapshot })
+        Ok(Self { table, packs, of_staging, control, _snapshot: snapshot })
     }
 
-    pub(crate) fn fill(&self, processes: &[Restored]) -> Result<(), Failure> {
-        let processes: Vec<(i32, i32)> = processes.iter().map(|of| (of.pid, of.process)).collect();
-        let into = Destination { processes: &processes, ready: &|_| () };
-        memory::fill(&self.table, &self.packs, &into, &self.control).because("cannot put its memory back")
+    /// Staging memory that the driver may begin to read from files, before it is filled: if it is worth that, and the files
+    /// are in memory.
+    pub(crate) fn staging(&self) -> Option<Saved> {
+        let packs = &self.packs[..self.of_staging];
+        let of = |process: &Process| SavedStaging {
+            process: process.pid,
+            pieces: process.segments.iter().filter(|segment| self.is_staging(segment)).map(piece).collect(),
+        };
+        let mut processes: Vec<SavedStaging> = self.table.processes().iter().map(of).collect();
+        processes.retain(|process| !process.pieces.is_empty());
+        let pieces = processes.iter().flat_map(|process| &process.pieces);
+        let (bytes, count) = pieces.fold((0, 0), |(bytes, count), piece| (bytes + piece.length, count + 1));
+        let is_worth_it = bytes >= LEAST_STAGING && count <= MOST_PIECES && memory::are_in_memory(packs);
+        let files = packs.iter().map(|pack| pack.path().to_owned()).collect();
+        is_worth_it.then_some(Saved { files, processes })
     }
+
+    fn is_staging(&self, segment: &Segment) -> bool {
+        matches!(segment.place, Place::Pack { index, .. } if usize::try_from(index).is_ok_and(|index| index < self.of_staging))
+    }
+
+    /// Says when the first of them are filled, if there is enough left to do then.
+    pub(crate) fn fill(
+        &self,
+        processes: &[Restored],
+        first: usize,
+        staging: bool,
+        filled_first: &(dyn Fn() + Sync),
+    ) -> Result<(), Failure> {
+        let table = if staging { self.table.clone() } else { self.without_staging()? };
+        let processes: Vec<(i32, i32)> = processes.iter().map(|of| (of.pid, of.process)).collect();
+        let (early, late) = processes.split_at(first.min(processes.len()));
+        let rest: u64 = late.iter().flat_map(|(pid, _)| table.segments(*pid)).filter_map(stored).sum();
+        let missing = AtomicUsize::new(early.len());
+        let ready = |pid| {
+            let is_early = early.iter().any(|(of, _)| *of == pid);
+            // Only what that says is used, and it is said once.
+            if is_early && missing.fetch_sub(1, Ordering::Relaxed) == 1 && rest >= LEAST_REST {
+                filled_first();
+            }
+        };
+        let into = Destination { processes: &processes, ready: &ready };
+        memory::fill(&table, &self.packs, &into, &self.control).because("cannot put its memory back")
+    }
+
+    fn without_staging(&self) -> Result<SegmentTable, Failure> {
+        let mut processes = self.table.processes().to_vec();
+        for process in &mut processes {
+            process.segments.retain(|segment| !self.is_staging(segment));
+        }
+        let table = SegmentTable::new(self.table.packs().to_vec(), processes);
+        table.because("the table of its memory is damaged")
+    }
+}
+
+/// How long a segment is that has to be written.
+fn stored(segment: &Segment) -> Option<u64> {
+    matches!(segment.place, Place::Pack { .. }).then_some(segment.length)
 }
 
 /// From the node's store, or the one that it was published in; else it is pulled into the node's.
@@ -143,7 +208,55 @@ fn parse(bytes: &[u8]) -> Result<SegmentTable, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
+    use memory::{Draft, FileSource, Saved as SavedMemory, save_files};
+
     use super::*;
+
+    /// Memory of process 7 at this address, each chunk unlike the others.
+    fn saved(folder: &Path, prefix: &str, address: u64, length: usize) -> SavedMemory {
+        let path = folder.join(format!("{prefix}.pages"));
+        let bytes: Vec<u8> = (0..length).map(|at| u8::try_from((at / 65536 + 1) % 251).unwrap()).collect();
+        std::fs::write(&path, bytes).unwrap();
+        let (file, length) = (File::open(&path).unwrap(), u64::try_from(length).unwrap());
+        let source = FileSource { file: &file, path: &path, offset: 0, pid: 7, address, length };
+        let draft = Draft { folder: folder.to_owned(), prefix: prefix.to_owned() };
+        save_files(&[source], &draft, &Control::new()).unwrap()
+    }
+
+    /// Staging memory of so many bytes, and as much other memory.
+    fn restoring(folder: &Path, length: usize) -> Restoring {
+        let (gpu, host) = (saved(folder, "gpu", 0x1000_0000, length), saved(folder, "host", 0x5000_0000, length));
+        let packs = gpu.packs.iter().chain(&host.packs).map(|path| Pack::open(path).unwrap()).collect();
+        Restoring {
+            of_staging: gpu.packs.len(),
+            table: gpu.table.merge(host.table).unwrap(),
+            packs: Arc::new(packs),
+            control: Arc::new(Control::new()),
+            _snapshot: None,
+        }
+    }
+
+    #[test]
+    fn staging_memory_can_be_filled_by_somebody_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let restoring = restoring(folder.path(), 2 << 20);
+        let staging = restoring.staging().unwrap();
+        assert_eq!(staging.files, [restoring.packs[0].path()]);
+        let [SavedStaging { process: 7, pieces }] = staging.processes.as_slice() else { panic!("{staging:?}") };
+        assert_eq!(pieces.iter().map(|piece| piece.length).sum::<u64>(), 2 << 20);
+        assert!(pieces.iter().all(|piece| (0x1000_0000..0x1020_0000).contains(&piece.address)), "{pieces:?}");
+        let rest = restoring.without_staging().unwrap();
+        assert_eq!(rest.segments(7).iter().map(|segment| segment.length).sum::<u64>(), 2 << 20);
+        assert!(rest.segments(7).iter().all(|segment| segment.address >= 0x5000_0000), "{rest:?}");
+    }
+
+    #[test]
+    fn little_staging_memory_is_filled_with_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(restoring(folder.path(), 512 << 10).staging(), None);
+    }
 
     #[test]
     fn a_repository_is_a_reference_without_tag_and_digest() {

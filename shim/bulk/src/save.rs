@@ -227,7 +227,7 @@ fn layer(media_type: &str, path: PathBuf) -> NewLayer {
     NewLayer { media_type: media_type.to_owned(), path, digest: None, annotations: BTreeMap::new() }
 }
 
-fn piece(segment: &memory::Segment) -> Piece {
+pub(crate) fn piece(segment: &memory::Segment) -> Piece {
     let source = match segment.place {
         memory::Place::Zero => None,
         memory::Place::Pack { index, offset } => Some((usize::try_from(index).unwrap_or(usize::MAX), offset)),

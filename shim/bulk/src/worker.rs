@@ -49,26 +49,28 @@ enum Job {
 }
 
 fn serve() -> io::Result<()> {
-    let mut reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut job = Job::None;
     for order in BufReader::new(reports.try_clone()?).lines() {
         // A shim that was killed hangs up, with or without an error.
         let Ok(order) = order else { break };
-        let mut began = |phase| drop(say(&mut reports, &Report::Began(phase)));
-        let report = obey(&mut job, serde_json::from_str(&order)?, &mut began);
         // Whoever does not listen any more has hung up: the next read says so.
-        drop(say(&mut reports, &report));
+        let meanwhile = |report| drop(say(&reports, &report));
+        let report = obey(&mut job, serde_json::from_str(&order)?, &meanwhile);
+        meanwhile(report);
     }
     Ok(())
 }
 
-fn say(reports: &mut UnixStream, report: &Report) -> io::Result<()> {
+/// In one write, as no other thread's report is to get in between.
+fn say(mut reports: &UnixStream, report: &Report) -> io::Result<()> {
     let mut line = serde_json::to_vec(report)?;
     line.push(b'\n');
     reports.write_all(&line)
 }
 
-fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
+fn obey(job: &mut Job, order: Order, meanwhile: &(dyn Fn(Report) + Sync)) -> Report {
+    let began = &mut |phase| meanwhile(Report::Began(phase));
     let unasked = || Failure::new("the worker was asked for something that it has not begun".into());
     match (order, std::mem::replace(job, Job::None)) {
         (Order::Begin { store, quota }, _) => Report::Begun(Saving::begin(&store, quota).map(|saving| {
@@ -89,12 +91,15 @@ fn obey(job: &mut Job, order: Order, began: &mut dyn FnMut(Phase)) -> Report {
             Report::Withdrawn(removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store"))
         }
         (Order::Open { source, images, node }, _) => {
-            let opened = Restoring::open(&source, &images, &node, began);
-            Report::Opened(opened.map(|restoring| *job = Job::Restoring(Box::new(restoring))))
+            Report::Opened(Restoring::open(&source, &images, &node, began).map(|restoring| {
+                let staging = restoring.staging();
+                *job = Job::Restoring(Box::new(restoring));
+                staging
+            }))
         }
-        (Order::Fill { processes }, Job::Restoring(restoring)) => {
+        (Order::Fill { processes, first, staging }, Job::Restoring(restoring)) => {
             began(Phase::Fill);
-            Report::Filled(restoring.fill(&processes))
+            Report::Filled(restoring.fill(&processes, first, staging, &|| meanwhile(Report::FilledFirst)))
         }
         (Order::Save { .. }, _) => Report::Saved(Err(unasked())),
         (Order::Publish(_), _) => Report::Published(Err(unasked())),

@@ -35,6 +35,9 @@ pub enum CudaError {
     /// It died, and what it had done was undone by another.
     #[error("the guardian of the CUDA processes died, and what it had done was undone")]
     Died,
+    /// It died while the container's memory was being put back, and the container with it.
+    #[error("the guardian of the CUDA processes died, and ended the container, whose memory was not in place yet")]
+    DiedUnfilled,
     /// So did those that were to undo it.
     #[error("the guardian of the CUDA processes died, and so did {MOST_GUARDIANS} that were to undo what it had done")]
     AllDied,
@@ -145,6 +148,37 @@ impl Guardian {
             self.replace()?;
         }
         Err(CudaError::AllDied)
+    }
+
+    /// As [`Self::resume`], which leaves it running, for a frozen container of which the CUDA processes have their memory, but for
+    /// this staging memory, which is empty, and the others get it meanwhile. Nothing of it runs on before `filled` has ended,
+    /// with true if that is done. The files of the staging memory must be packs of the crate `memory`.
+    ///
+    /// # Errors
+    /// When the state cannot be moved, the guardian dies, or the memory has not come. The container is frozen or dead then, and
+    /// of no use.
+    pub async fn resume_unfilled(
+        &mut self,
+        pid: i32,
+        staging: Swap,
+        pairs: Vec<Pair>,
+        limit: Duration,
+        filled: impl Future<Output = bool>,
+        timeline: &Timeline,
+    ) -> Result<Resumed, CudaError> {
+        let order = Order::ResumeUnfilled { pid, staging, pairs, limit };
+        match self.order(&order, timeline).await.ok_or(CudaError::DiedUnfilled)? {
+            Report::Restored => {}
+            Report::Resumed(resumed) => return Ok(resumed?),
+            _ => return Err(CudaError::DiedUnfilled),
+        }
+        if !filled.await {
+            return Err(SessionError::Unfilled.into());
+        }
+        match self.order(&Order::Run, timeline).await {
+            Some(Report::Resumed(resumed)) => Ok(resumed?),
+            Some(_) | None => Err(CudaError::DiedUnfilled),
+        }
     }
 
     /// Ends a guardian whose processes are gone for good.

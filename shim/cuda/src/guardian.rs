@@ -40,6 +40,7 @@ pub fn guardian_main() -> ExitCode {
 }
 
 struct Guardian {
+    orders: BufReader<UnixStream>,
     reports: UnixStream,
     callers: Callers,
     /// What it has to put back by itself: a container, and whether that is to be left frozen.
@@ -49,21 +50,15 @@ struct Guardian {
 impl Guardian {
     fn new() -> io::Result<Self> {
         let reports = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let orders = BufReader::new(reports.try_clone()?);
         let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
         callers.prepare();
-        Ok(Self { reports, callers, owed: None })
+        Ok(Self { orders, reports, callers, owed: None })
     }
 
     fn serve(mut self) -> io::Result<()> {
-        let mut orders = BufReader::new(self.reports.try_clone()?);
-        let mut line = String::new();
-        loop {
-            line.clear();
-            // A shim that was killed hangs up, with or without an error.
-            if matches!(orders.read_line(&mut line), Ok(0) | Err(_)) {
-                break;
-            }
-            let report = self.obey(serde_json::from_str(&line)?);
+        while let Some(order) = next(&mut self.orders)? {
+            let report = self.obey(order);
             // Whoever does not listen any more has hung up: the next read says so.
             drop(write_line(&mut self.reports, &report));
         }
@@ -84,6 +79,10 @@ impl Guardian {
             }
             Order::Swap { pid, paused, swap, limit } => Report::Swapped(self.swap(pid, paused, &swap, limit)),
             Order::Resume { pid, frozen, pairs, limit } => Report::Resumed(self.resume(pid, frozen, &pairs, limit)),
+            Order::ResumeUnfilled { pid, staging, pairs, limit } => {
+                Report::Resumed(self.resume_unfilled(pid, &staging, &pairs, limit))
+            }
+            Order::Run => Report::Resumed(Err(SessionError::Unfilled)),
         }
     }
 
@@ -114,6 +113,33 @@ impl Guardian {
         self.owed = None;
         Ok(resumed)
     }
+
+    /// Nothing is owed to a shim that hangs up over it: the container is of no use, and stays frozen.
+    fn resume_unfilled(
+        &mut self,
+        pid: i32,
+        staging: &Swap,
+        pairs: &[Pair],
+        limit: Duration,
+    ) -> Result<Resumed, SessionError> {
+        let Self { orders, reports, callers, .. } = self;
+        let mut machine = Machine::of_unfilled(pid, callers)?;
+        let mut others = reports.try_clone().map_err(|error| SessionError::NoDriver(error.to_string()))?;
+        Session::new(&mut machine, &mut begins(reports)).resume_unfilled(staging, pairs, limit, &mut |_| {
+            drop(write_line(&mut others, &Report::Restored));
+            matches!(next(orders), Ok(Some(Order::Run)))
+        })
+    }
+}
+
+/// None if the shim has hung up.
+fn next(orders: &mut impl BufRead) -> io::Result<Option<Order>> {
+    let mut line = String::new();
+    // A shim that was killed does so with or without an error.
+    if matches!(orders.read_line(&mut line), Ok(0) | Err(_)) {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_str(&line)?))
 }
 
 fn begins(reports: &mut UnixStream) -> impl FnMut(Phase) {

@@ -6,7 +6,7 @@
 //!
 //! All is done by `PTRACE_SEIZE`, never by attaching: whatever becomes of this process, its end lets the threads run on.
 //! For that, stops are looked at without being consumed: a signal in whose delivery a thread stands is then delivered
-//! even when this process is killed.
+//! even when this process is killed. The exception are processes that must not run yet ([`Hold::with_exit_kill`]).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -46,6 +46,8 @@ const PAUSE: (Duration, Duration) = (Duration::from_micros(50), Duration::from_m
 #[derive(Debug, Default)]
 pub struct Hold {
     processes: BTreeMap<i32, Held>,
+    /// The end of this thread ends what is held (`PTRACE_O_EXITKILL`).
+    exit_kill: bool,
     /// Not to be sent to another thread.
     tracer: PhantomData<*const ()>,
 }
@@ -54,6 +56,8 @@ pub struct Hold {
 #[derive(Debug)]
 struct Held {
     scope: Scope,
+    /// As [`Hold::exit_kill`].
+    exit_kill: bool,
     threads: BTreeMap<i32, Stand>,
 }
 
@@ -88,6 +92,21 @@ impl Hold {
         Self::default()
     }
 
+    /// Nothing is held yet. What will be must not run before it is let go, and so the end of the thread that calls this, or of
+    /// this process, kills the processes that it holds then.
+    #[must_use]
+    pub fn with_exit_kill() -> Self {
+        let mut hold = Self::new();
+        hold.exit_kill = true;
+        hold
+    }
+
+    /// Whether it was made by [`Self::with_exit_kill`].
+    #[must_use]
+    pub fn is_exit_kill(&self) -> bool {
+        self.exit_kill
+    }
+
     /// Tells every thread of a process to stop, except those of the driver, and does not wait until they do.
     ///
     /// Threads of the driver are those with its kind of name ([`process::is_drivers`]), but never the first of the
@@ -106,7 +125,8 @@ impl Hold {
         if process::run_state(pid) == RunState::Dead {
             return Err(HoldError::Gone { pid });
         }
-        let held = self.processes.entry(pid).or_insert(Held { scope, threads: BTreeMap::new() });
+        let exit_kill = self.exit_kill;
+        let held = self.processes.entry(pid).or_insert(Held { scope, exit_kill, threads: BTreeMap::new() });
         if scope == Scope::All {
             held.scope = scope;
         }
@@ -183,7 +203,7 @@ impl Hold {
     /// settled before, or because it waits uninterruptibly, or when one is dying for so long. All others are let go.
     /// It can be tried again, and the end of this process lets those go too.
     pub fn let_go(&mut self) -> Result<(), ReleaseError> {
-        self.let_go_those(|_| true)
+        self.let_go_those(|_, _| true)
     }
 
     /// Lets one process go, as [`Self::let_go`] does all. One that is not held is let go already.
@@ -191,24 +211,25 @@ impl Hold {
     /// # Errors
     /// As for [`Self::let_go`].
     pub fn let_go_of(&mut self, pid: i32) -> Result<(), ReleaseError> {
-        self.let_go_those(|other| other == pid)
+        self.let_go_those(|of, _| of == pid)
     }
 
-    fn let_go_those(&mut self, concerns: impl Fn(i32) -> bool) -> Result<(), ReleaseError> {
+    fn let_go_those(&mut self, concerns: impl Fn(i32, i32) -> bool) -> Result<(), ReleaseError> {
         let deadline = Instant::now() + GRACE;
         let mut pause = PAUSE.0;
         loop {
             let mut refused = None;
-            for (pid, held) in self.processes.iter_mut().filter(|(pid, _)| concerns(**pid)) {
-                refused = refused.or(held.detach(*pid).err());
+            for (pid, held) in &mut self.processes {
+                refused = refused.or(held.detach(*pid, |tid| concerns(*pid, tid)).err());
             }
-            self.processes.retain(|pid, held| !concerns(*pid) || !held.threads.is_empty());
-            let left: Vec<_> = self
-                .processes
-                .iter()
-                .filter(|(pid, _)| concerns(**pid))
-                .flat_map(|(pid, held)| held.threads.iter().map(|(tid, stand)| (*pid, *tid, *stand)))
-                .collect();
+            self.processes.retain(|_, held| !held.threads.is_empty());
+            let threads = |(pid, held): (&i32, &Held)| {
+                let pid = *pid;
+                let threads: Vec<_> = held.threads.iter().map(|(tid, stand)| (pid, *tid, *stand)).collect();
+                threads
+            };
+            let mut left: Vec<_> = self.processes.iter().flat_map(threads).collect();
+            left.retain(|(pid, tid, _)| concerns(*pid, *tid));
             if left.is_empty() {
                 return Ok(());
             }
@@ -226,6 +247,19 @@ impl Hold {
             std::thread::sleep(pause);
             pause = PAUSE.1.min(pause * 2);
         }
+    }
+
+    /// Lets the driver's threads of one process go, which were taken with the others.
+    ///
+    /// # Errors
+    /// As for [`Self::let_go`].
+    pub(crate) fn let_drivers_go(&mut self, pid: i32) -> Result<(), ReleaseError> {
+        if let Some(held) = self.processes.get_mut(&pid) {
+            held.scope = Scope::Program;
+        }
+        let threads = process::threads(pid).unwrap_or_default();
+        let drivers: Vec<i32> = drivers(pid, &threads).collect();
+        self.let_go_those(|of, tid| of == pid && drivers.contains(&tid))
     }
 
     /// The threads of a process that stand still, with the signals in whose delivery they do.
@@ -252,7 +286,9 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if let Err(error) = self.let_go() {
+        if !self.exit_kill
+            && let Err(error) = self.let_go()
+        {
             tracing::error!(error = &error as &dyn std::error::Error, "threads stay held until this process ends");
         }
     }
@@ -266,14 +302,13 @@ impl Held {
             Err(error) if is_gone(&error) => return Ok(None),
             Err(source) => return Err(HoldError::List { pid, source }),
         };
-        let first = threads.iter().find(|thread| thread.tid == pid).map(|thread| thread.name.as_str());
+        let drivers: Vec<i32> = drivers(pid, &threads).collect();
         let mut new = None;
-        for process::Thread { tid, name } in &threads {
-            let drivers = *tid != pid && process::is_drivers(name) && first != Some(name);
-            if self.threads.contains_key(tid) || (drivers && self.scope == Scope::Program) {
+        for process::Thread { tid, .. } in &threads {
+            if self.threads.contains_key(tid) || (self.scope == Scope::Program && drivers.contains(tid)) {
                 continue;
             }
-            match call(pid, *tid)? {
+            match call(pid, *tid, self.exit_kill)? {
                 Called::Yes => {
                     self.threads.insert(*tid, Stand::Called);
                     new = Some(*tid);
@@ -301,10 +336,13 @@ impl Held {
         Ok(())
     }
 
-    /// Lets go of all that stand still.
-    fn detach(&mut self, pid: i32) -> Result<(), ReleaseError> {
+    /// Lets go of those that stand still.
+    fn detach(&mut self, pid: i32, concerns: impl Fn(i32) -> bool) -> Result<(), ReleaseError> {
         let mut refused = None;
         self.threads.retain(|tid, stand| {
+            if !concerns(*tid) {
+                return true;
+            }
             let done = look(pid, *tid).and_then(|now| match now {
                 None => Ok(true),
                 Some(Stand::Still { signal }) => match sys::detach(*tid, signal) {
@@ -330,6 +368,15 @@ impl Held {
     }
 }
 
+/// The driver's threads, as [`Hold::take`] has it.
+fn drivers(pid: i32, threads: &[process::Thread]) -> impl Iterator<Item = i32> {
+    let first = threads.iter().find(|thread| thread.tid == pid).map(|thread| thread.name.as_str());
+    let is_drivers = move |thread: &&process::Thread| {
+        thread.tid != pid && process::is_drivers(&thread.name) && first != Some(&thread.name)
+    };
+    threads.iter().filter(is_drivers).map(|thread| thread.tid)
+}
+
 /// What became of telling a thread to stop.
 enum Called {
     Yes,
@@ -338,13 +385,15 @@ enum Called {
     Ended,
 }
 
-fn call(pid: i32, tid: i32) -> Result<Called, HoldError> {
+fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
     if is_stopped_and_frozen(pid, tid) {
         return Ok(Called::NotYet);
     }
     let thread = nix::unistd::Pid::from_raw(tid);
     // A stop at a system call is to be told from a trap, lest one that is left behind becomes a signal.
-    match ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD) {
+    let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
+    options.set(ptrace::Options::PTRACE_O_EXITKILL, exit_kill);
+    match ptrace::seize(thread, options) {
         Ok(()) => {}
         Err(Errno::ESRCH) => return Ok(Called::Ended),
         Err(errno) => {

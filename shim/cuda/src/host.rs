@@ -11,14 +11,17 @@ use crate::call::{Answer, Call, CallFailure, Callers, TICK};
 use crate::hold::{self, Hold, Scope};
 use crate::inventory::Inventory;
 use crate::process::{self, Range, RunState};
+use crate::refill::{Refill, RefillError};
 use crate::residue;
 use crate::session::{Host, SessionError};
-use crate::swap::{self, SwapProcess};
+use crate::swap::{self, Swap, SwapProcess};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
 /// Waking a stopped process takes milliseconds, unless a thread of it waits for a disk.
 const WAKING: Duration = Duration::from_secs(10);
+/// How often it is tried to let processes go, half a second each time, whose program the guardian would take with it.
+const MOST_RELEASES: u32 = 20;
 /// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
 const CLEANING: Duration = Duration::from_secs(10);
 
@@ -29,17 +32,32 @@ pub(crate) struct Machine<'a> {
     hold: Hold,
     /// Anonymous memory of processes before a checkpoint.
     anonymous: HashMap<i32, Vec<Range>>,
+    /// Staging memory that is not all in place yet.
+    refill: Option<Refill>,
 }
 
 impl<'a> Machine<'a> {
     /// What concerns the container that a process belongs to.
     pub(crate) fn of(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
+        Self::with(Hold::new(), pid, callers)
+    }
+
+    /// The same of a container that must not run before it is let go: the end of this process kills what it holds of it.
+    pub(crate) fn of_unfilled(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
+        Self::with(Hold::with_exit_kill(), pid, callers)
+    }
+
+    fn with(hold: Hold, pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
         let cgroup = Cgroup::of_process(pid).map_err(container("find the cgroup of"))?;
-        Ok(Self { cgroup, callers, hold: Hold::new(), anonymous: HashMap::new() })
+        Ok(Self { cgroup, callers, hold, anonymous: HashMap::new(), refill: None })
     }
 }
 
 fn container(action: &'static str) -> impl Fn(cgroup::CgroupError) -> SessionError {
+    move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
+}
+
+fn refused(action: &'static str) -> impl Fn(RefillError) -> SessionError {
     move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
 }
 
@@ -120,7 +138,7 @@ impl Host for Machine<'_> {
     }
 
     fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
-        let Self { cgroup, callers, hold, .. } = self;
+        let Self { cgroup, callers, hold, refill, .. } = self;
         let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
         let mut ahead = Ahead::of(checkpoints.map(|(pid, _)| *pid));
         let results = callers.make(calls, limit, &mut || {
@@ -128,7 +146,8 @@ impl Host for Machine<'_> {
             if let Err(error) = hold.watch() {
                 tracing::debug!("{}", chain(&error));
             }
-            ahead.tick(hold, || memory_left(cgroup).map(|(left, _)| left)).min(TICK)
+            let moving = refill.as_mut().map_or(TICK, |refill| refill.tick(hold));
+            ahead.tick(hold, || memory_left(cgroup).map(|(left, _)| left)).min(moving)
         });
         ahead.finish(hold);
         results
@@ -168,9 +187,13 @@ impl Host for Machine<'_> {
     }
 
     fn let_go(&mut self) {
-        // Those that are left go with the guardian.
-        if let Err(error) = self.hold.let_go() {
-            tracing::warn!("{}", chain(&error));
+        // Those that are left go on when the guardian ends, or die with it.
+        let tries = if self.hold.is_exit_kill() { MOST_RELEASES } else { 1 };
+        for _ in 0..tries {
+            match self.hold.let_go() {
+                Ok(()) => return,
+                Err(error) => tracing::warn!("{}", chain(&error)),
+            }
         }
     }
 
@@ -209,6 +232,17 @@ impl Host for Machine<'_> {
     fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError> {
         let swapped = swap::swap_in(&mut self.hold, files, process, Instant::now() + limit);
         swapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
+    }
+
+    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError> {
+        let begun = Refill::begin(&mut self.hold, staging, Instant::now() + limit);
+        self.refill = Some(begun.map_err(refused("map the saved GPU state in"))?);
+        Ok(())
+    }
+
+    fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError> {
+        let Some(refill) = self.refill.take() else { return Ok(()) };
+        refill.finish(&mut self.hold, Instant::now() + limit).map_err(refused("fill the saved GPU state of"))
     }
 
     fn sleep(&mut self, time: Duration) {

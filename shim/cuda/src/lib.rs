@@ -1,7 +1,7 @@
 //! GPU state of a container: which of its processes use CUDA, and the driver's checkpoint of all of them.
 //!
 //! ```text
-//!   shim ──► Guardian (client) ──socket──► guardian process: session, hold, residue
+//!   shim ──► Guardian (client) ──socket──► guardian process: session, hold, residue, staging memory (crate memory)
 //!                                             └──socket──► callers: one driver call at a time, killed when it hangs
 //! ```
 //!
@@ -21,6 +21,7 @@ pub mod inject;
 mod inventory;
 pub mod process;
 mod protocol;
+mod refill;
 pub mod residue;
 mod session;
 mod swap;

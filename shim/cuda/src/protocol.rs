@@ -36,6 +36,16 @@ pub(crate) enum Order {
         pairs: Vec<Pair>,
         limit: Duration,
     },
+    /// Of a container of which only the CUDA processes have their memory, but for this staging memory. It stands still until
+    /// [`Order::Run`].
+    ResumeUnfilled {
+        pid: i32,
+        staging: Swap,
+        pairs: Vec<Pair>,
+        limit: Duration,
+    },
+    /// All processes have all their memory.
+    Run,
 }
 
 /// What it says meanwhile, and in the end.
@@ -46,5 +56,7 @@ pub(crate) enum Report {
     Inventory(Result<Inventory, SessionError>),
     Suspended(Result<Suspended, SessionError>),
     Swapped(Result<Swapped, SessionError>),
+    /// The GPU state of a container that is to be filled is back.
+    Restored,
     Resumed(Result<Resumed, SessionError>),
 }

@@ -17,6 +17,9 @@
 //! While it is suspended, files may take the place of memory (`swap`): it is held as a whole, thawed, and frozen again, and
 //! is suspended before and after.
 //!
+//! A restored container whose memory is not all in place yet (`resume_unfilled`) is held as a whole as well, from before the
+//! thaw until the rest is there. What goes wrong on the way freezes it, for somebody to end it.
+//!
 //! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again
 //! when it has begun.
 //!
@@ -33,11 +36,13 @@ use std::time::{Duration, Instant};
 use phase::Phase;
 use serde::{Deserialize, Serialize};
 
-use crate::call::{Answer, Call, CallFailure, Pair, SHORT_CALL};
+use crate::call::{Answer, Call, CallFailure, SHORT_CALL};
 use crate::driver::{CudaResult, ProcessState};
 use crate::inventory::Inventory;
 use crate::process::Range;
 use crate::swap::{Swap, SwapProcess, Swapped, SwappedProcess};
+
+mod put_back;
 
 /// How long GPU work may take in the first try to lock. An idle process is locked within a millisecond.
 const FIRST_LOCK: Duration = Duration::from_millis(500);
@@ -53,10 +58,7 @@ const STATE: Duration = Duration::from_secs(3);
 const INITIALISING: Duration = Duration::from_millis(1500);
 /// How long a thread may take to come to a halt. One that waits for a disk takes as long as the disk.
 const HALT: Duration = Duration::from_secs(10);
-/// How long other tracers, such as a criu that is being killed, may keep a process.
-const TRACED: Duration = Duration::from_secs(30);
-/// How long a restore is tried for that the driver refuses.
-const RESTORE_TRIES: u32 = 3;
+/// Before something is tried again that the driver or another tracer refuses.
 const BETWEEN_TRIES: Duration = Duration::from_millis(300);
 /// How often it is tried where a process begins to use CUDA meanwhile. What was moved to memory before it was seen is moved back.
 const MOST_TRIES: u32 = 3;
@@ -108,6 +110,11 @@ pub(crate) trait Host {
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
     /// Puts files in the place of memory of a process that is held; what was left as it is.
     fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError>;
+    /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the
+    /// next.
+    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError>;
+    /// Waits until all of it is there, and what was saved.
+    fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError>;
     fn sleep(&mut self, time: Duration);
 }
 
@@ -194,6 +201,9 @@ pub enum SessionError {
         /// Why not.
         why: String,
     },
+    /// The rest of a container's memory did not come.
+    #[error("its memory could not be put back")]
+    Unfilled,
     /// Nothing of the container can call the driver.
     #[error("{0}")]
     NoDriver(String),
@@ -622,156 +632,6 @@ impl<'a, H: Host> Session<'a, H> {
             self.host.put_to_sleep(*pid)?;
         }
         failure.map_or(Ok(swapped), Err)
-    }
-
-    /// Gives all processes of the container their GPU state back, whatever state they are in, and leaves the container
-    /// frozen or not.
-    pub(crate) fn resume(mut self, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
-        self.put_back(None, frozen, pairs, limit)
-    }
-
-    /// `known` are processes with whether they were stopped by a signal; without any, all that there are.
-    fn put_back(
-        &mut self,
-        known: Option<Vec<(i32, bool)>>,
-        frozen: bool,
-        pairs: &[Pair],
-        limit: Duration,
-    ) -> Result<Resumed, SessionError> {
-        let result = self.put_back_held(known, frozen, pairs, limit);
-        self.host.let_go();
-        if result.is_err() && !frozen {
-            self.host.thaw()?;
-        }
-        result
-    }
-
-    fn put_back_held(
-        &mut self,
-        known: Option<Vec<(i32, bool)>>,
-        frozen: bool,
-        pairs: &[Pair],
-        limit: Duration,
-    ) -> Result<Resumed, SessionError> {
-        let known = match known {
-            Some(known) => known,
-            None => self.host.pids()?.into_iter().map(|pid| (pid, false)).collect(),
-        };
-        let known: Vec<(i32, bool)> =
-            known.into_iter().filter(|(pid, _)| self.host.has_drivers_threads(*pid)).collect();
-        let members: Vec<i32> = known.iter().map(|(pid, _)| *pid).collect();
-        self.hold_all(&members, H::hold)?;
-        self.host.thaw()?;
-        self.host.settle(HALT)?;
-        self.host.sleep(STOPPING);
-        let mut stopped: Vec<i32> = known.into_iter().filter_map(|(pid, stopped)| stopped.then_some(pid)).collect();
-        for pid in &members {
-            if self.host.is_stopped(*pid) {
-                self.host.wake(*pid)?;
-                if !stopped.contains(pid) {
-                    stopped.push(*pid);
-                }
-            }
-        }
-        self.host.settle(HALT)?;
-        let restored = self.restore_and_unlock(&members, pairs, limit);
-        for pid in stopped {
-            if !self.host.is_gone(pid) {
-                self.host.put_to_sleep(pid)?;
-            }
-        }
-        if frozen {
-            self.host.freeze()?;
-        }
-        restored
-    }
-
-    /// Another tracer, such as a criu that is being killed, may have them for a moment.
-    fn hold_all(
-        &mut self,
-        pids: &[i32],
-        hold: fn(&mut H, i32) -> Result<(), SessionError>,
-    ) -> Result<(), SessionError> {
-        let begin = Instant::now();
-        for pid in pids {
-            loop {
-                match hold(self.host, *pid) {
-                    Ok(()) => break,
-                    Err(_) if self.host.is_gone(*pid) => break,
-                    Err(error) if begin.elapsed() > TRACED => return Err(error),
-                    Err(_) => self.host.sleep(BETWEEN_TRIES),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Every process is tried, whatever becomes of the others; the first failure is the answer.
-    fn restore_and_unlock(
-        &mut self,
-        members: &[i32],
-        pairs: &[Pair],
-        limit: Duration,
-    ) -> Result<Resumed, SessionError> {
-        let mut failure = None;
-        let (mut locked, mut checkpointed) = (Vec::new(), Vec::new());
-        for pid in members {
-            match self.state(*pid) {
-                Ok(Some(ProcessState::Locked)) => locked.push(*pid),
-                Ok(Some(ProcessState::Checkpointed)) => checkpointed.push(*pid),
-                Ok(Some(ProcessState::Running) | None) => {}
-                Ok(Some(state)) => {
-                    let process = self.host.describe(*pid);
-                    failure.get_or_insert(SessionError::State { process, state: state.to_string() });
-                }
-                Err(error) => {
-                    failure.get_or_insert(error);
-                }
-            }
-        }
-        self.enter(Phase::CudaRestore);
-        let mut restored = 0;
-        for tries in 1..=RESTORE_TRIES {
-            let wanted = std::mem::take(&mut checkpointed);
-            for (pid, result) in self.call_each(wanted, &Call::Restore { pairs: pairs.to_vec() }, limit) {
-                match result {
-                    Ok(_) => {
-                        locked.push(pid);
-                        restored += 1;
-                    }
-                    Err(_) if self.host.is_gone(pid) => {
-                        let process = self.host.describe(pid);
-                        let why = "the process died".to_owned();
-                        failure.get_or_insert(SessionError::Call { action: "restore".into(), process, why });
-                    }
-                    // Whether it was done is for the driver to say.
-                    Err(_) if matches!(self.state(pid), Ok(Some(ProcessState::Locked))) => locked.push(pid),
-                    Err(reason) if tries == RESTORE_TRIES => {
-                        let failed = self.failed("restore", pid, &reason);
-                        failure.get_or_insert(failed);
-                    }
-                    Err(_) => checkpointed.push(pid),
-                }
-            }
-            if checkpointed.is_empty() {
-                break;
-            }
-            self.host.sleep(BETWEEN_TRIES);
-        }
-        self.enter(Phase::Unlock);
-        locked.reverse();
-        for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
-            match result {
-                Ok(_) => {}
-                // An unlock may report an error after it was done (peers.md).
-                Err(_) if matches!(self.state(pid), Ok(Some(ProcessState::Running) | None)) => {}
-                Err(reason) => {
-                    let failed = self.failed("unlock", pid, &reason);
-                    failure.get_or_insert(failed);
-                }
-            }
-        }
-        failure.map_or(Ok(Resumed { restored }), Err)
     }
 }
 

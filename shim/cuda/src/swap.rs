@@ -110,20 +110,39 @@ pub(crate) fn swap_in(
     process: &SwapProcess,
     deadline: Instant,
 ) -> Result<Vec<Range>, SwapError> {
-    let pid = process.pid;
-    let Plan { mut pieces, left } = Plan::of(files.len(), process)?;
-    pieces.sort_unstable_by_key(|piece| (piece.source.map(|source| source.file), piece.address));
-    let by_file: Vec<&[Piece]> =
-        pieces.chunk_by(|a, b| a.source.map(|source| source.file) == b.source.map(|source| source.file)).collect();
-    for pieces in &by_file {
-        compare(pid, files, pieces)?;
+    let plan = Plan::of(files.len(), process)?;
+    for pieces in by_file(&plan.pieces) {
+        compare(process.pid, files, pieces)?;
     }
-    if by_file.is_empty() {
+    map_in(hold, files, process.pid, plan, deadline)
+}
+
+/// As [`swap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
+///
+/// # Errors
+/// As for [`swap_in`].
+pub(crate) fn map_in_empty(
+    hold: &mut Hold,
+    files: &[PathBuf],
+    process: &SwapProcess,
+    deadline: Instant,
+) -> Result<Vec<Range>, SwapError> {
+    map_in(hold, files, process.pid, Plan::of(files.len(), process)?, deadline)
+}
+
+fn map_in(
+    hold: &mut Hold,
+    files: &[PathBuf],
+    pid: i32,
+    Plan { pieces, left }: Plan,
+    deadline: Instant,
+) -> Result<Vec<Range>, SwapError> {
+    if pieces.is_empty() {
         return Ok(left);
     }
     let mut injector = Injector::attach(hold, pid, deadline).map_err(SwapError::inject(pid))?;
     // Zeros first: it gives memory back that the others may need a little of.
-    for pieces in by_file {
+    for pieces in by_file(&pieces) {
         let swapped = match pieces.first().and_then(|piece| piece.source) {
             Some(Source { file, .. }) => swap_file(&mut injector, pid, &files[file], pieces),
             None => map_pieces(&mut injector, pid, None, pieces),
@@ -133,6 +152,11 @@ pub(crate) fn swap_in(
     injector.finish().map_err(SwapError::inject(pid))?;
     check(pid, &pieces)?;
     Ok(left)
+}
+
+/// Pieces of a plan that one file has, or none.
+fn by_file(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
+    pieces.chunk_by(|a, b| a.source.map(|source| source.file) == b.source.map(|source| source.file))
 }
 
 /// Compares the first and the last page of each piece with its source. That does not find every difference, but pieces that

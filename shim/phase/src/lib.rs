@@ -28,7 +28,7 @@ pub enum Phase {
     SaveShm,
     /// Checkpoint: the memory to which the driver has moved the state on the GPUs is copied to the node store.
     SaveMemory,
-    /// Checkpoint: files take the place of the memory to which the driver has moved the state on the GPUs.
+    /// Both: files take the place of the memory to which the driver has moved the state on the GPUs.
     Swap,
     /// Checkpoint: CRIU writes the processes to images.
     Dump,

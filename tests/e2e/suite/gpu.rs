@@ -20,8 +20,12 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_paused_gpu_container_stays_paused_after_its_checkpoint),
         case!(a_checkpoint_of_a_gpu_program_says_what_it_had),
         case!(processes_forked_from_a_gpu_program_are_saved_with_it),
+        case!(processes_with_much_memory_beside_a_gpu_program_are_restored_whole),
+        case!(much_gpu_memory_is_in_place_when_the_program_goes_on).alone(),
+        case!(a_guardian_that_is_killed_while_memory_is_filled_fails_the_restore_cleanly).alone(),
         case!(gpu_workers_under_a_process_without_gpu_are_saved),
         case!(a_program_on_two_gpus_is_saved),
+        case!(a_program_on_one_of_two_gpus_whose_driver_made_nodes_of_both_is_restored),
         case!(two_containers_on_one_gpu_are_saved_each_by_itself),
         case!(a_gpu_programs_thread_that_reads_driver_memory_survives),
         case!(a_stopped_gpu_process_is_saved_and_stays_stopped),
@@ -152,6 +156,58 @@ fn processes_forked_from_a_gpu_program_are_saved_with_it(t: &Test) -> Result<()>
     is_saved(t, &Gpu::one(t)?, &["--fork", "4"])
 }
 
+/// What two forked processes have beside the GPU program is more than what is filled before anything else begins.
+const BALLAST: [&str; 4] = ["--fork", "2", "--ballast", "64"];
+
+fn processes_with_much_memory_beside_a_gpu_program_are_restored_whole(t: &Test) -> Result<()> {
+    is_saved(t, &Gpu::one(t)?, &BALLAST)
+}
+
+/// More than what is worth that the driver begins before it is all there.
+fn much_gpu_memory_is_in_place_when_the_program_goes_on(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &["--size", "1100", "--fork", "1", "--ballast", "80"])?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)?;
+    t.ctr().kill(&to, "USR2")?;
+    eventually("all memory to be looked at", || {
+        let log = gpu.log(&to)?;
+        ensure!(!log.contains("FAILED"), "{}", log.lines().last().unwrap_or_default());
+        ensure_has!(log, "full ");
+        Ok(())
+    })
+}
+
+fn a_guardian_that_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> Result<()> {
+    let gpu = Gpu::one(t)?;
+    // Long beside the fill of the others, so that what it holds is held when it is killed.
+    let gpu = if gpu.is_simulated() { gpu.fails("restore-ms=600")? } else { gpu };
+    let (id, image) = (t.id("g"), t.id("checkpoint"));
+    gpu.start(&id, &BALLAST)?;
+    t.ctr().checkpoint(&id, &image).ok()?;
+    t.ctr().remove(&id)?;
+    for after in [0, 100, 200, 300, 400, 500, 600] {
+        let to = t.id("g");
+        let restore = t.ctr().restore(&to, &image).spawn()?;
+        while proc::acting_as("cuda-guardian").is_empty() && proc::alive(restore.pid()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(after));
+        let killed = proc::acting_as("cuda-guardian").into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
+        let restored = restore.wait()?;
+        let is_restored = restored.code == 0;
+        ensure!(killed > 0 || is_restored, "nobody was killed: {}", restored.stderr);
+        let what = || format!("after a kill {after} ms after its start");
+        if is_restored {
+            gpu.computes(&to).with_context(what)?;
+        }
+        t.ctr().remove(&to).with_context(what)?;
+    }
+    let to = t.id("g");
+    t.ctr().restore(&to, &image).ok()?;
+    gpu.computes(&to)
+}
+
 /// Waits until the first two, or the only one, of the processes that a program has started compute.
 fn workers_compute(gpu: &Gpu<'_>, id: &str) -> Result<()> {
     eventually("the workers to compute", || {
@@ -168,6 +224,16 @@ fn gpu_workers_under_a_process_without_gpu_are_saved(t: &Test) -> Result<()> {
 
 fn a_program_on_two_gpus_is_saved(t: &Test) -> Result<()> {
     is_saved(t, &Gpu::several(t, 2)?, &["--devices", "2", "--size", "16"])
+}
+
+/// The real driver's library does that, where the container may make nodes.
+fn a_program_on_one_of_two_gpus_whose_driver_made_nodes_of_both_is_restored(t: &Test) -> Result<()> {
+    Gpu::several(t, 2)?;
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &[])?;
+    t.ctr().exec(&id, &["sh", "-c", "test -e /dev/nvidia1 || mknod /dev/nvidia1 c 195 1"]).ok()?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)
 }
 
 fn two_containers_on_one_gpu_are_saved_each_by_itself(t: &Test) -> Result<()> {

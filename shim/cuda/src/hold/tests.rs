@@ -49,6 +49,29 @@ fn what_goes_lets_go() {
 }
 
 #[test]
+fn what_must_not_run_yet_dies_with_its_holder_unless_it_was_let_go() {
+    for lets_go in [true, false] {
+        let program = Program::play("many");
+        let pid = program.pid;
+        std::thread::spawn(move || {
+            let mut hold = Hold::with_exit_kill();
+            hold.take(pid).unwrap();
+            hold.settle(soon()).unwrap();
+            if lets_go {
+                hold.let_go().unwrap();
+            }
+        })
+        .join()
+        .unwrap();
+        if lets_go {
+            assert_runs(&program);
+        } else {
+            await_that("it is dead", || process::run_state(pid) == RunState::Dead);
+        }
+    }
+}
+
+#[test]
 fn what_is_taken_while_frozen_stops_before_it_runs_anything() {
     for freezer in Freezer::all() {
         let program = Program::play("many");

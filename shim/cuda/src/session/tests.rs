@@ -47,6 +47,7 @@ struct FakeHost {
     latecomers: Vec<(i32, Process)>,
     uncleanable: bool,
     unswappable: Option<i32>,
+    is_damaged: bool,
     slept: Duration,
 }
 
@@ -61,6 +62,19 @@ impl FakeHost {
 
     fn resume(&mut self, frozen: bool) -> Result<Resumed, SessionError> {
         Session::new(self, &mut |_| {}).resume(frozen, &[], SHORT_CALL)
+    }
+
+    /// With processes 102 and above to be filled, which succeeds or not.
+    fn resume_unfilled(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
+        let mut asked = None;
+        let processes = vec![SwapProcess { pid: 101, pieces: Vec::new() }];
+        let staging = Swap { files: Vec::new(), processes };
+        let resumed = Session::new(self, &mut |_| {}).resume_unfilled(&staging, &[], SHORT_CALL, &mut |resumed| {
+            asked = Some(resumed.clone());
+            succeeds
+        });
+        assert!(asked.is_some() || resumed.is_err(), "nobody waited for the rest");
+        resumed
     }
 
     fn swap_all(&mut self) -> Result<Swapped, SessionError> {
@@ -270,6 +284,17 @@ impl Host for FakeHost {
         Ok(3)
     }
 
+    fn map_staging(&mut self, staging: &Swap, _: Duration) -> Result<(), SessionError> {
+        assert!(!self.frozen, "a call in a frozen process never returns");
+        self.done.extend(staging.processes.iter().map(|process| format!("mapped {}", process.pid)));
+        Ok(())
+    }
+
+    fn finish_staging(&mut self, _: Duration) -> Result<(), SessionError> {
+        self.done.push("staging is checked".to_owned());
+        if self.is_damaged { Err(SessionError::Unfilled) } else { Ok(()) }
+    }
+
     fn sleep(&mut self, time: Duration) {
         self.slept += time;
         if self.slept > Duration::from_secs(1) {
@@ -430,6 +455,37 @@ fn a_restore_that_fails_is_tried_again() {
     let error = host.resume(true).unwrap_err().to_string();
     assert!(error.contains("cannot restore process 101"), "{error}");
     assert_eq!(host.cuda(102), RUNNING, "the others have their state back");
+}
+
+#[test]
+fn a_container_that_is_not_filled_yet_is_held_until_it_is() {
+    let processes = [(101, process(CHECKPOINTED)), (102, process(Cuda::No)), (103, process(CHECKPOINTED))];
+    let mut host = FakeHost::of(processes.clone());
+    assert_eq!(host.resume_unfilled(true).unwrap(), Resumed { restored: 2 });
+    assert_eq!(host.done[..3], ["held 102", "mapped 101", "locked 101"], "the first before anything is thawed");
+    assert_eq!(host.done.last().unwrap(), "staging is checked");
+    assert_eq!((host.cuda(101), host.cuda(103), host.frozen), (RUNNING, RUNNING, false));
+    assert!(host.processes.values().all(|process| !process.held));
+    let mut host = FakeHost::of(processes);
+    assert_eq!(host.resume_unfilled(false), Err(SessionError::Unfilled));
+    assert!(host.frozen && host.processes.values().all(|process| !process.held));
+}
+
+#[test]
+fn a_container_whose_saved_gpu_state_is_damaged_does_not_run() {
+    let mut host = FakeHost::of([(101, process(CHECKPOINTED)), (102, process(Cuda::No))]);
+    host.is_damaged = true;
+    host.resume_unfilled(true).unwrap_err();
+    assert!(host.frozen && host.processes.values().all(|process| !process.held));
+}
+
+#[test]
+fn a_container_that_is_not_filled_and_whose_restore_fails_stays_frozen() {
+    let failing = Process { restore_fails: 9, ..process(CHECKPOINTED) };
+    let mut host = FakeHost::of([(101, failing), (102, process(Cuda::No))]);
+    let error = host.resume_unfilled(true).unwrap_err().to_string();
+    assert!(error.contains("cannot restore process 101"), "{error}");
+    assert!(host.frozen && host.processes.values().all(|process| !process.held));
 }
 
 #[test]

@@ -14,7 +14,7 @@ const MOST_PIECES: usize = 20_000;
 /// What the kernel allows a process if it does not say: `DEFAULT_MAX_MAP_COUNT`.
 const MAPPINGS: usize = 65_530;
 
-/// The pieces that are replaced, and what is left as it is.
+/// The pieces that are replaced, those of a file one after the other, and what is left as it is.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     pub(super) pieces: Vec<Piece>,
@@ -49,6 +49,7 @@ impl Plan {
                 _ => left.push(range),
             }
         }
+        pieces.sort_unstable_by_key(|piece| (piece.source.map(|source| source.file), piece.address));
         Self { pieces, left }
     }
 }

@@ -180,7 +180,7 @@ fn would_not_fit_apart(cgroup: &Cgroup) -> Result<bool, CheckpointFailure> {
     Ok(pids.into_iter().filter_map(shared).sum::<u64>() > left)
 }
 
-fn swap(saved: Saved) -> Swap {
+pub(super) fn swap(saved: Saved) -> Swap {
     let piece = |piece: bulk::Piece| {
         let source = piece.source.map(|(file, offset)| Source { file, offset });
         Piece { address: piece.address, length: piece.length, source }

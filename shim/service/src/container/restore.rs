@@ -3,7 +3,8 @@
 //! ```text
 //!   Inspect ──► LoadShm ──► Prepare ──► (the runtime: Cgroup, Restore, Hooks) ──► Resume ─────────────────────────► Running
 //!      │           │           │                       │                            │ frozen, with GPU or big memory:  ▲
-//!      │           │           │                       │                            └► Fill ──► CudaRestore ──► Unlock ┘
+//!      │           │           │                       │                            └► Fill ──► CudaRestore ──► Unlock ┤
+//!      │           │           │                       │                               └── Fill of those without a GPU ┘
 //!      └───────────┴───────────┴─────────── failure ───┴────────────────────────────────────┘
 //!                                              ▼
 //!                     nothing is left of it: Created, as before, and start can be tried again
@@ -11,20 +12,23 @@
 //!
 //! Where the node lacks the snapshot that the checkpoint points to, it is pulled after Inspect (Pull).
 
-use std::future::Future;
+use std::cmp::Reverse;
+use std::future::{Future, ready};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulk::{Node, Restored, Source, Worker};
+use bulk::{Filled, Node, Restored, Saved, Source, Worker};
 use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
-use cuda::{Guardian, Pair};
+use cuda::{Guardian, Pair, Resumed, Swap};
 use reaper::{Child, Reaper};
 use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::big_memory::swap;
 use super::checkpoint::GPU;
 use super::create::undo;
 use super::{Actor, NodeStore, Status};
@@ -127,6 +131,15 @@ struct Inspected {
     memory: Option<Source>,
 }
 
+/// What a frozen container is to be given back.
+struct Resume<'a> {
+    gpu: Option<&'a SavedGpus>,
+    /// Staging memory that the guardian fills.
+    staging: Option<Saved>,
+    init: i32,
+    pairs: Result<Vec<Pair>, RestoreFailure>,
+}
+
 struct Running {
     child: Child,
     copies: Copies,
@@ -182,9 +195,10 @@ impl Work {
         let mut guardian = gpu.as_ref().map(|_| Guardian::start(&self.reaper)).transpose()?;
         // It reads memory meanwhile.
         let mut worker = memory.as_ref().map(|_| Worker::start(&self.reaper)).transpose()?;
+        let mut staging = None;
         if let (Some(worker), Some(memory)) = (&mut worker, memory) {
             let node = self.node(&memory);
-            worker.open(memory, images.to_owned(), node, &self.timeline).await?;
+            staging = worker.open(memory, images.to_owned(), node, &self.timeline).await?.filter(|_| gpu.is_some());
         }
         let work = self.checkpoint.work.as_deref();
         let log = LogFolder::make(&self.logs, work, &self.owner.namespace, &self.id, LOG);
@@ -230,12 +244,8 @@ impl Work {
         };
         let resumed = match joined {
             Ok(restored) => {
-                let filled = self.fill(worker, restored.cgroup.as_ref(), gpu.as_ref(), guardian.is_none()).await;
-                let resumed = match (filled, guardian) {
-                    (Ok(()), Some(guardian)) => self.resume(guardian, child.pid(), pairs).await,
-                    (filled, _) => filled,
-                };
-                resumed.map(|()| restored)
+                let resume = Resume { gpu: gpu.as_ref(), staging, init: child.pid(), pairs };
+                self.resume(worker, guardian, restored.cgroup.as_ref(), resume).await.map(|()| restored)
             }
             Err(failure) => Err(failure),
         };
@@ -262,25 +272,103 @@ impl Work {
         Node { store: self.store.root.clone(), registry }
     }
 
-    /// Puts big memory into the frozen processes, those with a GPU first, and lets them run if nobody else will.
+    /// Gives the frozen processes their big memory and their GPU state back and lets them run.
+    async fn resume(
+        &self,
+        mut worker: Option<Worker>,
+        guardian: Option<Guardian>,
+        cgroup: Option<&Cgroup>,
+        resume: Resume<'_>,
+    ) -> Result<(), RestoreFailure> {
+        let Resume { gpu, staging, init, pairs } = resume;
+        let (filled, staging) = match (&mut worker, cgroup) {
+            (Some(worker), Some(cgroup)) => self.fill(worker, cgroup, gpu, staging).await?,
+            _ => (Filled::All, Swap::default()),
+        };
+        let Some(mut guardian) = guardian else {
+            // With neither of them it runs already.
+            if let (Some(_), Some(cgroup)) = (worker, cgroup) {
+                cgroup.thaw().map_err(RestoreFailure::Cgroup)?;
+            }
+            return Ok(());
+        };
+        let resumed = async {
+            let pairs = pairs?;
+            DeviceNode::make_missing(&self.devices, init).map_err(|source| RestoreFailure::File {
+                action: "make the devices in",
+                path: "/dev".into(),
+                source,
+            })?;
+            let timeline = &self.timeline;
+            match &mut worker {
+                Some(worker) if filled == Filled::First => {
+                    self.resume_beside(&mut guardian, worker, init, staging, pairs).await
+                }
+                _ if staging.processes.is_empty() => Ok(guardian.resume(init, false, pairs, GPU, timeline).await?),
+                _ => Ok(guardian.resume_unfilled(init, staging, pairs, GPU, ready(true), timeline).await?),
+            }
+        }
+        .await;
+        // Either way it has nothing more to do: what could not be resumed is removed.
+        guardian.dismiss();
+        resumed.map(drop)
+    }
+
+    /// Puts big memory into the frozen processes, those with a GPU first, but for staging memory that the guardian fills: that
+    /// is returned.
     async fn fill(
         &self,
-        worker: Option<Worker>,
-        cgroup: Option<&Cgroup>,
+        worker: &mut Worker,
+        cgroup: &Cgroup,
         gpu: Option<&SavedGpus>,
-        thaw: bool,
-    ) -> Result<(), RestoreFailure> {
-        let (Some(mut worker), Some(cgroup)) = (worker, cgroup) else { return Ok(()) };
+        staging: Option<Saved>,
+    ) -> Result<(Filled, Swap), RestoreFailure> {
         let pids = cgroup.pids().map_err(RestoreFailure::Cgroup)?.into_iter();
         let mut processes: Vec<Restored> = pids
             .filter_map(|process| Some(Restored { pid: cuda::process::namespace_pid(process).ok()?, process }))
             .collect();
-        processes.sort_by_key(|of| std::cmp::Reverse(gpu.and_then(|gpu| gpu.staged(of.pid))));
-        worker.fill(processes, &self.timeline).await?;
-        if thaw {
-            cgroup.thaw().map_err(RestoreFailure::Cgroup)?;
+        let staged = |of: &Restored| gpu.and_then(|gpu| gpu.staged(of.pid));
+        processes.sort_by_key(|of| Reverse(staged(of)));
+        let first = processes.iter().filter(|of| staged(of).is_some()).count();
+        let is_apart = staging.is_some();
+        let mut staging = staging.unwrap_or_default();
+        for saved in &mut staging.processes {
+            let here = processes.iter().find(|of| of.pid == saved.process);
+            saved.process = here.ok_or(RestoreFailure::Gone { pid: saved.process })?.process;
         }
-        Ok(())
+        let filled = worker.fill(processes, first, !is_apart, &self.timeline).await?;
+        Ok((filled, swap(staging)))
+    }
+
+    /// The same when those with a GPU are filled: they get their state back while the others are.
+    async fn resume_beside(
+        &self,
+        guardian: &mut Guardian,
+        worker: &mut Worker,
+        init: i32,
+        staging: Swap,
+        pairs: Vec<Pair>,
+    ) -> Result<Resumed, RestoreFailure> {
+        let (say, mut said) = oneshot::channel();
+        let rest = async {
+            let filled = worker.fill_rest(&self.timeline).await;
+            // Who does not hear it has failed.
+            let _ = say.send(filled.is_ok());
+            filled
+        };
+        let filled = async {
+            match said.try_recv() {
+                Err(TryRecvError::Empty) => {
+                    self.timeline.enter(Phase::Fill);
+                    said.await.unwrap_or(false)
+                }
+                said => said.unwrap_or(false),
+            }
+        };
+        let resumed = guardian.resume_unfilled(init, staging, pairs, GPU, filled, &self.timeline);
+        let (filled, resumed) = tokio::join!(rest, resumed);
+        filled?;
+        Ok(resumed?)
     }
 
     /// Which GPUs of this node take the place of those that were.
@@ -290,30 +378,9 @@ impl Work {
         gpu.pairs(&node, &minors).map_err(RestoreFailure::Node)
     }
 
-    /// Gives the frozen processes their GPU state back and lets them run.
-    async fn resume(
-        &self,
-        mut guardian: Guardian,
-        init: i32,
-        pairs: Result<Vec<Pair>, RestoreFailure>,
-    ) -> Result<(), RestoreFailure> {
-        let resumed = async {
-            let pairs = pairs?;
-            DeviceNode::make_missing(&self.devices, init).map_err(|source| RestoreFailure::File {
-                action: "make the devices in",
-                path: "/dev".into(),
-                source,
-            })?;
-            Ok(guardian.resume(init, false, pairs, GPU, &self.timeline).await.map(drop)?)
-        }
-        .await;
-        // Either way it has nothing more to do: what could not be resumed is removed.
-        guardian.dismiss();
-        resumed
-    }
-
     fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {
         let image = criu::image::inspect(images)?;
+        criu::image::check_threads(images)?;
         let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
             action: "read gpusnap.json in",
             path: images.to_owned(),

@@ -630,6 +630,9 @@ fn images_of(script: &str) -> TempDir {
     // Its magic number, and one entry of two bytes: version 2.
     let inventory = [0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 2];
     std::fs::write(images.path().join("inventory.img"), inventory).unwrap();
+    // Its two magic numbers, and one entry of two bytes: process 1, of whose threads it says nothing.
+    let tree = [0x19, 0x43, 0x56, 0x54, 0x30, 0x30, 0x27, 0x50, 2, 0, 0, 0, 0x08, 1];
+    std::fs::write(images.path().join("pstree.img"), tree).unwrap();
     images
 }
 

@@ -193,6 +193,12 @@ impl Cgroup {
         expel::expel(self, pid, beside)
     }
 
+    /// Bytes of memory of its processes that are in no file, each page once; None where the kernel does not count them.
+    #[must_use]
+    pub fn anonymous_memory(&self) -> Option<u64> {
+        memory::anonymous(self)
+    }
+
     /// Bytes of memory that its limit, or that of a cgroup above it, leaves; None without a limit.
     #[must_use]
     pub fn memory_left(&self) -> Option<u64> {

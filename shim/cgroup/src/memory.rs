@@ -1,4 +1,4 @@
-//! How much memory a container may still take.
+//! How much memory a container has, and may still take.
 
 use std::path::Path;
 
@@ -10,21 +10,37 @@ struct Files {
     usage: &'static str,
     /// What the kernel can take back at once, in `memory.stat`.
     inactive: &'static str,
+    /// Likewise, what is in no file.
+    anonymous: &'static str,
 }
 
-const V1: Files =
-    Files { limit: "memory.limit_in_bytes", usage: "memory.usage_in_bytes", inactive: "total_inactive_file" };
-const V2: Files = Files { limit: "memory.max", usage: "memory.current", inactive: "inactive_file" };
+const V1: Files = Files {
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    inactive: "total_inactive_file",
+    anonymous: "total_rss",
+};
+const V2: Files = Files { limit: "memory.max", usage: "memory.current", inactive: "inactive_file", anonymous: "anon" };
 
 /// What version 1 says where there is no limit: the largest number of pages of 4 KiB, or of larger ones.
 const UNLIMITED_V1: u64 = 1 << 60;
 
+fn place(cgroup: &Cgroup) -> Option<(&Path, Files)> {
+    match &cgroup.hierarchy {
+        Hierarchy::V1(directories) => Some((directories.get("memory")?, V1)),
+        Hierarchy::V2(directory) => Some((directory.as_path(), V2)),
+    }
+}
+
+/// Bytes that are in no file. None where the kernel does not count them.
+pub(crate) fn anonymous(cgroup: &Cgroup) -> Option<u64> {
+    let (directory, files) = place(cgroup)?;
+    Some(file::pairs(&directory.join("memory.stat")).ok()?.get(files.anonymous))
+}
+
 /// The least that it, or any cgroup above it, leaves. None without a limit.
 pub(crate) fn left(cgroup: &Cgroup) -> Option<u64> {
-    let (directory, files) = match &cgroup.hierarchy {
-        Hierarchy::V1(directories) => (directories.get("memory")?, V1),
-        Hierarchy::V2(directory) => (directory.as_path(), V2),
-    };
+    let (directory, files) = place(cgroup)?;
     directory
         .ancestors()
         .take_while(|above| above.join("cgroup.procs").exists())
@@ -58,7 +74,8 @@ mod tests {
         write(pod.path(), "memory.current", "90\n");
         write(&container, "memory.max", "max\n");
         write(&container, "memory.current", "60\n");
-        assert_eq!(left(&Cgroup { hierarchy: Hierarchy::V2(container.clone()) }), Some(30));
+        let cgroup = Cgroup { hierarchy: Hierarchy::V2(container.clone()) };
+        assert_eq!((left(&cgroup), anonymous(&cgroup)), (Some(30), Some(5)));
         write(&container, "memory.max", "50\n");
         assert_eq!(left(&Cgroup { hierarchy: Hierarchy::V2(container) }), Some(10));
     }

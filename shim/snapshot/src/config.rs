@@ -117,6 +117,9 @@ pub struct Sizes {
     /// Memory equal to other memory of the snapshot, and in packs once.
     #[serde(default)]
     pub shared: u64,
+    /// Memory that the container had before, in no file, each page once; without what was on GPUs. 0 if that is not known.
+    #[serde(default)]
+    pub resident: u64,
 }
 
 /// Not a config that can be understood.

@@ -63,6 +63,9 @@ fn big_memory_goes_to_the_node_store_and_comes_back(t: &Test) -> Result<()> {
     let blob = Path::new("/var/lib/gpusnap/blobs/sha256").join(digest.trim_start_matches("sha256:"));
     ensure!(blob.is_file(), "{} is not there", blob.display());
     ensure!(bytes < 64 << 20, "{bytes} bytes are in the folder");
+    let resident = manifest["resident"].as_u64().context("nothing of the memory that it had")?;
+    let held = u64::from(MEGABYTES) << 20;
+    ensure!(resident > held && resident < 2 * held, "it had {resident} bytes of memory, and holds {held}");
     survives(t, &id)
 }
 

@@ -107,6 +107,8 @@ fn about(names: &[Name], manifest: &Manifest, config: &Config, listed: Option<&L
     rows.push(["Memory:".to_owned(), memory]);
     let left_out = format!("{} zero, {} equal to other memory", bytes(sizes.zero), bytes(sizes.shared));
     rows.push(["Left out:".to_owned(), left_out]);
+    let resident = Some(sizes.resident).filter(|resident| *resident > 0);
+    rows.extend(resident.map(|resident| ["Container had:".to_owned(), format!("{} in memory", bytes(resident))]));
     table(&rows, 2)
 }
 

@@ -38,6 +38,9 @@ pub(crate) struct Manifest {
     /// None if all memory is in the images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     memory: Option<bulk::Published>,
+    /// Bytes of memory that it had before, in no file, each page once; without what was on GPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    resident: Option<u64>,
     /// How long each step took, in seconds.
     phases: Vec<Step>,
 }
@@ -63,6 +66,7 @@ impl Manifest {
         allow: Allow,
         gpu: Option<SavedGpus>,
         memory: Option<bulk::Published>,
+        resident: Option<u64>,
         timeline: &Timeline,
     ) -> Self {
         let phases = timeline.phases().into_iter();
@@ -80,6 +84,7 @@ impl Manifest {
             shell_job: allow.shell_job,
             gpu,
             memory,
+            resident,
             phases: phases
                 .map(|(phase, duration)| Step { phase: phase.name().to_owned(), seconds: duration.as_secs_f64() })
                 .collect(),
@@ -124,6 +129,11 @@ impl Manifest {
         self.memory.as_ref()
     }
 
+    /// How much memory it had, if that is known.
+    pub(crate) fn resident(&self) -> Option<u64> {
+        self.resident
+    }
+
     /// What a restore has to allow.
     pub(crate) fn allow(&self) -> Allow {
         Allow {
@@ -159,7 +169,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(Manifest::read(folder.path()).unwrap().is_none());
         let timeline = Timeline::start(Phase::Freeze);
-        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, &timeline);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, Some(5), &timeline);
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
     }

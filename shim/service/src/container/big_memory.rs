@@ -205,6 +205,7 @@ fn config(work: &Work, host: Host, gpu: Option<&SavedGpus>) -> Result<Config, Ch
         phase: phase.name().to_owned(),
         seconds: duration.as_secs_f64(),
     };
+    config.sizes.resident = work.resident.unwrap_or_default();
     config.phases = work.timeline.phases().into_iter().map(phase).collect();
     if let Some(gpu) = gpu {
         config.host.driver = Some(gpu.driver().to_owned());

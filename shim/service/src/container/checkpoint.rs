@@ -78,6 +78,7 @@ impl Actor {
             runtime: Arc::clone(&self.runtime),
             runtime_name: self.runtime_name.clone(),
             child,
+            resident: cgroup.anonymous_memory(),
             cgroup,
             shm: self.shm.clone(),
             devices: self.devices.clone(),
@@ -123,6 +124,8 @@ pub(super) struct Work {
     pub(super) runtime_name: String,
     pub(super) child: Child,
     pub(super) cgroup: Cgroup,
+    /// Bytes of memory that it has, in no file.
+    pub(super) resident: Option<u64>,
     shm: Option<Shm>,
     devices: Vec<DeviceNode>,
     /// The container was paused before.
@@ -236,7 +239,7 @@ impl Work {
         let moved = published.inspect_err(|_| self.timeline.enter(timeline.current()))?;
         self.timeline.enter(Phase::Publish);
         let runtime_name = self.runtime_name.clone();
-        let manifest = Manifest::new(&self.id, runtime_name, *allow, gpu, moved.clone(), &self.timeline);
+        let manifest = Manifest::new(&self.id, runtime_name, *allow, gpu, moved.clone(), self.resident, &self.timeline);
         let written = manifest.write(draft.folder());
         let published = match written {
             Ok(()) => draft.publish(),

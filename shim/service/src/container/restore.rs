@@ -129,6 +129,8 @@ struct Inspected {
     gpu: Option<SavedGpus>,
     /// None if all memory is in the images.
     memory: Option<Source>,
+    /// Bytes of memory that the container had, if that is known.
+    resident: Option<u64>,
 }
 
 /// What a frozen container is to be given back.
@@ -145,6 +147,20 @@ struct Running {
     copies: Copies,
     /// None if it has ended by now.
     cgroup: Option<Cgroup>,
+    /// As [`Inspected::resident`].
+    resident: Option<u64>,
+}
+
+impl Running {
+    /// `; 6925 MB of memory, 2098 MB when it was saved`, where that is known.
+    fn resident(&self) -> String {
+        match (self.cgroup.as_ref().and_then(Cgroup::anonymous_memory), self.resident) {
+            (Some(now), Some(then)) => {
+                format!("; {} MB of memory, {} MB when it was saved", now / 1_000_000, then / 1_000_000)
+            }
+            _ => String::new(),
+        }
+    }
 }
 
 /// One restore of one container.
@@ -168,7 +184,8 @@ impl Work {
     async fn run(self) -> Result<Running, TaskError> {
         match self.restore().await {
             Ok(restored) => {
-                tracing::info!("container {} is restored: {}", self.id, self.timeline);
+                let resident = restored.resident();
+                tracing::info!("container {} is restored: {}{resident}", self.id, self.timeline);
                 let images = self.checkpoint.images;
                 // It may be large, and nobody waits for it.
                 tokio::task::spawn_blocking(move || remove_if_containerds(&images));
@@ -187,7 +204,7 @@ impl Work {
             let path = path.to_owned();
             move |source| RestoreFailure::File { action, path, source }
         };
-        let Inspected { allow, gpu, memory } = self.inspect(images)?;
+        let Inspected { allow, gpu, memory, resident } = self.inspect(images)?;
         if memory.is_some() && !self.runtime.drives_criu() {
             return Err(RestoreFailure::Fill);
         }
@@ -239,7 +256,9 @@ impl Work {
             }
         };
         let joined = match prepared.connect().await {
-            Ok(copies) => self.join(&child).await.map(|cgroup| Running { child: child.clone(), copies, cgroup }),
+            Ok(copies) => {
+                self.join(&child).await.map(|cgroup| Running { child: child.clone(), copies, cgroup, resident })
+            }
             Err(error) => Err(RestoreFailure::Stdio(error)),
         };
         let resumed = match joined {
@@ -391,11 +410,12 @@ impl Work {
         let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
         let gpu = manifest.as_ref().and_then(Manifest::gpu).filter(|gpu| gpu.has_state()).cloned();
         let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
+        let resident = manifest.as_ref().and_then(Manifest::resident);
         let mut allow = manifest.map_or(other, |manifest| manifest.allow());
         if let Some(tcp) = self.annotations.tcp().map_err(RestoreFailure::Annotation)? {
             allow.tcp = tcp;
         }
-        Ok(Inspected { allow, gpu, memory })
+        Ok(Inspected { allow, gpu, memory, resident })
     }
 
     async fn join(&self, child: &Child) -> Result<Option<Cgroup>, RestoreFailure> {

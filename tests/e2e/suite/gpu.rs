@@ -22,7 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(processes_forked_from_a_gpu_program_are_saved_with_it),
         case!(processes_with_much_memory_beside_a_gpu_program_are_restored_whole),
         case!(much_gpu_memory_is_in_place_when_the_program_goes_on).alone(),
-        case!(a_guardian_that_is_killed_while_memory_is_filled_fails_the_restore_cleanly).alone(),
+        case!(who_is_killed_while_memory_is_filled_fails_the_restore_cleanly).alone(),
         case!(gpu_workers_under_a_process_without_gpu_are_saved),
         case!(a_program_on_two_gpus_is_saved),
         case!(a_program_on_one_of_two_gpus_whose_driver_made_nodes_of_both_is_restored),
@@ -178,27 +178,31 @@ fn much_gpu_memory_is_in_place_when_the_program_goes_on(t: &Test) -> Result<()> 
     })
 }
 
-fn a_guardian_that_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> Result<()> {
+fn who_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> Result<()> {
     let gpu = Gpu::one(t)?;
-    // Long beside the fill of the others, so that what it holds is held when it is killed.
+    // Long beside the fill of the others, so that what is held is held when somebody is killed.
     let gpu = if gpu.is_simulated() { gpu.fails("restore-ms=600")? } else { gpu };
     let (id, image) = (t.id("g"), t.id("checkpoint"));
     gpu.start(&id, &BALLAST)?;
     t.ctr().checkpoint(&id, &image).ok()?;
     t.ctr().remove(&id)?;
-    for after in [0, 100, 200, 300, 400, 500, 600] {
+    let moments = [
+        ("cuda-guardian", [0, 100, 300, 500]),
+        ("memory-worker", [0, 20, 50, 100]),
+        ("cuda-caller", [0, 100, 300, 500]),
+    ];
+    for (role, after) in moments.into_iter().flat_map(|(role, moments)| moments.map(|after| (role, after))) {
+        let what = || format!("after a kill of {role} {after} ms after its start");
         let to = t.id("g");
         let restore = t.ctr().restore(&to, &image).spawn()?;
-        while proc::acting_as("cuda-guardian").is_empty() && proc::alive(restore.pid()) {
+        while proc::acting_as(role).is_empty() && proc::alive(restore.pid()) {
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_millis(after));
-        let killed = proc::acting_as("cuda-guardian").into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
+        let killed = proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
         let restored = restore.wait()?;
-        let is_restored = restored.code == 0;
-        ensure!(killed > 0 || is_restored, "nobody was killed: {}", restored.stderr);
-        let what = || format!("after a kill {after} ms after its start");
-        if is_restored {
+        ensure!(killed > 0 || restored.code == 0, "nobody was killed {}: {}", what(), restored.stderr);
+        if restored.code == 0 {
             gpu.computes(&to).with_context(what)?;
         }
         t.ctr().remove(&to).with_context(what)?;

@@ -9,7 +9,7 @@ use phase::Phase;
 
 use snapshot::{IfInUse, Reference, Store};
 
-use crate::protocol::{Because, Failure, Order, Report};
+use crate::protocol::{Because, Failure, Order, Published, Report, Source};
 use crate::restore::Restoring;
 use crate::save::Saving;
 
@@ -57,7 +57,12 @@ fn serve() -> io::Result<()> {
         // Whoever does not listen any more has hung up: the next read says so.
         let meanwhile = |report| drop(say(&reports, &report));
         let report = obey(&mut job, serde_json::from_str(&order)?, &meanwhile);
-        meanwhile(report);
+        if say(&reports, &report).is_err()
+            && let Report::Published(Ok(Some(Published { source: Source::Snapshot(pointer), .. }))) = report
+        {
+            // Of a shim that is dead no checkpoint will ever point to it.
+            obey(&mut job, Order::Withdraw(pointer), &meanwhile);
+        }
     }
     Ok(())
 }

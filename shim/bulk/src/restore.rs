@@ -1,5 +1,6 @@
 //! A restore's part: packs become memory of processes.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -96,7 +97,7 @@ impl Restoring {
         processes.retain(|process| !process.pieces.is_empty());
         let pieces = processes.iter().flat_map(|process| &process.pieces);
         let (bytes, count) = pieces.fold((0, 0), |(bytes, count), piece| (bytes + piece.length, count + 1));
-        let is_worth_it = bytes >= LEAST_STAGING && count <= MOST_PIECES && memory::are_in_memory(packs);
+        let is_worth_it = bytes >= LEAST_STAGING && count <= MOST_PIECES && packs.iter().all(Pack::is_in_memory);
         let files = packs.iter().map(|pack| pack.path().to_owned()).collect();
         is_worth_it.then_some(Saved { files, processes })
     }
@@ -113,7 +114,7 @@ impl Restoring {
         staging: bool,
         filled_first: &(dyn Fn() + Sync),
     ) -> Result<(), Failure> {
-        let table = if staging { self.table.clone() } else { self.without_staging()? };
+        let table = if staging { Cow::Borrowed(&self.table) } else { Cow::Owned(self.without_staging()?) };
         let processes: Vec<(i32, i32)> = processes.iter().map(|of| (of.pid, of.process)).collect();
         let (early, late) = processes.split_at(first.min(processes.len()));
         let rest: u64 = late.iter().flat_map(|(pid, _)| table.segments(*pid)).filter_map(stored).sum();

@@ -94,7 +94,7 @@ impl Guardian {
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         let mut machine = Machine::of(pid, &mut self.callers)?;
-        let suspended = Session::new(&mut machine, &mut begins(&mut self.reports)).suspend(paused, patience, limit);
+        let suspended = Session::new(&mut machine, &mut begins(&self.reports)).suspend(paused, patience, limit);
         let is_undone = matches!(&suspended, Err(failure) if !matches!(failure, SessionError::NotUndone { .. }));
         self.owed = (!is_undone).then_some((pid, paused));
         suspended
@@ -103,13 +103,13 @@ impl Guardian {
     fn swap(&mut self, pid: i32, paused: bool, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
         self.owed = Some((pid, paused));
         let mut machine = Machine::of(pid, &mut self.callers)?;
-        Session::new(&mut machine, &mut begins(&mut self.reports)).swap(swap, limit)
+        Session::new(&mut machine, &mut begins(&self.reports)).swap(swap, limit)
     }
 
     fn resume(&mut self, pid: i32, frozen: bool, pairs: &[Pair], limit: Duration) -> Result<Resumed, SessionError> {
         self.owed = Some((pid, frozen));
         let mut machine = Machine::of(pid, &mut self.callers)?;
-        let resumed = Session::new(&mut machine, &mut begins(&mut self.reports)).resume(frozen, pairs, limit)?;
+        let resumed = Session::new(&mut machine, &mut begins(&self.reports)).resume(frozen, pairs, limit)?;
         self.owed = None;
         Ok(resumed)
     }
@@ -124,9 +124,8 @@ impl Guardian {
     ) -> Result<Resumed, SessionError> {
         let Self { orders, reports, callers, .. } = self;
         let mut machine = Machine::of_unfilled(pid, callers)?;
-        let mut others = reports.try_clone().map_err(|error| SessionError::NoDriver(error.to_string()))?;
-        Session::new(&mut machine, &mut begins(reports)).resume_unfilled(staging, pairs, limit, &mut |_| {
-            drop(write_line(&mut others, &Report::Restored));
+        Session::new(&mut machine, &mut begins(reports)).resume_unfilled(staging, pairs, limit, &mut || {
+            drop(write_line(&mut &*reports, &Report::Restored));
             matches!(next(orders), Ok(Some(Order::Run)))
         })
     }
@@ -142,7 +141,7 @@ fn next(orders: &mut impl BufRead) -> io::Result<Option<Order>> {
     Ok(Some(serde_json::from_str(&line)?))
 }
 
-fn begins(reports: &mut UnixStream) -> impl FnMut(Phase) {
+fn begins(mut reports: &UnixStream) -> impl FnMut(Phase) {
     // As above.
-    |phase| drop(write_line(reports, &Report::Began(phase)))
+    move |phase| drop(write_line(&mut reports, &Report::Began(phase)))
 }

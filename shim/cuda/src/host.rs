@@ -11,7 +11,7 @@ use crate::call::{Answer, Call, CallFailure, Callers, TICK};
 use crate::hold::{self, Hold, Scope};
 use crate::inventory::Inventory;
 use crate::process::{self, Range, RunState};
-use crate::refill::{Refill, RefillError};
+use crate::refill::Refill;
 use crate::residue;
 use crate::session::{Host, SessionError};
 use crate::swap::{self, Swap, SwapProcess};
@@ -53,11 +53,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-fn container(action: &'static str) -> impl Fn(cgroup::CgroupError) -> SessionError {
-    move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
-}
-
-fn refused(action: &'static str) -> impl Fn(RefillError) -> SessionError {
+fn container<E: std::error::Error + 'static>(action: &'static str) -> impl Fn(E) -> SessionError {
     move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
 }
 
@@ -182,8 +178,7 @@ impl Host for Machine<'_> {
     }
 
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
-        let held = self.hold.settle(Instant::now() + limit);
-        held.map_err(|error| SessionError::Container { action: "hold all threads of".into(), why: chain(&error) })
+        self.hold.settle(Instant::now() + limit).map_err(container("hold all threads of"))
     }
 
     fn let_go(&mut self) {
@@ -236,13 +231,13 @@ impl Host for Machine<'_> {
 
     fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError> {
         let begun = Refill::begin(&mut self.hold, staging, Instant::now() + limit);
-        self.refill = Some(begun.map_err(refused("map the saved GPU state in"))?);
+        self.refill = Some(begun.map_err(container("map the saved GPU state in"))?);
         Ok(())
     }
 
     fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError> {
         let Some(refill) = self.refill.take() else { return Ok(()) };
-        refill.finish(&mut self.hold, Instant::now() + limit).map_err(refused("fill the saved GPU state of"))
+        refill.finish(&mut self.hold, Instant::now() + limit).map_err(container("fill the saved GPU state of"))
     }
 
     fn sleep(&mut self, time: Duration) {

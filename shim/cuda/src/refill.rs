@@ -15,7 +15,7 @@
 //!
 //! To be in time is a matter of speed. To be checked is not: [`Refill::finish`] waits until every chunk was.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::num::TryFromIntError;
 use std::os::unix::fs::MetadataExt;
@@ -76,7 +76,7 @@ pub(crate) enum RefillError {
 pub(crate) struct Refill {
     windows: Vec<Window>,
     /// The threads that make calls, one of each process.
-    teams: Vec<(i32, Team)>,
+    teams: BTreeMap<i32, Team>,
     /// Inodes of the files.
     inodes: BTreeSet<u64>,
     filling: JoinHandle<Result<(), RefillError>>,
@@ -224,7 +224,7 @@ impl Refill {
             fill_in_place(&packs, &SwapProcess { pid: process.pid, pieces: left })?;
             windows.extend(Window::of(&SwapProcess { pid: process.pid, pieces: mapped }));
         }
-        let mut teams = Vec::new();
+        let mut teams = BTreeMap::new();
         for process in &swap.processes {
             match Team::gather(hold, process.pid, 1) {
                 Ok(mut team) => {
@@ -232,7 +232,7 @@ impl Refill {
                     if let Err(error) = make_room(&mut team, of_it) {
                         not_ahead(process.pid, &error);
                     }
-                    teams.push((process.pid, team));
+                    teams.insert(process.pid, team);
                 }
                 Err(error) => not_ahead(process.pid, &error),
             }
@@ -286,7 +286,7 @@ impl Refill {
         let Self { windows, teams, inodes, stopped, is_over, .. } = self;
         let window = &mut windows[index];
         let pid = window.pid;
-        let Some((_, team)) = teams.iter_mut().find(|(of, _)| *of == pid) else { return Ok(()) };
+        let Some(team) = teams.get_mut(&pid) else { return Ok(()) };
         if *is_over {
             return Ok(());
         }
@@ -326,14 +326,14 @@ impl Refill {
             }
         }
         for window in self.windows.iter().filter(|window| !window.elsewhere.is_empty()) {
-            let Some((_, team)) = self.teams.iter_mut().find(|(pid, _)| *pid == window.pid) else { continue };
+            let Some(team) = self.teams.get_mut(&window.pid) else { continue };
             for range in window.rest() {
                 if let Err(error) = team.call(libc::SYS_munmap, [range.start, range.len(), 0, 0, 0, 0]) {
                     not_ahead(window.pid, &error);
                 }
             }
         }
-        for (_, team) in self.teams {
+        for team in self.teams.into_values() {
             team.disband(hold, deadline);
         }
         self.filling.join().map_err(|_| RefillError::Died)?

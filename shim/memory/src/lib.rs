@@ -33,7 +33,7 @@ mod units;
 
 pub use control::Control;
 pub use error::{FillError, PackError, SaveError, VerifyError};
-pub use fill::{Destination, are_in_memory, fill, prefetch};
+pub use fill::{Destination, fill, prefetch};
 pub use pack::{CHUNK, MAX_PACK_DATA, PAGE, Pack, Trailer, TrailerError, verify};
 pub use save::{Draft, FileSource, Saved, Target, save_files, save_processes};
 pub use table::{MAX_TABLE, Place, Process, Segment, SegmentTable, Statistics, TableError};

@@ -195,11 +195,7 @@ fn who_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> R
         let what = || format!("after a kill of {role} {after} ms after its start");
         let to = t.id("g");
         let restore = t.ctr().restore(&to, &image).spawn()?;
-        while proc::acting_as(role).is_empty() && proc::alive(restore.pid()) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(after));
-        let killed = proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
+        let killed = killed_after(role, restore.pid(), after);
         let restored = restore.wait()?;
         ensure!(killed > 0 || restored.code == 0, "nobody was killed {}: {}", what(), restored.stderr);
         if restored.code == 0 {
@@ -377,6 +373,17 @@ fn a_gpu_program_that_dies_in_its_checkpoint_is_told(t: &Test) -> Result<()> {
     })
 }
 
+/// Kills those that act as something, so many milliseconds after the first is there. How many there were; none if the client
+/// that makes them ends before.
+fn killed_after(role: &str, client: u32, milliseconds: u64) -> usize {
+    // Looked for often: some live for some tens of milliseconds.
+    while proc::acting_as(role).is_empty() && proc::alive(client) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_millis(milliseconds));
+    proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count()
+}
+
 /// Kills the process of this name again and again during a checkpoint of a container whose driver is slow, each time so
 /// many milliseconds after it is there, and sees that the container computes on. `role` is the first argument or the name.
 fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
@@ -388,12 +395,7 @@ fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
     for after in after_ms {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
-        // Looked for often: some live for some tens of milliseconds.
-        while proc::acting_as(role).is_empty() && proc::alive(checkpoint.pid()) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        std::thread::sleep(Duration::from_millis(*after));
-        killed += proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
+        killed += killed_after(role, checkpoint.pid(), *after);
         // The checkpoint may have been taken all the same: what counts is the container.
         checkpoint.wait()?;
         ensure_eq!(t.ctr().status(&id)?, "RUNNING", "after a kill {after} ms after its start");

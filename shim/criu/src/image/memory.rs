@@ -18,7 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::image::pages::{Extent, Pagemap, page_size, pagemap_path, pages_path};
@@ -155,6 +155,10 @@ fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
     left
 }
 
+pub(crate) fn core_path(images: &Path, thread: u64) -> PathBuf {
+    images.join(format!("core-{thread}.img"))
+}
+
 pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     let path = images.join(PSTREE);
     let mut reader = Reader::open(&path, &[COMMON_MAGIC, PSTREE_MAGIC])?;
@@ -204,7 +208,7 @@ fn rseq_pages(images: &Path, process: &Process) -> Result<Vec<Range<u64>>, Image
     let page = page_size();
     let mut pages = vec![];
     for thread in &process.threads {
-        let path = images.join(format!("core-{thread}.img"));
+        let path = core_path(images, *thread);
         let core = first_entry(&path, &[COMMON_MAGIC, CORE_MAGIC], MAX_CORE)?;
         let (mut address, mut length) = (0_u64, 0_u64);
         // core_entry.thread_core.rseq_entry (images/core.proto, images/rseq.proto).

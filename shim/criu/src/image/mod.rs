@@ -112,7 +112,7 @@ pub enum ImageError {
 /// When one is not, or the tree cannot be read.
 pub fn check_threads(directory: &Path) -> Result<(), ImageError> {
     for thread in memory::processes(directory)?.iter().flat_map(|process| &process.threads) {
-        let path = directory.join(format!("core-{thread}.img"));
+        let path = memory::core_path(directory, *thread);
         if let Err(source) = path.metadata() {
             return Err(ImageError::Read { path, source });
         }

@@ -29,10 +29,10 @@ impl<H: Host> Session<'_, H> {
         staging: &Swap,
         pairs: &[Pair],
         limit: Duration,
-        is_whole: &mut dyn FnMut(&Resumed) -> bool,
+        is_whole: &mut dyn FnMut() -> bool,
     ) -> Result<Resumed, SessionError> {
         let resumed = self.hold_others().and_then(|()| self.put_back_held(None, staging, false, pairs, limit));
-        let resumed = resumed.and_then(|resumed| is_whole(&resumed).then_some(resumed).ok_or(SessionError::Unfilled));
+        let resumed = resumed.and_then(|resumed| is_whole().then_some(resumed).ok_or(SessionError::Unfilled));
         if resumed.is_err() {
             // If it cannot be, what is held stays so until the end.
             self.host.freeze()?;

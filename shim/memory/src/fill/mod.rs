@@ -96,12 +96,6 @@ pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, contro
     })
 }
 
-/// Whether packs are in memory, so that nobody has to wait who reads them page by page.
-#[must_use]
-pub fn are_in_memory(packs: &[Pack]) -> bool {
-    packs.iter().all(|pack| Source::new(pack).is_in_memory())
-}
-
 impl Progress {
     fn landed(&self, bytes: u64, ready: &(dyn Fn(i32) + Sync)) {
         // What other threads wrote is in place for whoever is told.

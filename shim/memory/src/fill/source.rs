@@ -11,12 +11,6 @@ use rustix::fs::{Mode, OFlags};
 use crate::pack::{PAGE, Pack};
 use crate::units;
 
-/// How far apart pages are, in bytes, of which one that is in the page cache stands for those behind it.
-const SAMPLES: usize = 4 << 20;
-
-/// Of linux/magic.h.
-const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
-
 /// A pack that is read once.
 pub(super) struct Source<'a> {
     pack: &'a Pack,
@@ -37,15 +31,6 @@ impl<'a> Source<'a> {
     pub(super) fn begins_in_cache(&self) -> bool {
         let mut page = [0; 1];
         self.pack.read_cached(&mut page, 0) == page.len() || self.direct().is_none()
-    }
-
-    /// Whether all of it is in memory, as far as single pages tell.
-    pub(super) fn is_in_memory(&self) -> bool {
-        // Which has no page cache to ask.
-        let is_tmpfs = rustix::fs::fstatfs(self.pack.file()).is_ok_and(|of| of.f_type == TMPFS_MAGIC);
-        let mut page = [0; 1];
-        let mut samples = (0..self.pack.data_length()).step_by(SAMPLES);
-        is_tmpfs || samples.all(|offset| self.pack.read_cached(&mut page, offset) == page.len())
     }
 
     /// Reads whole pages.

@@ -27,6 +27,12 @@ pub const CHUNK: u64 = 65536;
 /// Bytes of memory that a pack has at most.
 pub const MAX_PACK_DATA: u64 = 256 << 20;
 
+/// How far apart pages are, in bytes, of which one that is in the page cache stands for those behind it.
+const SAMPLES: usize = 4 << 20;
+
+/// Of linux/magic.h.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
 /// [`CHUNK`] as memory counts.
 pub(crate) const CHUNK_BYTES: usize = 65536;
 
@@ -113,6 +119,16 @@ impl Pack {
         let found = Checksum::of_chunks(bytes);
         let wrong = found.zip(expected.chain(std::iter::repeat(None))).position(|(is, was)| was != Some(is));
         wrong.map(|wrong| first + wrong)
+    }
+
+    /// Whether all of it is in memory, as far as single pages tell, so that nobody has to wait who reads it page by page.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        // Which has no page cache to ask.
+        let is_tmpfs = rustix::fs::fstatfs(&self.file).is_ok_and(|of| of.f_type == TMPFS_MAGIC);
+        let mut page = [0; 1];
+        let mut samples = (0..self.data_length()).step_by(SAMPLES);
+        is_tmpfs || samples.all(|offset| self.read_cached(&mut page, offset) == page.len())
     }
 
     /// Reads what the page cache has of a range, without waiting for a disk. Bytes read, which may be none.

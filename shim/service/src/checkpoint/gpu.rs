@@ -32,7 +32,7 @@ impl SavedGpus {
         }
         let Inventory { driver, gpus } = inventory.unwrap_or_default();
         // The driver's library makes nodes of all GPUs of the machine, where it may; it cannot open them.
-        let mut minors: Vec<u32> = given.iter().filter_map(DeviceNode::gpu_minor).collect();
+        let mut minors = DeviceNode::gpu_minors(given);
         if minors.is_empty() {
             minors = nodes_of(init);
         }
@@ -130,9 +130,9 @@ pub(crate) struct DeviceNode {
 }
 
 impl DeviceNode {
-    /// N, if it is `/dev/nvidiaN`.
-    pub(crate) fn gpu_minor(&self) -> Option<u32> {
-        minor(&self.path)
+    /// N of each that is `/dev/nvidiaN`.
+    pub(crate) fn gpu_minors(nodes: &[Self]) -> Vec<u32> {
+        nodes.iter().filter_map(|node| minor(&node.path)).collect()
     }
 
     fn is_nvidias(&self) -> bool {

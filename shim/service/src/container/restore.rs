@@ -393,8 +393,7 @@ impl Work {
     /// Which GPUs of this node take the place of those that were.
     async fn pairs(&self, guardian: &mut Guardian, gpu: &SavedGpus) -> Result<Vec<Pair>, RestoreFailure> {
         let node = guardian.inventory(&self.timeline).await?;
-        let minors: Vec<u32> = self.devices.iter().filter_map(DeviceNode::gpu_minor).collect();
-        gpu.pairs(&node, &minors).map_err(RestoreFailure::Node)
+        gpu.pairs(&node, &DeviceNode::gpu_minors(&self.devices)).map_err(RestoreFailure::Node)
     }
 
     fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {

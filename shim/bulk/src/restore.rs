@@ -2,19 +2,22 @@
 
 use std::borrow::Cow;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::io::{self, Read, Seek};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use memory::{Control, Destination, Pack, Place, Process, Segment, SegmentTable};
-use phase::Phase;
+use phase::{Cancel, Phase};
+use role::{Because, Failure};
 use snapshot::{
     GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Pointer, Reference, ResolveError, SEGMENTS_TYPE, Snapshot, SnapshotError, Store,
 };
 
 use crate::inline;
-use crate::protocol::{Because, Failure, Node, Restored, Saved, SavedStaging, Source};
+use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 use crate::save::piece;
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
@@ -28,11 +31,16 @@ const LEAST_STAGING: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
 /// As many pieces of it can be mapped in the time that is gained.
 const MOST_PIECES: usize = 2000;
 
+/// A pull takes seconds or more.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+/// Bytes of what a failed pull says that are told.
+const LONGEST_MESSAGE: u64 = 8 << 10;
+
 /// The command line, beside the shim or in the PATH.
 const COMMAND: &str = "gpusnap";
 
 /// Memory that is about to be needed.
-pub(crate) struct Restoring {
+pub struct Restoring {
     table: SegmentTable,
     packs: Arc<Vec<Pack>>,
     /// How many of them, the first ones, have staging memory, as far as is known.
@@ -43,11 +51,16 @@ pub(crate) struct Restoring {
 }
 
 impl Restoring {
-    pub(crate) fn open(
+    /// Finds the snapshot that images in a folder belong to, pulls it if it is not there, and begins to read it.
+    ///
+    /// # Errors
+    /// When there is none, it cannot be pulled, it is damaged, or the operation is cancelled during the pull.
+    pub fn open(
         source: &Source,
         images: &Path,
         node: &Node,
         began: &mut dyn FnMut(Phase),
+        cancel: &Cancel,
     ) -> Result<Self, Failure> {
         let (table, packs, of_staging, snapshot) = match source {
             Source::Inline => {
@@ -58,9 +71,9 @@ impl Restoring {
                 (table, packs.because("the memory beside the images is damaged")?, 0, None)
             }
             Source::Snapshot(pointer) => {
-                let snapshot = find_or_pull(pointer, node, began)?;
+                let snapshot = find_or_pull(pointer, node, began, cancel)?;
                 let segments = snapshot.layers_of(SEGMENTS_TYPE).next();
-                let segments = segments.ok_or_else(|| Failure::new("the snapshot has no memory in it".into()))?;
+                let segments = segments.ok_or_else(|| Failure::new("the snapshot has no memory in it"))?;
                 let table = parse(
                     &inline::read(snapshot.open(segments).because("the snapshot of its memory is damaged")?)
                         .because("cannot read the snapshot of its memory")?,
@@ -87,7 +100,8 @@ impl Restoring {
 
     /// Staging memory that the driver may begin to read from files, before it is filled: if it is worth that, and the files
     /// are in memory.
-    pub(crate) fn staging(&self) -> Option<Saved> {
+    #[must_use]
+    pub fn staging(&self) -> Option<Saved> {
         let packs = &self.packs[..self.of_staging];
         let of = |process: &Process| SavedStaging {
             process: process.pid,
@@ -106,8 +120,13 @@ impl Restoring {
         matches!(segment.place, Place::Pack { index, .. } if usize::try_from(index).is_ok_and(|index| index < self.of_staging))
     }
 
-    /// Says when the first of them are filled, if there is enough left to do then.
-    pub(crate) fn fill(
+    /// Puts its memory into processes that stand still, in this order, and ends when all is done. `filled_first` is told when
+    /// the `first` processes have theirs, if enough is left to do then. With `staging`, all that there is; else without what
+    /// [`Self::staging`] says.
+    ///
+    /// # Errors
+    /// When the snapshot is damaged, or memory cannot be written. The processes are of no use then.
+    pub fn fill(
         &self,
         processes: &[Restored],
         first: usize,
@@ -146,7 +165,12 @@ fn stored(segment: &Segment) -> Option<u64> {
 }
 
 /// From the node's store, or the one that it was published in; else it is pulled into the node's.
-fn find_or_pull(pointer: &Pointer, node: &Node, began: &mut dyn FnMut(Phase)) -> Result<Snapshot, Failure> {
+fn find_or_pull(
+    pointer: &Pointer,
+    node: &Node,
+    began: &mut dyn FnMut(Phase),
+    cancel: &Cancel,
+) -> Result<Snapshot, Failure> {
     if let Some(snapshot) = find(pointer, &node.store)? {
         return Ok(snapshot);
     }
@@ -164,7 +188,7 @@ fn find_or_pull(pointer: &Pointer, node: &Node, began: &mut dyn FnMut(Phase)) ->
         )));
     };
     began(Phase::Pull);
-    pull(pointer, &node.store, registry)?;
+    pull(pointer, &node.store, registry, cancel)?;
     find(pointer, &node.store)?
         .ok_or_else(|| Failure::new(format!("the snapshot {digest} was pulled and is not in the node store {store}")))
 }
@@ -177,23 +201,54 @@ fn find(pointer: &Pointer, root: &Path) -> Result<Option<Snapshot>, Failure> {
     }
 }
 
-/// Has the command line pull it: it alone speaks to registries. What it has pulled stays if this process ends before it.
-#[expect(clippy::disallowed_methods, reason = "there is no reaper in a worker, whose only child this is")]
-fn pull(pointer: &Pointer, root: &Path, registry: &str) -> Result<(), Failure> {
+/// Has the command line pull it: no other program of ours speaks to registries. What it has pulled stays if it is killed.
+fn pull(pointer: &Pointer, root: &Path, registry: &str, cancel: &Cancel) -> Result<(), Failure> {
     let beside = std::env::current_exe().ok().map(|shim| shim.with_file_name(COMMAND));
     let program = beside.filter(|program| program.is_file()).unwrap_or_else(|| COMMAND.into());
     let target = format!("{}@{}", repository(registry), pointer.digest());
     let mut command = Command::new(&program);
     command.arg("--store").arg(root).args(["pull", "--quiet", &target]);
     command.args(pointer.name().map(ToString::to_string));
-    let out = command.stdin(Stdio::null()).output();
-    let out = out.because(&format!("cannot run {} to pull {target}", program.display()))?;
-    if out.status.success() {
+    let cannot = format!("cannot run {} to pull {target}", program.display());
+    let said = tempfile::tempfile().because(&cannot)?;
+    let said_by = said.try_clone().because(&cannot)?;
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said_by).spawn().because(&cannot)?;
+    let status = wait(child, cancel)?.because(&cannot)?;
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&out.stderr);
-    let said = said.trim().strip_prefix("gpusnap: ").unwrap_or(said.trim());
-    Err(Failure::new(format!("cannot pull the snapshot of its memory: {said}")))
+    let mut text = String::new();
+    let mut said = said;
+    let read = said.rewind().and_then(|()| said.take(LONGEST_MESSAGE).read_to_string(&mut text));
+    read.because("cannot pull the snapshot of its memory")?;
+    let text = text.trim();
+    Err(Failure::new(format!(
+        "cannot pull the snapshot of its memory: {}",
+        text.strip_prefix("gpusnap: ").unwrap_or(text)
+    )))
+}
+
+/// Waits for the end of a child, which is killed when the operation is cancelled.
+fn wait(mut child: Child, cancel: &Cancel) -> Result<io::Result<ExitStatus>, Failure> {
+    loop {
+        match child.try_wait() {
+            Ok(None) => {}
+            Ok(Some(status)) => return Ok(Ok(status)),
+            Err(error) => return Ok(Err(error)),
+        }
+        if let Err(cancelled) = cancel.check() {
+            // A child that has ended meanwhile needs no signal.
+            let _ = child.kill();
+            reap(&mut child);
+            return Err(Failure::of(&cancelled));
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the reaper of a session leaves children to those who know them")]
+fn reap(child: &mut Child) {
+    let _ = child.wait();
 }
 
 /// A reference without its tag and digest.

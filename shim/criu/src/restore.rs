@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
-use reaper::Child;
+use reaper::{Child, Reaper};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inherit_fd};
 
 use crate::call::{Answers, Call, Notification, Undo};
@@ -92,7 +92,7 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, &work_path, &marker, inherited).map_err(failed)?;
+        let swrk = Swrk::start(self, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
         let criu = swrk.child.clone();
         let since = residue::start_time(criu.pid()).unwrap_or(u64::MAX);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };

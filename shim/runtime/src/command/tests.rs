@@ -304,7 +304,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         work,
         leave_running: true,
         allow: crate::Allow::default(),
-        caller: crate::Caller::new().0,
+        cancel: crate::Cancel::default(),
         external_files: vec![],
         review: None,
     };

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
+use phase::Cancel;
 use reaper::Child;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
@@ -81,7 +82,7 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, frozen, timeline, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, timeline, cancel, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
@@ -110,6 +111,7 @@ impl Client {
             criu: None,
             root: None,
             timeline,
+            cancel,
         };
         let criu_request = criu::RestoreRequest {
             images_dir: images,
@@ -165,6 +167,7 @@ struct Stages<'a> {
     criu: Option<i32>,
     root: Option<i32>,
     timeline: Timeline,
+    cancel: Cancel,
 }
 
 impl Stages<'_> {
@@ -217,6 +220,7 @@ impl NotifyRestore for Stages<'_> {
     }
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
+        self.cancel.check()?;
         let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
         let own = i32::try_from(std::process::id()).unwrap_or_default();
         // criu holds every thread of the tree here, so that none runs before it is frozen.

@@ -61,17 +61,7 @@ fn process(action: &'static str, pid: i32) -> impl Fn(&dyn std::error::Error) ->
     move |error| SessionError::Process { action: action.to_owned(), process: name(pid), why: chain(error) }
 }
 
-/// An error and its sources, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        source = error.source();
-    }
-    text
-}
+pub(crate) use phase::chain;
 
 /// `process 123 (python3)`
 fn name(pid: i32) -> String {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bulk::BulkError;
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
-use cuda::CudaError;
+use gpu::CudaError;
 use runtime::{Phase, RuntimeError};
 
 use crate::container::Status;

@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use cuda::{Guardian, Staging};
+use gpu::{Guardian, Staging};
 use reaper::{Child, Reaper};
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 

@@ -7,7 +7,6 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
-mod checkpoint;
 mod container;
 mod error;
 mod events;

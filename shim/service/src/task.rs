@@ -21,11 +21,11 @@ use containerd_shim_protos::ttrpc;
 use runtime::Caller;
 use tokio::sync::Notify;
 
-use crate::checkpoint::Wishes;
 use crate::container::{Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
+use checkpoint::CheckpointOptions;
 
 /// The service: a table of containers; what concerns one of them is its actor's.
 pub(crate) struct TaskService {
@@ -218,7 +218,7 @@ impl Task for TaskService {
     async fn checkpoint(&self, _ctx: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
         let annotations = container.ask(|actor| Ok(actor.annotations())).await?;
-        let wishes = Wishes::of(&request, &annotations)?;
+        let wishes = CheckpointOptions::of(&request, &annotations).map_err(TaskError::from)?;
         // ttrpc drops this future when containerd's deadline has passed.
         let (caller, _waiting) = Caller::new();
         container.operate(move |actor| actor.checkpoint(wishes, caller)).await?;

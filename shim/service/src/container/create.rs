@@ -14,10 +14,10 @@ use serde::Deserialize;
 
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
-use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::{options, pod, rootfs};
+use checkpoint::{Annotations, DeviceNode, Shm};
 
 /// containerd limits a spec to its message size of 16 MiB.
 const SPEC_SIZE_LIMIT: u64 = 16 << 20;

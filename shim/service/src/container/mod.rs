@@ -49,11 +49,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::create::create;
 use self::restore::FromCheckpoint;
-use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::TaskError;
 use crate::events::Events;
 use crate::stdio::{Copies, Owner, Stdio};
 use crate::task::timestamp;
+use ::checkpoint::{Annotations, DeviceNode, Shm};
 
 /// Where the node keeps snapshots.
 #[derive(Clone, Debug)]

@@ -236,8 +236,7 @@ impl Task for TaskService {
         let container = self.container(&request.id)?;
         let mut spec = json(&request.id, "process", request.spec.as_ref(), runtime::process_from_json)?;
         spec.set_terminal(Some(request.terminal));
-        let stdio =
-            Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let stdio = Stdio::new(request.stdin, request.stdout, request.stderr, request.terminal);
         container.ask(move |actor| actor.add_exec(request.exec_id, spec, stdio)).await?;
         Ok(Empty::new())
     }

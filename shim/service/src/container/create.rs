@@ -106,7 +106,8 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let target = bundle.join("rootfs");
     rootfs::mount(&request.id, &request.rootfs, &target).await.inspect_err(|_| pod::leave(&context.bundle, &bundle))?;
     let runtime = (context.runtime_of)(&choice, &context.reaper);
-    let new = NewContainer { context, request: &request, bundle, options, runtime: &*runtime };
+    let stdio = stdio(&request);
+    let new = NewContainer { context, request: &request, bundle, options, stdio: &stdio, runtime: &*runtime };
     let made = match new.make_or_wait().await {
         Ok(made) => made,
         Err(error) => {
@@ -120,7 +121,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let private_pids = spec.has_private_pids();
     let NewContainer { bundle, options, .. } = new;
     let container = Container::start(|mailbox| {
-        let mut init = Process::new(stdio(&request));
+        let mut init = Process::new(stdio);
         let (child, copies, cgroup) = match made {
             Some(Made { child, copies, cgroup }) => (Some(child), Some(copies), Some(cgroup)),
             None => (None, None, None),
@@ -162,12 +163,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
 }
 
 fn stdio(request: &CreateTaskRequest) -> Stdio {
-    Stdio {
-        stdin: request.stdin.clone(),
-        stdout: request.stdout.clone(),
-        stderr: request.stderr.clone(),
-        terminal: request.terminal,
-    }
+    Stdio::new(request.stdin.clone(), request.stdout.clone(), request.stderr.clone(), request.terminal)
 }
 
 fn owner(context: &Context, id: &str, options: &Options) -> Owner {
@@ -198,6 +194,7 @@ struct NewContainer<'a> {
     request: &'a CreateTaskRequest,
     bundle: PathBuf,
     options: Options,
+    stdio: &'a Stdio,
     runtime: &'a dyn OciRuntime,
 }
 
@@ -218,7 +215,7 @@ impl NewContainer<'_> {
         let id = &self.request.id;
         let owner = owner(self.context, id, &self.options);
         let (io, prepared) =
-            stdio(self.request).prepare(&owner, &self.context.reaper).await.map_err(|source| self.stdio(source))?;
+            self.stdio.prepare(&owner, &self.context.reaper).await.map_err(|source| self.stdio(source))?;
         let child = match self.create(io).await {
             Ok(child) => child,
             Err(error) => {

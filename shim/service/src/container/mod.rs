@@ -29,7 +29,7 @@ mod create;
 mod operations;
 mod restore;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;

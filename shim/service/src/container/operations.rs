@@ -340,9 +340,7 @@ impl Actor {
 
     /// Ends a process's standard input, once what was written to it is delivered.
     pub(crate) fn close_stdin(&mut self, exec: &str) -> Result<(), TaskError> {
-        if let Some(copies) = &self.process(exec)?.copies {
-            copies.close_stdin();
-        }
+        self.process(exec)?.stdio.close_input();
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! The Task service over a fake runtime, whose container processes are plain shells.
 
+use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -9,8 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest, PauseRequest,
-    ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
+    CheckpointTaskRequest, CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::Message;
@@ -30,6 +31,7 @@ use tokio::task::JoinHandle;
 
 use super::{Context, NodeStore};
 use crate::events::Events;
+use crate::stdio;
 use crate::task::TaskService;
 
 /// A runtime whose containers are `sh -c SCRIPT`, held before the script until they are started.
@@ -63,10 +65,12 @@ impl FakeRuntime {
         Ok(())
     }
 
-    fn spawn(&self, script: &str, stdin: OwnedFd, io: ProcessIo) -> Child {
-        let ProcessIo::Fds { stdout, stderr, .. } = io else { panic!("no terminals here") };
+    /// Runs `script`, on the standard input of `io` where no other is given.
+    fn spawn(&self, script: &str, other: Option<OwnedFd>, io: ProcessIo) -> Child {
+        let ProcessIo::Fds { stdin, stdout, stderr } = io else { panic!("no terminals here") };
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).stdin(ProcessStdio::from(stdin)).stdout(stdout).stderr(stderr);
+        let stdin = ProcessStdio::from(other.unwrap_or(stdin));
+        command.args(["-c", script]).stdin(stdin).stdout(stdout).stderr(stderr);
         self.reaper.spawn(&mut command).unwrap()
     }
 }
@@ -76,7 +80,7 @@ impl OciRuntime for FakeRuntime {
     async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Create).await?;
         let (hold, release) = std::io::pipe().unwrap();
-        let child = self.spawn(&format!("read _ || exit 99; {}", self.script), hold.into(), request.io);
+        let child = self.spawn(&format!("read _ || exit 99; {}", self.script), Some(hold.into()), request.io);
         *self.init.lock().unwrap() = Some((child.clone(), release));
         Ok(child)
     }
@@ -90,8 +94,7 @@ impl OciRuntime for FakeRuntime {
     async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Exec).await?;
         let script = request.process.args().clone().unwrap().join(" ");
-        let (nothing, _) = std::io::pipe().unwrap();
-        Ok(self.spawn(&script, nothing.into(), request.io))
+        Ok(self.spawn(&script, None, request.io))
     }
 
     async fn pause(&self, _id: &str) -> Result<(), RuntimeError> {
@@ -129,8 +132,7 @@ impl OciRuntime for FakeRuntime {
     async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Restore).await?;
         let script = std::fs::read_to_string(request.images.join("script")).unwrap();
-        let (nothing, _) = std::io::pipe().unwrap();
-        Ok(self.spawn(&script, nothing.into(), request.io))
+        Ok(self.spawn(&script, None, request.io))
     }
 
     fn drives_criu(&self) -> bool {
@@ -156,7 +158,7 @@ struct Bench {
 const PLENTY: usize = 1000;
 
 /// One reaper for all tests of this process: two would take each other's children for orphans.
-fn reaper() -> Reaper {
+pub(crate) fn reaper() -> Reaper {
     static REAPER: OnceLock<Reaper> = OnceLock::new();
     let start = || {
         let (started, reaper) = std::sync::mpsc::channel();
@@ -217,6 +219,18 @@ impl Bench {
         bench
     }
 
+    /// A start that goes on until `let_go`.
+    async fn held_start(&self, exec_id: &str) -> JoinHandle<ttrpc::Result<()>> {
+        self.hold().await;
+        let service = Arc::clone(&self.service);
+        let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
+        let start = tokio::spawn(async move { service.start(&ctx(), request).await.map(drop) });
+        tokio::task::yield_now().await;
+        // By the time that this is answered the start has begun.
+        self.status().await;
+        start
+    }
+
     /// Holds the runtime's next operations up, until `let_go`.
     async fn hold(&self) {
         let permits = u32::try_from(self.runtime.may_go_on.available_permits()).unwrap();
@@ -266,11 +280,17 @@ impl Bench {
     }
 
     async fn add_exec(&self, exec_id: &str, script: &str) -> ttrpc::Result<()> {
+        self.add_exec_with_input(exec_id, script, "").await
+    }
+
+    /// `stdin` is a fifo, or nothing.
+    async fn add_exec_with_input(&self, exec_id: &str, script: &str, stdin: &str) -> ttrpc::Result<()> {
         let spec = serde_json::json!({"args": [script], "cwd": "/", "user": {"uid": 0, "gid": 0}});
         let spec = Any { value: spec.to_string().into_bytes(), ..Any::default() };
         let request = ExecProcessRequest {
             id: "c".into(),
             exec_id: exec_id.into(),
+            stdin: stdin.into(),
             spec: Some(spec).into(),
             ..ExecProcessRequest::default()
         };
@@ -299,6 +319,12 @@ impl Bench {
     async fn kill(&self, exec_id: &str, signal: u32) -> ttrpc::Result<()> {
         let request = KillRequest { id: "c".into(), exec_id: exec_id.into(), signal, ..KillRequest::default() };
         self.service.kill(&ctx(), request).await.map(drop)
+    }
+
+    async fn close_stdin(&self, exec_id: &str) {
+        let request =
+            CloseIORequest { id: "c".into(), exec_id: exec_id.into(), stdin: true, ..CloseIORequest::default() };
+        self.service.close_io(&ctx(), request).await.unwrap();
     }
 
     async fn pause(&self) -> ttrpc::Result<()> {
@@ -436,6 +462,51 @@ async fn parallel_execs_keep_their_codes() {
         assert_eq!(bench.wait(&format!("e{n}")).await, n);
         assert_eq!(bench.delete(&format!("e{n}")).await.unwrap(), n);
     }
+}
+
+#[tokio::test]
+async fn input_that_ends_while_an_exec_is_started_ends_for_the_exec() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench
+        .add_exec_with_input("e", "read word && [ $word = abc ] && ! read more", stdin.to_str().unwrap())
+        .await
+        .unwrap();
+    let start = bench.held_start("e").await;
+    OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"abc\n").unwrap();
+    bench.close_stdin("e").await;
+    bench.let_go();
+    start.await.unwrap().unwrap();
+    assert_eq!(bench.wait("e").await, 0);
+}
+
+#[tokio::test]
+async fn input_that_ends_before_an_exec_is_started_ends_for_every_try_to_start_it() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench.add_exec_with_input("e", "! read word", stdin.to_str().unwrap()).await.unwrap();
+    bench.close_stdin("e").await;
+    bench.fail(Operation::Exec);
+    bench.start("e").await.unwrap_err();
+    *bench.runtime.fail.lock().unwrap() = None;
+    bench.start("e").await.unwrap();
+    assert_eq!(bench.wait("e").await, 0);
+}
+
+#[tokio::test]
+async fn a_failed_start_does_not_end_the_input_of_the_next() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench.add_exec_with_input("e", "read word", stdin.to_str().unwrap()).await.unwrap();
+    bench.fail(Operation::Exec);
+    bench.start("e").await.unwrap_err();
+    *bench.runtime.fail.lock().unwrap() = None;
+    bench.start("e").await.unwrap();
+    OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"abc\n").unwrap();
+    assert_eq!(bench.wait("e").await, 0);
 }
 
 #[tokio::test]

@@ -12,11 +12,13 @@ use runtime::{CreateRequest, OciRuntime, ProcessIo};
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use super::freezer::Freezer;
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
 use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
+use crate::table::Registration;
 use crate::{options, pod, rootfs};
 
 /// containerd limits a spec to its message size of 16 MiB.
@@ -91,7 +93,11 @@ impl Spec {
 }
 
 /// Makes the container that `request` describes. On failure nothing is left of it but containerd's own bundle.
-pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Result<Container, TaskError> {
+pub(crate) async fn create(
+    context: &Context,
+    request: CreateTaskRequest,
+    registration: Registration,
+) -> Result<Container, TaskError> {
     let bundle = PathBuf::from(&request.bundle);
     let options = options::decode(request.options.as_ref())?;
     let spec = Spec::read(&request.id, &bundle)?;
@@ -142,14 +148,14 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             annotations: Annotations::of(&spec.annotations),
             devices: spec.linux.unwrap_or_default().devices,
             paused_at: None,
-            killed: false,
+            freezer: Freezer::default(),
             private_pids,
             init,
             init_ended: None,
             execs: BTreeMap::new(),
             mailbox,
             operations: VecDeque::new(),
-            deleted: false,
+            registration: Some(registration),
         };
         // Before the watch: nothing of a container may be told before its creation.
         tell_created(context, request, actor.init.pid());

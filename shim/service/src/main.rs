@@ -16,6 +16,7 @@ mod rootfs;
 mod stdio;
 #[allow(unsafe_code)]
 mod sys;
+mod table;
 mod task;
 
 use std::ffi::OsStr;

@@ -51,6 +51,12 @@ impl Stop {
         });
     }
 
+    /// Returns whether the operation is to give up.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.reason.borrow().is_some()
+    }
+
     /// Waits until the operation is to give up, and returns the reason.
     pub async fn stopped(&self) -> String {
         let mut reason = self.reason.subscribe();

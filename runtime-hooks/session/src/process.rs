@@ -34,6 +34,8 @@ const BETWEEN_LOOKS: Duration = Duration::from_millis(50);
 pub fn session_main() -> ExitCode {
     let serve = || -> io::Result<()> {
         let mut wire = Wire::new(SESSION.enter()?)?;
+        // Each pack of memory is an open file, and 256 MiB: a soft limit of 1024 would limit snapshots.
+        reaper::raise_descriptor_limit()?;
         let Some(order) = wire.receive::<Order>()? else { return Ok(()) };
         serve(order, wire)
     };

@@ -1,8 +1,10 @@
-//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened.
+//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened;
+//! and the one printer of errors.
 
 #![deny(unsafe_code)]
 
 mod cancel;
+mod chain;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,6 +12,8 @@ use std::time::{Duration, Instant};
 
 pub use cancel::{Cancel, Cancelled};
 use serde::{Deserialize, Serialize};
+
+pub use chain::chain;
 
 /// A step of a checkpoint or of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,6 +18,8 @@
 //! A session is a child of the shim and no subreaper. What must outlive it is spawned so that the shim becomes its
 //! parent ([`Reaper::spawn_lasting`]). Such a process is watched here and reaped by the shim.
 
+mod descriptors;
+
 use std::collections::HashSet;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +31,8 @@ use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::{Notify, watch};
+
+pub use descriptors::raise_descriptor_limit;
 
 /// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
 pub const UNKNOWN_EXIT_CODE: u32 = 255;
@@ -107,6 +111,7 @@ impl Reaper {
     /// # Errors
     /// What [`Command::spawn`] or `pidfd_open` reports. Nothing runs then.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        descriptors::restore_in(command);
         let adoption = self.adoption();
         let mut spawned = command.spawn()?;
         let adopted = i32::try_from(spawned.id()).map_err(io::Error::other).and_then(|pid| adoption.adopt(pid));
@@ -125,6 +130,7 @@ impl Reaper {
         if !self.is_guest {
             return self.spawn(command);
         }
+        descriptors::restore_in(command);
         let (mut pid, tell_pid) = io::pipe()?;
         sys::orphan(command, tell_pid.into());
         let mut between = command.spawn()?;

@@ -1,4 +1,4 @@
-//! Polling a descriptor that this crate owns, and a fork that leaves an orphan.
+//! Polling a descriptor that this crate owns, and what happens in a child between fork and exec.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -36,4 +37,12 @@ pub(crate) fn orphan(command: &mut Command, tell_pid: OwnedFd) {
     };
     // SAFETY: the closure allocates nothing and takes no lock; what it calls is argued above.
     unsafe { command.pre_exec(fork) };
+}
+
+/// Runs the program under this limit on open descriptors.
+pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
+    let set = move || Ok(setrlimit(Resource::Nofile, limit.clone())?);
+    // SAFETY: between fork and exec the closure only copies two numbers and calls prlimit; it neither allocates nor
+    // takes a lock.
+    unsafe { command.pre_exec(set) };
 }

@@ -23,8 +23,6 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::process::Resource;
-
 pub use failure::{Because, Failure};
 pub use log::{forward, log_pipe};
 pub use wire::{Wire, send};
@@ -48,8 +46,7 @@ impl Role {
         command
     }
 
-    /// Makes this process the role: its name, its log, as many open files as the hard limit allows. Returns the socket to
-    /// the starter.
+    /// Makes this process the role: its name, its log. Returns the socket to the starter.
     ///
     /// # Errors
     /// When standard input is no socket that can be shared.
@@ -59,16 +56,6 @@ impl Role {
             let _ = rustix::thread::set_name(&name);
         }
         log::install(self.name);
-        raise_file_limit();
         Ok(UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?))
     }
-}
-
-/// Raises the soft limit of open files to the hard limit. A pack of memory is an open file, and 256 MiB: a soft limit of
-/// 1024 would limit snapshots.
-fn raise_file_limit() {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // A file that cannot be opened later says why.
-    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use cgroup::{Cgroup, CgroupError};
 use criu::BoxError;
 use phase::Cancel;
+use serde::{Deserialize, Serialize};
 
 use crate::{ProcessIo, Timeline};
 
 /// What is done about established TCP connections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
     /// They make a checkpoint fail.
     #[default]
@@ -22,7 +23,7 @@ pub enum Tcp {
 }
 
 /// What a checkpoint may contain although it cannot come back, or not everywhere.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
     /// Established TCP connections.
     pub tcp: Tcp,

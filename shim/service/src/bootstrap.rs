@@ -17,8 +17,9 @@ use reaper::Reaper;
 use runtime::Choice;
 use serde::Deserialize;
 use tokio::signal::unix::{SignalKind, signal};
+use session::{NodeStore, Sessions};
 
-use crate::container::{Context, NodeStore};
+use crate::container::Context;
 use crate::error::chain;
 use crate::events::Events;
 use crate::task::{TaskService, timestamp};
@@ -151,14 +152,18 @@ impl Shim for GpusnapShim {
                 std::future::pending().await
             }
         };
+        if let Err(error) = reaper::raise_descriptor_limit() {
+            tracing::warn!("cannot raise the limit on open descriptors: {error}");
+        }
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
-        let logs = crate::checkpoint::LOGS.into();
+        let logs = checkpoint::LOGS.into();
         let root = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
         let registry = std::env::var(REGISTRY).ok().filter(|registry| !registry.is_empty());
         let store = NodeStore { root, quota: quota(), registry };
-        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of };
+        let conductor = Arc::new(Sessions::new(reaper.clone()));
+        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of, conductor };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 

@@ -10,9 +10,9 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use checkpoint::CheckpointOptions;
+use ::checkpoint::CheckpointOptions;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use session::{CheckpointOrder, Stop, Subject};
+use session::{CheckpointOrder, Failed, Stop, Subject};
 
 use super::{Actor, Status};
 use crate::error::TaskError;
@@ -61,6 +61,7 @@ impl Actor {
             options,
         };
         let conductor = Arc::clone(&self.context.conductor);
+        self.freezer.lend();
         self.session = Some(stop.clone());
         Ok(async move {
             let taken = conductor.checkpoint(order, stop.clone()).await;
@@ -73,6 +74,7 @@ impl Actor {
             };
             move |actor: &mut Self| {
                 actor.session = None;
+                actor.take_freezer_back();
                 if let Some(resumed) = resumed {
                     tracing::warn!(container = actor.id, "resumed, since the client of its checkpoint is gone");
                     if let Err(error) = resumed(actor) {
@@ -80,7 +82,10 @@ impl Actor {
                     }
                 }
                 let container_id = actor.id.clone();
-                taken.map_err(|source| TaskError::Checkpoint { container: container_id.clone(), source })?;
+                taken.map_err(|failed| {
+                    let Failed { phase, cause: source, owed } = failed;
+                    TaskError::Checkpoint { container: container_id.clone(), phase, owed, source }
+                })?;
                 let checkpointed = TaskCheckpointed { container_id, checkpoint: folder, ..TaskCheckpointed::default() };
                 actor.context.events.publish(checkpointed);
                 Ok(())

@@ -14,6 +14,7 @@ use runtime::{ExecRequest, OciRuntime};
 use rustix::process::Signal;
 use tokio::sync::watch;
 
+use super::freezer::LetDie;
 use super::{Actor, Process, Status};
 use crate::error::TaskError;
 use crate::stdio::{Copies, Stdio};
@@ -140,7 +141,7 @@ impl Actor {
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
         self.check_runs("pause")?;
         let (runtime, id, cgroup) = (self.runtime.clone(), self.id.clone(), self.cgroup.clone());
-        self.killed = false;
+        self.freezer.lend();
         Ok(async move {
             let mut paused = runtime.pause(&id).await.map_err(TaskError::from);
             if paused.is_ok()
@@ -149,11 +150,9 @@ impl Actor {
                 paused = bring_to_rest(&*runtime, id, cgroup).await;
             }
             |actor: &mut Self| {
+                actor.take_freezer_back();
                 actor.change_status(paused, Status::Paused)?;
                 actor.paused_at = Some(Instant::now());
-                if actor.killed {
-                    actor.let_the_killed_die()?;
-                }
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskPaused { container_id, ..TaskPaused::default() });
                 Ok(())
@@ -169,9 +168,11 @@ impl Actor {
             return Err(self.wrong_state("resume", "", self.init.status));
         }
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        self.freezer.lend();
         Ok(async move {
             let resumed = runtime.resume(&id).await;
             |actor: &mut Self| {
+                actor.take_freezer_back();
                 actor.change_status(resumed.map_err(TaskError::from), Status::Running)?;
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskResumed { container_id, ..TaskResumed::default() });
@@ -240,7 +241,8 @@ impl Actor {
         {
             self.ended("", exit);
         }
-        self.deleted = true;
+        // Before the answer: whoever has it may use the id again, or ask whether a container is left.
+        self.registration = None;
         self.forget_checkpoint();
         pod::leave(&self.context.bundle, &self.bundle);
         let deleted = self.deleted_process(&self.init);
@@ -290,7 +292,12 @@ impl Actor {
         let process = self.process(exec)?;
         let finished = TaskError::Finished { process: self.name(exec) };
         let Some(child) = process.child.clone() else {
-            return Err(self.wrong_state("signal", exec, process.status));
+            let is_restored = exec.is_empty() && signal == Signal::KILL.as_raw().unsigned_abs();
+            return match &self.session {
+                // The process to be killed is being restored.
+                Some(restore) if is_restored => Ok(restore.stop("the container was killed")),
+                _ => Err(self.wrong_state("signal", exec, process.status)),
+            };
         };
         if child.exit().is_some() {
             return Err(finished);
@@ -298,9 +305,6 @@ impl Actor {
         let Some(number) = crate::sys::signal(signal) else {
             return if signal == 0 { Ok(()) } else { Err(self.bad_request("signal", &signal)) };
         };
-        if number == Signal::KILL {
-            self.killed = true;
-        }
         if all && exec.is_empty() {
             let failed =
                 |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
@@ -313,16 +317,36 @@ impl Actor {
             }
             Err(source) => return Err(TaskError::Signal { action: "signal", process: self.name(exec), source }),
         }
-        if number == Signal::KILL && self.init.status == Status::Paused {
-            self.let_the_killed_die()?;
+        if number == Signal::KILL && exec.is_empty() {
+            // A checkpoint of a container that is being killed gives the freezer back sooner.
+            if let Some(checkpoint) = &self.session {
+                checkpoint.stop("the container was killed");
+            }
+            if self.freezer.init_is_killed() == LetDie::Now {
+                self.let_the_killed_die();
+            }
         }
         Ok(())
     }
 
-    /// On cgroup v1 a frozen process does not even die.
-    fn let_the_killed_die(&self) -> Result<(), TaskError> {
-        let failed = |source| TaskError::Cgroup { action: "thaw", container: self.id.clone(), source };
-        self.cgroup()?.thaw().map_err(failed)
+    /// Ends what [`Freezer::lend`] began.
+    pub(super) fn take_freezer_back(&mut self) {
+        if self.freezer.take_back() == LetDie::Now {
+            self.let_the_killed_die();
+        }
+    }
+
+    /// Stops a restore that is under way: its result is not wanted any more.
+    pub(crate) fn stop_restore(&mut self, reason: &str) {
+        if let Some(restore) = self.session.as_ref().filter(|_| self.init.child.is_none()) {
+            restore.stop(reason);
+        }
+    }
+
+    fn let_the_killed_die(&self) {
+        if let Some(Err(error)) = self.cgroup.as_ref().map(Cgroup::let_the_killed_die) {
+            tracing::error!("container {}: init is killed, and stays frozen: {}", self.id, crate::error::chain(&error));
+        }
     }
 
     fn bad_request(&self, field: &'static str, value: &dyn std::fmt::Display) -> TaskError {
@@ -340,9 +364,7 @@ impl Actor {
 
     /// Ends a process's standard input, once what was written to it is delivered.
     pub(crate) fn close_stdin(&mut self, exec: &str) -> Result<(), TaskError> {
-        if let Some(copies) = &self.process(exec)?.copies {
-            copies.close_stdin();
-        }
+        self.process(exec)?.stdio.close_input();
         Ok(())
     }
 

@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cgroup::Cgroup;
-use checkpoint::{Annotations, remove_if_containerds};
+use ::checkpoint::{Annotations, remove_if_containerds};
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
+use phase::Phase;
 use reaper::{Child, Reaper};
 use runtime::ProcessIo;
-use session::{Conductor, RestoreOrder, Stop};
+use rustix::process::Signal;
+use session::{Conductor, Failed, RestoreOrder, Stop};
 
 use super::{Actor, Status};
 use crate::error::{RestoreError, TaskError};
@@ -130,8 +132,14 @@ struct Restore {
 impl Restore {
     async fn run(mut self, stop: Stop) -> Result<Running, TaskError> {
         let (container, images) = (self.order.subject.id.clone(), self.order.images.clone());
-        let failed = |source| TaskError::Restore { container: container.clone(), images: images.clone(), source };
-        let stdio = |source| failed(RestoreError::Stdio(source));
+        let at = |phase, source| TaskError::Restore {
+            container: container.clone(),
+            images: images.clone(),
+            phase,
+            source,
+        };
+        let failed = |failed: Failed| at(failed.phase, RestoreError::Session(failed.cause));
+        let stdio = |source| at(Phase::Prepare, RestoreError::Stdio(source));
         let (io, prepared) = self.stdio.prepare(&self.owner, &self.reaper).await.map_err(stdio)?;
         if let ProcessIo::Terminal { console_socket } = &io {
             self.order.console_socket = Some(console_socket.clone());
@@ -140,7 +148,7 @@ impl Restore {
             Ok(restored) => restored,
             Err(error) => {
                 prepared.abandon().await;
-                return Err(failed(error.into()));
+                return Err(failed(error));
             }
         };
         let child = restored.init().clone();
@@ -159,11 +167,15 @@ impl Restore {
                 tokio::task::spawn_blocking(move || remove_if_containerds(&images));
                 Ok(Running { child, copies, cgroup })
             }
-            (Ok(()), Err(source)) => Err(failed(RestoreError::Cgroup(source))),
+            (Ok(()), Err(source)) => {
+                // It may have ended by itself.
+                let _ = child.signal(Signal::KILL);
+                Err(at(Phase::Resume, RestoreError::Cgroup(source)))
+            }
             (Err(error), _) => {
                 child.wait().await;
                 copies.shut_down().await;
-                Err(failed(error.into()))
+                Err(failed(error))
             }
         }
     }

@@ -1,0 +1,24 @@
+//! The GPU state of a container, moved to the memory of its processes and back.
+//!
+//! ```text
+//!   Keeper: session, hold, residue, staging memory (crate memory)
+//!     └──socket──► callers (crate cuda): one driver call at a time, killed when it hangs
+//! ```
+//!
+//! Everything that touches the processes of a container happens in the process that uses the [`Keeper`], which lives for
+//! one checkpoint or restore. When that process dies, another one puts everything back: the driver says what there is to
+//! put back.
+
+#![deny(unsafe_code)]
+
+mod ahead;
+mod host;
+mod keeper;
+mod refill;
+mod residue;
+mod session;
+mod swap;
+
+pub use keeper::Keeper;
+pub use session::{LEAST_STAGING, Resumed, SessionError, Staging, Suspended, SuspendedProcess};
+pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

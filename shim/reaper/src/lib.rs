@@ -24,6 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use proc::HostPid;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::{Notify, watch};
 
@@ -93,11 +94,22 @@ impl Reaper {
     /// Spawns `command` and watches it.
     ///
     /// # Errors
-    /// What [`Command::spawn`] or `pidfd_open` reports.
+    /// What [`Command::spawn`] or `pidfd_open` reports. No process is left then: one that cannot be watched is killed.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.spawn_opened(command, open)
+    }
+
+    fn spawn_opened(&self, command: &mut Command, open: impl Fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Child> {
         let adoption = self.adoption();
-        let spawned = command.spawn()?;
-        adoption.adopt(i32::try_from(spawned.id()).map_err(io::Error::other)?)
+        let mut spawned = command.spawn()?;
+        let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;
+        adoption.adopt_opened(pid, open).inspect_err(|error| {
+            tracing::error!(pid, %error, "a new process cannot be watched, and is killed");
+            // Its pid is its own: the sweep, which reaps it as a child that nobody knows, waits for this adoption.
+            if let Err(error) = spawned.kill() {
+                tracing::error!(pid, %error, "it cannot be killed either");
+            }
+        })
     }
 
     /// Opens an adoption: until it is dropped, no unknown child is reaped.
@@ -126,15 +138,23 @@ impl Adoption {
     /// # Errors
     /// When there is no such process: it never was, or it was reaped before this adoption was opened.
     pub fn adopt(&self, pid: i32) -> io::Result<Child> {
-        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::NONBLOCK)?;
+        self.adopt_opened(pid, open)
+    }
+
+    fn adopt_opened(&self, pid: i32, open: impl Fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Child> {
+        let process = HostPid::try_from(pid)?;
+        let pidfd = open(process.as_pid())?;
         self.reaper.shared.children().known.insert(pid);
         let pidfd = Arc::new(pidfd);
         let (exited, exit) = watch::channel(None);
         let watcher = Watcher { shared: Arc::clone(&self.reaper.shared), pid, pidfd: Arc::clone(&pidfd), exited };
         tokio::spawn(watcher.run());
-        Ok(Child { pid, pidfd, exit })
+        Ok(Child { process, pidfd, exit })
     }
+}
+
+fn open(pid: Pid) -> io::Result<OwnedFd> {
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?)
 }
 
 impl Drop for Adoption {
@@ -147,7 +167,7 @@ impl Drop for Adoption {
 /// A watched child. Clones refer to the same process; it is reaped whether or not any of them is left.
 #[derive(Clone, Debug)]
 pub struct Child {
-    pid: i32,
+    process: HostPid,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<Exit>>,
 }
@@ -156,7 +176,13 @@ impl Child {
     /// Its pid in this process's pid namespace.
     #[must_use]
     pub fn pid(&self) -> i32 {
-        self.pid
+        self.process.raw()
+    }
+
+    /// The same as a type of its own.
+    #[must_use]
+    pub fn process(&self) -> HostPid {
+        self.process
     }
 
     /// How it ended, or `None` while it runs.

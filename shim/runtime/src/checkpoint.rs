@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use cgroup::{Cgroup, CgroupError};
 use criu::BoxError;
 use tokio::sync::oneshot;
 
@@ -148,13 +147,4 @@ impl Caller {
     pub fn is_gone(&self) -> bool {
         self.0.strong_count() == 0
     }
-}
-
-/// Freezes the cgroup of a restored tree, without those who made the tree there: they are moved to where another process is.
-pub(crate) fn freeze_around(makers: &[i32], root: i32, beside: i32) -> Result<(), CgroupError> {
-    let cgroup = Cgroup::of_process(root)?;
-    for maker in makers {
-        cgroup.expel(*maker, beside)?;
-    }
-    cgroup.freeze()
 }

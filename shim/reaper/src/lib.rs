@@ -29,6 +29,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use proc::HostPid;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::{Notify, watch};
 
@@ -109,16 +110,23 @@ impl Reaper {
     /// Spawns `command` and watches it.
     ///
     /// # Errors
-    /// What [`Command::spawn`] or `pidfd_open` reports. Nothing runs then.
+    /// What [`Command::spawn`] or `pidfd_open` reports. No process is left then: one that cannot be watched is killed.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        self.spawn_opened(command, open)
+    }
+
+    fn spawn_opened(&self, command: &mut Command, open: impl Fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Child> {
         descriptors::restore_in(command);
         let adoption = self.adoption();
         let mut spawned = command.spawn()?;
-        let adopted = i32::try_from(spawned.id()).map_err(io::Error::other).and_then(|pid| adoption.adopt(pid));
-        if adopted.is_err() {
-            end(&mut spawned);
-        }
-        adopted
+        let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;
+        adoption.adopt_opened(pid, open).inspect_err(|error| {
+            tracing::error!(pid, %error, "a new process cannot be watched, and is killed");
+            // Its pid is its own: the sweep, which reaps it as a child that nobody knows, waits for this adoption.
+            if let Err(error) = spawned.kill() {
+                tracing::error!(pid, %error, "it cannot be killed either");
+            }
+        })
     }
 
     /// Spawns `command` as a child of the subreaper that orphans go to, and watches it. The child may outlive this
@@ -154,13 +162,6 @@ impl Reaper {
     }
 }
 
-/// Kills a child that cannot be watched.
-fn end(child: &mut std::process::Child) {
-    // A child that has ended already needs no signal.
-    let _ = child.kill();
-    wait(child);
-}
-
 #[expect(clippy::disallowed_methods, reason = "the child ends at once, and nobody else knows it")]
 fn wait(child: &mut std::process::Child) {
     let _ = child.wait();
@@ -190,16 +191,24 @@ impl Adoption {
     /// # Errors
     /// When there is no such process: it never was, or it was reaped before this adoption was opened.
     pub fn adopt(&self, pid: i32) -> io::Result<Child> {
-        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let pidfd = rustix::process::pidfd_open(raw, PidfdFlags::NONBLOCK)?;
+        self.adopt_opened(pid, open)
+    }
+
+    fn adopt_opened(&self, pid: i32, open: impl Fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Child> {
+        let process = HostPid::try_from(pid)?;
+        let pidfd = open(process.as_pid())?;
         self.reaper.shared.children().known.insert(pid);
         let pidfd = Arc::new(pidfd);
         let (exited, exit) = watch::channel(None);
         let (shared, is_guest) = (Arc::clone(&self.reaper.shared), self.reaper.is_guest);
         let watcher = Watcher { shared, is_guest, pid, pidfd: Arc::clone(&pidfd), exited };
         tokio::spawn(watcher.run());
-        Ok(Child { pid, pidfd, exit })
+        Ok(Child { process, pidfd, exit })
     }
+}
+
+fn open(pid: Pid) -> io::Result<OwnedFd> {
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?)
 }
 
 impl Drop for Adoption {
@@ -212,7 +221,7 @@ impl Drop for Adoption {
 /// A watched child. Clones refer to the same process; it is reaped whether or not any of them is left.
 #[derive(Clone, Debug)]
 pub struct Child {
-    pid: i32,
+    process: HostPid,
     pidfd: Arc<OwnedFd>,
     exit: watch::Receiver<Option<Exit>>,
 }
@@ -221,7 +230,13 @@ impl Child {
     /// Its pid in this process's pid namespace.
     #[must_use]
     pub fn pid(&self) -> i32 {
-        self.pid
+        self.process.raw()
+    }
+
+    /// The same as a type of its own.
+    #[must_use]
+    pub fn process(&self) -> HostPid {
+        self.process
     }
 
     /// How it ended, or `None` while it runs.

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use cgroup::{Cgroup, CgroupError};
 use criu::BoxError;
 use phase::Cancel;
 use serde::{Deserialize, Serialize};
@@ -106,13 +105,4 @@ impl fmt::Debug for Review {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Review")
     }
-}
-
-/// Freezes the cgroup of a restored tree, without those who made the tree there: they are moved to where another process is.
-pub(crate) fn freeze_around(makers: &[i32], root: i32, beside: i32) -> Result<(), CgroupError> {
-    let cgroup = Cgroup::of_process(root)?;
-    for maker in makers {
-        cgroup.expel(*maker, beside)?;
-    }
-    cgroup.freeze()
 }

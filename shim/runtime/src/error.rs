@@ -86,6 +86,16 @@ pub enum RuntimeError {
         /// What was wrong with it.
         message: String,
     },
+    /// The container's cgroup is not known.
+    #[error("{runtime} does not know the cgroup of container {container}: {message}")]
+    Cgroup {
+        /// Which runtime.
+        runtime: String,
+        /// Container id.
+        container: String,
+        /// What was looked at, and what was wrong with it.
+        message: String,
+    },
     /// CRIU did not dump the container.
     #[error(transparent)]
     Dump(#[from] criu::DumpError),

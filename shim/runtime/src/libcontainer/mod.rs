@@ -31,7 +31,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use async_trait::async_trait;
+use cgroup::Cgroup;
 use oci_spec::runtime::{Features, LinuxResources};
+use proc::HostPid;
 use reaper::{Child, Reaper};
 
 use crate::{CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, RestoreRequest, RuntimeError};
@@ -86,11 +88,11 @@ impl OciRuntime for Libcontainer {
     }
 
     async fn pause(&self, id: &str) -> Result<(), RuntimeError> {
-        self.simple(Operation::Pause, id, Step::Pause).await
+        self.client.freezer(Operation::Pause, id, helper::pause).await
     }
 
     async fn resume(&self, id: &str) -> Result<(), RuntimeError> {
-        self.simple(Operation::Resume, id, Step::Resume).await
+        self.client.freezer(Operation::Resume, id, helper::resume).await
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuntimeError> {
@@ -107,6 +109,10 @@ impl OciRuntime for Libcontainer {
 
     async fn delete(&self, id: &str) -> Result<(), RuntimeError> {
         self.simple(Operation::Delete, id, Step::Delete).await
+    }
+
+    fn cgroup(&self, id: &str, _init: HostPid) -> Result<Cgroup, RuntimeError> {
+        self.client.cgroup(id)
     }
 
     fn drives_criu(&self) -> bool {

@@ -16,7 +16,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,15 +25,15 @@ use async_trait::async_trait;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
 use phase::Cancel;
+use proc::HostPid;
 use reaper::Child;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::client::{Client, Subject, detached};
+use super::client::{Client, Inner, Subject, detached};
 use super::helper;
 use super::helper::HostName;
-use super::helper::restore::Prepared;
+use super::helper::restore::{Prepared, Streams};
 use super::protocol::{Join, Step};
-use crate::checkpoint::freeze_around;
 use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 /// Errors and warnings. All processes write to one log, each line at once, and at level 4 two lines for most pages: half of
@@ -88,11 +88,17 @@ impl Client {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
             inherit.push(Inherit { key: kind.external_key(), fd: file.into() });
         }
+        let mut noted = Streams { dumped: prepared.streams.clone(), new: Vec::new() };
         let console_socket = match io {
             ProcessIo::Fds { stdin, stdout, stderr } => {
                 for fd in [&stdin, &stdout, &stderr] {
                     helper::give_to(fd.as_fd(), prepared.uid).map_err(|message| subject.refused(message))?;
                 }
+                let links = [&stdin, &stdout, &stderr].map(|fd| link(fd.as_fd()));
+                noted.new = links
+                    .into_iter()
+                    .collect::<io::Result<_>>()
+                    .map_err(|source| subject.file("look at", "the container's standard streams".into(), source))?;
                 inherit.extend(streams(&prepared.streams, [stdin, stdout, stderr]));
                 None
             }
@@ -108,6 +114,7 @@ impl Client {
             host_name: prepared.host_name,
             console_socket,
             frozen,
+            streams: noted,
             criu: None,
             root: None,
             timeline,
@@ -143,9 +150,15 @@ fn log_level() -> i32 {
     asked.unwrap_or(LOG_LEVEL)
 }
 
+/// What `/proc/PID/fd` says of a descriptor of this process.
+fn link(fd: BorrowedFd<'_>) -> io::Result<String> {
+    let link = std::fs::read_link(HostPid::own().path(&format!("fd/{}", fd.as_raw_fd())))?;
+    Ok(link.to_string_lossy().into_owned())
+}
+
 /// The new streams in place of the pipes that the dumped process had.
 fn streams(dumped: &[String], new: [OwnedFd; 3]) -> Vec<Inherit> {
-    let pairs = dumped.iter().zip(new).filter(|(link, _)| link.starts_with("pipe:["));
+    let pairs = dumped.iter().zip(new).filter(|(link, _)| helper::is_pipe(link));
     pairs.map(|(link, fd)| Inherit { key: link.clone(), fd }).collect()
 }
 
@@ -163,9 +176,10 @@ struct Stages<'a> {
     console_socket: Option<PathBuf>,
     /// The tree is to be frozen before it runs.
     frozen: bool,
-    /// Pids of criu and of the tree's root, once they are there.
-    criu: Option<i32>,
-    root: Option<i32>,
+    streams: Streams,
+    /// criu and the tree's root, once they are there.
+    criu: Option<HostPid>,
+    root: Option<HostPid>,
     timeline: Timeline,
     cancel: Cancel,
 }
@@ -180,9 +194,9 @@ impl Stages<'_> {
 #[async_trait]
 impl NotifyRestore for Stages<'_> {
     async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
-        self.criu = Some(criu.pid());
+        self.criu = Some(criu.process());
         let resources = self.resources.take().unwrap_or_default();
-        let step = Step::Join(Box::new(Join { pid: criu.pid(), resources }));
+        let step = Step::Join(Box::new(Join { pid: criu.process(), resources }));
         self.client.run(self.subject.operation, self.subject.id, step).await?;
         self.timeline.enter(Phase::Restore);
         Ok(())
@@ -191,7 +205,7 @@ impl NotifyRestore for Stages<'_> {
     async fn setup_namespaces(&mut self, root: &Child) -> Result<(), BoxError> {
         if self.raise_loopback || self.has_hooks {
             self.timeline.enter(Phase::Hooks);
-            let step = Step::SetUp { pid: root.pid(), raise_loopback: self.raise_loopback };
+            let step = Step::SetUp { pid: root.process(), raise_loopback: self.raise_loopback };
             self.client.run(self.subject.operation, self.subject.id, step).await?;
             self.timeline.enter(Phase::Restore);
         }
@@ -212,9 +226,10 @@ impl NotifyRestore for Stages<'_> {
         if self.console_socket.is_some() {
             return Err("the process wants a terminal, but the one in the checkpoint has none".into());
         }
-        self.root = Some(root.pid());
-        let (id, pid) = (self.subject.id.to_owned(), root.pid());
-        self.client.blocking(self.subject, move |inner| helper::finish_restore(&inner.root, &id, pid)).await?;
+        self.root = Some(root.process());
+        let (id, pid, streams) = (self.subject.id.to_owned(), root.process(), self.streams.clone());
+        let finish = move |inner: &Inner| helper::finish_restore(&inner.root, &id, pid, &streams);
+        self.client.blocking(self.subject, finish).await?;
         self.timeline.enter(Phase::Resume);
         Ok(())
     }
@@ -223,8 +238,10 @@ impl NotifyRestore for Stages<'_> {
         self.cancel.check()?;
         let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
         let own = i32::try_from(std::process::id()).unwrap_or_default();
+        let (true, Some(criu)) = (self.frozen, self.criu) else { return Ok(()) };
+        let cgroup = self.client.cgroup(self.subject.id)?;
         // criu holds every thread of the tree here, so that none runs before it is frozen.
-        let frozen = move |_: &_| freeze_around(&[criu], root, own).map_err(|error| error.to_string());
+        let frozen = move |_: &_| cgroup.freeze_around(&[criu], HostPid::own()).map_err(|error| phase::chain(&error));
         self.client.blocking(self.subject, frozen).await?;
         Ok(())
     }

@@ -1,19 +1,25 @@
 //! Start, pause, resume and update of a container that is there.
 
-use libcgroups::common::{CgroupManager, ControllerOpt, FreezerState};
+use std::time::Duration;
+
+use cgroup::Place;
+use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::container::ContainerStatus;
 use libcontainer::hooks::run_hooks;
 use libcontainer::notify_socket::NOTIFY_FILE;
 use oci_spec::runtime::LinuxResources;
 
 use super::Helper;
-use super::cgroup::Place;
-use super::error::{Context, Result, chain};
+use super::error::{Context, Failure, Result, chain};
+
+/// How long a container may take to stand still. The kernel needs a millisecond, but a process that waits for a disk or
+/// a network file system stands still only when it has its answer. libcgroups and runc wait as long on version 2.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Helper {
     /// Where the container is accounted.
     pub(super) fn place(&self) -> Result<Place> {
-        Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup, &self.id)
+        Ok(Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup)?)
     }
 }
 
@@ -43,16 +49,29 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
     Ok(())
 }
 
+/// Freezes the container. The state says so before, and no longer when that fails: whoever reads it never takes a
+/// frozen container for one that runs.
 pub(super) fn pause(helper: &Helper) -> Result<()> {
     let (mut state, _) = helper.directory.expect("pause", &[ContainerStatus::Running])?;
-    helper.place()?.manager()?.freeze(FreezerState::Frozen).context(|| "freeze the container")?;
+    let cgroup = helper.place()?.cgroup()?;
     state.status = ContainerStatus::Paused;
-    helper.directory.save_state(&state)
+    helper.directory.save_state(&state)?;
+    // What is frozen of it when that fails is thawed again.
+    let Err(error) = cgroup.freeze_within(PAUSE_LIMIT) else { return Ok(()) };
+    state.status = ContainerStatus::Running;
+    let failure = Failure::because("freeze the container", &error);
+    match helper.directory.save_state(&state) {
+        Ok(()) => Err(failure),
+        Err(unsaved) => {
+            Err(Failure::new(format!("{failure}; it runs, and its state says that it is paused: {unsaved}")))
+        }
+    }
 }
 
+/// Thaws the container. The state says so afterwards: a container that could not be thawed can be resumed again.
 pub(super) fn resume(helper: &Helper) -> Result<()> {
     let (mut state, _) = helper.directory.expect("resume", &[ContainerStatus::Paused])?;
-    helper.place()?.manager()?.freeze(FreezerState::Thawed).context(|| "thaw the container")?;
+    helper.place()?.cgroup()?.thaw().context(|| "thaw the container")?;
     state.status = ContainerStatus::Running;
     helper.directory.save_state(&state)
 }
@@ -65,5 +84,7 @@ pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> 
     resources.set_devices(None);
     let options =
         ControllerOpt { resources: &resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-    helper.place()?.manager()?.apply(&options).context(|| "change the limits of the container")
+    super::cgroup::manager(&helper.place()?, &helper.id)?
+        .apply(&options)
+        .context(|| "change the limits of the container")
 }

@@ -14,6 +14,7 @@ mod ahead;
 mod client;
 mod guardian;
 mod host;
+mod keeper;
 mod protocol;
 mod refill;
 mod residue;
@@ -22,5 +23,6 @@ mod swap;
 
 pub use client::{CudaError, Guardian};
 pub use guardian::{GUARDIAN, guardian_main};
-pub use session::{LEAST_STAGING, Resumed, SessionError, Staging, Suspended, SuspendedProcess};
+pub use keeper::{Keeper, inventory};
+pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
 pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

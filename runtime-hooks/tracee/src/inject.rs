@@ -286,10 +286,8 @@ fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Stop, InjectError
         match glance.map_err(|source| InjectError::Refused { action: "wait for", pid, tid, source })? {
             Glance::Stop(stop) => return Ok(stop),
             Glance::Dead | Glance::Gone => return Err(InjectError::Died { pid }),
-            // A first thread that has ended while others have not yet: it will not stop any more, nor be reaped before them.
-            Glance::Moving if matches!(process::letter(pid, tid), Err(_) | Ok(b'Z' | b'X')) => {
-                return Err(InjectError::Died { pid });
-            }
+            // It will not stop any more, and may have to be reaped after others.
+            Glance::Moving if process::is_ending(pid, tid) => return Err(InjectError::Died { pid }),
             Glance::Moving if Instant::now() >= deadline => return Err(InjectError::Deadline { pid, tid }),
             Glance::Moving => std::thread::sleep(PAUSE),
         }

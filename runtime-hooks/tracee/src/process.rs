@@ -329,6 +329,17 @@ pub(crate) fn letter(pid: i32, tid: i32) -> io::Result<u8> {
     after_name(&stat).first().copied().ok_or_else(|| malformed(pid, "stat"))
 }
 
+/// Tells whether a thread has ended or is about to. The first one of a pid namespace is so until all others of that have been
+/// waited for, and some of them may be this process's to wait for.
+#[must_use]
+pub fn is_ending(pid: i32, tid: i32) -> bool {
+    /// `PF_EXITING` of the kernel, in field 9 of proc_pid_stat(5).
+    const EXITING: u64 = 4;
+    let Ok(stat) = fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return true };
+    let is_dead = matches!(after_name(&stat).first(), None | Some(b'Z' | b'X'));
+    is_dead || stat_field(&stat, 9).is_some_and(|flags| flags & EXITING != 0)
+}
+
 /// A numeric field of /proc/PID/stat by its number in proc_pid_stat(5), from 4 on.
 pub(crate) fn stat_field(stat: &[u8], number: usize) -> Option<u64> {
     let text = std::str::from_utf8(after_name(stat)).ok()?;

@@ -177,9 +177,7 @@ impl Worker {
         match glance(self.tid).map_err(self.refused("wait for"))? {
             Glance::Stop(stop) => self.advance(stop),
             Glance::Dead | Glance::Gone => Err(InjectError::Died { pid: self.pid }),
-            Glance::Moving if matches!(process::letter(self.pid, self.tid), Err(_) | Ok(b'Z' | b'X')) => {
-                Err(InjectError::Died { pid: self.pid })
-            }
+            Glance::Moving if process::is_ending(self.pid, self.tid) => Err(InjectError::Died { pid: self.pid }),
             Glance::Moving => Ok(None),
         }
     }

@@ -55,7 +55,7 @@ pub enum SessionError {
     Memory(#[from] Failure),
     /// The images cannot be restored from.
     #[error(transparent)]
-    Image(#[from] images::ImageError),
+    Folder(#[from] checkpoint::FolderError),
     /// The container has an id or namespace that names no snapshot.
     #[error("the container has a name that a snapshot cannot have")]
     Name(#[from] snapshot::NameError),

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,7 +13,8 @@ use criu::Criu;
 use gpu::Keeper;
 use phase::{Cancel, Phase, Timeline};
 use reaper::{Child, Reaper};
-use role::Failure;
+use proc::HostPid;
+use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
 use snapshot::Store;
 use tokio::runtime::Runtime;
@@ -49,7 +50,14 @@ pub(crate) struct Machine<'a> {
     /// Bytes of memory that the container had before, in no file.
     resident: Option<u64>,
     keeper: Option<Keeper>,
-    draft: Option<Draft>,
+    /// The GPU state is on its way back.
+    is_resuming: bool,
+    /// A session that died began the checkpoint.
+    is_successor: bool,
+    /// Shared with the review of the images, which completes the record.
+    draft: Arc<Mutex<Option<Draft>>>,
+    /// Folder of the draft.
+    folder: PathBuf,
     log: Option<LogFolder>,
     gpu: Option<SavedGpus>,
     staging: Vec<gpu::Staging>,
@@ -63,6 +71,10 @@ pub(crate) struct Machine<'a> {
     is_committed: Arc<AtomicBool>,
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> SessionError {
     let path = path.to_owned();
     move |source| SessionError::File { action, path, source }
@@ -73,16 +85,21 @@ impl<'a> Machine<'a> {
         let _enter = services.tokio.enter();
         let init = services.reaper.adoption().adopt(order.init);
         let init = init.map_err(file("watch", &PathBuf::from(format!("/proc/{}", order.init))))?;
-        let cgroup = Cgroup::of_process(order.init).map_err(SessionError::Cgroup)?;
+        let runtime = order.subject.runtime.runtime(&services.reaper);
+        let pid = HostPid::new(order.init).ok_or(SessionError::Bug("the pid of an order"))?;
+        let cgroup = runtime.cgroup(&order.subject.id, pid)?;
         Ok(Self {
             services,
             order,
-            runtime: order.subject.runtime.runtime(&services.reaper),
+            runtime,
             init,
             resident: cgroup.anonymous_memory(),
             cgroup,
             keeper: None,
-            draft: None,
+            is_resuming: false,
+            is_successor: false,
+            draft: Arc::default(),
+            folder: order.options.folder.clone(),
             log: None,
             gpu: None,
             staging: Vec::new(),
@@ -105,8 +122,9 @@ impl<'a> Machine<'a> {
         self.cgroup.pids().is_ok_and(|pids| pids.is_empty())
     }
 
-    fn draft(&self) -> Result<&Draft, SessionError> {
-        self.draft.as_ref().ok_or(SessionError::Bug("the draft of a checkpoint"))
+    /// Returns the checkpoint of a session that died, to be undone.
+    pub(crate) fn after_death(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
+        Ok(Self { is_successor: true, ..Self::new(services, order)? })
     }
 
     fn keeper(&mut self) -> &mut Keeper {
@@ -120,8 +138,10 @@ impl<'a> Machine<'a> {
         self.enter(Phase::SaveMemory);
         let saved = memory.saving.save(&staging.iter().map(to_save).collect::<Vec<_>>())?;
         memory.files.clone_from(&saved.files);
-        let (init, timeline) = (self.order.init, self.services.timeline.clone());
-        let remapped = self.keeper().swap(init, &memory::remap(saved), GPU, &mut |phase| timeline.enter(phase));
+        let timeline = self.services.timeline.clone();
+        let cgroup = self.cgroup.clone();
+        let mut began = |phase| timeline.enter(phase);
+        let remapped = self.keeper().swap(&cgroup, &memory::remap(saved), GPU, &mut began);
         match remapped {
             Ok(remapped) => {
                 let pid = |process| staging.iter().find(|of| of.pid == process).map_or(process, |of| of.namespace_pid);
@@ -129,12 +149,13 @@ impl<'a> Machine<'a> {
                 let left = left.flat_map(|of| of.left.into_iter().map(move |range| (of.pid, range)));
                 memory.left = left.map(|(process, range)| (pid(process), range.start..range.end)).collect();
             }
-            // Then CRIU dumps what is not in files, which takes longer and is as good.
-            Err(error) => {
+            // CRIU dumps what is not in files then, which takes longer and is as good.
+            Err(error) if self.keeper().is_suspended() => {
                 tracing::warn!("its GPU memory goes through the images: {}", phase::chain(&error));
                 let all = staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.namespace_pid, range)));
                 memory.left = all.map(|(pid, range)| (pid, range.start..range.end)).collect();
             }
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }
@@ -163,18 +184,22 @@ struct Record {
 }
 
 impl Record {
-    fn complete(self, published: Option<Published>, folder: &Path) -> Result<(), SessionError> {
+    fn complete(self, published: Option<Published>, draft: &Mutex<Option<Draft>>) -> Result<(), SessionError> {
         let Self { id, runtime, allow, gpu, resident, timeline } = self;
         let manifest = Manifest::new(&id, runtime, allow, gpu, published, resident, &timeline);
-        manifest.write(folder).map_err(file("complete the checkpoint in", folder))
+        let mut draft = lock(draft);
+        let draft = draft.as_mut().ok_or(SessionError::Bug("the draft of a checkpoint"))?;
+        let folder = draft.folder().to_owned();
+        draft.complete(&manifest).map_err(file("complete the checkpoint in", &folder))
     }
 }
 
 impl Actions for Machine<'_> {
     fn draft(&mut self) -> Result<(), SessionError> {
         let folder = &self.order.options.folder;
-        let draft = Draft::begin(folder).map_err(file("use the folder", folder))?;
-        self.draft = Some(draft);
+        let draft = Draft::begin(folder, &self.order.subject.id).map_err(file("use the folder", folder))?;
+        self.folder = draft.folder().to_owned();
+        *lock(&self.draft) = Some(draft);
         let (subject, work) = (&self.order.subject, self.order.options.work.as_deref());
         let log = LogFolder::make(&subject.logs, work, &subject.namespace, &subject.id, LOG);
         self.log = Some(log.map_err(file("make a folder for the log of", folder))?);
@@ -194,8 +219,9 @@ impl Actions for Machine<'_> {
     fn suspend(&mut self) -> Result<(), SessionError> {
         let (init, paused, patience) = (self.order.init, self.order.paused, self.order.options.patience);
         let timeline = self.services.timeline.clone();
-        let suspended = self.keeper().suspend(init, paused, patience, GPU, &mut |phase| timeline.enter(phase));
-        let mut suspended = suspended?;
+        let cgroup = self.cgroup.clone();
+        let mut began = |phase| timeline.enter(phase);
+        let mut suspended = self.keeper().suspend(&cgroup, paused, patience, GPU, &mut began)?;
         self.staging = std::mem::take(&mut suspended.staging);
         self.staging.retain(|of| !of.ranges.is_empty());
         self.gpu = SavedGpus::of(suspended, &self.order.devices, init);
@@ -223,13 +249,12 @@ impl Actions for Machine<'_> {
     fn save_shm(&mut self) -> Result<(), SessionError> {
         let Some(shm) = &self.order.shm else { return Ok(()) };
         self.services.timeline.enter(Phase::SaveShm);
-        let folder = self.draft()?.folder();
-        shm.save(folder).map_err(file("save /dev/shm in", folder))
+        shm.save(&self.folder).map_err(file("save /dev/shm in", &self.folder))
     }
 
     fn dump(&mut self) -> Result<(), SessionError> {
         let (order, services) = (self.order, self.services);
-        let images = self.draft()?.folder().to_owned();
+        let images = self.folder.clone();
         let external_files = self.memory.as_ref().map(|memory| memory.files.clone()).unwrap_or_default();
         if let Some(memory) = self.memory.take() {
             // If CRIU says nothing of its version, the dump will fail for a better reason.
@@ -252,7 +277,7 @@ impl Actions for Machine<'_> {
         let work = self.log.as_ref().map_or_else(|| images.clone(), |log| log.path().to_owned());
         let (tell, told) = mpsc::channel();
         let review = (self.after() == After::Exit && self.runtime.drives_criu()).then(|| {
-            let (publication, record, folder) = (self.publication.take(), self.record(), images.clone());
+            let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
             Review::new(move || {
@@ -262,7 +287,7 @@ impl Actions for Machine<'_> {
                 let _ = tell.send(published.clone());
                 cancel.check()?;
                 timeline.enter(Phase::Publish);
-                record.complete(published, &folder)?;
+                record.complete(published, &draft)?;
                 timeline.enter(Phase::Dump);
                 committed.store(true, Ordering::Release);
                 Ok(())
@@ -270,7 +295,7 @@ impl Actions for Machine<'_> {
         });
         if review.is_none() && self.after() == After::Exit {
             // A runtime that drives CRIU itself lets nobody in before it kills the container.
-            self.record().complete(None, &images)?;
+            self.record().complete(None, &self.draft)?;
         }
         let request = CheckpointRequest {
             id: order.subject.id.clone(),
@@ -308,12 +333,11 @@ impl Actions for Machine<'_> {
     }
 
     fn commit(&mut self) -> Result<(), SessionError> {
-        let folder = self.draft()?.folder().to_owned();
         if self.after() == After::LeaveRunning {
-            self.record().complete(self.published.clone(), &folder)?;
+            self.record().complete(self.published.clone(), &self.draft)?;
         }
         let target = &self.order.options.folder;
-        if let Some(draft) = self.draft.take() {
+        if let Some(draft) = lock(&self.draft).take() {
             draft.publish().map_err(file("publish the checkpoint in", target))?;
         }
         if let Some(log) = self.log.take() {
@@ -365,16 +389,24 @@ impl Undo for Machine<'_> {
             Step::Published => self.withdraw(),
             Step::Suspended => self.resume_gpu(),
             Step::Frozen => self.put_freezer_back(),
-            Step::Drafted => {
-                // Dropped, a draft removes what it has written.
-                self.draft = None;
-                Ok(())
-            }
+            Step::Drafted => self.discard(),
         }
     }
 }
 
 impl Machine<'_> {
+    /// Removes what was written of the checkpoint.
+    fn discard(&mut self) -> Result<(), Failure> {
+        // Dropped, a draft removes what it has written.
+        drop(lock(&self.draft).take());
+        if !self.is_successor {
+            return Ok(());
+        }
+        // A new draft removes what a dead one has left, and then itself.
+        let discarded = Draft::begin(&self.order.options.folder, &self.order.subject.id);
+        discarded.map(drop).because("cannot remove what was written of a checkpoint")
+    }
+
     fn withdraw(&mut self) -> Result<(), Failure> {
         // A publication that still runs is waited for.
         if let Err(error) = self.finish_publication() {
@@ -387,14 +419,18 @@ impl Machine<'_> {
     }
 
     fn resume_gpu(&mut self) -> Result<(), Failure> {
-        let (init, paused, timeline) = (self.order.init, self.order.paused, self.services.timeline.clone());
-        let resumed = self.keeper().resume(init, paused, &[], GPU, &mut |phase| timeline.enter(phase));
-        match resumed {
-            Ok(_) => Ok(()),
-            // No process is left that has a GPU.
-            Err(_) if self.is_gone() => Ok(()),
-            Err(error) => Err(Failure::of(&error)),
-        }
+        let (paused, timeline, cgroup) = (self.order.paused, self.services.timeline.clone(), self.cgroup.clone());
+        let owed = if std::mem::replace(&mut self.is_resuming, true) {
+            self.keeper().pay()
+        } else {
+            let resumed = self.keeper().resume(&cgroup, paused, &[], GPU, &mut |phase| timeline.enter(phase));
+            if let Err(error) = resumed {
+                tracing::warn!("its GPU state is not back: {}", phase::chain(&error));
+            }
+            self.keeper().owes()
+        };
+        // Processes that are gone owe nothing.
+        if owed.is_paid() || self.is_gone() { Ok(()) } else { Err(Failure::new(owed.to_string())) }
     }
 
     fn put_freezer_back(&mut self) -> Result<(), Failure> {

@@ -20,10 +20,11 @@ use std::time::Duration;
 
 use bulk::{Node, Restored, Restoring, Saved, Source};
 use cgroup::Cgroup;
-use checkpoint::{DeviceNode, LogFolder, Manifest, SavedGpus, Shm};
+use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::{Keeper, Swap};
 use phase::Phase;
+use proc::HostPid;
 use reaper::Child;
 use role::Failure;
 use rustix::process::Signal;
@@ -113,7 +114,7 @@ impl<'a> Restore<'a> {
             return Err(SessionError::Fill);
         }
         // The driver is loaded while the processes are being restored, and memory is read.
-        let mut keeper = gpu.as_ref().map(|_| Keeper::new());
+        let keeper = gpu.as_ref().map(|_| Keeper::new());
         let memory = memory.map(|source| self.open(&source)).transpose()?;
         services.cancel.check()?;
         let subject = &order.subject;
@@ -136,7 +137,7 @@ impl<'a> Restore<'a> {
         };
         // The driver is asked for its GPUs while CRIU works.
         let (restored, node) = std::thread::scope(|scope| {
-            let node = keeper.as_mut().map(|keeper| scope.spawn(|| keeper.inventory()));
+            let node = gpu.as_ref().map(|_| scope.spawn(gpu::inventory));
             let restored = services.tokio.block_on(self.runtime.restore(request));
             (restored, node.map(std::thread::ScopedJoinHandle::join))
         });
@@ -193,9 +194,7 @@ impl<'a> Restore<'a> {
     }
 
     fn inspect(&self, images: &Path) -> Result<Inspected, SessionError> {
-        let image = images::inspect(images)?;
-        images::check_threads(images)?;
-        let manifest = Manifest::read(images).map_err(file("read gpusnap.json in", images))?;
+        let Folder { image, manifest } = Folder::inspect(images)?;
         // What another shim has dumped was allowed then.
         let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
         let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
@@ -218,10 +217,10 @@ impl<'a> Restore<'a> {
             let wait = async { tokio::time::timeout(ENDING, init.wait()).await };
             self.services.tokio.block_on(wait).is_ok()
         };
-        match Cgroup::of_process(init.pid()) {
+        match self.runtime.cgroup(&self.order.subject.id, HostPid::new(init.pid()).ok_or(SessionError::Bug("a pid"))?) {
             // On version 1 the kernel says of a dead process that it is in no cgroup.
             Err(_) if ended() => Ok(None),
-            found => found.map(Some).map_err(SessionError::Cgroup),
+            found => Ok(found.map(Some)?),
         }
     }
 
@@ -252,10 +251,10 @@ impl<'a> Restore<'a> {
             shim.wait_for_go_on()?;
             self.services.cancel.check()?;
             let timeline = self.services.timeline.clone();
-            keeper.resume(init, false, &pairs, GPU, &mut |phase| timeline.enter(phase))?;
+            keeper.resume(cgroup, false, &pairs, GPU, &mut |phase| timeline.enter(phase))?;
             return Ok(());
         };
-        self.resume_beside_fill(&mut keeper, filling, init, &pairs, shim)
+        self.resume_beside_fill(&mut keeper, filling, cgroup, &pairs, shim)
     }
 
     /// Fills the processes that have GPU state first. They get their state back while the others are filled, held until all
@@ -264,7 +263,7 @@ impl<'a> Restore<'a> {
         &self,
         keeper: &mut Keeper,
         filling: Filling,
-        init: i32,
+        cgroup: &Cgroup,
         pairs: &[Pair],
         shim: &mut dyn Shim,
     ) -> Result<(), SessionError> {
@@ -292,9 +291,9 @@ impl<'a> Restore<'a> {
             };
             let mut began = |phase| timeline.enter(phase);
             let resumed = if is_early || is_apart {
-                keeper.resume_unfilled(init, &staging, pairs, GPU, &mut began, &mut is_whole).map(drop)
+                keeper.resume_unfilled(cgroup, &staging, pairs, GPU, &mut began, &mut is_whole).map(drop)
             } else if is_whole() {
-                keeper.resume(init, false, pairs, GPU, &mut began).map(drop)
+                keeper.resume(cgroup, false, pairs, GPU, &mut began).map(drop)
             } else {
                 Ok(())
             };

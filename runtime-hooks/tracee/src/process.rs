@@ -1,7 +1,7 @@
 //! What /proc says about a process.
 //!
 //! Everything here is a look at one moment: the process may end, or its pid may be another's, right after. Whoever
-//! keeps a pid over time keeps an [`Identity`].
+//! keeps a pid over time keeps a [`Handle`].
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
@@ -112,43 +113,36 @@ pub enum RunState {
     Dead,
 }
 
-/// A process, distinct from a later one that got the same pid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
-    /// Its pid.
-    pub pid: i32,
-    /// When it started, in clock ticks since boot.
-    pub start_time: u64,
+/// A process, whoever has its pid later.
+#[derive(Debug)]
+pub struct Handle {
+    descriptor: OwnedFd,
 }
 
-impl Identity {
-    /// Who has this pid now.
+impl Handle {
+    /// Opens the process that has this pid now.
     ///
     /// # Errors
-    /// When there is no such process.
-    pub fn of(pid: i32) -> io::Result<Self> {
-        let stat = fs::read(format!("/proc/{pid}/stat"))?;
-        // The 22nd field of proc_pid_stat(5).
-        let start_time = stat_field(&stat, 22).ok_or_else(|| malformed(pid, "stat"))?;
-        Ok(Self { pid, start_time })
+    /// When there is no such process, or no descriptor can be had.
+    pub fn open(pid: i32) -> io::Result<Self> {
+        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Self { descriptor: rustix::process::pidfd_open(pid, PidfdFlags::empty())? })
     }
 
-    /// Whether its pid is still its own. A zombie keeps its pid.
+    /// Tells whether it has ended. Until then its pid is its own; of a zombie too.
     #[must_use]
-    pub fn is_there(&self) -> bool {
-        Self::of(self.pid).is_ok_and(|now| now == *self)
+    pub fn is_gone(&self) -> bool {
+        let mut polled = [PollFd::new(&self.descriptor, PollFlags::IN)];
+        let ready = rustix::event::poll(&mut polled, Some(&Timespec::default()));
+        // One that cannot be asked must not be touched.
+        ready.map_or(true, |ready| ready > 0)
     }
+}
 
-    /// A descriptor of it: readable when it has ended, and usable for signals that cannot hit another.
-    ///
-    /// # Errors
-    /// When it has gone, whoever has its pid now, or no descriptor can be had.
-    pub fn open(&self) -> io::Result<OwnedFd> {
-        let pid = Pid::from_raw(self.pid).ok_or(io::ErrorKind::NotFound)?;
-        let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        // Whoever the descriptor is of, it was he who had the pid since before this is asked.
-        if self.is_there() { Ok(descriptor) } else { Err(io::ErrorKind::NotFound.into()) }
-    }
+/// Tells whether an error of /proc or of a pidfd says that the process has gone.
+#[must_use]
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// The threads of a process, those that have ended but were not waited for included.
@@ -333,6 +327,17 @@ pub fn thread_name(pid: i32, tid: i32) -> io::Result<String> {
 pub(crate) fn letter(pid: i32, tid: i32) -> io::Result<u8> {
     let stat = fs::read(format!("/proc/{pid}/task/{tid}/stat"))?;
     after_name(&stat).first().copied().ok_or_else(|| malformed(pid, "stat"))
+}
+
+/// Tells whether a thread has ended or is about to. The first one of a pid namespace is so until all others of that have been
+/// waited for, and some of them may be this process's to wait for.
+#[must_use]
+pub fn is_ending(pid: i32, tid: i32) -> bool {
+    /// `PF_EXITING` of the kernel, in field 9 of proc_pid_stat(5).
+    const EXITING: u64 = 4;
+    let Ok(stat) = fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return true };
+    let is_dead = matches!(after_name(&stat).first(), None | Some(b'Z' | b'X'));
+    is_dead || stat_field(&stat, 9).is_some_and(|flags| flags & EXITING != 0)
 }
 
 /// A numeric field of /proc/PID/stat by its number in proc_pid_stat(5), from 4 on.

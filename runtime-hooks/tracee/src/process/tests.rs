@@ -1,8 +1,8 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    Identity, Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, mapping, namespace_pid, run_state,
-    stat_field, status_field, threads,
+    Handle, Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, is_gone, mapping, namespace_pid,
+    run_state, stat_field, status_field, threads,
 };
 use support::{Program, await_that, wait};
 
@@ -66,20 +66,16 @@ fn new_memory_of_a_process_is_found() {
 }
 
 #[test]
-fn a_process_is_told_from_one_that_gets_its_pid() {
+fn a_process_that_has_ended_is_known_by_its_handle_whoever_has_its_pid() {
     let mut program = Program::play("sleeper");
-    let identity = Identity::of(program.pid).unwrap();
-    assert!(identity.is_there());
-    identity.open().unwrap();
-    let other = Identity { start_time: identity.start_time + 1, ..identity };
-    assert!(!other.is_there());
-    assert_eq!(other.open().unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    let handle = Handle::open(program.pid).unwrap();
+    assert!(!handle.is_gone());
     program.child.kill().unwrap();
     await_that("it is dead", || run_state(program.pid) == RunState::Dead);
-    assert!(identity.is_there(), "a zombie has its pid");
+    assert!(handle.is_gone(), "a zombie is no process to touch");
     wait(&mut program.child);
-    assert!(!identity.is_there());
-    assert!(identity.open().is_err());
+    assert!(handle.is_gone());
+    assert!(is_gone(&Handle::open(program.pid).unwrap_err()));
 }
 
 #[test]

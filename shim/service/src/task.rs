@@ -22,7 +22,7 @@ use containerd_shim_protos::ttrpc;
 use session::Stop;
 use tokio::sync::{Notify, oneshot};
 
-use crate::container::{Container, Context, Status, create};
+use crate::container::{Company, Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
@@ -147,7 +147,7 @@ impl Task for TaskService {
             };
             if let Some(container) = unwanted {
                 tracing::warn!("container {id} is removed: the client that asked for it has gone");
-                if let Err(error) = container.operate(|actor| actor.delete_init()).await {
+                if let Err(error) = container.operate(Company::Alone, |actor| actor.delete_init()).await {
                     tracing::error!("container {id} is left: {}", crate::error::chain(&error));
                 }
             }
@@ -160,13 +160,13 @@ impl Task for TaskService {
     async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id).await?;
         let pid = if !request.exec_id.is_empty() {
-            container.operate(move |actor| actor.start_exec(request.exec_id)).await?
+            container.operate(Company::Any, move |actor| actor.start_exec(request.exec_id)).await?
         } else if container.ask(|actor| Ok(actor.is_to_be_restored())).await? {
             let stop = Stop::default();
             let _client = stop.on_drop("the client is gone");
-            container.operate(move |actor| actor.restore_init(stop)).await?
+            container.operate(Company::Alone, move |actor| actor.restore_init(stop)).await?
         } else {
-            container.operate(|actor| actor.start_init()).await?
+            container.operate(Company::Execs, |actor| actor.start_init()).await?
         };
         self.started.notify_one();
         Ok(StartResponse { pid, ..StartResponse::default() })
@@ -181,9 +181,9 @@ impl Task for TaskService {
             let container = table.get(&request.id).await?;
             if request.exec_id.is_empty() {
                 container.ask(|actor| Ok(actor.stop_restore("the container is being deleted"))).await?;
-                container.operate(|actor| actor.delete_init()).await
+                container.operate(Company::Alone, |actor| actor.delete_init()).await
             } else {
-                container.operate(move |actor| actor.delete_exec(request.exec_id)).await
+                container.operate_at_once(move |actor| actor.delete_exec(request.exec_id)).await
             }
         });
         let deleted = deleted.await?;
@@ -212,12 +212,12 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(|actor| actor.pause()).await?;
+        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.pause()).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(|actor| actor.resume()).await?;
+        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.resume()).await?;
         Ok(Empty::new())
     }
 
@@ -228,7 +228,7 @@ impl Task for TaskService {
         let stop = Stop::default();
         // ttrpc drops this future when the client hangs up, or its deadline has passed.
         let _client = stop.on_drop("the client is gone");
-        container.operate(move |actor| actor.checkpoint(options, stop)).await?;
+        container.operate(Company::Alone, move |actor| actor.checkpoint(options, stop)).await?;
         self.started.notify_one();
         Ok(Empty::new())
     }
@@ -266,7 +266,7 @@ impl Task for TaskService {
         let container = self.container(&request.id).await?;
         let resources =
             json(&request.id, "resources", request.resources.as_ref(), |bytes| serde_json::from_slice(bytes))?;
-        container.operate(move |actor| actor.update(resources)).await?;
+        container.operate(Company::Execs, move |actor| actor.update(resources)).await?;
         Ok(Empty::new())
     }
 

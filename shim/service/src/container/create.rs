@@ -9,10 +9,10 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::shim::oci::Options;
 use reaper::Child;
 use runtime::{CreateRequest, OciRuntime, ProcessIo};
-use rustix::process::Signal;
 use serde::Deserialize;
 
 use super::freezer::Freezer;
+use super::operations::end;
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
 use crate::error::{BundleError, TaskError};
@@ -283,8 +283,6 @@ impl NewContainer<'_> {
 pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
     if let Err(error) = runtime.delete(id).await {
         tracing::error!("container {id} may be left behind: {}", crate::error::chain(&error));
-        // It may have ended by itself.
-        let _ = child.signal(Signal::KILL);
     }
-    child.wait().await;
+    end(child, &super::process_name(id, "")).await;
 }

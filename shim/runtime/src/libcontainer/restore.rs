@@ -236,8 +236,6 @@ impl NotifyRestore for Stages<'_> {
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
         self.cancel.check()?;
-        let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
-        let own = i32::try_from(std::process::id()).unwrap_or_default();
         let (true, Some(criu)) = (self.frozen, self.criu) else { return Ok(()) };
         let cgroup = self.client.cgroup(self.subject.id)?;
         // criu holds every thread of the tree here, so that none runs before it is frozen.

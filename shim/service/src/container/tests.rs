@@ -10,14 +10,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
+    CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
     PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
-use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::ttrpc::{self, Code};
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
@@ -29,10 +27,14 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use super::{Context, NodeStore};
+use session::NodeStore;
+
+use super::Context;
 use crate::events::Events;
 use crate::stdio;
 use crate::task::TaskService;
+
+mod sessions;
 
 /// A runtime whose containers are `sh -c SCRIPT`, held before the script until they are started.
 struct FakeRuntime {
@@ -119,25 +121,15 @@ impl OciRuntime for FakeRuntime {
         Ok(())
     }
 
-    /// Images are the script, which a restore runs.
-    async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
-        self.step(Operation::Checkpoint).await?;
-        std::fs::write(request.images.join("script"), self.script).unwrap();
-        std::fs::write(request.work.join("dump.log"), "").unwrap();
-        if !request.leave_running {
-            self.init.lock().unwrap().as_ref().unwrap().0.signal(Signal::KILL).unwrap();
-        }
-        Ok(())
+    async fn checkpoint(&self, _: CheckpointRequest) -> Result<(), RuntimeError> {
+        self.step(Operation::Checkpoint).await
     }
 
-    async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
-        self.step(Operation::Restore).await?;
-        let script = std::fs::read_to_string(request.images.join("script")).unwrap();
-        Ok(self.spawn(&script, None, request.io))
+    async fn restore(&self, _: RestoreRequest) -> Result<Child, RuntimeError> {
+        panic!("a session restores")
     }
 
     fn drives_criu(&self) -> bool {
-        // A worker for big memory is this binary, which a test is not.
         false
     }
 
@@ -153,7 +145,7 @@ struct Bench {
     exit: Arc<ExitSignal>,
     events: mpsc::UnboundedReceiver<Envelope>,
     bundle: TempDir,
-    logs: TempDir,
+    _logs: TempDir,
 }
 
 const PLENTY: usize = 1000;
@@ -201,11 +193,12 @@ impl Bench {
             store: NodeStore { root: logs.path().join("store"), quota: None, registry: None },
             reaper,
             events: publisher,
+            conductor: Arc::new(sessions::FakeConductor(Arc::clone(&runtime))),
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),
         };
         let exit = Arc::new(ExitSignal::default());
         let service = Arc::new(TaskService::new(context, Arc::clone(&exit)));
-        Self { service, runtime, exit, events, bundle, logs }
+        Self { service, runtime, exit, events, bundle, _logs: logs }
     }
 
     /// With a created container.
@@ -256,27 +249,6 @@ impl Bench {
         self.service.create(&ctx(), create_request(bundle)).await.map(drop)
     }
 
-    async fn create_from(&self, images: &Path) -> ttrpc::Result<()> {
-        let mut request = create_request(self.bundle.path());
-        request.checkpoint = images.to_str().unwrap().into();
-        self.service.create(&ctx(), request).await.map(drop)
-    }
-
-    /// A checkpoint that goes on until `let_go`.
-    async fn held_checkpoint_of_a_paused_container(&self, images: &Path) -> JoinHandle<ttrpc::Result<Empty>> {
-        self.pause().await.unwrap();
-        self.hold().await;
-        let service = Arc::clone(&self.service);
-        let request = checkpoint_request(images, None);
-        let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
-        tokio::task::yield_now().await;
-        checkpoint
-    }
-
-    async fn checkpoint(&self, images: &Path, options: Option<CheckpointOptions>) -> ttrpc::Result<()> {
-        self.service.checkpoint(&ctx(), checkpoint_request(images, options)).await.map(drop)
-    }
-
     async fn start(&self, exec_id: &str) -> ttrpc::Result<()> {
         let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
         self.service.start(&ctx(), request).await.map(drop)
@@ -303,10 +275,6 @@ impl Bench {
     async fn exec(&self, exec_id: &str, script: &str) -> ttrpc::Result<()> {
         self.add_exec(exec_id, script).await?;
         self.start(exec_id).await
-    }
-
-    fn log_folder(&self, name: &str) -> PathBuf {
-        self.logs.path().join("test").join(name)
     }
 
     async fn status(&self) -> ApiStatus {
@@ -367,20 +335,6 @@ impl Bench {
 
 fn create_request(bundle: &Path) -> CreateTaskRequest {
     CreateTaskRequest { id: "c".into(), bundle: bundle.to_str().unwrap().into(), ..CreateTaskRequest::default() }
-}
-
-fn checkpoint_request(images: &Path, options: Option<CheckpointOptions>) -> CheckpointTaskRequest {
-    let options = options.map(|options| Any {
-        type_url: "containerd.runc.v1.CheckpointOptions".into(),
-        value: options.write_to_bytes().unwrap(),
-        ..Any::default()
-    });
-    CheckpointTaskRequest {
-        id: "c".into(),
-        path: images.to_str().unwrap().into(),
-        options: options.into(),
-        ..CheckpointTaskRequest::default()
-    }
 }
 
 fn ctx() -> TtrpcContext {
@@ -726,138 +680,4 @@ async fn the_shim_ends_with_its_last_container() {
     );
     bench.shut_down().await;
     ended.await;
-}
-
-#[tokio::test]
-async fn a_checkpoint_leaves_the_container_as_it_was() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    bench.checkpoint(images.path(), None).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-    assert!(images.path().join("gpusnap.json").exists());
-    assert!(!bench.log_folder("c.dump").exists());
-    assert_eq!(bench.told("checkpointed").await, ["create", "start", "checkpointed"]);
-    bench.pause().await.unwrap();
-    bench.checkpoint(images.path(), None).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::PAUSED);
-}
-
-#[tokio::test]
-async fn a_checkpoint_that_ends_the_container_tells_its_exit() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let exit = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
-    bench.checkpoint(images.path(), Some(exit)).await.unwrap();
-    assert_eq!(bench.wait("").await, 137);
-    bench.delete("").await.unwrap();
-    let told = bench.told("delete").await;
-    assert!(told.contains(&"exit c".to_owned()), "{told:?}");
-}
-
-#[tokio::test]
-async fn a_failed_checkpoint_leaves_nothing_but_the_container() {
-    let bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    std::fs::write(images.path().join("mine"), "").unwrap();
-    bench.fail(Operation::Checkpoint);
-    let exit = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
-    let error = bench.checkpoint(images.path(), Some(exit)).await.unwrap_err().to_string();
-    assert!(error.contains("dumping") && error.contains("as told"), "{error}");
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-    assert_eq!(std::fs::read_dir(images.path()).unwrap().count(), 1);
-    assert!(bench.log_folder("c.dump").exists());
-}
-
-#[tokio::test]
-async fn only_what_runs_can_be_checkpointed() {
-    let images = tempfile::tempdir().unwrap();
-    let bench = Bench::created("exit 0").await;
-    assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);
-    bench.start("").await.unwrap();
-    bench.wait("").await;
-    assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);
-}
-
-#[tokio::test]
-async fn state_is_answered_during_a_checkpoint() {
-    let bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
-    assert_eq!(bench.status().await, ApiStatus::PAUSED);
-    assert!(!checkpoint.is_finished());
-    bench.let_go();
-    checkpoint.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn a_container_paused_for_a_checkpoint_that_nobody_waits_for_runs_on() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
-    bench.status().await;
-    checkpoint.abort();
-    let _ = checkpoint.await;
-    bench.let_go();
-    bench.told("resumed").await;
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-}
-
-/// A folder that is a checkpoint for the shim, and for the fake runtime runs `script`.
-fn images_of(script: &str) -> TempDir {
-    let images = tempfile::tempdir().unwrap();
-    std::fs::write(images.path().join("script"), script).unwrap();
-    // Its magic number, and one entry of two bytes: version 2.
-    let inventory = [0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 2];
-    std::fs::write(images.path().join("inventory.img"), inventory).unwrap();
-    // Its two magic numbers, and one entry of two bytes: process 1, of whose threads it says nothing.
-    let tree = [0x19, 0x43, 0x56, 0x54, 0x30, 0x30, 0x27, 0x50, 2, 0, 0, 0, 0x08, 1];
-    std::fs::write(images.path().join("pstree.img"), tree).unwrap();
-    images
-}
-
-#[tokio::test]
-async fn a_container_from_a_checkpoint_lives_like_any_other() {
-    let mut bench = Bench::new("exit 0").await;
-    let images = images_of("sleep 0.1; exit 5");
-    bench.create_from(images.path()).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::CREATED);
-    assert_eq!(code(bench.exec("early", "true").await), Code::FAILED_PRECONDITION);
-    bench.start("").await.unwrap();
-    assert_eq!(bench.wait("").await, 5);
-    assert_eq!(bench.delete("").await.unwrap(), 5);
-    assert_eq!(bench.told("delete").await, ["create", "start", "exit c", "delete"]);
-    assert!(images.path().exists(), "a folder that is not containerd's stays");
-}
-
-#[tokio::test]
-async fn a_failed_restore_can_be_tried_again() {
-    let bench = Bench::new("exit 0").await;
-    let images = images_of("exit 6");
-    bench.create_from(images.path()).await.unwrap();
-    bench.fail(Operation::Restore);
-    let error = bench.start("").await.unwrap_err().to_string();
-    assert!(error.contains(images.path().to_str().unwrap()) && error.contains("as told"), "{error}");
-    assert_eq!(bench.status().await, ApiStatus::CREATED);
-    *bench.runtime.fail.lock().unwrap() = None;
-    bench.start("").await.unwrap();
-    assert_eq!(bench.wait("").await, 6);
-}
-
-#[tokio::test]
-async fn a_container_that_was_never_restored_can_be_deleted() {
-    let bench = Bench::new("exit 0").await;
-    let images = images_of("exit 0");
-    bench.create_from(images.path()).await.unwrap();
-    assert_eq!(code(bench.kill("", 9).await), Code::FAILED_PRECONDITION);
-    bench.delete("").await.unwrap();
-    assert_eq!(code(bench.delete("").await), Code::NOT_FOUND);
-}
-
-#[tokio::test]
-async fn a_folder_without_a_checkpoint_is_named() {
-    let bench = Bench::new("exit 0").await;
-    let nothing = tempfile::tempdir().unwrap();
-    bench.create_from(nothing.path()).await.unwrap();
-    let error = bench.start("").await.unwrap_err().to_string();
-    assert!(error.contains("inspecting") && error.contains(nothing.path().to_str().unwrap()), "{error}");
 }

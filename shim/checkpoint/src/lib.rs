@@ -8,13 +8,14 @@
 //! | `descriptors.json` | runc's note of the standard streams |
 //! | `dev-shm.tar` | the contents of a `/dev/shm` that comes from outside, if there are any |
 //! | `memory.segments`, `memory-*.pack` | big memory, where it is wanted beside the images |
-//! | `gpusnap.json` | [`Manifest`]: how it was made |
+//! | `gpusnap.json` | [`Record`]: whether it is complete, and its [`Manifest`]: how it was made |
 
 mod draft;
 mod gpu;
 mod log;
 mod manifest;
 mod options;
+mod record;
 mod shm;
 mod temporary;
 
@@ -23,5 +24,6 @@ pub use gpu::{DeviceNode, SavedGpus};
 pub use log::{LogFolder, ROOT as LOGS};
 pub use manifest::Manifest;
 pub use options::{Annotations, CheckpointOptions, MemoryPlace, RequestError};
+pub use record::{Folder, FolderError, Record};
 pub use shm::Shm;
 pub use temporary::remove_if_containerds;

@@ -132,7 +132,7 @@ pub(crate) enum RestoreFailure {
         source: std::io::Error,
     },
     #[error(transparent)]
-    Image(#[from] images::ImageError),
+    Folder(#[from] checkpoint::FolderError),
     #[error("the container has an annotation that is not understood: {0}")]
     Annotation(String),
     #[error("cannot connect its standard input and output")]

@@ -176,7 +176,7 @@ impl Work {
             let path = path.to_owned();
             move |source| CheckpointFailure::File { action, path, source }
         };
-        let draft = Draft::begin(folder).map_err(at("use the folder", folder))?;
+        let mut draft = Draft::begin(folder, &self.id).map_err(at("use the folder", folder))?;
         let log = LogFolder::make(&self.logs, work.as_deref(), &self.namespace, &self.id, LOG);
         let log = log.map_err(at("make a folder for the log of", folder))?;
         let (cgroup, paused) = (self.cgroup.clone(), self.paused);
@@ -240,7 +240,7 @@ impl Work {
         self.timeline.enter(Phase::Publish);
         let runtime_name = self.runtime_name.clone();
         let manifest = Manifest::new(&self.id, runtime_name, *allow, gpu, moved.clone(), self.resident, &self.timeline);
-        let written = manifest.write(draft.folder());
+        let written = draft.complete(&manifest);
         let published = match written {
             Ok(()) => draft.publish(),
             Err(error) if *exit => {

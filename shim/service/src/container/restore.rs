@@ -34,7 +34,7 @@ use super::create::undo;
 use super::{Actor, NodeStore, Status};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
-use checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
+use checkpoint::{Annotations, DeviceNode, Folder, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 
 /// CRIU's name for its log of a restore.
 const LOG: &str = "restore.log";
@@ -238,6 +238,7 @@ impl Work {
             io,
             no_pivot_root: self.checkpoint.no_pivot_root,
             frozen: gpu.is_some() || worker.is_some(),
+            cut: worker.is_some(),
             allow,
             timeline: self.timeline.clone(),
         };
@@ -397,13 +398,7 @@ impl Work {
     }
 
     fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {
-        let image = images::inspect(images)?;
-        images::check_threads(images)?;
-        let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
-            action: "read gpusnap.json in",
-            path: images.to_owned(),
-            source,
-        })?;
+        let Folder { image, manifest } = Folder::inspect(images)?;
         // What another shim has dumped was allowed then.
         let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
         let other = Allow { tcp, external_unix_sockets: true, shell_job: false };

@@ -4,7 +4,8 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
-use cuda::{Gpu, Inventory, Pair, Suspended, SuspendedProcess};
+use cuda::{Gpu, Inventory, Pair};
+use gpu::{Suspended, SuspendedProcess};
 use rustix::fs::{FileType, Mode};
 use serde::{Deserialize, Serialize};
 

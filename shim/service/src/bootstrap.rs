@@ -151,6 +151,9 @@ impl Shim for GpusnapShim {
                 std::future::pending().await
             }
         };
+        if let Err(error) = reaper::raise_descriptor_limit() {
+            tracing::warn!("cannot raise the limit on open descriptors: {error}");
+        }
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());

@@ -1,12 +1,11 @@
 //! What a Task request can fail with, and the one place where that becomes a ttrpc status.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use bulk::BulkError;
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
-use cuda::CudaError;
+use gpu::CudaError;
 use runtime::{Phase, RuntimeError};
 
 use crate::container::Status;
@@ -201,17 +200,7 @@ impl TaskError {
     }
 }
 
-/// An error and everything under it on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        // Writing to a String cannot fail.
-        let _ = write!(text, ": {error}");
-        source = error.source();
-    }
-    text
-}
+pub(crate) use phase::chain;
 
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {

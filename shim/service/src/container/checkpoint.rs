@@ -32,7 +32,7 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use cuda::{Guardian, Staging};
+use gpu::{Guardian, Staging};
 use reaper::{Child, Reaper};
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 
@@ -70,6 +70,7 @@ impl Actor {
         };
         let paused_for_it = paused && self.paused_at.is_some_and(|at| at.elapsed() < PAUSED_FOR_IT);
         let resume = self.resume();
+        self.freezer.lend();
         let work = Work {
             id: self.id.clone(),
             namespace: self.context.namespace.clone(),
@@ -98,6 +99,7 @@ impl Actor {
                 _ => None,
             };
             move |actor: &mut Self| {
+                actor.take_freezer_back();
                 if let Some(resumed) = resumed {
                     tracing::warn!("container {}: resumed, since nobody waits for its checkpoint any more", actor.id);
                     if let Err(error) = resumed(actor) {

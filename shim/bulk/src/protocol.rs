@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use phase::Phase;
 use serde::{Deserialize, Serialize};
-use snapshot::{Config, Name, Pointer};
+use snapshot::{Config, Name, Pointer, Scope};
 
 /// What a worker is to do. The first order decides what it is for: `Begin` for a checkpoint, `Open` for a restore.
 #[derive(Debug, Serialize, Deserialize)]
@@ -54,6 +54,8 @@ pub(crate) enum Report {
 pub struct Node {
     /// The folder of its store.
     pub store: PathBuf,
+    /// Whose the container is: snapshots of others are not used.
+    pub scope: Scope,
     /// The repository from which it pulls what the store lacks, such as `registry.example/models/vit`. A tag or digest does not
     /// count: what is pulled is what a checkpoint points to.
     pub registry: Option<String>,

@@ -55,13 +55,13 @@ impl Draft {
         }
         remove_stale(target, &record::is_incomplete)?;
         let mut before = names(target)?;
+        if record::is_incomplete(target) {
+            remove(target, before.iter().filter(|name| is_ours(name)))?;
+            before = names(target)?;
+        }
         let beside = if before.contains(OsStr::new(INVENTORY)) {
             Some(tempfile::Builder::new().prefix(PREFIX).tempdir_in(target)?)
         } else {
-            if record::is_incomplete(target) {
-                remove(target, before.iter().filter(|name| is_ours(name)))?;
-                before = names(target)?;
-            }
             None
         };
         let folder = beside.as_ref().map_or(target, tempfile::TempDir::path);
@@ -171,7 +171,7 @@ fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<(
 }
 
 /// Whether a checkpoint writes files of this name, or left them when its writer was killed.
-fn is_ours(name: &OsStr) -> bool {
+pub(crate) fn is_ours(name: &OsStr) -> bool {
     let fixed = ["stats-dump", "descriptors.json", crate::shm::FILE, record::FILE, record::NEXT];
     let path = Path::new(name);
     let has = |extension: &str| path.extension() == Some(OsStr::new(extension));
@@ -254,6 +254,12 @@ mod tests {
         let draft = Draft::begin(folder.path(), "c").unwrap();
         write(draft.folder(), &["pages-9.img", "memory-000000.pack", "mm-1.new", ".tmpAb12Cd", "mine"]);
         killed(draft);
+        drop(Draft::begin(folder.path(), "c").unwrap());
+        assert_eq!(list(folder.path()), ["mine"]);
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["inventory.img", "pages-9.img"]);
+        killed(draft);
+        assert!(record::is_incomplete(folder.path()));
         let draft = Draft::begin(folder.path(), "c").unwrap();
         write(draft.folder(), &["inventory.img"]);
         publish(draft);

@@ -18,6 +18,7 @@ use images::{Image, ImageError};
 use rustix::fs::FallocateFlags;
 use serde::{Deserialize, Serialize};
 
+use crate::draft::is_ours;
 use crate::manifest::{Manifest, now};
 
 /// Its name among the images.
@@ -61,6 +62,12 @@ pub enum FolderError {
         path: PathBuf,
         /// Its version.
         found: u32,
+    },
+    /// A file of it is a link or a device: it would lead whoever restores to other files.
+    #[error("{path} is not a regular file")]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
     },
     /// The checkpoint was begun and never completed.
     #[error(
@@ -189,6 +196,7 @@ impl Folder {
         // First: of an incomplete one nothing else has to be right.
         let manifest = read(folder)?;
         let image = images::inspect(folder)?;
+        check_files(folder)?;
         images::check_threads(folder)?;
         let is_filled = manifest.as_ref().is_some_and(|manifest| manifest.memory().is_some());
         if image.is_cut() && !is_filled {
@@ -196,6 +204,18 @@ impl Folder {
         }
         Ok(Self { image, manifest })
     }
+}
+
+/// Checks that what CRIU and the shim will read is in the folder itself.
+fn check_files(folder: &Path) -> Result<(), FolderError> {
+    let failed = |source| FolderError::Read { path: folder.to_owned(), source };
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if is_ours(&entry.file_name()) && !entry.file_type().map_err(failed)?.is_file() {
+            return Err(FolderError::NotAFile { path: entry.path() });
+        }
+    }
+    Ok(())
 }
 
 /// Reads the manifest of a complete checkpoint; None without a record.
@@ -278,6 +298,46 @@ mod tests {
         // The next one begins there all the same.
         Record::begin(folder.path(), "web").unwrap().complete(&manifest()).unwrap();
         assert!(read(folder.path()).unwrap().is_some());
+    }
+
+    /// The smallest folder that passes for a checkpoint, without processes. Its inventory names these plugins.
+    fn write_images(folder: &Path, plugins: &[u8]) {
+        let mut inventory = vec![0x16, 0x31, 0x31, 0x58, 0, 0, 0, 0, 8, 2];
+        if !plugins.is_empty() {
+            inventory.extend([0x62, u8::try_from(plugins.len() + 2).unwrap(), 0x62, u8::try_from(plugins.len()).unwrap()]);
+            inventory.extend(plugins);
+        }
+        inventory[4] = u8::try_from(inventory.len() - 8).unwrap();
+        std::fs::write(folder.join(images::INVENTORY), inventory).unwrap();
+        std::fs::write(folder.join("pstree.img"), [0x19, 0x43, 0x56, 0x54, 0x30, 0x30, 0x27, 0x50]).unwrap();
+    }
+
+    #[test]
+    fn images_without_their_memory_need_a_record_that_says_where_it_is() {
+        let folder = tempfile::tempdir().unwrap();
+        write_images(folder.path(), b"");
+        assert!(Folder::inspect(folder.path()).unwrap().manifest.is_none());
+        write_images(folder.path(), images::MARK.as_bytes());
+        let refused = |folder: &Path| Folder::inspect(folder).unwrap_err().to_string();
+        assert!(refused(folder.path()).contains("restore the whole folder as gpusnap wrote it"));
+        Record::begin(folder.path(), "c").unwrap().complete(&manifest()).unwrap();
+        assert!(refused(folder.path()).contains("big memory"), "its record says nothing of memory");
+        let timeline = Timeline::start(Phase::Freeze);
+        let memory = bulk::Published { source: bulk::Source::Inline, memory: 1, spared: 0 };
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, Some(memory), None, &timeline);
+        Record::begin(folder.path(), "c").unwrap().complete(&manifest).unwrap();
+        assert!(Folder::inspect(folder.path()).unwrap().image.is_cut());
+    }
+
+    #[test]
+    fn a_link_among_the_images_is_refused() {
+        for name in ["pages-1.img", "memory.segments", "memory-000000.pack", "dev-shm.tar"] {
+            let folder = tempfile::tempdir().unwrap();
+            write_images(folder.path(), b"");
+            std::os::unix::fs::symlink("/etc/passwd", folder.path().join(name)).unwrap();
+            let error = Folder::inspect(folder.path()).unwrap_err();
+            assert!(matches!(&error, FolderError::NotAFile { path } if path.ends_with(name)), "{error}");
+        }
     }
 
     #[test]

@@ -146,6 +146,8 @@ pub(crate) enum RestoreFailure {
     Memory(#[from] BulkError),
     #[error("its big memory is not in the images, and its runtime fills none: use libcontainer (no BinaryName)")]
     Fill,
+    #[error("the container has a name that a snapshot cannot have")]
+    Name(#[from] snapshot::NameError),
     #[error("there is GPU state of process {pid}, which was not restored")]
     Gone { pid: i32 },
     #[error("the checkpoint does not fit this node: {0}")]

@@ -26,7 +26,8 @@ use containerd_shim_protos::shim::oci::Options;
 use cuda::Pair;
 use gpu::{Guardian, Resumed, Swap};
 use reaper::{Child, Reaper};
-use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
+use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Timeline};
+use snapshot::Scope;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::big_memory::swap;
@@ -35,7 +36,7 @@ use super::create::undo;
 use super::{Actor, NodeStore, Status};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
-use checkpoint::{Annotations, DeviceNode, Folder, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
+use checkpoint::{Annotations, DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm, remove_if_containerds};
 
 /// CRIU's name for its log of a restore.
 const LOG: &str = "restore.log";
@@ -215,7 +216,7 @@ impl Work {
         let mut worker = memory.as_ref().map(|_| Worker::start(&self.reaper)).transpose()?;
         let mut staging = None;
         if let (Some(worker), Some(memory)) = (&mut worker, memory) {
-            let node = self.node(&memory);
+            let node = self.node(&memory)?;
             staging = worker.open(memory, images.to_owned(), node, &self.timeline).await?.filter(|_| gpu.is_some());
         }
         let work = self.checkpoint.work.as_deref();
@@ -282,15 +283,15 @@ impl Work {
         }
     }
 
-    /// Where snapshots are looked for. What the container asks for goes before what the checkpoint says, which goes before
-    /// what the node has set.
-    fn node(&self, memory: &Source) -> Node {
+    /// Where snapshots are looked for.
+    fn node(&self, memory: &Source) -> Result<Node, RestoreFailure> {
         let said = match memory {
-            Source::Snapshot(pointer) => pointer.registry().map(str::to_owned),
+            Source::Snapshot(pointer) => pointer.registry(),
             Source::Inline => None,
         };
-        let registry = self.annotations.registry().or(said).or_else(|| self.store.registry.clone());
-        Node { store: self.store.root.clone(), registry }
+        let registry = checkpoint::registry(&self.annotations, self.store.registry.as_deref(), said);
+        let scope = Scope::new(&self.owner.namespace, self.annotations.pod_namespace())?;
+        Ok(Node { store: self.store.root.clone(), scope, registry })
     }
 
     /// Gives the frozen processes their big memory and their GPU state back and lets them run.
@@ -400,16 +401,12 @@ impl Work {
 
     fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {
         let Folder { image, manifest } = Folder::inspect(images)?;
-        // What another shim has dumped was allowed then.
-        let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
-        let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
         let gpu = manifest.as_ref().and_then(Manifest::gpu).filter(|gpu| gpu.has_state()).cloned();
         let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
         let resident = manifest.as_ref().and_then(Manifest::resident);
-        let mut allow = manifest.map_or(other, |manifest| manifest.allow());
-        if let Some(tcp) = self.annotations.tcp().map_err(RestoreFailure::Annotation)? {
-            allow.tcp = tcp;
-        }
+        let network = Network::of_bundle(&self.bundle);
+        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.annotations, network);
+        let allow = allow.map_err(|error| RestoreFailure::Annotation(error.to_string()))?;
         Ok(Inspected { allow, gpu, memory, resident })
     }
 

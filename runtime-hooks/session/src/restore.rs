@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use bulk::{Node, Restored, Restoring, Saved, Source};
 use cgroup::Cgroup;
-use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, SavedGpus, Shm};
+use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::{Keeper, Swap};
 use phase::Phase;
@@ -28,7 +28,8 @@ use proc::HostPid;
 use reaper::Child;
 use role::Failure;
 use rustix::process::Signal;
-use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest, Tcp};
+use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
+use snapshot::Scope;
 
 use crate::error::{Failed, SessionError};
 use crate::limits::GPU;
@@ -131,6 +132,7 @@ impl<'a> Restore<'a> {
             io: io(streams, order.console_socket.clone())?,
             no_pivot_root: order.no_pivot_root,
             frozen: gpu.is_some() || memory.is_some(),
+            cut: memory.is_some(),
             allow,
             timeline: services.timeline.clone(),
             cancel: services.cancel.clone(),
@@ -165,21 +167,21 @@ impl<'a> Restore<'a> {
     fn open(&self, source: &Source) -> Result<Restoring, SessionError> {
         let (services, order) = (self.services, self.order);
         let timeline = services.timeline.clone();
-        let node = self.node(source);
+        let node = self.node(source)?;
         let mut began = |phase| timeline.enter(phase);
         Ok(Restoring::open(source, &order.images, &node, &mut began, &services.cancel)?)
     }
 
-    /// Returns the places to look for snapshots. The container's wish goes before the checkpoint's, and that before the
-    /// node's.
-    fn node(&self, memory: &Source) -> Node {
+    /// Returns the places to look for snapshots.
+    fn node(&self, memory: &Source) -> Result<Node, SessionError> {
         let said = match memory {
-            Source::Snapshot(pointer) => pointer.registry().map(str::to_owned),
+            Source::Snapshot(pointer) => pointer.registry(),
             Source::Inline => None,
         };
-        let store = &self.order.subject.store;
-        let registry = self.order.annotations.registry().or(said).or_else(|| store.registry.clone());
-        Node { store: store.root.clone(), registry }
+        let (annotations, subject) = (&self.order.annotations, &self.order.subject);
+        let registry = checkpoint::registry(annotations, subject.store.registry.as_deref(), said);
+        let scope = Scope::new(&subject.namespace, annotations.pod_namespace())?;
+        Ok(Node { store: subject.store.root.clone(), scope, registry })
     }
 
     fn load_shm(&self) -> Result<(), SessionError> {
@@ -195,16 +197,12 @@ impl<'a> Restore<'a> {
 
     fn inspect(&self, images: &Path) -> Result<Inspected, SessionError> {
         let Folder { image, manifest } = Folder::inspect(images)?;
-        // What another shim has dumped was allowed then.
-        let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
-        let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
         let gpu = manifest.as_ref().and_then(Manifest::gpu).filter(|gpu| gpu.has_state()).cloned();
         let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
         let resident = manifest.as_ref().and_then(Manifest::resident);
-        let mut allow = manifest.map_or(other, |manifest| manifest.allow());
-        if let Some(tcp) = self.order.annotations.tcp().map_err(SessionError::Annotation)? {
-            allow.tcp = tcp;
-        }
+        let network = Network::of_bundle(&self.order.subject.bundle);
+        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, network);
+        let allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
         Ok(Inspected { allow, gpu, memory, resident })
     }
 

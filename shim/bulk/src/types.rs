@@ -4,13 +4,15 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use snapshot::{Config, Name, Pointer};
+use snapshot::{Config, Name, Pointer, Scope};
 
 /// Where a node looks for snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
     /// The folder of its store.
     pub store: PathBuf,
+    /// Whose the container is: snapshots of others are not used.
+    pub scope: Scope,
     /// The repository from which it pulls what the store lacks, such as `registry.example/models/vit`. A tag or digest does not
     /// count: what is pulled is what a checkpoint points to.
     pub registry: Option<String>,

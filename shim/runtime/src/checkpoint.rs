@@ -74,6 +74,9 @@ pub struct RestoreRequest {
     /// Leave its cgroup frozen when everything is restored. A runtime that cannot do so before the processes run does it
     /// right after.
     pub frozen: bool,
+    /// Memory was cut from the images, and whoever asks fills it before the processes run. Only for a runtime that
+    /// [drives CRIU here](crate::OciRuntime::drives_criu).
+    pub cut: bool,
     /// What is no reason to fail.
     pub allow: Allow,
     /// Told of the phases.

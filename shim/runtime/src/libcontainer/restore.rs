@@ -82,7 +82,7 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, frozen, timeline, cancel, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, cut, timeline, cancel, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
@@ -122,6 +122,7 @@ impl Client {
         };
         let criu_request = criu::RestoreRequest {
             images_dir: images,
+            cut,
             work_dir: Some(work),
             root: Some(prepared.root),
             external_mounts: prepared.external_mounts,

@@ -115,6 +115,7 @@ impl Bundle<'_> {
             io,
             no_pivot_root: false,
             frozen: false,
+            cut: false,
             allow,
             timeline: Timeline::start(Phase::Inspect),
             cancel: Cancel::default(),

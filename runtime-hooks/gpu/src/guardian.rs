@@ -10,8 +10,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use cgroup::Cgroup;
-use cuda::{Pair, chain, write_line};
-use phase::Phase;
+use cuda::{Pair, write_line};
+use phase::{Phase, chain};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::keeper::Keeper;
@@ -106,7 +106,7 @@ impl Guardian {
 
     fn obey(&mut self, order: Order) -> Report {
         match order {
-            Order::Inventory => Report::Inventory(crate::inventory()),
+            Order::Inventory => Report::Inventory(self.keeper.inventory()),
             Order::Suspend { pid, paused, patience, limit } => {
                 Report::Suspended(self.suspend(pid, paused, patience, limit))
             }

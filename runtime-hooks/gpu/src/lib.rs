@@ -23,6 +23,6 @@ mod swap;
 
 pub use client::{CudaError, Guardian};
 pub use guardian::{GUARDIAN, guardian_main};
-pub use keeper::{Keeper, inventory};
+pub use keeper::Keeper;
 pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
 pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

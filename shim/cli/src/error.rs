@@ -123,16 +123,7 @@ impl CliError {
     }
 }
 
-/// An error and its causes.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line += &format!(": {error}");
-        cause = error.source();
-    }
-    line
-}
+pub(crate) use phase::chain;
 
 /// May be gone the next time.
 fn is_passing(error: &RegistryError) -> bool {

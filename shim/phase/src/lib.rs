@@ -1,12 +1,17 @@
-//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened.
+//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened;
+//! and the one printer of errors.
 
 #![deny(unsafe_code)]
+
+mod chain;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+
+pub use chain::chain;
 
 /// A step of a checkpoint or of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

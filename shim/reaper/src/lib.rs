@@ -15,6 +15,8 @@
 //! pid is known here. Hence [`Adoption`]: while one is open the sweep reaps nothing, so such a child stays a zombie,
 //! pid and status intact, until it is adopted.
 
+mod descriptors;
+
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +28,8 @@ use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::{Notify, watch};
+
+pub use descriptors::raise_descriptor_limit;
 
 /// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
 pub const UNKNOWN_EXIT_CODE: u32 = 255;
@@ -95,6 +99,7 @@ impl Reaper {
     /// # Errors
     /// What [`Command::spawn`] or `pidfd_open` reports.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
+        descriptors::restore_in(command);
         let adoption = self.adoption();
         let spawned = command.spawn()?;
         adoption.adopt(i32::try_from(spawned.id()).map_err(io::Error::other)?)

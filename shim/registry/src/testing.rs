@@ -289,16 +289,7 @@ pub(crate) fn patience() -> Patience {
     }
 }
 
-/// An error and its causes, as the command line shows them.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line += &format!(": {error}");
-        cause = error.source();
-    }
-    line
-}
+pub(crate) use phase::chain;
 
 /// A snapshot in a store of its own, with these layers of memory.
 pub(crate) fn snapshot_of(root: &std::path::Path, name: &str, layers: &[&[u8]]) -> snapshot::Snapshot {

@@ -1,6 +1,5 @@
 //! What a Task request can fail with, and the one place where that becomes a ttrpc status.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use bulk::BulkError;
@@ -132,7 +131,7 @@ pub(crate) enum RestoreFailure {
         source: std::io::Error,
     },
     #[error(transparent)]
-    Image(#[from] criu::image::ImageError),
+    Image(#[from] images::ImageError),
     #[error("the container has an annotation that is not understood: {0}")]
     Annotation(String),
     #[error("cannot connect its standard input and output")]
@@ -173,6 +172,13 @@ pub(crate) enum BundleError {
     },
 }
 
+impl From<checkpoint::RequestError> for TaskError {
+    fn from(error: checkpoint::RequestError) -> Self {
+        let checkpoint::RequestError { container, field, message } = error;
+        Self::BadRequest { container, field, message }
+    }
+}
+
 impl TaskError {
     /// The codes that containerd's clients test for; see docs/behaviour.md.
     fn code(&self) -> Code {
@@ -194,17 +200,7 @@ impl TaskError {
     }
 }
 
-/// An error and everything under it on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        // Writing to a String cannot fail.
-        let _ = write!(text, ": {error}");
-        source = error.source();
-    }
-    text
-}
+pub(crate) use phase::chain;
 
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {

@@ -7,7 +7,6 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
-mod checkpoint;
 mod container;
 mod error;
 mod events;
@@ -17,6 +16,7 @@ mod rootfs;
 mod stdio;
 #[allow(unsafe_code)]
 mod sys;
+mod table;
 mod task;
 
 use std::ffi::OsStr;

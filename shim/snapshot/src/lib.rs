@@ -65,8 +65,4 @@ pub const SEGMENTS_TYPE: &str = "application/vnd.gpusnap.segments.v1";
 /// Media type of the contents of `/dev/shm`.
 pub const SHM_TYPE: &str = "application/vnd.gpusnap.shm.v1.tar";
 
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
-}
+use phase::chain;

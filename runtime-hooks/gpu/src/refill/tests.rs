@@ -141,7 +141,7 @@ fn a_damaged_file_is_found_in_the_end() {
     let mut refill = emptied.begin();
     emptied.tick(&mut refill);
     let error = refill.finish(&mut emptied.hold, soon()).unwrap_err();
-    assert!(cuda::chain(&error).contains("is damaged"), "{error}");
+    assert!(phase::chain(&error).contains("is damaged"), "{error}");
     emptied.hold.let_go().unwrap();
 }
 

@@ -20,8 +20,8 @@ use runtime::{Reviewer, Timeline};
 use snapshot::{Config, Host, Name, Scope};
 
 use super::checkpoint::{GPU, Work};
-use crate::checkpoint::{MemoryPlace, SavedGpus};
 use crate::error::CheckpointFailure;
+use checkpoint::{MemoryPlace, SavedGpus};
 
 /// The big memory of one checkpoint.
 pub(super) struct BigMemory {

@@ -15,7 +15,7 @@ const INVENTORY: &str = "inventory.img";
 
 /// A checkpoint that is being written. Dropped before it is published, it is removed.
 #[derive(Debug)]
-pub(crate) struct Draft {
+pub struct Draft {
     target: PathBuf,
     /// What was there before, and stays if nothing comes of it.
     before: BTreeSet<OsString>,
@@ -26,7 +26,10 @@ pub(crate) struct Draft {
 
 impl Draft {
     /// Begins a checkpoint in `target`, which is made if it is missing.
-    pub(crate) fn begin(target: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// A folder that cannot be made or read.
+    pub fn begin(target: &Path) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(target)?;
         let before = names(target)?;
         let beside = if before.contains(OsStr::new(INVENTORY)) {
@@ -38,12 +41,16 @@ impl Draft {
     }
 
     /// Where to write it.
-    pub(crate) fn folder(&self) -> &Path {
+    #[must_use]
+    pub fn folder(&self) -> &Path {
         self.beside.as_ref().map_or(&self.target, |beside| beside.path())
     }
 
     /// Puts it in the place of what was there.
-    pub(crate) fn publish(mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// A file that cannot be removed or moved. What there is stays.
+    pub fn publish(mut self) -> io::Result<()> {
         // From here on all that there is of the container may be these files.
         self.done = true;
         let Some(beside) = self.beside.take() else { return Ok(()) };
@@ -64,7 +71,8 @@ impl Draft {
     }
 
     /// Keeps what there is, unfinished: the container has ended.
-    pub(crate) fn keep(mut self) -> PathBuf {
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
         self.done = true;
         self.beside.take().map_or_else(|| self.target.clone(), tempfile::TempDir::keep)
     }
@@ -98,7 +106,7 @@ fn names(folder: &Path) -> io::Result<BTreeSet<OsString>> {
 
 /// Whether a checkpoint writes files of this name.
 fn is_ours(name: &OsStr) -> bool {
-    let fixed = ["stats-dump", "descriptors.json", super::shm::FILE, super::manifest::FILE];
+    let fixed = ["stats-dump", "descriptors.json", crate::shm::FILE, crate::manifest::FILE];
     let is_memory = name.to_str().is_some_and(bulk::is_inline);
     Path::new(name).extension() == Some(OsStr::new("img")) || is_memory || fixed.iter().any(|fixed| name == *fixed)
 }

@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::thread;
 
-use crate::image::pages::{Extent, page_size};
-use crate::image::wire::open;
-use crate::image::{ImageError, damaged};
+use crate::format::{ImageError, damaged};
+use crate::pages::{Extent, page_size};
+use crate::wire::open;
 
 /// Read at a time, by each thread from each file.
 const BLOCK: u64 = 1 << 20;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const PREFIX: &str = "ctrd-checkpoint";
 
 /// Removes `folder` if it is one of those, by its name and its place. Anything else is left alone.
-pub(crate) fn remove_if_containerds(folder: &Path) {
+pub fn remove_if_containerds(folder: &Path) {
     if !is_containerds(folder, &places()) {
         return;
     }

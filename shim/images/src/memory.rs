@@ -15,21 +15,19 @@
 //! (criu/pie/restorer.c), robust lists and the `clear_child_tid` of threads are addresses that the kernel follows when a
 //! thread ends, and frames of signals that were pending are written when it runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use crate::image::pages::{Extent, Pagemap, page_size, pagemap_path, pages_path};
-pub use crate::image::rewrite::{Changes, RewriteError, Staging, rewrite};
-use crate::image::sharing::{InheritedMapping, Stored, same_pages, within};
-use crate::image::vma::{Vma, mm_path, read_mm, vmas};
-use crate::image::wire::{Field, MAX_ENTRY, Reader, Value, fields, first_entry};
-use crate::image::{COMMON_MAGIC, CORE_MAGIC, ImageError, PSTREE, PSTREE_MAGIC, damaged};
+use crate::format::{COMMON_MAGIC, CORE_MAGIC, ImageError};
+use crate::pages::{Extent, Pagemap, page_size, pagemap_path, pages_path};
+use crate::sharing::{InheritedMapping, Stored, same_pages, within};
+use crate::tree::{Process, core_path, processes};
+use crate::vma::{Vma, mm_path, read_mm, vmas};
+use crate::wire::{Field, Value, fields, first_entry};
 
-/// `PID_MAX_LIMIT` of Linux.
-const MAX_TASKS: usize = 1 << 22;
 /// A core is some 4 KiB, and longer where timers are many.
 const MAX_CORE: u32 = 16 << 20;
 
@@ -56,12 +54,6 @@ pub enum Inherited {
     Leave,
     /// They are in the runs of both. Once filled, each process has a page of its own: the tree needs more memory than before.
     Take,
-}
-
-pub(crate) struct Process {
-    pid: i32,
-    parent: i32,
-    pub(crate) threads: Vec<u64>,
 }
 
 /// All runs of at least `least` bytes that can be taken out of the images and filled after the restore. In the order of the
@@ -108,7 +100,7 @@ pub fn runs(images: &Path, least: u64, inherited: Inherited) -> Result<Vec<Run>,
 }
 
 /// All memory of a process that is in the images between two addresses, whatever mappings it is in. For a range that is to
-/// become [`Staging`] these are the pages that were written to since the files were mapped there.
+/// become [`crate::Staging`] these are the pages that were written to since the files were mapped there.
 ///
 /// # Errors
 /// When the images cannot be read or are damaged.
@@ -153,41 +145,6 @@ fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
     }
     left.extend(extent.within(from, extent.end()));
     left
-}
-
-pub(crate) fn core_path(images: &Path, thread: u64) -> PathBuf {
-    images.join(format!("core-{thread}.img"))
-}
-
-pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
-    let path = images.join(PSTREE);
-    let mut reader = Reader::open(&path, &[COMMON_MAGIC, PSTREE_MAGIC])?;
-    let mut processes = vec![];
-    let mut tasks = 0;
-    let (mut pids, mut threads) = (BTreeSet::new(), BTreeSet::new());
-    while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        let mut process = Process { pid: 0, parent: 0, threads: vec![] };
-        let number = |value| i32::try_from(value).map_err(|_| damaged(&path, "a process has an impossible number"));
-        fields(&path, &entry, |Field { number: field, value, .. }| {
-            match (field, value) {
-                (1, Value::Number(value)) => process.pid = number(value)?,
-                (2, Value::Number(value)) => process.parent = number(value)?,
-                (5, Value::Number(value)) => process.threads.push(value),
-                _ => {}
-            }
-            Ok(())
-        })?;
-        tasks += 1 + process.threads.len();
-        if tasks > MAX_TASKS {
-            return Err(damaged(&path, "it has too many processes"));
-        }
-        // Each would be read again, and all its memory be listed again.
-        if !pids.insert(process.pid) || !process.threads.iter().all(|thread| threads.insert(*thread)) {
-            return Err(damaged(&path, "a process is there twice"));
-        }
-        processes.push(process);
-    }
-    Ok(processes)
 }
 
 /// The mappings of plain memory that CRIU restores as inherited (`check_cow_vmas` in criu/mem.c).

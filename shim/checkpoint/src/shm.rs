@@ -10,23 +10,24 @@ use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{SeekFrom, StatFs};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// Its name among the images.
-pub(super) const FILE: &str = "dev-shm.tar";
+pub(crate) const FILE: &str = "dev-shm.tar";
 const PLACE: &str = "/dev/shm";
 /// `TMPFS_MAGIC` of linux/magic.h.
 const TMPFS: i64 = 0x0102_1994;
 
 /// A folder of the host that a container has as its /dev/shm.
-#[derive(Clone, Debug)]
-pub(crate) struct Shm {
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Shm {
     folder: PathBuf,
 }
 
 impl Shm {
     /// `mounts` are the destination and source of each bind mount. None if what is there is not in memory, and so
     /// stays, or is the host's own.
-    pub(crate) fn find<'a>(mounts: impl Iterator<Item = (&'a Path, &'a Path)>) -> Option<Self> {
+    pub fn find<'a>(mounts: impl Iterator<Item = (&'a Path, &'a Path)>) -> Option<Self> {
         let (_, source) = mounts.filter(|(destination, _)| is_place(destination)).last()?;
         let is_tmpfs = rustix::fs::statfs(source).is_ok_and(|StatFs { f_type, .. }| f_type == TMPFS);
         let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).ok();
@@ -35,7 +36,10 @@ impl Shm {
     }
 
     /// Writes its contents among the images; nothing if it is empty.
-    pub(crate) fn save(&self, images: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// A file that cannot be read or written.
+    pub fn save(&self, images: &Path) -> io::Result<()> {
         if fs::read_dir(&self.folder)?.next().is_none() {
             return Ok(());
         }
@@ -46,7 +50,10 @@ impl Shm {
     }
 
     /// Puts saved contents back. What is there already is another container's of the pod, or newer: it stays.
-    pub(crate) fn load(&self, images: &Path) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// A file that cannot be read or made; an archive that leads out of the folder.
+    pub fn load(&self, images: &Path) -> io::Result<()> {
         let file = match File::open(images.join(FILE)) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -72,7 +79,8 @@ impl Shm {
     }
 
     /// Whether a checkpoint has such contents.
-    pub(crate) fn is_saved(images: &Path) -> bool {
+    #[must_use]
+    pub fn is_saved(images: &Path) -> bool {
         images.join(FILE).exists()
     }
 }

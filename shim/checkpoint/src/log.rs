@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Where they go, a folder for each namespace.
-pub(crate) const ROOT: &str = "/var/log/gpusnap";
+pub const ROOT: &str = "/var/log/gpusnap";
 /// Logs of failures that are kept in each namespace; the oldest go first. One is some ten MB at most.
 const KEPT: usize = 20;
 
 /// A folder for the log of one operation.
 #[derive(Debug)]
-pub(crate) struct LogFolder {
+pub struct LogFolder {
     path: PathBuf,
     /// Held shared while the operation is under way, so that no other shim makes room by removing it. None for a folder
     /// that the client chose, which nobody removes.
@@ -23,7 +23,10 @@ pub(crate) struct LogFolder {
 
 impl LogFolder {
     /// The folder that the client chose, or one in `root` that is kept only if the operation fails.
-    pub(crate) fn make(root: &Path, given: Option<&Path>, namespace: &str, id: &str, log: &str) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// A folder that cannot be made.
+    pub fn make(root: &Path, given: Option<&Path>, namespace: &str, id: &str, log: &str) -> io::Result<Self> {
         let folder = if let Some(path) = given {
             DirBuilder::new().recursive(true).mode(0o700).create(path)?;
             Self { path: path.to_owned(), lock: None }
@@ -43,12 +46,14 @@ impl LogFolder {
         Ok(folder)
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Returns the folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The operation has succeeded.
-    pub(crate) fn remove(self) {
+    pub fn remove(self) {
         if let Some(lock) = &self.lock
             && let Err(error) = remove_unused(&self.path, lock)
         {

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::image::pages::page_size;
-use crate::image::wire::{Field, Value, fields, first_entry, put_number, with_numbers};
-use crate::image::{COMMON_MAGIC, ImageError, MM_MAGIC, damaged};
+use crate::format::{COMMON_MAGIC, ImageError, MM_MAGIC, damaged};
+use crate::pages::page_size;
+use crate::wire::{Field, Value, fields, first_entry, put_number, with_numbers};
 
 pub(crate) const MAGIC: [u32; 2] = [COMMON_MAGIC, MM_MAGIC];
 /// 64 bytes for each of a million mappings: `vm.max_map_count` is 65530, and 262144 or a million where databases run.

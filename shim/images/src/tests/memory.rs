@@ -8,10 +8,9 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::image::memory::{Changes, Inherited, Run, Staging, present, rewrite, runs};
-use crate::image::wire::{Value, fields, first_entry, put_message, put_number};
-use crate::image::{ImageError, check_pages};
 use crate::tests::formats::file;
+use crate::wire::{Value, fields, first_entry, put_message, put_number};
+use crate::{Changes, ImageError, Inherited, Run, Staging, check_pages, present, rewrite, runs};
 
 const COMMON: u32 = 0x5456_4319;
 const PSTREE: [u32; 2] = [COMMON, 0x5027_3030];

@@ -7,8 +7,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::image::wire::{Field, MAX_ENTRY, Reader, Value, fields};
-use crate::image::{COMMON_MAGIC, ImageError, PAGEMAP_MAGIC, damaged};
+use crate::format::{COMMON_MAGIC, ImageError, PAGEMAP_MAGIC, damaged};
+use crate::wire::{Field, MAX_ENTRY, Reader, Value, fields};
 
 pub(crate) const MAGIC: [u32; 2] = [COMMON_MAGIC, PAGEMAP_MAGIC];
 
@@ -188,7 +188,10 @@ pub(crate) fn pagemaps(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
 
 /// Checks that the files of memory are as long as the images say. CRIU's restorer waits forever for pages that a file
 /// that was cut off does not have (criu/pie/restorer.c goes on after a short read of nothing).
-pub(crate) fn check_pages(directory: &Path) -> Result<(), ImageError> {
+///
+/// # Errors
+/// When a file cannot be read, or is shorter.
+pub fn check_pages(directory: &Path) -> Result<(), ImageError> {
     let mut wanted = BTreeMap::<u64, u64>::new();
     for path in pagemaps(directory)? {
         let mut pagemap = Pagemap::open(&path)?;

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// What was on GPUs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct SavedGpus {
+pub struct SavedGpus {
     /// The driver's version.
     driver: String,
     /// Those that the container could use.
@@ -26,7 +26,8 @@ pub(crate) struct SavedGpus {
 impl SavedGpus {
     /// None for a container without CUDA. `given` are the devices of its configuration; where that has no GPU, because a hook
     /// brought it, what the process `init` sees is all that is known.
-    pub(crate) fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
+    #[must_use]
+    pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
         if processes.is_empty() && cleaned == 0 {
             return None;
@@ -45,22 +46,26 @@ impl SavedGpus {
     }
 
     /// The driver's version.
-    pub(crate) fn driver(&self) -> &str {
+    #[must_use]
+    pub fn driver(&self) -> &str {
         &self.driver
     }
 
     /// Those that the container could use.
-    pub(crate) fn gpus(&self) -> &[Gpu] {
+    #[must_use]
+    pub fn gpus(&self) -> &[Gpu] {
         &self.gpus
     }
 
     /// Bytes that the driver moved to the memory of a process; None for one without CUDA.
-    pub(crate) fn staged(&self, pid: i32) -> Option<u64> {
+    #[must_use]
+    pub fn staged(&self, pid: i32) -> Option<u64> {
         self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
     }
 
     /// Some of its processes have state on a GPU.
-    pub(crate) fn has_state(&self) -> bool {
+    #[must_use]
+    pub fn has_state(&self) -> bool {
         !self.processes.is_empty()
     }
 
@@ -69,7 +74,7 @@ impl SavedGpus {
     ///
     /// # Errors
     /// In words: what does not fit.
-    pub(crate) fn pairs(&self, node: &Inventory, minors: &[u32]) -> Result<Vec<Pair>, String> {
+    pub fn pairs(&self, node: &Inventory, minors: &[u32]) -> Result<Vec<Pair>, String> {
         let here = of_nodes(node.gpus.clone(), minors);
         // The library is part of the saved processes, and fits its own kernel module only.
         if !self.driver.is_empty() && self.driver != node.driver {
@@ -115,9 +120,9 @@ fn minor(node: &Path) -> Option<u32> {
 }
 
 /// A device that the container is given.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct DeviceNode {
+pub struct DeviceNode {
     path: PathBuf,
     #[serde(rename = "type")]
     kind: String,
@@ -132,7 +137,8 @@ pub(crate) struct DeviceNode {
 
 impl DeviceNode {
     /// N of each that is `/dev/nvidiaN`.
-    pub(crate) fn gpu_minors(nodes: &[Self]) -> Vec<u32> {
+    #[must_use]
+    pub fn gpu_minors(nodes: &[Self]) -> Vec<u32> {
         nodes.iter().filter_map(|node| minor(&node.path)).collect()
     }
 
@@ -142,7 +148,10 @@ impl DeviceNode {
 
     /// Makes NVIDIA's nodes that a process does not see yet: its `/dev` came out of the checkpoint, and has those of the
     /// GPUs that were.
-    pub(crate) fn make_missing(nodes: &[Self], pid: i32) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// A node that cannot be made.
+    pub fn make_missing(nodes: &[Self], pid: i32) -> io::Result<()> {
         for node in nodes.iter().filter(|node| node.is_nvidias()) {
             node.make_for(pid)?;
         }

@@ -11,17 +11,17 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
-use crate::image::pages::{self, PAGES_ID, Pagemap, page_size, pagemap_path, pagemaps, pages_path};
-use crate::image::vma::{self, VMAS, Vma, anonymous, mm_path, read_mm, vmas};
-use crate::image::wire::{Value, fields, open, put_message, with_numbers, write_entry, write_magic};
-use crate::image::{ImageError, damaged};
+use crate::format::{ImageError, damaged};
+use crate::pages::{self, PAGES_ID, Pagemap, page_size, pagemap_path, pagemaps, pages_path};
+use crate::vma::{self, VMAS, Vma, anonymous, mm_path, read_mm, vmas};
+use crate::wire::{Value, fields, open, put_message, with_numbers, write_entry, write_magic};
 
 /// What to change in a process's images.
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     /// The process, by its number in the dumped tree's pid namespace.
     pub pid: i32,
-    /// Addresses of memory that is no longer in the images: of [`super::Run`]s, or parts of them. Whole pages.
+    /// Addresses of memory that is no longer in the images: of [`crate::Run`]s, or parts of them. Whole pages.
     pub without: Vec<Range<u64>>,
     /// Ranges that become anonymous memory.
     pub staging: Vec<Staging>,

@@ -8,7 +8,7 @@ use protobuf::rt::WireType;
 use protobuf::{CodedInputStream, CodedOutputStream};
 use rustix::fs::{Mode, OFlags};
 
-use crate::image::{ImageError, damaged};
+use crate::format::{ImageError, damaged};
 
 /// Entries are some ten to hundred bytes, but for those that [`Reader::entry`] is told of.
 pub(crate) const MAX_ENTRY: u32 = 1 << 20;

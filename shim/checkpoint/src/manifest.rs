@@ -7,10 +7,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use runtime::{Allow, Tcp, Timeline};
 use serde::{Deserialize, Serialize};
 
-use super::SavedGpus;
+use crate::SavedGpus;
 
 /// Its name among the images.
-pub(super) const FILE: &str = "gpusnap.json";
+pub(crate) const FILE: &str = "gpusnap.json";
 /// One whose images are all that there is of it.
 const VERSION: u32 = 1;
 /// One whose big memory is elsewhere: who does not know that must not restore it.
@@ -21,7 +21,7 @@ const SIZE_LIMIT: u64 = 1 << 20;
 /// How a checkpoint was made, and what a restore has to allow therefore.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(crate) struct Manifest {
+pub struct Manifest {
     version: u32,
     /// The container that was saved.
     container: String,
@@ -60,7 +60,9 @@ struct Step {
 }
 
 impl Manifest {
-    pub(crate) fn new(
+    /// Tells of a checkpoint that has come this far.
+    #[must_use]
+    pub fn new(
         container: &str,
         runtime: String,
         allow: Allow,
@@ -91,7 +93,11 @@ impl Manifest {
         }
     }
 
-    pub(crate) fn write(&self, folder: &Path) -> io::Result<()> {
+    /// Writes it among the images.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write(&self, folder: &Path) -> io::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(folder)?;
         serde_json::to_writer(&mut file, self)?;
         file.persist(folder.join(FILE))?;
@@ -99,7 +105,10 @@ impl Manifest {
     }
 
     /// None for a checkpoint that runc's shim made.
-    pub(crate) fn read(folder: &Path) -> io::Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// A file that cannot be read, or is not understood.
+    pub fn read(folder: &Path) -> io::Result<Option<Self>> {
         let file = match std::fs::File::open(folder.join(FILE)) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -120,22 +129,26 @@ impl Manifest {
     }
 
     /// What was on GPUs.
-    pub(crate) fn gpu(&self) -> Option<&SavedGpus> {
+    #[must_use]
+    pub fn gpu(&self) -> Option<&SavedGpus> {
         self.gpu.as_ref()
     }
 
     /// Where the memory is that is not in the images.
-    pub(crate) fn memory(&self) -> Option<&bulk::Published> {
+    #[must_use]
+    pub fn memory(&self) -> Option<&bulk::Published> {
         self.memory.as_ref()
     }
 
     /// How much memory it had, if that is known.
-    pub(crate) fn resident(&self) -> Option<u64> {
+    #[must_use]
+    pub fn resident(&self) -> Option<u64> {
         self.resident
     }
 
     /// What a restore has to allow.
-    pub(crate) fn allow(&self) -> Allow {
+    #[must_use]
+    pub fn allow(&self) -> Allow {
         Allow {
             tcp: match self.tcp {
                 SavedTcp::Refuse => Tcp::Refuse,
@@ -157,7 +170,7 @@ mod tests {
     #[test]
     fn the_golden_file_is_understood() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join(FILE), include_bytes!("../testdata/gpusnap.json")).unwrap();
+        std::fs::write(folder.path().join(FILE), include_bytes!("testdata/gpusnap.json")).unwrap();
         let manifest = Manifest::read(folder.path()).unwrap().unwrap();
         assert_eq!(manifest.allow(), Allow { tcp: Tcp::Close, external_unix_sockets: false, shell_job: true });
         assert_eq!((manifest.container.as_str(), manifest.created), ("web", 1_795_000_000));
@@ -181,7 +194,7 @@ mod tests {
             std::fs::write(folder.path().join(FILE), content).unwrap();
             Manifest::read(folder.path()).unwrap_err().to_string()
         };
-        let later = include_str!("../testdata/gpusnap.json").replace("\"version\":1", "\"version\":3");
+        let later = include_str!("testdata/gpusnap.json").replace("\"version\":1", "\"version\":3");
         assert!(read(&later).contains("version 3"));
         read("{");
         assert!(read(&" ".repeat(2 << 20)).contains("larger"));

@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::CheckpointTaskRequest;
 use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::shim::oci::CheckpointOptions;
+use containerd_shim_protos::shim::oci;
 use runtime::{Allow, Tcp};
-
-use crate::error::TaskError;
+use serde::{Deserialize, Serialize};
 
 /// `exit` or `continue`: what becomes of the container where the client does not say. nerdctl and the CRI say it to
 /// runtimes of runc's name only.
@@ -31,8 +30,8 @@ const PARENT_PATH: u32 = 10;
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
 /// The container's annotations that concern checkpoints.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Annotations {
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Annotations {
     on_checkpoint: Option<String>,
     tcp: Option<String>,
     gpu_patience: Option<String>,
@@ -42,8 +41,8 @@ pub(crate) struct Annotations {
 }
 
 /// Where the big memory of a checkpoint is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum MemoryPlace {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryPlace {
     /// In the node's store, as part of a snapshot.
     #[default]
     Store,
@@ -54,7 +53,9 @@ pub(crate) enum MemoryPlace {
 }
 
 impl Annotations {
-    pub(crate) fn of(all: &HashMap<String, String>) -> Self {
+    /// Picks them out of all annotations.
+    #[must_use]
+    pub fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
         Self {
             on_checkpoint: of(ON_CHECKPOINT),
@@ -67,7 +68,8 @@ impl Annotations {
     }
 
     /// From where the snapshot can be pulled.
-    pub(crate) fn registry(&self) -> Option<String> {
+    #[must_use]
+    pub fn registry(&self) -> Option<String> {
         self.registry.clone().filter(|registry| !registry.is_empty())
     }
 
@@ -94,8 +96,11 @@ impl Annotations {
         }
     }
 
-    /// None where they say nothing.
-    pub(crate) fn tcp(&self) -> Result<Option<Tcp>, String> {
+    /// Returns what is done about TCP connections; None where nothing is said.
+    ///
+    /// # Errors
+    /// In words: a value that is none.
+    pub fn tcp(&self) -> Result<Option<Tcp>, String> {
         match self.tcp.as_deref() {
             None => Ok(None),
             Some("refuse") => Ok(Some(Tcp::Refuse)),
@@ -106,31 +111,46 @@ impl Annotations {
     }
 }
 
-/// What is asked of one checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Wishes {
-    pub(crate) folder: PathBuf,
-    /// Where the client wants CRIU's log.
-    pub(crate) work: Option<PathBuf>,
-    /// The container is to end.
-    pub(crate) exit: bool,
-    pub(crate) allow: Allow,
-    /// How long GPU work may go on before it makes the checkpoint fail.
-    pub(crate) patience: Duration,
-    pub(crate) memory: MemoryPlace,
-    /// From where the snapshot can be pulled.
-    pub(crate) registry: Option<String>,
-    /// The Kubernetes namespace to which the snapshot belongs.
-    pub(crate) pod_namespace: Option<String>,
+/// A request for a checkpoint that cannot be served as it is.
+#[derive(Debug, thiserror::Error)]
+#[error("request for container {container} carries an unusable {field}: {message}")]
+pub struct RequestError {
+    /// The container.
+    pub container: String,
+    /// The part of the request.
+    pub field: &'static str,
+    /// The reason, in words.
+    pub message: String,
 }
 
-impl Wishes {
-    pub(crate) fn of(request: &CheckpointTaskRequest, annotations: &Annotations) -> Result<Self, TaskError> {
-        let bad = |field: &'static str, message: String| TaskError::BadRequest {
-            container: request.id.clone(),
-            field,
-            message,
-        };
+/// What is asked of one checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointOptions {
+    /// The folder that becomes the checkpoint.
+    pub folder: PathBuf,
+    /// Where the client wants CRIU's log.
+    pub work: Option<PathBuf>,
+    /// The container is to end.
+    pub exit: bool,
+    /// Reasons to fail that are none here.
+    pub allow: Allow,
+    /// How long GPU work may go on before it makes the checkpoint fail.
+    pub patience: Duration,
+    /// The place of big memory.
+    pub memory: MemoryPlace,
+    /// From where the snapshot can be pulled.
+    pub registry: Option<String>,
+    /// The Kubernetes namespace to which the snapshot belongs.
+    pub pod_namespace: Option<String>,
+}
+
+impl CheckpointOptions {
+    /// Reads a request; the annotations speak where the client says nothing.
+    ///
+    /// # Errors
+    /// A field or an annotation that is not understood.
+    pub fn of(request: &CheckpointTaskRequest, annotations: &Annotations) -> Result<Self, RequestError> {
+        let bad = |field: &'static str, message: String| RequestError { container: request.id.clone(), field, message };
         let absolute = |field: &'static str, path: &str| {
             let path = PathBuf::from(path);
             if path.is_absolute() { Ok(path) } else { Err(bad(field, format!("{path:?} is not absolute"))) }
@@ -149,8 +169,8 @@ impl Wishes {
         if options.type_url.rsplit('/').next() != Some(OPTIONS) {
             return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
         }
-        let options =
-            CheckpointOptions::parse_from_bytes(&options.value).map_err(|error| bad("options", error.to_string()))?;
+        let options = oci::CheckpointOptions::parse_from_bytes(&options.value)
+            .map_err(|error| bad("options", error.to_string()))?;
         if options.special_fields.unknown_fields().get(PARENT_PATH).is_some() {
             return Err(bad("options", "checkpoints on top of others (parent_path) are not supported".into()));
         }
@@ -182,7 +202,7 @@ mod tests {
         Annotations::of(&all.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
     }
 
-    fn request(options: Option<CheckpointOptions>) -> CheckpointTaskRequest {
+    fn request(options: Option<oci::CheckpointOptions>) -> CheckpointTaskRequest {
         let options = options.map(|options| Any {
             type_url: OPTIONS.into(),
             value: options.write_to_bytes().unwrap(),
@@ -198,17 +218,18 @@ mod tests {
 
     #[test]
     fn without_options_the_container_goes_on_unless_it_says_otherwise() {
-        assert!(!Wishes::of(&request(None), &annotations(&[])).unwrap().exit);
-        assert!(!Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "continue")])).unwrap().exit);
-        assert!(Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap().exit);
-        let error = Wishes::of(&request(None), &annotations(&[(ON_CHECKPOINT, "stop")])).unwrap_err().to_string();
+        assert!(!CheckpointOptions::of(&request(None), &annotations(&[])).unwrap().exit);
+        assert!(!CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "continue")])).unwrap().exit);
+        assert!(CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap().exit);
+        let error =
+            CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "stop")])).unwrap_err().to_string();
         assert!(error.contains("on-checkpoint") && error.contains("stop"), "{error}");
     }
 
     #[test]
     fn options_have_the_last_word_on_the_end() {
-        let options = CheckpointOptions { work_path: "/work".into(), ..CheckpointOptions::default() };
-        let wishes = Wishes::of(&request(Some(options)), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap();
+        let options = oci::CheckpointOptions { work_path: "/work".into(), ..oci::CheckpointOptions::default() };
+        let wishes = CheckpointOptions::of(&request(Some(options)), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap();
         assert!(!wishes.exit);
         assert_eq!(wishes.work, Some("/work".into()));
     }
@@ -216,8 +237,8 @@ mod tests {
     #[test]
     fn the_container_has_the_last_word_on_its_connections() {
         let tcp = |open_tcp, all: &[_]| {
-            let options = CheckpointOptions { open_tcp, ..CheckpointOptions::default() };
-            Wishes::of(&request(Some(options)), &annotations(all)).unwrap().allow.tcp
+            let options = oci::CheckpointOptions { open_tcp, ..oci::CheckpointOptions::default() };
+            CheckpointOptions::of(&request(Some(options)), &annotations(all)).unwrap().allow.tcp
         };
         assert_eq!(tcp(false, &[]), Tcp::Refuse);
         assert_eq!(tcp(true, &[]), Tcp::Keep);
@@ -226,7 +247,8 @@ mod tests {
 
     #[test]
     fn the_container_says_how_long_its_gpu_work_may_take() {
-        let patience = |all: &[_]| Wishes::of(&request(None), &annotations(all)).map(|wishes| wishes.patience);
+        let patience =
+            |all: &[_]| CheckpointOptions::of(&request(None), &annotations(all)).map(|wishes| wishes.patience);
         assert_eq!(patience(&[]).unwrap(), DEFAULT_GPU_PATIENCE);
         assert_eq!(patience(&[(GPU_PATIENCE, "5")]).unwrap(), Duration::from_secs(5));
         assert!(patience(&[(GPU_PATIENCE, "5m")]).unwrap_err().to_string().contains("5m"));
@@ -234,7 +256,7 @@ mod tests {
 
     #[test]
     fn the_container_says_where_its_memory_is_kept() {
-        let memory = |all: &[_]| Wishes::of(&request(None), &annotations(all)).map(|wishes| wishes.memory);
+        let memory = |all: &[_]| CheckpointOptions::of(&request(None), &annotations(all)).map(|wishes| wishes.memory);
         assert_eq!(memory(&[]).unwrap(), MemoryPlace::Store);
         assert_eq!(memory(&[(MEMORY, "inline")]).unwrap(), MemoryPlace::Inline);
         assert!(memory(&[(MEMORY, "tape")]).unwrap_err().to_string().contains("tape"));
@@ -244,9 +266,11 @@ mod tests {
     fn relative_paths_and_foreign_options_are_refused() {
         let mut relative = request(None);
         relative.path = "images".into();
-        assert!(Wishes::of(&relative, &annotations(&[])).unwrap_err().to_string().contains("absolute"));
+        assert!(CheckpointOptions::of(&relative, &annotations(&[])).unwrap_err().to_string().contains("absolute"));
         let mut foreign = request(None);
         foreign.options = Some(Any { type_url: "example.Options".into(), ..Any::default() }).into();
-        assert!(Wishes::of(&foreign, &annotations(&[])).unwrap_err().to_string().contains("example.Options"));
+        assert!(
+            CheckpointOptions::of(&foreign, &annotations(&[])).unwrap_err().to_string().contains("example.Options")
+        );
     }
 }

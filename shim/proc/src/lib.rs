@@ -1,0 +1,48 @@
+//! The one reader of `/proc`.
+//!
+//! A number that names a process has a type: [`HostPid`] in the pid namespace of the shim, [`ContainerPid`] in the
+//! container's own. Neither becomes the other except by asking the kernel ([`ProcessIds::of`]).
+//!
+//! All functions look at one moment: the process can end, and its pid can be another's, right after. Code that keeps a
+//! pid over time keeps a [`ProcessHandle`], or an [`Identity`] where it has to be written down.
+
+mod children;
+mod handle;
+mod maps;
+mod pid;
+mod stat;
+mod status;
+mod thread;
+
+use std::io;
+
+pub use children::{children, kill_tree};
+pub use handle::{Identity, ProcessHandle};
+pub use maps::{Mapping, Range, mappings};
+pub use pid::{ContainerPid, HostPid, ProcessIds};
+pub use stat::Stat;
+pub use status::{Capabilities, Seccomp, Status};
+pub use thread::{Thread, living, thread_name, threads, tids};
+
+/// Returns whether an error of `/proc`, or of a signal, means that the process has gone.
+#[must_use]
+pub fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+}
+
+/// Returns the name of a process (`comm`), at most 15 bytes; bytes that are not UTF-8 are replaced.
+///
+/// # Errors
+/// When there is no such process.
+pub fn name(pid: HostPid) -> io::Result<String> {
+    thread_name(pid, pid.raw())
+}
+
+fn malformed(pid: HostPid, file: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/{file} is not as expected"))
+}
+
+fn trimmed(bytes: Vec<u8>) -> String {
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    text.strip_suffix('\n').map(str::to_owned).unwrap_or(text)
+}

@@ -14,10 +14,10 @@ use crate::swap::{self, Swap, SwapProcess};
 use cuda::process::drivers;
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
 use phase::chain;
-use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process};
+use proc::{HostPid, ProcessHandle};
+use rustix::process::Signal;
 use tracee::hold::{self, Hold, Scope};
-use tracee::process::{self, Handle, Range, RunState};
+use tracee::process::{self, Range, RunState};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ pub(crate) struct Machine {
     callers: Callers,
     hold: Hold,
     /// The processes that the cgroup has listed.
-    handles: HashMap<i32, Handle>,
+    handles: HashMap<i32, ProcessHandle>,
     /// Anonymous memory of processes before a checkpoint.
     anonymous: HashMap<i32, Vec<Range>>,
     /// Staging memory that is not all in place yet.
@@ -65,7 +65,7 @@ impl Machine {
     /// Fails for a process that has ended, whoever has its pid now.
     fn check(&self, action: &'static str, pid: i32) -> Result<(), SessionError> {
         match self.handles.get(&pid) {
-            Some(handle) if handle.is_gone() => {
+            Some(handle) if !handle.is_alive() => {
                 let why = "the process has ended".to_owned();
                 Err(SessionError::Process { action: action.to_owned(), process: format!("process {pid}"), why })
             }
@@ -99,12 +99,13 @@ impl Processes for Machine {
             if self.handles.contains_key(pid) {
                 continue;
             }
-            match Handle::open(*pid) {
+            let Some(host_pid) = HostPid::new(*pid) else { continue };
+            match ProcessHandle::open(host_pid) {
                 Ok(handle) => {
                     self.handles.insert(*pid, handle);
                     new.push(*pid);
                 }
-                Err(error) if tracee::process::is_gone(&error) => {}
+                Err(error) if proc::is_gone(&error) => {}
                 Err(error) => return Err(container("open the processes of")(error)),
             }
         }
@@ -115,12 +116,12 @@ impl Processes for Machine {
                 self.handles.remove(&pid);
             }
         }
-        pids.retain(|pid| self.handles.get(pid).is_some_and(|handle| !handle.is_gone()));
+        pids.retain(|pid| self.handles.get(pid).is_some_and(ProcessHandle::is_alive));
         Ok(pids)
     }
 
     fn is_gone(&mut self, pid: i32) -> bool {
-        self.handles.get(&pid).is_some_and(Handle::is_gone) || process::run_state(pid) == RunState::Dead
+        self.handles.get(&pid).is_some_and(|handle| !handle.is_alive()) || process::run_state(pid) == RunState::Dead
     }
 
     fn touches_gpu(&mut self, pid: i32) -> bool {
@@ -274,8 +275,8 @@ impl Tracer for Machine {
 
     fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError> {
         self.check("continue", pid)?;
-        let continued = Pid::from_raw(pid).ok_or(Errno::SRCH).and_then(|id| kill_process(id, Signal::CONT));
-        continued.map_err(|error| process("continue", pid)(&error))
+        let Some(handle) = self.handles.get(&pid) else { return Ok(()) };
+        handle.signal(Signal::CONT).map_err(|error| process("continue", pid)(&error))
     }
 
     fn stop(&mut self, pid: i32) -> Result<(), SessionError> {

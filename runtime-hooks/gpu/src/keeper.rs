@@ -1,43 +1,50 @@
-//! The GPU state of one container, from its checkpoint or restore to the end of that.
+//! The keeper of one container's GPU state, from the beginning of a checkpoint or restore to the end.
+//!
+//! ```text
+//!   caller ──job──► thread of the keeper: session, hold ──socket──► callers of the driver
+//!          ◄─began, is it whole?, result──┘
+//! ```
+//!
+//! ptrace binds held threads to the thread that holds them, so a keeper has a thread of its own and may be used from any.
+//! What could not be put back stays held by that thread from one operation to the next.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use cgroup::Cgroup;
 use cuda::{Callers, Inventory, Pair};
 use phase::Phase;
 
-use crate::host::{INVENTORY, Machine};
-use crate::session::{Owed, Resumed, Session, SessionError, Suspended, Undo};
+use crate::host::Machine;
+use crate::session::{Driver, Owed, Resumed, Session, SessionError, Suspended, Undo};
 use crate::swap::{Swap, Swapped};
 
-/// Asks NVML for what this node has of GPUs, by a process of its own. Usable on any thread.
-///
-/// # Errors
-/// When there is no driver, or it does not answer.
-pub fn inventory() -> Result<Inventory, SessionError> {
-    let taken = callers().inventory(INVENTORY);
-    taken.map_err(|failure| SessionError::NoDriver(failure.to_string()))
+type Job = Box<dyn FnOnce(&mut Machine, &mut Undo) + Send>;
+
+/// What the keeper's thread says while a job is under way.
+enum Event<T> {
+    Began(Phase),
+    IsWhole,
+    Done(Result<T, SessionError>, Owed),
 }
 
-fn callers() -> Callers {
-    Callers::new(PathBuf::from("/proc/self/exe"))
+/// The questions that a job asks of who gave it.
+struct Asker {
+    ask: Box<dyn FnMut() -> bool>,
 }
 
 /// What moves the GPU state of one container and keeps what is to be put back.
 ///
-/// All calls come from one thread, which traces the container's processes. They block. The end of this process, or of a
-/// keeper, lets go of what is held; the driver's locks stay, so whoever has a keeper that owes something calls
-/// [`Self::pay`] until it does not.
+/// The end of a keeper, or of this process, lets go of what is held; the driver's locks stay. So whoever has a keeper that owes
+/// something calls [`Self::pay`] until the keeper does not.
+#[derive(Debug)]
 pub struct Keeper {
-    machine: Machine,
-    undo: Undo,
-}
-
-impl std::fmt::Debug for Keeper {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keeper").field("undo", &self.undo).finish_non_exhaustive()
-    }
+    /// None once it is to end.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    owed: Owed,
 }
 
 impl Default for Keeper {
@@ -46,105 +53,165 @@ impl Default for Keeper {
     }
 }
 
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // What is held is let go of when the thread has ended. Its panic was told already.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 impl Keeper {
-    /// Makes one that has begun to load the driver. This binary has to run [`cuda::caller_main`] when its first argument is
+    /// Makes one that begins to load the driver. This binary has to run [`cuda::caller_main`] when its first argument is
     /// [`cuda::CALLER`].
     #[must_use]
     pub fn new() -> Self {
-        let mut callers = callers();
-        callers.prepare();
-        Self { machine: Machine::new(callers), undo: Undo::default() }
+        let (jobs, todo) = mpsc::channel();
+        // Without a thread, each operation fails and says so.
+        let thread = std::thread::Builder::new().name("gpu-keeper".into()).spawn(move || serve(&todo)).ok();
+        Self { jobs: Some(jobs), thread, owed: Owed::default() }
     }
 
-    /// Moves the GPU state of the container of this cgroup to its memory and leaves it frozen; on failure it is as before, and
-    /// frozen if it was `paused`, but for what is owed. GPU work may go on for `patience`; then the driver may take `limit`.
+    /// Returns this node's GPUs, by NVML.
     ///
     /// # Errors
-    /// When the state cannot be moved.
+    /// When there is no driver, or the driver does not answer.
+    pub fn inventory(&mut self) -> Result<Inventory, SessionError> {
+        self.run(None, &mut |_| {}, &mut || false, |mut session, _| {
+            session.host().inventory().map_err(|failure| SessionError::NoDriver(failure.to_string()))
+        })
+    }
+
+    /// Moves the GPU state of the container of this cgroup to its memory and leaves the container frozen. GPU work may go on
+    /// for `patience`; then the driver may take `limit`.
+    ///
+    /// # Errors
+    /// The container is as before then, and frozen if it was `paused`, but for what is owed.
     pub fn suspend(
         &mut self,
         cgroup: &Cgroup,
         paused: bool,
         patience: Duration,
         limit: Duration,
-        progress: &mut dyn FnMut(Phase),
+        began: &mut dyn FnMut(Phase),
     ) -> Result<Suspended, SessionError> {
-        self.session(cgroup, progress).suspend(paused, patience, limit)
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.suspend(paused, patience, limit))
     }
 
     /// Puts private mappings of files in the place of memory of a container that is suspended, without a change of what its
     /// processes find there. It may take `limit` for each process. No process of the container runs meanwhile.
     ///
     /// # Errors
-    /// When that was not done, or not wholly. The container has its data, in memory or in files: it can be resumed, and saved
-    /// as it is if [`Self::is_suspended`].
+    /// When that was not done, or not wholly. The container has its data, in memory or in files: it can be resumed, or saved as
+    /// it is unless processes of it are held.
     pub fn swap(
         &mut self,
         cgroup: &Cgroup,
         swap: &Swap,
         limit: Duration,
-        progress: &mut dyn FnMut(Phase),
+        began: &mut dyn FnMut(Phase),
     ) -> Result<Swapped, SessionError> {
-        self.session(cgroup, progress).swap(swap, limit)
+        let swap = swap.clone();
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.swap(&swap, limit))
     }
 
     /// Gives the container its GPU state back, whatever state its processes are in, and leaves it frozen or running.
     ///
     /// # Errors
-    /// When not all is back: see [`Self::owes`].
+    /// When not all is back: see [`Self::owes`]. What is not owed has its state.
     pub fn resume(
         &mut self,
         cgroup: &Cgroup,
         frozen: bool,
         pairs: &[Pair],
         limit: Duration,
-        progress: &mut dyn FnMut(Phase),
+        began: &mut dyn FnMut(Phase),
     ) -> Result<Resumed, SessionError> {
-        self.session(cgroup, progress).resume(frozen, pairs, limit)
+        let pairs = pairs.to_vec();
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.resume(frozen, &pairs, limit))
     }
 
-    /// As [`Self::resume`], which leaves it running, for a frozen container of which the CUDA processes have their memory, but
-    /// for this staging memory, which is empty, and the others get it meanwhile. Nothing of it runs on before `is_whole` has
-    /// said that all is there; if this process ends before, so does what it holds. The files of the staging memory must be
-    /// packs of the crate `memory`.
+    /// As [`Self::resume`], which leaves it running, for a frozen container whose CUDA processes have their memory, but for
+    /// this staging memory, which is empty. The others get theirs meanwhile: nothing of the container runs on before
+    /// `is_whole` has returned true; if this process ends before that, so does the container. The files of the staging memory
+    /// must be packs of the crate `memory`.
     ///
     /// # Errors
-    /// When the state cannot be moved or the memory has not come. The container is frozen then, and of no use; nothing is owed.
-    #[expect(clippy::too_many_arguments, reason = "each is one thing")]
+    /// When the state cannot be moved, or the memory has not come. The container is frozen or dead then, and of no use.
     pub fn resume_unfilled(
         &mut self,
         cgroup: &Cgroup,
         staging: &Swap,
         pairs: &[Pair],
         limit: Duration,
-        progress: &mut dyn FnMut(Phase),
+        began: &mut dyn FnMut(Phase),
         is_whole: &mut dyn FnMut() -> bool,
     ) -> Result<Resumed, SessionError> {
-        self.machine.hold_to_the_death();
-        self.session(cgroup, progress).resume_unfilled(staging, pairs, limit, is_whole)
+        let (staging, pairs) = (staging.clone(), pairs.to_vec());
+        self.run(Some(cgroup), began, is_whole, move |mut session, mut asker| {
+            session.host().hold_to_the_death();
+            session.resume_unfilled(&staging, &pairs, limit, &mut asker.ask)
+        })
     }
 
-    /// Tells whether the container is frozen with its GPU state in memory, nothing of it held: it can be saved.
+    /// Returns what is still to be put back. A container that is suspended is owed its GPU state.
     #[must_use]
-    pub fn is_suspended(&self) -> bool {
-        self.undo.is_suspended()
+    pub fn owes(&self) -> &Owed {
+        &self.owed
     }
 
-    /// Returns what is still to be put back.
-    #[must_use]
-    pub fn owes(&self) -> Owed {
-        self.undo.owed()
+    /// Tries to put back what is owed, once, and returns the rest. Processes that are gone are owed nothing. To be called
+    /// again, with growing pauses, until nothing is owed.
+    pub fn pay(&mut self) -> &Owed {
+        // What went wrong is with what is owed.
+        let _ = self.run(None, &mut |_| {}, &mut || false, |session, _| Ok(session.pay()));
+        &self.owed
     }
 
-    /// Tries to put back what is owed, once, and returns the rest. Processes that are gone owe nothing. To be called again,
-    /// with growing pauses, until nothing is owed.
-    pub fn pay(&mut self) -> Owed {
-        let Self { machine, undo } = self;
-        Session::new(machine, undo, &mut |_| {}).pay()
+    /// Has the keeper's thread do something, and answers it meanwhile.
+    fn run<T: Send + 'static>(
+        &mut self,
+        cgroup: Option<&Cgroup>,
+        began: &mut dyn FnMut(Phase),
+        is_whole: &mut dyn FnMut() -> bool,
+        work: impl FnOnce(Session<'_, Machine>, Asker) -> Result<T, SessionError> + Send + 'static,
+    ) -> Result<T, SessionError> {
+        let (tell, told) = mpsc::channel::<Event<T>>();
+        let (answer, answers) = mpsc::channel();
+        let cgroup = cgroup.cloned();
+        let job: Job = Box::new(move |machine, undo| {
+            if let Some(cgroup) = &cgroup {
+                machine.reach(cgroup);
+            }
+            // Nobody listens any more only if the caller has panicked.
+            let asking = tell.clone();
+            let ask = Box::new(move || asking.send(Event::IsWhole).is_ok() && answers.recv().unwrap_or(false));
+            let mut begin = |phase| drop(tell.send(Event::Began(phase)));
+            let done = work(Session::new(machine, undo, &mut begin), Asker { ask });
+            let _ = tell.send(Event::Done(done, undo.owed()));
+        });
+        let gone = || SessionError::NoDriver("the thread that holds the container's processes has ended".to_owned());
+        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
+        loop {
+            match told.recv().map_err(|_| gone())? {
+                Event::Began(phase) => began(phase),
+                Event::IsWhole => {
+                    let _ = answer.send(is_whole());
+                }
+                Event::Done(done, owed) => {
+                    self.owed = owed;
+                    return done;
+                }
+            }
+        }
     }
+}
 
-    fn session<'k>(&'k mut self, cgroup: &Cgroup, progress: &'k mut dyn FnMut(Phase)) -> Session<'k, Machine> {
-        self.machine.reach(cgroup);
-        Session::new(&mut self.machine, &mut self.undo, progress)
+fn serve(todo: &Receiver<Job>) {
+    let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
+    callers.prepare();
+    let (mut machine, mut undo) = (Machine::new(callers), Undo::default());
+    while let Ok(job) = todo.recv() {
+        job(&mut machine, &mut undo);
     }
 }

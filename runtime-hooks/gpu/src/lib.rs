@@ -19,6 +19,6 @@ mod residue;
 mod session;
 mod swap;
 
-pub use keeper::{Keeper, inventory};
+pub use keeper::Keeper;
 pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
 pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

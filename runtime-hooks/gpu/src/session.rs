@@ -155,6 +155,10 @@ impl<'a, H: Host> Session<'a, H> {
         Self { host, undo, progress, is_undoing: false, members: Vec::new() }
     }
 
+    pub(crate) fn host(&mut self) -> &mut H {
+        self.host
+    }
+
     /// Moves all GPU state to the memory of its processes and leaves the container frozen. Locking may take until
     /// `patience` is over; the driver may take `limit` for its checkpoint. On failure the container is as before, and
     /// frozen if it was paused, but for what is owed.

@@ -127,6 +127,12 @@ impl<'a> Machine<'a> {
         Ok(Self { is_successor: true, ..Self::new(services, order)? })
     }
 
+    /// Returns whether threads of the container are held, so that CRIU cannot seize them.
+    fn is_held(&self) -> bool {
+        let owed = self.keeper.as_ref().map(Keeper::owes);
+        owed.is_some_and(|owed| owed.steps.iter().any(|step| matches!(step, gpu::Step::Held(_))))
+    }
+
     fn keeper(&mut self) -> &mut Keeper {
         self.keeper.get_or_insert_with(Keeper::new)
     }
@@ -150,7 +156,7 @@ impl<'a> Machine<'a> {
                 memory.left = left.map(|(process, range)| (pid(process), range.start..range.end)).collect();
             }
             // CRIU dumps what is not in files then, which takes longer and is as good.
-            Err(error) if self.keeper().is_suspended() => {
+            Err(error) if !self.is_held() => {
                 tracing::warn!("its GPU memory goes through the images: {}", phase::chain(&error));
                 let all = staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.namespace_pid, range)));
                 memory.left = all.map(|(pid, range)| (pid, range.start..range.end)).collect();
@@ -421,13 +427,13 @@ impl Machine<'_> {
     fn resume_gpu(&mut self) -> Result<(), Failure> {
         let (paused, timeline, cgroup) = (self.order.paused, self.services.timeline.clone(), self.cgroup.clone());
         let owed = if std::mem::replace(&mut self.is_resuming, true) {
-            self.keeper().pay()
+            self.keeper().pay().clone()
         } else {
             let resumed = self.keeper().resume(&cgroup, paused, &[], GPU, &mut |phase| timeline.enter(phase));
             if let Err(error) = resumed {
                 tracing::warn!("its GPU state is not back: {}", phase::chain(&error));
             }
-            self.keeper().owes()
+            self.keeper().owes().clone()
         };
         // Processes that are gone owe nothing.
         if owed.is_paid() || self.is_gone() { Ok(()) } else { Err(Failure::new(owed.to_string())) }

@@ -115,7 +115,7 @@ impl<'a> Restore<'a> {
             return Err(SessionError::Fill);
         }
         // The driver is loaded while the processes are being restored, and memory is read.
-        let keeper = gpu.as_ref().map(|_| Keeper::new());
+        let mut keeper = gpu.as_ref().map(|_| Keeper::new());
         let memory = memory.map(|source| self.open(&source)).transpose()?;
         services.cancel.check()?;
         let subject = &order.subject;
@@ -139,7 +139,7 @@ impl<'a> Restore<'a> {
         };
         // The driver is asked for its GPUs while CRIU works.
         let (restored, node) = std::thread::scope(|scope| {
-            let node = gpu.as_ref().map(|_| scope.spawn(gpu::inventory));
+            let node = keeper.as_mut().map(|keeper| scope.spawn(|| keeper.inventory()));
             let restored = services.tokio.block_on(self.runtime.restore(request));
             (restored, node.map(std::thread::ScopedJoinHandle::join))
         });

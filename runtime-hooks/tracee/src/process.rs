@@ -1,18 +1,15 @@
 //! What /proc says about a process.
 //!
 //! Everything here is a look at one moment: the process may end, or its pid may be another's, right after. Whoever
-//! keeps a pid over time keeps a [`Handle`].
+//! keeps a pid over time keeps a `proc::ProcessHandle`.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 /// A stretch of a process's address space.
@@ -113,35 +110,8 @@ pub enum RunState {
     Dead,
 }
 
-/// A process, whoever has its pid later.
-#[derive(Debug)]
-pub struct Handle {
-    descriptor: OwnedFd,
-}
-
-impl Handle {
-    /// Opens the process that has this pid now.
-    ///
-    /// # Errors
-    /// When there is no such process, or no descriptor can be had.
-    pub fn open(pid: i32) -> io::Result<Self> {
-        let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
-        Ok(Self { descriptor: rustix::process::pidfd_open(pid, PidfdFlags::empty())? })
-    }
-
-    /// Tells whether it has ended. Until then its pid is its own; of a zombie too.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        let mut polled = [PollFd::new(&self.descriptor, PollFlags::IN)];
-        let ready = rustix::event::poll(&mut polled, Some(&Timespec::default()));
-        // One that cannot be asked must not be touched.
-        ready.map_or(true, |ready| ready > 0)
-    }
-}
-
-/// Tells whether an error of /proc or of a pidfd says that the process has gone.
-#[must_use]
-pub fn is_gone(error: &io::Error) -> bool {
+/// Tells whether an error of /proc says that the process has gone.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 

@@ -133,10 +133,6 @@ impl Undo {
         self.steps.retain(|step| !step.pid().is_some_and(&mut is_gone));
     }
 
-    pub(crate) fn is_suspended(&self) -> bool {
-        self.pids(Step::Held).is_empty() && !self.has(Step::Unseen)
-    }
-
     pub(crate) fn owed(&self) -> Owed {
         let failure = if self.steps.is_empty() { None } else { self.failure.clone() };
         Owed { steps: self.steps.iter().rev().copied().collect(), failure }

@@ -1,10 +1,10 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    Handle, Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, is_gone, mapping, namespace_pid,
-    run_state, stat_field, status_field, threads,
+    Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, mapping, namespace_pid, run_state, stat_field,
+    status_field, threads,
 };
-use support::{Program, await_that, wait};
+use support::{Program, await_that};
 
 fn range(start: u64, end: u64) -> Range {
     Range { start, end }
@@ -63,19 +63,6 @@ fn new_memory_of_a_process_is_found() {
     let gained: u64 = gained(&before, &anonymous_mappings(pid).unwrap()).iter().map(Range::len).sum();
     // Other tests run beside this one.
     assert!(gained >= memory.len() as u64, "{gained}");
-}
-
-#[test]
-fn a_process_that_has_ended_is_known_by_its_handle_whoever_has_its_pid() {
-    let mut program = Program::play("sleeper");
-    let handle = Handle::open(program.pid).unwrap();
-    assert!(!handle.is_gone());
-    program.child.kill().unwrap();
-    await_that("it is dead", || run_state(program.pid) == RunState::Dead);
-    assert!(handle.is_gone(), "a zombie is no process to touch");
-    wait(&mut program.child);
-    assert!(handle.is_gone());
-    assert!(is_gone(&Handle::open(program.pid).unwrap_err()));
 }
 
 #[test]

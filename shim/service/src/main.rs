@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
+mod bundle;
 mod checkpoint;
 mod container;
 mod error;

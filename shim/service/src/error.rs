@@ -41,7 +41,7 @@ pub(crate) enum TaskError {
         container: String,
         target: PathBuf,
         #[source]
-        source: containerd_shim::Error,
+        source: crate::rootfs::RootfsError,
     },
     #[error("cannot connect standard input and output of {process}")]
     Stdio {

@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
+mod bundle;
 mod container;
 mod error;
 mod events;

@@ -21,9 +21,6 @@ use crate::table::Registration;
 use crate::{options, pod, rootfs};
 use checkpoint::{Annotations, DeviceNode, Shm};
 
-/// containerd limits a spec to its message size of 16 MiB.
-const SPEC_SIZE_LIMIT: u64 = 16 << 20;
-
 /// What of a config.json the shim itself needs; the runtime reads the rest.
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -67,16 +64,8 @@ struct Namespace {
 
 impl Spec {
     fn read(container: &str, bundle: &Path) -> Result<Self, TaskError> {
-        let path = bundle.join("config.json");
-        let unreadable = |source| BundleError::File { action: "read", path: path.clone(), source };
-        let read = || {
-            if std::fs::metadata(&path).map_err(unreadable)?.len() > SPEC_SIZE_LIMIT {
-                return Err(unreadable(std::io::Error::other("larger than 16 MiB")));
-            }
-            let bytes = std::fs::read(&path).map_err(unreadable)?;
-            serde_json::from_slice(&bytes).map_err(|source| BundleError::Spec { path: path.clone(), source })
-        };
-        read().map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
+        let spec = crate::bundle::read_config(bundle);
+        spec.map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
     }
 
     /// The container's /dev/shm, if it comes from outside.

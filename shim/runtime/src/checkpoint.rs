@@ -31,6 +31,16 @@ pub struct Allow {
     pub shell_job: bool,
 }
 
+/// How much restored processes may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Privileges {
+    /// No more than the specification of the new container gives. With more in the images the restore fails.
+    #[default]
+    Container,
+    /// What they could do when they were saved.
+    Snapshot,
+}
+
 /// A container to be saved.
 #[derive(Debug)]
 pub struct CheckpointRequest {
@@ -75,6 +85,8 @@ pub struct RestoreRequest {
     pub frozen: bool,
     /// What is no reason to fail.
     pub allow: Allow,
+    /// What the processes may do. Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu).
+    pub privileges: Privileges,
     /// Told of the phases.
     pub timeline: Timeline,
 }

@@ -25,7 +25,7 @@ use oci_spec::runtime::{Features, LinuxResources, Process};
 use proc::HostPid;
 use reaper::Child;
 
-pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Review, Reviewer, Tcp, Waiting};
+pub use checkpoint::{Allow, Caller, CheckpointRequest, Privileges, RestoreRequest, Review, Reviewer, Tcp, Waiting};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
 pub use phase::{Phase, Timeline};

@@ -239,6 +239,7 @@ impl Work {
             no_pivot_root: self.checkpoint.no_pivot_root,
             frozen: gpu.is_some() || worker.is_some(),
             allow,
+            privileges: runtime::Privileges::default(),
             timeline: self.timeline.clone(),
         };
         let pairs = async {
@@ -428,10 +429,10 @@ impl Work {
         if child.exit().is_some() {
             return Ok(None);
         }
-        match Cgroup::of_process(child.pid()) {
+        match self.runtime.cgroup(&self.id, child.process()) {
             // On version 1 the kernel says of a dead process that it is in no cgroup.
             Err(_) if tokio::time::timeout(ENDING, child.wait()).await.is_ok() => Ok(None),
-            found => found.map(Some).map_err(RestoreFailure::Cgroup),
+            found => found.map(Some).map_err(RestoreFailure::Runtime),
         }
     }
 }

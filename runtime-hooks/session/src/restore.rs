@@ -124,6 +124,8 @@ impl<'a> Restore<'a> {
         self.load_shm()?;
         services.cancel.check()?;
         services.timeline.enter(Phase::Prepare);
+        let privileges = order.annotations.privileges();
+        let privileges = privileges.map_err(|error| SessionError::Annotation(error.to_string()))?;
         let request = RestoreRequest {
             id: subject.id.clone(),
             bundle: subject.bundle.clone(),
@@ -134,6 +136,7 @@ impl<'a> Restore<'a> {
             frozen: gpu.is_some() || memory.is_some(),
             cut: memory.is_some(),
             allow,
+            privileges,
             timeline: services.timeline.clone(),
             cancel: services.cancel.clone(),
         };

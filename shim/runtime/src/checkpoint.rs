@@ -32,6 +32,16 @@ pub struct Allow {
     pub shell_job: bool,
 }
 
+/// How much restored processes may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Privileges {
+    /// No more than the specification of the new container gives. With more in the images the restore fails.
+    #[default]
+    Container,
+    /// What they could do when they were saved.
+    Snapshot,
+}
+
 /// A container to be saved.
 #[derive(Debug)]
 pub struct CheckpointRequest {
@@ -79,6 +89,8 @@ pub struct RestoreRequest {
     pub cut: bool,
     /// What is no reason to fail.
     pub allow: Allow,
+    /// What the processes may do. Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu).
+    pub privileges: Privileges,
     /// Told of the phases.
     pub timeline: Timeline,
     /// Asked before the processes run: a cancelled restore fails.

@@ -25,7 +25,7 @@ use oci_spec::runtime::{Features, LinuxResources, Process};
 use proc::HostPid;
 use reaper::Child;
 
-pub use checkpoint::{Allow, CheckpointRequest, RestoreRequest, Review, Tcp};
+pub use checkpoint::{Allow, CheckpointRequest, Privileges, RestoreRequest, Review, Tcp};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
 pub use phase::{Cancel, Phase, Timeline};

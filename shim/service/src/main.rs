@@ -63,6 +63,9 @@ fn main() -> ExitCode {
     if runtime::command::is_front(&name) {
         return runtime::command::front_main(arguments);
     }
+    if runtime::libcontainer::is_mapper(&name) {
+        return runtime::libcontainer::mapper_main(&name, arguments);
+    }
     match arguments.next() {
         // The helper must come before any thread: it clones container processes without exec.
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),

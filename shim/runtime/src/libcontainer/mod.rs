@@ -22,6 +22,7 @@ mod client;
 mod executable;
 mod features;
 mod helper;
+mod privileges;
 mod protocol;
 mod restore;
 #[allow(unsafe_code)]
@@ -42,6 +43,8 @@ use protocol::Step;
 
 /// First argument by which this binary knows that it is to be the helper.
 pub const HELPER: &str = "libcontainer-helper";
+
+pub use helper::{is_mapper, mapper_main};
 
 /// How this runtime is called in messages.
 const NAME: &str = "libcontainer";

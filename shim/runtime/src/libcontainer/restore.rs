@@ -6,6 +6,7 @@
 //!  CRIU:          new namespaces ─► network, prestart and createRuntime hooks    Step::SetUp
 //!                 terminal ─► its master goes to the console socket
 //!                 processes and memory ─► state files                            helper::finish_restore
+//!                 each may do no more than the specification gives               privileges::Allowed
 //!                 (the cgroup is frozen, if that was asked for)
 //!                 the processes run
 //!  clean          the root's extra mount goes                                    helper::clean_restore
@@ -33,8 +34,9 @@ use super::client::{Client, Inner, Subject, detached};
 use super::helper;
 use super::helper::HostName;
 use super::helper::restore::{Prepared, Streams};
+use super::privileges::Allowed;
 use super::protocol::{Join, Step};
-use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+use crate::{Operation, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 /// Errors and warnings. All processes write to one log, each line at once, and at level 4 two lines for most pages: half of
 /// the restore of a tree of forked processes (docs/benchmarks.md).
@@ -82,7 +84,7 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, frozen, cut, timeline, cancel, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, cut, timeline, cancel, privileges, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
@@ -115,6 +117,7 @@ impl Client {
             console_socket,
             frozen,
             streams: noted,
+            allowed: (privileges == Privileges::Container).then(|| prepared.allowed.clone()),
             criu: None,
             root: None,
             timeline,
@@ -128,6 +131,7 @@ impl Client {
             external_mounts: prepared.external_mounts,
             inherit,
             join_namespaces: prepared.joined,
+            lsm_profile: (privileges == Privileges::Container).then(|| prepared.allowed.lsm_profile()).flatten(),
             cgroup_roots: CgroupRoots::OfCriu,
             options: criu::Options {
                 evasive_devices: true,
@@ -178,6 +182,8 @@ struct Stages<'a> {
     /// The tree is to be frozen before it runs.
     frozen: bool,
     streams: Streams,
+    /// The most that the tree may have; None if it may have what it had.
+    allowed: Option<Allowed>,
     /// criu and the tree's root, once they are there.
     criu: Option<HostPid>,
     root: Option<HostPid>,
@@ -237,6 +243,9 @@ impl NotifyRestore for Stages<'_> {
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
         self.cancel.check()?;
+        if let (Some(allowed), Some(root)) = (self.allowed.take(), self.root) {
+            self.client.blocking(self.subject, move |_| allowed.check(root)).await?;
+        }
         let (true, Some(criu)) = (self.frozen, self.criu) else { return Ok(()) };
         let cgroup = self.client.cgroup(self.subject.id)?;
         // criu holds every thread of the tree here, so that none runs before it is frozen.

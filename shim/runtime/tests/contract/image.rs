@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
 use reaper::Child;
-use runtime::{Allow, Cancel, CheckpointRequest, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+use runtime::{Allow, Cancel, CheckpointRequest, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 use crate::bed::Bed;
 use crate::container::{Bundle, Ended, Pipes, Running};
@@ -106,7 +106,7 @@ impl Bundle<'_> {
         self.bed.runtime.restore(self.restore_request(image, io, allow)).await
     }
 
-    fn restore_request(&self, image: &Image, io: ProcessIo, allow: Allow) -> RestoreRequest {
+    pub(crate) fn restore_request(&self, image: &Image, io: ProcessIo, allow: Allow) -> RestoreRequest {
         RestoreRequest {
             id: self.id.clone(),
             bundle: self.folder.clone(),
@@ -117,6 +117,7 @@ impl Bundle<'_> {
             frozen: false,
             cut: false,
             allow,
+            privileges: Privileges::default(),
             timeline: Timeline::start(Phase::Inspect),
             cancel: Cancel::default(),
         }

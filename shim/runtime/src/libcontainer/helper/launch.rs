@@ -13,7 +13,6 @@ use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::process::intel_rdt::setup_intel_rdt;
 use libcontainer::syscall::syscall::SyscallType;
-use libcontainer::user_ns::UserNamespaceConfig;
 use oci_spec::runtime::Spec;
 use proc::{HostPid, ProcessHandle};
 use rustix::fs::Uid;
@@ -21,6 +20,7 @@ use rustix::io::Errno;
 use rustix::process::{DumpableBehavior, Signal};
 
 use super::error::{Context, Result};
+use super::id_maps;
 use super::program::{Program, Stdio, is_null};
 
 /// What to start.
@@ -50,7 +50,8 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
     let console_socket = console_socket
         .map(|path| UnixStream::connect(path).context(|| format!("connect to the console socket {}", path.display())))
         .transpose()?;
-    let user_ns_config = UserNamespaceConfig::new(&spec)?;
+    let folder = notify_socket.parent().unwrap_or(Path::new("/"));
+    let (user_ns_config, mappers) = id_maps::config(&spec, folder)?;
     let notify_listener = NotifyListener::new(notify_socket)?;
     if let Some(score) = spec.process().as_ref().and_then(|process| process.oom_score_adj()) {
         let path = "/proc/self/oom_score_adj";
@@ -82,7 +83,10 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
         pid_file: None,
     };
     let membership = place.join_the_rest()?;
-    let pid = container_main_process(&arguments)?;
+    let pid = match container_main_process(&arguments) {
+        Ok(pid) => pid,
+        Err(error) => return Err(mappers.and_then(|mappers| mappers.failure()).unwrap_or_else(|| error.into())),
+    };
     drop(membership);
     let process = HostPid::try_from(pid.as_raw())?;
     let (intel_rdt_dir, intel_rdt_monitoring_dir) = match intel_rdt {

@@ -16,6 +16,7 @@ mod exec;
 mod filter;
 mod fixup;
 mod host_name;
+mod id_maps;
 mod launch;
 mod lifecycle;
 mod log;
@@ -200,6 +201,7 @@ pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), St
 pub(super) use descriptors::is_pipe;
 pub(super) use dump::criu_options;
 pub(super) use host_name::HostName;
+pub use id_maps::{is_mapper, mapper_main};
 pub(super) use launch::give_to;
 
 /// The id becomes a file name below the root.

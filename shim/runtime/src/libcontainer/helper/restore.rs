@@ -18,6 +18,7 @@ use super::error::{Context, Failure, Result};
 use super::host_name::HostName;
 use super::rootfs::Root;
 use super::{Helper, adapt, delete, descriptors, devices, fixup};
+use crate::libcontainer::privileges::Allowed;
 use crate::libcontainer::protocol::Join;
 
 /// Links of a container's standard streams, as `/proc/PID/fd` has them.
@@ -43,6 +44,8 @@ pub(in crate::libcontainer) struct Prepared {
     pub(in crate::libcontainer) streams: Vec<String>,
     /// The host name of the namespace that it joins, to be put back when CRIU has set another one.
     pub(in crate::libcontainer) host_name: Option<Arc<HostName>>,
+    /// The most that its processes may have.
+    pub(in crate::libcontainer) allowed: Allowed,
     /// The container's limits.
     pub(in crate::libcontainer) resources: LinuxResources,
     /// Its network is new, and the loopback device in it down.
@@ -91,6 +94,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
         Ok(Prepared {
             external_mounts: external_mounts(&spec, &place, bundle)?,
             host_name: host_name(&joined)?,
+            allowed: Allowed::by(&spec).context(|| "find what the container may do")?,
             joined: joined.into_iter().map(|(kind, path)| JoinNamespace { kind, path }).collect(),
             inherited,
             streams,

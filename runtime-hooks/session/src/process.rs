@@ -161,7 +161,9 @@ fn undo(services: &Services, order: &UndoOrder, reports: &Reports) -> io::Result
         }
     };
     let mut stack = UndoStack::default();
-    [Step::Drafted, Step::Frozen, Step::Suspended, Step::Published].map(|step| stack.push(step));
+    for step in [Step::Drafted, Step::Frozen, Step::Suspended, Step::Published] {
+        stack.push(step);
+    }
     let failures = stack.unwind(&mut machine);
     for (step, failure) in &failures {
         tracing::error!("cannot undo the step {step:?} of a dead session: {}", phase::chain(failure));

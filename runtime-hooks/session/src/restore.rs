@@ -276,7 +276,10 @@ impl<'a> Restore<'a> {
         let (tell_all, all_filled) = mpsc::channel();
         std::thread::scope(|scope| {
             let filler = scope.spawn(move || {
-                let filled = memory.fill(&processes, first, !is_apart, &|| drop(tell_first.send(())));
+                let filled = memory.fill(&processes, first, !is_apart, &|| {
+                    // The receiver waits for the first processes only.
+                    let _ = tell_first.send(());
+                });
                 // The receiver is gone where the driver failed meanwhile.
                 let _ = tell_all.send(filled.is_ok());
                 filled

@@ -142,7 +142,9 @@ mod tests {
     fn a_container_is_let_go_without_the_draft() {
         let mut fake = Fake::default();
         let mut stack = UndoStack::default();
-        [Step::Drafted, Step::Frozen, Step::Suspended, Step::Published].map(|step| stack.push(step));
+        for step in [Step::Drafted, Step::Frozen, Step::Suspended, Step::Published] {
+            stack.push(step);
+        }
         let mut container = stack.split_off_container();
         container.unwind(&mut fake);
         assert_eq!(fake.undone, [Step::Suspended, Step::Frozen]);

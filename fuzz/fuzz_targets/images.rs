@@ -7,9 +7,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use criu::image::memory::{Changes, Inherited, Run, Staging, present, rewrite, runs};
-use criu::image::{check, dump_stats, inspect};
 use gpusnap_fuzz::{parts, pieces};
+use images::{Changes, Inherited, Run, Staging, check, dump_stats, inspect, present, rewrite, runs};
 use libfuzzer_sys::fuzz_target;
 
 /// Names of files, and the magic numbers that they begin with (criu/include/magic.h).

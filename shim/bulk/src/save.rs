@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-use criu::image::memory::{self as images, Changes, Inherited, Run};
+use images::{Changes, Inherited, Run};
 use memory::{Control, FileSource, SegmentTable, Target};
 use phase::Phase;
 use snapshot::{

@@ -279,6 +279,18 @@ impl Cgroup {
         }
     }
 
+    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
+    /// of SIGKILL, and it stays frozen.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be written.
+    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
+        match self.hierarchy {
+            Hierarchy::V1(_) => self.thaw(),
+            Hierarchy::V2(_) => Ok(()),
+        }
+    }
+
     /// Moves a process out of it, to where another one is.
     ///
     /// # Errors

@@ -17,7 +17,6 @@ use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
 use crate::error::DumpError;
 use crate::freezer::Freezer;
-use crate::image;
 use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
@@ -84,7 +83,7 @@ impl Criu {
         let images = File::open(images_path).map_err(at("open", images_path))?;
         let work = File::open(work_path).map_err(at("open", work_path))?;
         let existing = names(images_path).map_err(at("list", images_path))?;
-        if existing.contains(&OsString::from(image::INVENTORY)) {
+        if existing.contains(&OsString::from(images::INVENTORY)) {
             return Err(DumpError::Occupied { pid, path: images_path.clone() });
         }
         let freezer = match &request.freeze_cgroup {

@@ -60,7 +60,7 @@ pub enum RestoreError {
     },
     /// The directory holds no image that could be restored.
     #[error("cannot restore")]
-    Image(#[source] crate::image::ImageError),
+    Image(#[source] images::ImageError),
     /// CRIU did not do it.
     #[error("cannot restore from {images}")]
     Criu {

@@ -29,7 +29,6 @@ mod client;
 mod dump;
 mod error;
 mod freezer;
-pub mod image;
 mod log;
 mod network;
 mod notify;

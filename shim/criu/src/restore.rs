@@ -12,7 +12,6 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inh
 use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
 use crate::error::{CallError, RestoreError};
-use crate::image;
 use crate::notify::{BoxError, NotifyRestore, Stage};
 use crate::options::{
     CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
@@ -79,8 +78,8 @@ impl Criu {
             move |source| RestoreError::Directory { images, action, path, source }
         };
         let work_path = request.work_dir.clone().unwrap_or_else(|| images_path.clone());
-        image::check(&images_path).map_err(RestoreError::Image)?;
-        let dumped_pid = image::root_pid(&images_path).map_err(RestoreError::Image)?;
+        images::check(&images_path).map_err(RestoreError::Image)?;
+        let dumped_pid = images::root_pid(&images_path).map_err(RestoreError::Image)?;
         let images = File::open(&images_path).map_err(at("open", &images_path))?;
         let work = File::open(&work_path).map_err(at("open", &work_path))?;
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };

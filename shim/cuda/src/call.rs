@@ -30,19 +30,30 @@ pub const CALLER: &str = "cuda-caller";
 const CAPABILITIES: [Capability; 1] = [Capability::CAP_SYS_PTRACE];
 
 /// How often whoever waits for calls looks after other things.
-pub(crate) const TICK: Duration = Duration::from_millis(20);
+pub const TICK: Duration = Duration::from_millis(20);
 /// Loading libcuda takes some 20 ms; a node that is swapping may need seconds.
 /// So it is how long a call may take that has nothing to wait for.
-pub(crate) const SHORT_CALL: Duration = Duration::from_secs(30);
+pub const SHORT_CALL: Duration = Duration::from_secs(30);
 
 /// A request to a caller.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Call {
+pub enum Call {
+    /// Says what state the process is in.
     State,
-    Lock { timeout_ms: u32 },
+    /// Lets it start no more GPU work.
+    Lock {
+        /// How long to wait for what runs.
+        timeout_ms: u32,
+    },
+    /// Moves its GPU state to its memory.
     Checkpoint,
-    Restore { pairs: Vec<Pair> },
+    /// Moves it back.
+    Restore {
+        /// The GPUs that take the place of others: all, or none.
+        pairs: Vec<Pair>,
+    },
+    /// Lets it go on.
     Unlock,
 }
 
@@ -75,20 +86,26 @@ enum Reply {
 
 /// What came of a call.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) enum Answer {
+pub enum Answer {
+    /// It was done.
     Done,
+    /// The state that was asked for.
     State(ProcessState),
 }
 
 /// Why a call has no answer.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub(crate) enum CallFailure {
+pub enum CallFailure {
+    /// The driver has refused it.
     #[error("the driver answers {0}")]
     Refused(CudaResult),
+    /// The deadline has passed.
     #[error("the driver does not answer")]
     Hangs,
+    /// The caller has ended.
     #[error("the process that calls the driver died")]
     Died,
+    /// There is no driver, or no caller can be started.
     #[error("{0}")]
     Impossible(String),
 }
@@ -169,8 +186,11 @@ fn uuid(text: &str) -> Option<[u8; 16]> {
     u128::from_str_radix(&digits, 16).ok().map(u128::to_be_bytes)
 }
 
-/// One message of the protocols between shim, guardian and callers.
-pub(crate) fn write_line(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
+/// Writes one message of the protocols between shim, guardian and callers.
+///
+/// # Errors
+/// When nobody listens.
+pub fn write_line(to: &mut impl Write, message: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     to.write_all(&line)
@@ -215,19 +235,20 @@ impl Drop for Caller {
 
 /// The callers of one guardian.
 #[derive(Debug)]
-pub(crate) struct Callers {
+pub struct Callers {
     program: PathBuf,
     idle: Vec<Caller>,
 }
 
 impl Callers {
     /// `program` runs [`caller_main`] when it is given [`CALLER`].
-    pub(crate) fn new(program: PathBuf) -> Self {
+    #[must_use]
+    pub fn new(program: PathBuf) -> Self {
         Self { program, idle: Vec::new() }
     }
 
     /// Starts a caller, so that it has loaded the driver by the time it is needed.
-    pub(crate) fn prepare(&mut self) {
+    pub fn prepare(&mut self) {
         // If it cannot be started, whoever needs one will say so.
         self.idle.extend(Caller::spawn(&self.program));
     }
@@ -235,7 +256,7 @@ impl Callers {
     /// Makes all these calls at the same time, each in a caller of its own, and gives their results in the same order.
     /// A caller that takes longer than `limit` is killed. Meanwhile `tick` is run again and again, after as long as it says
     /// each time at most.
-    pub(crate) fn make(
+    pub fn make(
         &mut self,
         calls: &[(i32, Call)],
         limit: Duration,
@@ -254,7 +275,10 @@ impl Callers {
     }
 
     /// What this node has of GPUs.
-    pub(crate) fn inventory(&mut self, limit: Duration) -> Result<Inventory, CallFailure> {
+    ///
+    /// # Errors
+    /// When NVML is not there or does not answer by the deadline.
+    pub fn inventory(&mut self, limit: Duration) -> Result<Inventory, CallFailure> {
         match self.ask(&[Request::Inventory], limit, &mut || TICK).pop() {
             Some(Ok(Reply::Inventory(inventory))) => Ok(inventory),
             Some(Ok(Reply::Impossible(why))) => Err(CallFailure::Impossible(why)),

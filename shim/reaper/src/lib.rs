@@ -15,6 +15,8 @@
 //! pid is known here. Hence [`Adoption`]: while one is open the sweep reaps nothing, so such a child stays a zombie,
 //! pid and status intact, until it is adopted.
 
+mod descriptors;
+
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,6 +29,8 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use proc::HostPid;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::sync::{Notify, watch};
+
+pub use descriptors::raise_descriptor_limit;
 
 /// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
 pub const UNKNOWN_EXIT_CODE: u32 = 255;
@@ -100,6 +104,7 @@ impl Reaper {
     }
 
     fn spawn_opened(&self, command: &mut Command, open: impl Fn(Pid) -> io::Result<OwnedFd>) -> io::Result<Child> {
+        descriptors::restore_in(command);
         let adoption = self.adoption();
         let mut spawned = command.spawn()?;
         let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;

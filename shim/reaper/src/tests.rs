@@ -43,6 +43,18 @@ async fn every_exit_is_seen_once_and_by_everyone_who_waits() {
     an_orphan_that_nobody_knows_is_reaped(&reaper).await;
     an_orphan_that_died_early_is_adopted_with_its_status(&reaper).await;
     a_dead_child_refuses_signals(&reaper).await;
+    a_child_that_cannot_be_watched_is_killed_and_reaped(&reaper).await;
+    children_have_the_limit_on_descriptors_that_this_process_was_started_with(&reaper).await;
+}
+
+async fn a_child_that_cannot_be_watched_is_killed_and_reaped(reaper: &Reaper) {
+    let pid = std::cell::Cell::new(0);
+    let refused = reaper.spawn_opened(&mut sh("exec sleep 1000"), |child| {
+        pid.set(child.as_raw_nonzero().get());
+        Err(rustix::io::Errno::MFILE.into())
+    });
+    assert_eq!(refused.unwrap_err().raw_os_error(), Some(rustix::io::Errno::MFILE.raw_os_error()));
+    until(|| !is_child(pid.get())).await;
 }
 
 async fn exit_codes_and_signals_are_reported(reaper: &Reaper) {
@@ -96,4 +108,15 @@ async fn a_dead_child_refuses_signals(reaper: &Reaper) {
     let child = reaper.spawn(&mut sh("exit 0")).unwrap();
     child.wait().await;
     assert_eq!(child.signal(Signal::KILL).unwrap_err().raw_os_error(), Some(3));
+}
+
+async fn children_have_the_limit_on_descriptors_that_this_process_was_started_with(reaper: &Reaper) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let original = limit.current.unwrap_or(1 << 20) - 1;
+    setrlimit(Resource::Nofile, Rlimit { current: Some(original), ..limit.clone() }).unwrap();
+    raise_descriptor_limit().unwrap();
+    assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);
+    let script = format!("[ \"$(ulimit -Sn)\" = {original} ]");
+    assert_eq!(reaper.spawn(&mut sh(&script)).unwrap().wait().await.code, 0);
 }

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
 use criu::BoxError;
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{ProcessIo, Timeline};
 
 /// What is done about established TCP connections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
     /// They make a checkpoint fail.
     #[default]
@@ -21,7 +22,7 @@ pub enum Tcp {
 }
 
 /// What a checkpoint may contain although it cannot come back, or not everywhere.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
     /// Established TCP connections.
     pub tcp: Tcp,

@@ -151,10 +151,13 @@ impl Shim for GpusnapShim {
                 std::future::pending().await
             }
         };
+        if let Err(error) = reaper::raise_descriptor_limit() {
+            tracing::warn!("cannot raise the limit on open descriptors: {error}");
+        }
         end_when_told(&self.exit);
         let runtime_of = Arc::new(Choice::runtime);
         let (namespace, bundle) = (self.flags.namespace.clone(), self.flags.bundle.clone());
-        let logs = crate::checkpoint::LOGS.into();
+        let logs = checkpoint::LOGS.into();
         let root = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
         let registry = std::env::var(REGISTRY).ok().filter(|registry| !registry.is_empty());
         let store = NodeStore { root, quota: quota(), registry };

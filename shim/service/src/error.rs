@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bulk::BulkError;
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
-use cuda::CudaError;
+use gpu::CudaError;
 use runtime::{Phase, RuntimeError};
 
 use crate::container::Status;
@@ -131,7 +131,7 @@ pub(crate) enum RestoreFailure {
         source: std::io::Error,
     },
     #[error(transparent)]
-    Image(#[from] criu::image::ImageError),
+    Image(#[from] images::ImageError),
     #[error("the container has an annotation that is not understood: {0}")]
     Annotation(String),
     #[error("cannot connect its standard input and output")]
@@ -170,6 +170,13 @@ pub(crate) enum BundleError {
         #[source]
         source: serde_json::Error,
     },
+}
+
+impl From<checkpoint::RequestError> for TaskError {
+    fn from(error: checkpoint::RequestError) -> Self {
+        let checkpoint::RequestError { container, field, message } = error;
+        Self::BadRequest { container, field, message }
+    }
 }
 
 impl TaskError {

@@ -3,24 +3,36 @@
 //! containerd may be away: it restarts, and its containers run on. Events wait here, in order, until it answers again.
 //! (containerd-shim's own publisher retries each event by itself, which reorders them, and gives up after 15 s.)
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim::event::Event;
 use containerd_shim::util::{convert_to_any, timestamp};
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
-use containerd_shim_protos::ttrpc::{self, context};
+use containerd_shim_protos::ttrpc::{self, Code, context};
 use tokio::sync::{mpsc, oneshot};
 
 /// Events kept while containerd is away, as many as containerd's Go shim keeps.
 const QUEUE: usize = 2048;
 /// One delivery; as in containerd's Go shim.
 const TIMEOUT: Duration = Duration::from_secs(5);
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// What containerd refuses is wrong with the event, not with the connection: it is dropped after as many tries.
-const REFUSALS: u32 = 5;
+
+/// How long the delivery of one event is retried.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    first_pause: Duration,
+    longest_pause: Duration,
+    /// Time after which an event is dropped that containerd keeps refusing, and with it all that wait behind it.
+    refused: Duration,
+}
+
+/// As in containerd's Go shim, which retries for 15 s.
+const PATIENCE: Patience = Patience {
+    first_pause: Duration::from_millis(50),
+    longest_pause: Duration::from_secs(2),
+    refused: Duration::from_secs(15),
+};
 
 /// Where events go. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -40,7 +52,7 @@ impl Events {
     /// Starts delivering to the ttrpc socket at `address`.
     pub(crate) fn start(address: &str, namespace: &str) -> Self {
         let (queue, events) = mpsc::channel(QUEUE);
-        tokio::spawn(deliver(address.to_owned(), events));
+        tokio::spawn(deliver(address.to_owned(), events, PATIENCE));
         Self { namespace: namespace.to_owned(), queue }
     }
 
@@ -92,33 +104,57 @@ impl Events {
     }
 }
 
-async fn deliver(address: String, mut events: mpsc::Receiver<Item>) {
+async fn deliver(address: String, mut events: mpsc::Receiver<Item>, patience: Patience) {
     let mut client = None;
     while let Some(item) = events.recv().await {
         let envelope = match item {
             Item::Event(envelope) => envelope,
             Item::Drained(answer) => {
-                // Whoever asked may have stopped waiting.
+                // The shim may have stopped waiting.
                 let _ = answer.send(());
                 continue;
             }
         };
         let request = ForwardRequest { envelope: Some(envelope).into(), ..ForwardRequest::default() };
-        let mut pause = FIRST_PAUSE;
-        let mut refusals = 0;
+        let mut pause = patience.first_pause;
+        let mut refused_since: Option<Instant> = None;
         while let Err(error) = forward(&mut client, &address, &request).await {
-            if let ttrpc::Error::RpcStatus(status) = &error {
-                refusals += 1;
-                if refusals >= REFUSALS {
-                    tracing::error!("containerd refuses event {}: {}", request.envelope.topic, status.message);
+            match Obstacle::of(&error) {
+                Obstacle::Away => client = None,
+                Obstacle::Unavailable => refused_since = None,
+                Obstacle::Refusal if refused_since.get_or_insert_with(Instant::now).elapsed() < patience.refused => {}
+                Obstacle::Refusal | Obstacle::Malformed => {
+                    tracing::error!("containerd refuses event {}, which is lost: {error}", request.envelope.topic);
                     break;
                 }
-            } else {
-                client = None;
             }
             tracing::debug!("event {} waits: {error}", request.envelope.topic);
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            pause = (pause * 2).min(patience.longest_pause);
+        }
+    }
+}
+
+/// Reason for which an event was not delivered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Obstacle {
+    /// Nobody listens, or the connection has ended.
+    Away,
+    /// containerd listens, and is not ready: as good as away.
+    Unavailable,
+    /// It may be taken later.
+    Refusal,
+    /// No repetition helps.
+    Malformed,
+}
+
+impl Obstacle {
+    fn of(error: &ttrpc::Error) -> Self {
+        let ttrpc::Error::RpcStatus(status) = error else { return Self::Away };
+        match status.code.enum_value() {
+            Ok(Code::UNAVAILABLE) => Self::Unavailable,
+            Ok(Code::INVALID_ARGUMENT) => Self::Malformed,
+            _ => Self::Refusal,
         }
     }
 }
@@ -134,4 +170,107 @@ async fn forward(client: &mut Option<EventsClient>, address: &str, request: &For
 
 fn unix(address: &str) -> String {
     if address.contains("://") { address.to_owned() } else { format!("unix://{address}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex};
+
+    use async_trait::async_trait;
+    use containerd_shim_protos::protobuf::well_known_types::empty::Empty;
+    use containerd_shim_protos::shim_async::{Events as EventsService, create_events};
+    use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
+
+    use super::*;
+
+    /// A containerd that answers each try as it was told, and then takes everything.
+    struct Containerd {
+        answers: Mutex<VecDeque<Code>>,
+        tries: mpsc::UnboundedSender<String>,
+        taken: mpsc::UnboundedSender<String>,
+    }
+
+    #[async_trait]
+    impl EventsService for Containerd {
+        async fn forward(&self, _ctx: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+            let topic = request.envelope.topic.clone();
+            self.tries.send(topic.clone()).unwrap();
+            let answer = self.answers.lock().unwrap().pop_front();
+            match answer {
+                Some(code) => Err(ttrpc::Error::RpcStatus(ttrpc::get_status(code, "as told"))),
+                None => {
+                    self.taken.send(topic).unwrap();
+                    Ok(Empty::new())
+                }
+            }
+        }
+    }
+
+    struct Bench {
+        events: mpsc::Sender<Item>,
+        tries: mpsc::UnboundedReceiver<String>,
+        taken: mpsc::UnboundedReceiver<String>,
+        _server: Server,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Bench {
+        async fn new(answers: impl IntoIterator<Item = Code>, refused: Duration) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let address = format!("unix://{}", folder.path().join("s").display());
+            let (tries, tried) = mpsc::unbounded_channel();
+            let (takes, taken) = mpsc::unbounded_channel();
+            let answers = Mutex::new(answers.into_iter().collect());
+            let service = create_events(Arc::new(Containerd { answers, tries, taken: takes }));
+            let mut server = Server::new().bind(&address).unwrap().register_service(service);
+            server.start().await.unwrap();
+            let (events, items) = mpsc::channel(QUEUE);
+            let pause = Duration::from_millis(1);
+            tokio::spawn(deliver(address, items, Patience { first_pause: pause, longest_pause: pause, refused }));
+            Self { events, tries: tried, taken, _server: server, _folder: folder }
+        }
+
+        async fn publish(&self, topic: &str) {
+            let envelope = Envelope { topic: topic.to_owned(), ..Envelope::default() };
+            self.events.send(Item::Event(envelope)).await.unwrap();
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(3600);
+
+    #[tokio::test]
+    async fn an_event_outlasts_refusals_of_every_kind_and_keeps_its_place() {
+        let kinds = [Code::UNAVAILABLE, Code::DEADLINE_EXCEEDED, Code::UNKNOWN, Code::FAILED_PRECONDITION];
+        let mut bench = Bench::new(kinds.into_iter().cycle().take(20), LONG).await;
+        bench.publish("exit").await;
+        bench.publish("delete").await;
+        assert_eq!(bench.taken.recv().await.unwrap(), "exit");
+        assert_eq!(bench.taken.recv().await.unwrap(), "delete");
+    }
+
+    #[tokio::test]
+    async fn a_malformed_event_is_dropped_at_once() {
+        let mut bench = Bench::new([Code::INVALID_ARGUMENT], LONG).await;
+        bench.publish("malformed").await;
+        bench.publish("exit").await;
+        assert_eq!(bench.taken.recv().await.unwrap(), "exit");
+        assert_eq!(bench.tries.recv().await.unwrap(), "malformed");
+        assert_eq!(bench.tries.recv().await.unwrap(), "exit");
+    }
+
+    #[tokio::test]
+    async fn an_event_that_is_refused_for_good_does_not_hold_up_the_others() {
+        let mut bench = Bench::new([Code::UNKNOWN], Duration::ZERO).await;
+        bench.publish("refused").await;
+        bench.publish("exit").await;
+        assert_eq!(bench.taken.recv().await.unwrap(), "exit");
+    }
+
+    #[tokio::test]
+    async fn a_containerd_that_is_not_ready_refuses_nothing() {
+        let mut bench = Bench::new([Code::UNAVAILABLE; 5], Duration::ZERO).await;
+        bench.publish("exit").await;
+        assert_eq!(bench.taken.recv().await.unwrap(), "exit");
+    }
 }

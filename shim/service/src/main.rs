@@ -7,7 +7,6 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
-mod checkpoint;
 mod container;
 mod error;
 mod events;
@@ -17,6 +16,7 @@ mod rootfs;
 mod stdio;
 #[allow(unsafe_code)]
 mod sys;
+mod table;
 mod task;
 
 use std::ffi::OsStr;
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
     match arguments.next() {
         // The helper must come before any thread: it clones container processes without exec.
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),
-        Some(first) if first == cuda::GUARDIAN => return cuda::guardian_main(),
+        Some(first) if first == gpu::GUARDIAN => return gpu::guardian_main(),
         Some(first) if first == cuda::CALLER => return cuda::caller_main(),
         Some(first) if first == bulk::WORKER => return bulk::worker_main(),
         Some(first) if is_flag(&first, &["h", "help"]) => {

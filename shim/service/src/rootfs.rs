@@ -20,13 +20,14 @@ pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> R
     let (done, result) = tokio::sync::oneshot::channel();
     // containerd-shim changes the working directory of the thread that mounts an overlay with many layers: it gets a
     // thread of its own.
-    std::thread::spawn(move || {
+    let thread = std::thread::Builder::new().spawn(move || {
         let mounted = std::fs::create_dir_all(&folder)
             .map_err(|err| containerd_shim::Error::IoError { context: "make the folder".into(), err })
             .and_then(|()| mounts.iter().try_for_each(|mount| mount_one(mount, &folder)));
-        // Whoever asked has been dropped only with the whole shim.
+        // The receiver is dropped only with the whole shim.
         let _ = done.send(mounted);
     });
+    thread.map_err(|err| failed(containerd_shim::Error::IoError { context: "start a thread".into(), err }))?;
     let mounted = result.await.unwrap_or_else(|_| Err(containerd_shim::Error::Other("the mount was cut off".into())));
     if mounted.is_err() {
         unmount(target);

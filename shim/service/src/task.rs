@@ -1,10 +1,11 @@
 //! containerd's Task service.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::future::Future;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use checkpoint::CheckpointOptions;
 use containerd_shim::TtrpcContext;
 use containerd_shim::util::convert_to_any;
 use containerd_shim::{ExitSignal, Task};
@@ -19,20 +20,19 @@ use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
 use runtime::Caller;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
-use crate::checkpoint::Wishes;
 use crate::container::{Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
+use crate::table::Table;
 
-/// The service: a table of containers; what concerns one of them is its actor's.
+/// The service: finds the container of a request, whose actor does the rest.
 pub(crate) struct TaskService {
     context: Context,
     exit: Arc<ExitSignal>,
-    /// None while a container is being made.
-    containers: Arc<Mutex<HashMap<String, Option<Container>>>>,
+    table: Table,
     started: Arc<Notify>,
 }
 
@@ -54,30 +54,22 @@ impl TaskService {
     pub(crate) fn new(context: Context, exit: Arc<ExitSignal>) -> Self {
         let started = Arc::default();
         tokio::spawn(shrink_when_idle(Arc::clone(&started)));
-        Self { context, exit, containers: Arc::default(), started }
+        Self { context, exit, table: Table::default(), started }
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Container>>> {
-        lock(&self.containers)
-    }
-
-    fn container(&self, id: &str) -> Result<Container, TaskError> {
-        let missing = || TaskError::NoContainer { container: id.to_owned() };
-        self.containers().get(id).cloned().flatten().ok_or_else(missing)
-    }
-
-    fn reserve(&self, id: &str) -> Result<(), TaskError> {
-        let mut containers = self.containers();
-        if containers.contains_key(id) {
-            return Err(TaskError::ContainerExists { container: id.to_owned() });
-        }
-        containers.insert(id.to_owned(), None);
-        Ok(())
+    async fn container(&self, id: &str) -> Result<Container, TaskError> {
+        self.table.get(id).await
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+/// Runs `work` to its end, whatever becomes of the request: ttrpc drops the handler of a request whose client has gone
+/// away, or whose deadline has passed.
+async fn to_its_end<T: Send + 'static>(
+    container: &str,
+    work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> Result<T, TaskError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|_| Err(TaskError::Gone { container: container.to_owned() }))
 }
 
 /// A time as the protocol has it.
@@ -105,7 +97,7 @@ fn json<T>(
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _ctx: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let response = container.ask(move |actor| {
             let process = actor.process(&request.exec_id)?;
             let exit = *process.exit.borrow();
@@ -134,33 +126,39 @@ impl Task for TaskService {
     }
 
     async fn create(&self, _ctx: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
-        let id = request.id.clone();
-        self.reserve(&id)?;
-        let (context, containers) = (self.context.clone(), Arc::clone(&self.containers));
-        // A task of its own: ttrpc drops a handler whose deadline has passed, and half a container must not be left.
-        let creation = tokio::spawn(async move {
+        let registration = self.table.register(&request.id)?;
+        let (context, table, id) = (self.context.clone(), self.table.clone(), request.id.clone());
+        let (answer, created) = oneshot::channel();
+        // Half a container must not be left. One that nobody waits for any more would be found by nobody, and is removed.
+        tokio::spawn(async move {
             let id = request.id.clone();
-            let made = create(&context, request).await;
-            let mut containers = lock(&containers);
-            match made {
+            let made = create(&context, request, registration).await;
+            let unwanted = match made {
                 Ok(container) => {
-                    containers.insert(id, Some(container.clone()));
-                    Ok(container)
+                    table.ready(&container);
+                    answer.send(Ok(container)).err().and_then(Result::ok)
                 }
                 Err(error) => {
                     tracing::error!("cannot create container {id}: {}", crate::error::chain(&error));
-                    containers.remove(&id);
-                    Err(error)
+                    // The client may be gone.
+                    let _ = answer.send(Err(error));
+                    None
+                }
+            };
+            if let Some(container) = unwanted {
+                tracing::warn!("container {id} is removed: the client that asked for it has gone");
+                if let Err(error) = container.operate(|actor| actor.delete_init()).await {
+                    tracing::error!("container {id} is left: {}", crate::error::chain(&error));
                 }
             }
         });
-        let container = creation.await.map_err(|_| TaskError::Gone { container: id })??;
+        let container = created.await.map_err(|_| TaskError::Gone { container: id })??;
         let pid = container.ask(|actor| Ok(actor.process("")?.pid())).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let pid = if !request.exec_id.is_empty() {
             container.operate(move |actor| actor.start_exec(request.exec_id)).await?
         } else if container.ask(|actor| Ok(actor.is_to_be_restored())).await? {
@@ -173,14 +171,19 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _ctx: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let container = self.container(&request.id)?;
-        let deleted = if request.exec_id.is_empty() {
-            let deleted = container.operate(|actor| actor.delete_init()).await?;
-            self.containers().remove(&request.id);
-            deleted
-        } else {
-            container.operate(move |actor| actor.delete_exec(request.exec_id)).await?
-        };
+        let (id, table) = (request.id.clone(), self.table.clone());
+        let removal = request.exec_id.is_empty().then(|| table.removal());
+        // containerd does not ask again for what it asked for while the container was being made.
+        let deleted = to_its_end(&id, async move {
+            let _removal = removal;
+            let container = table.get(&request.id).await?;
+            if request.exec_id.is_empty() {
+                container.operate(|actor| actor.delete_init()).await
+            } else {
+                container.operate(move |actor| actor.delete_exec(request.exec_id)).await
+            }
+        });
+        let deleted = deleted.await?;
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.code,
@@ -190,7 +193,7 @@ impl Task for TaskService {
     }
 
     async fn pids(&self, _ctx: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
-        let pids = self.container(&request.id)?.ask(|actor| actor.pids()).await?;
+        let pids = self.container(&request.id).await?.ask(|actor| actor.pids()).await?;
         let mut processes = Vec::with_capacity(pids.len());
         for (pid, exec) in pids {
             let details = match exec {
@@ -206,19 +209,19 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id)?.operate(|actor| actor.pause()).await?;
+        self.container(&request.id).await?.operate(|actor| actor.pause()).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id)?.operate(|actor| actor.resume()).await?;
+        self.container(&request.id).await?.operate(|actor| actor.resume()).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _ctx: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let annotations = container.ask(|actor| Ok(actor.annotations())).await?;
-        let wishes = Wishes::of(&request, &annotations)?;
+        let wishes = CheckpointOptions::of(&request, &annotations).map_err(TaskError::from)?;
         // ttrpc drops this future when containerd's deadline has passed.
         let (caller, _waiting) = Caller::new();
         container.operate(move |actor| actor.checkpoint(wishes, caller)).await?;
@@ -227,29 +230,28 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _ctx: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         container.ask(move |actor| actor.kill(&request.exec_id, request.signal, request.all)).await?;
         Ok(Empty::new())
     }
 
     async fn exec(&self, _ctx: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let mut spec = json(&request.id, "process", request.spec.as_ref(), runtime::process_from_json)?;
         spec.set_terminal(Some(request.terminal));
-        let stdio =
-            Stdio { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, terminal: request.terminal };
+        let stdio = Stdio::new(request.stdin, request.stdout, request.stderr, request.terminal);
         container.ask(move |actor| actor.add_exec(request.exec_id, spec, stdio)).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _ctx: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         container.ask(move |actor| actor.resize(&request.exec_id, request.width, request.height)).await?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _ctx: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         if request.stdin {
             container.ask(move |actor| actor.close_stdin(&request.exec_id)).await?;
         }
@@ -257,7 +259,7 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _ctx: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let resources =
             json(&request.id, "resources", request.resources.as_ref(), |bytes| serde_json::from_slice(bytes))?;
         container.operate(move |actor| actor.update(resources)).await?;
@@ -265,7 +267,7 @@ impl Task for TaskService {
     }
 
     async fn wait(&self, _ctx: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
-        let container = self.container(&request.id)?;
+        let container = self.container(&request.id).await?;
         let exec = request.exec_id.clone();
         let mut exit = container.ask(move |actor| actor.exit_of(&exec)).await?;
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
@@ -280,19 +282,27 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _ctx: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let stats = self.container(&request.id)?.ask(|actor| actor.metrics()).await?;
+        let stats = self.container(&request.id).await?.ask(|actor| actor.metrics()).await?;
         Ok(StatsResponse { stats: Some(stats).into(), ..StatsResponse::default() })
     }
 
     async fn connect(&self, _ctx: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.container(&request.id)?.ask(|actor| Ok(actor.process("")?.pid())).await?;
+        let task_pid = self.container(&request.id).await?.ask(|actor| Ok(actor.process("")?.pid())).await?;
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 
     async fn shutdown(&self, _ctx: &TtrpcContext, _request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd sends it after every container of a pod; only the last one ends the shim.
-        if self.containers().is_empty() {
-            self.exit.signal();
+        // containerd sends it after every container of a pod; only the last one ends the shim. It also sends it when it
+        // gives a container up that is still being made or deleted, and never again.
+        let (table, exit) = (self.table.clone(), Arc::clone(&self.exit));
+        let ended = tokio::spawn(async move {
+            if table.is_empty_at_rest().await {
+                exit.signal();
+            }
+        });
+        if self.table.is_at_rest() {
+            // A bug of ours is logged by the runtime.
+            let _ = ended.await;
         }
         Ok(Empty::new())
     }

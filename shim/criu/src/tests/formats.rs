@@ -2,9 +2,6 @@
 
 use std::path::Path;
 
-use tempfile::TempDir;
-
-use crate::image::{self, ImageError};
 use crate::log;
 use crate::options::{CgroupRoot, CgroupRoots, External, Namespace};
 use crate::version::Version;
@@ -22,73 +19,6 @@ pub(super) fn file(path: &Path, magic: &[u32], entries: &[&[u8]]) {
         bytes.extend(*entry);
     }
     std::fs::write(path, bytes).unwrap();
-}
-
-#[test]
-fn an_inventory_tells_version_plugins_and_closed_connections() {
-    let folder = TempDir::new().unwrap();
-    write_image(folder.path());
-    let image = image::inspect(folder.path()).unwrap();
-    assert_eq!((image.version, image.plugins, image.tcp_close), (2, Some(vec!["xy".to_owned()]), true));
-    assert_eq!(image::root_pid(folder.path()).unwrap(), Some(7));
-}
-
-#[test]
-fn what_is_no_image_is_told_in_one_line() {
-    let folder = TempDir::new().unwrap();
-    let line = |folder: &Path| image::inspect(folder).unwrap_err().to_string();
-    assert!(line(folder.path()).ends_with("holds no checkpoint: there is no inventory.img"));
-    assert!(line(&folder.path().join("none")).ends_with("holds no checkpoint: there is no inventory.img"));
-    let inventory = folder.path().join("inventory.img");
-    for (bytes, said) in [
-        (&b""[..], "it is cut off"),
-        (b"\x16\x31", "it is cut off"),
-        (b"\x7fELFxxxxxxxx", "it does not begin as CRIU's files do"),
-        (b"\x16\x31\x31\x58", "it is cut off"),
-        (b"\x16\x31\x31\x58\x05\x00\x00\x00ab", "it is cut off"),
-        (b"\x16\x31\x31\x58\xff\xff\xff\xff", "an entry is too long"),
-        (b"\x16\x31\x31\x58\x02\x00\x00\x00\x0f\x0f", "an entry is not a message"),
-        (b"\x16\x31\x31\x58\x02\x00\x00\x00\x08\x09", "has version 9, and CRIU knows 1 and 2"),
-        (b"\x16\x31\x31\x58\x00\x00\x00\x00", "has version 0, and CRIU knows 1 and 2"),
-    ] {
-        std::fs::write(&inventory, bytes).unwrap();
-        assert!(line(folder.path()).ends_with(said), "{said}: {}", line(folder.path()));
-    }
-    std::fs::remove_file(&inventory).unwrap();
-    std::os::unix::fs::symlink("/etc/passwd", &inventory).unwrap();
-    assert!(matches!(image::inspect(folder.path()), Err(ImageError::Read { .. })));
-    std::fs::remove_file(&inventory).unwrap();
-    std::fs::create_dir(&inventory).unwrap();
-    assert!(line(folder.path()).ends_with("it is not a regular file"));
-}
-
-#[test]
-fn pages_that_are_cut_off_are_found_and_those_in_parents_are_not_missed() {
-    let folder = TempDir::new().unwrap();
-    let page = rustix::param::page_size();
-    // File 3; two pages present (flags 4), nine in the parent, one by the old form without flags.
-    let entries: [&[u8]; 4] =
-        [&[0x08, 3], &[0x08, 1, 0x10, 2, 0x20, 4], &[0x08, 9, 0x10, 9, 0x18, 1, 0x20, 1], &[0x08, 99, 0x10, 1]];
-    file(&folder.path().join("pagemap-1.img"), &[0x5456_4319, 0x5608_4025], &entries);
-    let pages = folder.path().join("pages-3.img");
-    assert!(matches!(image::check_pages(folder.path()), Err(ImageError::Read { .. })));
-    std::fs::write(&pages, vec![0; 3 * page - 1]).unwrap();
-    let error = image::check_pages(folder.path()).unwrap_err();
-    assert!(error.to_string().ends_with("pages-3.img is damaged: it is cut off"), "{error}");
-    std::fs::write(&pages, vec![0; 3 * page]).unwrap();
-    image::check_pages(folder.path()).unwrap();
-}
-
-#[test]
-fn statistics_of_a_dump_are_read() {
-    let folder = TempDir::new().unwrap();
-    assert_eq!(image::dump_stats(folder.path()).unwrap(), None);
-    let dump = [0x08, 1, 0x10, 2, 0x18, 3, 0x20, 4, 0x28, 5, 0x30, 6, 0x38, 7, 0x70, 8];
-    let entry: Vec<u8> = [0x0a, 16].into_iter().chain(dump).collect();
-    file(&folder.path().join("stats-dump"), &[0x5510_5940, 0x5709_3306], &[&entry]);
-    let stats = image::dump_stats(folder.path()).unwrap().unwrap();
-    assert_eq!((stats.freezing_us, stats.frozen_us, stats.memory_dump_us, stats.memory_write_us), (1, 2, 3, 4));
-    assert_eq!((stats.pages_scanned, stats.pages_skipped_parent, stats.pages_written), (5, 6, 15));
 }
 
 #[test]

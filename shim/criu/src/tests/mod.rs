@@ -2,5 +2,4 @@
 
 mod fake;
 mod formats;
-mod memory;
 mod protocol;

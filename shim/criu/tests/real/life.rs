@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 
-use criu::{Inherit, MINIMUM, Options, Stage, image};
+use criu::{Inherit, MINIMUM, Options, Stage};
 use rustix::process::Signal;
 use rustix::pty::OpenptFlags;
 
@@ -189,11 +189,11 @@ async fn a_restored_terminal_comes_with_its_master(world: World) {
 
 async fn an_image_and_its_statistics_can_be_read(world: World) {
     world.dumped(&["memory"]).await;
-    let found = image::inspect(&world.path("images")).unwrap();
+    let found = images::inspect(&world.path("images")).unwrap();
     assert_eq!((found.version, found.plugins, found.tcp_close), (2, Some(vec![]), false));
-    let stats = image::dump_stats(&world.path("work")).unwrap().unwrap();
+    let stats = images::dump_stats(&world.path("work")).unwrap().unwrap();
     assert!(stats.pages_written >= (512 << 20) / 4096, "{stats:?}");
     assert!(stats.frozen_us > 0 && stats.memory_write_us > 0, "{stats:?}");
-    assert!(image::dump_stats(&world.path("images")).unwrap().is_none());
+    assert!(images::dump_stats(&world.path("images")).unwrap().is_none());
     until("everything to end", || crate::world::children().is_empty()).await;
 }

@@ -6,9 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use async_trait::async_trait;
-use criu::image;
-use criu::image::memory::{self, Changes, Inherited, Run, Staging};
 use criu::{BoxError, External, NotifyRestore};
+use images::{Changes, Inherited, Run, Staging};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::sys;
@@ -107,8 +106,8 @@ async fn restored_family(world: &World, taken: Taken) -> Target {
 fn take(images: &Path, runs: &[Run]) -> Taken {
     let taken = runs.iter().map(read).collect();
     let (before, length) = (pages_in(images), runs.iter().map(|run| run.length).sum::<u64>());
-    memory::rewrite(images, &without(runs)).unwrap();
-    image::check(images).unwrap();
+    images::rewrite(images, &without(runs)).unwrap();
+    images::check(images).unwrap();
     assert_eq!(pages_in(images), before - length);
     taken
 }
@@ -117,20 +116,20 @@ async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
     // The thread last: nothing may be forked once there is one.
     dumped_family(&world, &["family", "deep"]).await;
     let images = world.path("images");
-    let runs = memory::runs(&images, LEAST, Inherited::Take).unwrap();
+    let runs = images::runs(&images, LEAST, Inherited::Take).unwrap();
     let length: u64 = runs.iter().map(|run| run.length).sum();
     assert!(length > 3 * (48 << 20), "{length}");
     let stack = deep(&world).trim().parse::<u64>().unwrap() + (1 << 20);
     assert!(runs.iter().any(|run| run.address <= stack && stack < run.address + run.length), "{stack:#x} {runs:?}");
     let taken = take(&images, &runs);
-    assert_eq!(memory::runs(&images, LEAST, Inherited::Take).unwrap(), []);
+    assert_eq!(images::runs(&images, LEAST, Inherited::Take).unwrap(), []);
     restored_family(&world, taken).await.kill().await;
 }
 
 async fn a_family_shares_what_it_shared_when_that_is_left_to_criu(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let runs = memory::runs(&images, LEAST, Inherited::Leave).unwrap();
+    let runs = images::runs(&images, LEAST, Inherited::Leave).unwrap();
     let mut pids: Vec<i32> = runs.iter().map(|run| run.pid).collect();
     pids.dedup();
     let own = |pid: &i32| runs.iter().filter(|run| run.pid == *pid).map(|run| run.length >> 20).sum::<u64>();
@@ -153,7 +152,7 @@ fn shared(pid: i32) -> u64 {
 async fn memory_that_is_not_filled_is_empty(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    take(&images, &memory::runs(&images, LEAST, Inherited::Take).unwrap());
+    take(&images, &images::runs(&images, LEAST, Inherited::Take).unwrap());
     let restored = world.criu.restore(world.restore_request(), &mut ()).await.unwrap();
     assert_ne!(restored.root.wait().await.code, 0);
     until("the family to end", || children().is_empty()).await;
@@ -162,7 +161,7 @@ async fn memory_that_is_not_filled_is_empty(world: World) {
 async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let taken = take(&images, &memory::runs(&images, LEAST, Inherited::Take).unwrap());
+    let taken = take(&images, &images::runs(&images, LEAST, Inherited::Take).unwrap());
     restored_family(&world, taken.clone()).await.kill().await;
     let target = restored_family(&world, taken).await;
     std::fs::rename(&images, world.path("old")).unwrap();
@@ -175,9 +174,9 @@ async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: Wo
 async fn images_that_nothing_is_taken_out_of_are_restored_as_before(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let pids: Vec<i32> = memory::runs(&images, LEAST, Inherited::Take).unwrap().iter().map(|run| run.pid).collect();
+    let pids: Vec<i32> = images::runs(&images, LEAST, Inherited::Take).unwrap().iter().map(|run| run.pid).collect();
     let changes = |pid: &i32| Changes { pid: *pid, ..Changes::default() };
-    memory::rewrite(&images, &pids.iter().map(changes).collect::<Vec<_>>()).unwrap();
+    images::rewrite(&images, &pids.iter().map(changes).collect::<Vec<_>>()).unwrap();
     restored_family(&world, vec![]).await.kill().await;
 }
 
@@ -202,16 +201,16 @@ async fn staging_memory_becomes_anonymous_again(world: World) {
     target.child.wait().await;
 
     let images = world.path("images");
-    let written = memory::present(&images, pid, range.clone()).unwrap();
+    let written = images::present(&images, pid, range.clone()).unwrap();
     assert_eq!(written.iter().map(|run| run.length).collect::<Vec<_>>(), [4096, 3 * 4096]);
     let mut taken =
         vec![(pid, address, part(&pack, 0..8 << 20)), (pid, address + (12 << 20), part(&pack, 8 << 20..12 << 20))];
     taken.extend(written.iter().map(read));
     drop(pack);
     let staging = vec![Staging { range: range.clone(), huge: true }];
-    memory::rewrite(&images, &[Changes { pid, without: vec![], staging }]).unwrap();
-    image::check(&images).unwrap();
-    assert_eq!(memory::present(&images, pid, range.clone()).unwrap(), []);
+    images::rewrite(&images, &[Changes { pid, without: vec![], staging }]).unwrap();
+    images::check(&images).unwrap();
+    assert_eq!(images::present(&images, pid, range.clone()).unwrap(), []);
 
     let restored = world.criu.restore(world.restore_request(), &mut Fill(taken)).await.unwrap();
     let target = Target::of(restored.root, &world);

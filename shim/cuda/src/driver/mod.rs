@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::sys::GpuPair;
 use self::sys::{Functions, LoadFailure};
-use crate::host::chain;
+use phase::chain;
 
 /// Environment variable that names the libcuda to use.
 pub const LIBRARY_VARIABLE: &str = "GPUSNAP_LIBCUDA";

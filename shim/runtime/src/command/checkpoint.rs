@@ -42,7 +42,7 @@ impl Command {
             return Err(call.refused(format!("container with id {id} exists already")));
         }
         // A damaged image would have CRIU wait for ever, and the runtime with it.
-        criu::image::check(&images).map_err(criu::RestoreError::Image)?;
+        images::check(&images).map_err(criu::RestoreError::Image)?;
         timeline.enter(Phase::Restore);
         let scratch = call.scratch()?;
         let mut arguments: Vec<OsString> = vec!["restore".into(), "--detach".into(), "--bundle".into(), bundle.into()];

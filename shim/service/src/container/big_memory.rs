@@ -15,13 +15,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bulk::{Place, Publish, Published, Saved, SavedStaging, Worker};
 use cgroup::Cgroup;
 use criu::Criu;
-use cuda::{CudaError, Guardian, Piece, Source, Swap, SwapProcess};
+use gpu::{CudaError, Guardian, Piece, Source, Swap, SwapProcess};
 use runtime::{Reviewer, Timeline};
 use snapshot::{Config, Host, Name, Scope};
 
 use super::checkpoint::{GPU, Work};
-use crate::checkpoint::{MemoryPlace, SavedGpus};
 use crate::error::CheckpointFailure;
+use checkpoint::{MemoryPlace, SavedGpus};
 
 /// The big memory of one checkpoint.
 pub(super) struct BigMemory {
@@ -38,7 +38,7 @@ impl BigMemory {
     /// images. The guardian is needed where there is staging memory.
     pub(super) async fn save(
         work: &Work,
-        staging: Vec<cuda::Staging>,
+        staging: Vec<gpu::Staging>,
         guardian: Option<&mut Guardian>,
     ) -> Result<Option<Self>, CheckpointFailure> {
         if work.wishes.memory == MemoryPlace::Images || !work.runtime.drives_criu() {
@@ -65,11 +65,11 @@ impl BigMemory {
     async fn swap(
         &mut self,
         work: &Work,
-        staging: &[cuda::Staging],
+        staging: &[gpu::Staging],
         guardian: &mut Guardian,
     ) -> Result<(), CheckpointFailure> {
-        let ranges = |of: &cuda::Staging| of.ranges.iter().map(|range| range.start..range.end).collect();
-        let to_save = |of: &cuda::Staging| bulk::Staging { process: of.pid, pid: of.namespace_pid, ranges: ranges(of) };
+        let ranges = |of: &gpu::Staging| of.ranges.iter().map(|range| range.start..range.end).collect();
+        let to_save = |of: &gpu::Staging| bulk::Staging { process: of.pid, pid: of.namespace_pid, ranges: ranges(of) };
         let saved = self.worker.save(staging.iter().map(to_save).collect(), &work.timeline).await?;
         self.files.clone_from(&saved.files);
         let swapped = guardian.swap(work.child.pid(), work.paused, swap(saved), GPU, &work.timeline).await;

@@ -32,14 +32,14 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::TaskCheckpointed;
-use cuda::{Guardian, Staging};
+use gpu::{Guardian, Staging};
 use reaper::{Child, Reaper};
 use runtime::{Caller, CheckpointRequest, OciRuntime, Phase, Review, Timeline};
 
 use super::big_memory::BigMemory;
 use super::{Actor, NodeStore, Status};
-use crate::checkpoint::{DeviceNode, Draft, LogFolder, Manifest, SavedGpus, Shm, Wishes};
 use crate::error::{CheckpointError, CheckpointFailure, TaskError};
+use checkpoint::{CheckpointOptions, DeviceNode, Draft, LogFolder, Manifest, SavedGpus, Shm};
 
 /// CRIU's name for its log of a dump.
 const LOG: &str = "dump.log";
@@ -56,7 +56,7 @@ impl Actor {
     /// Saves the container as `wishes` says.
     pub(crate) fn checkpoint(
         &mut self,
-        wishes: Wishes,
+        wishes: CheckpointOptions,
         caller: Caller,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
         let paused = match self.init.status {
@@ -70,6 +70,7 @@ impl Actor {
         };
         let paused_for_it = paused && self.paused_at.is_some_and(|at| at.elapsed() < PAUSED_FOR_IT);
         let resume = self.resume();
+        self.freezer.lend();
         let work = Work {
             id: self.id.clone(),
             namespace: self.context.namespace.clone(),
@@ -98,6 +99,7 @@ impl Actor {
                 _ => None,
             };
             move |actor: &mut Self| {
+                actor.take_freezer_back();
                 if let Some(resumed) = resumed {
                     tracing::warn!("container {}: resumed, since nobody waits for its checkpoint any more", actor.id);
                     if let Err(error) = resumed(actor) {
@@ -133,7 +135,7 @@ pub(super) struct Work {
     pub(super) reaper: Reaper,
     pub(super) store: NodeStore,
     pub(super) timeline: Timeline,
-    pub(super) wishes: Wishes,
+    pub(super) wishes: CheckpointOptions,
     caller: Caller,
 }
 
@@ -171,7 +173,7 @@ impl Work {
     }
 
     async fn take(&self, fate: &mut Fate) -> Result<(), CheckpointFailure> {
-        let Wishes { folder, work, exit, allow, .. } = &self.wishes;
+        let CheckpointOptions { folder, work, exit, allow, .. } = &self.wishes;
         let at = |action, path: &Path| {
             let path = path.to_owned();
             move |source| CheckpointFailure::File { action, path, source }

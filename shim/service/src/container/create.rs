@@ -12,12 +12,14 @@ use runtime::{CreateRequest, OciRuntime, ProcessIo};
 use rustix::process::Signal;
 use serde::Deserialize;
 
+use super::freezer::Freezer;
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
-use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
+use crate::table::Registration;
 use crate::{options, pod, rootfs};
+use checkpoint::{Annotations, DeviceNode, Shm};
 
 /// containerd limits a spec to its message size of 16 MiB.
 const SPEC_SIZE_LIMIT: u64 = 16 << 20;
@@ -91,7 +93,11 @@ impl Spec {
 }
 
 /// Makes the container that `request` describes. On failure nothing is left of it but containerd's own bundle.
-pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Result<Container, TaskError> {
+pub(crate) async fn create(
+    context: &Context,
+    request: CreateTaskRequest,
+    registration: Registration,
+) -> Result<Container, TaskError> {
     let bundle = PathBuf::from(&request.bundle);
     let options = options::decode(request.options.as_ref())?;
     let spec = Spec::read(&request.id, &bundle)?;
@@ -106,7 +112,8 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let target = bundle.join("rootfs");
     rootfs::mount(&request.id, &request.rootfs, &target).await.inspect_err(|_| pod::leave(&context.bundle, &bundle))?;
     let runtime = (context.runtime_of)(&choice, &context.reaper);
-    let new = NewContainer { context, request: &request, bundle, options, runtime: &*runtime };
+    let stdio = stdio(&request);
+    let new = NewContainer { context, request: &request, bundle, options, stdio: &stdio, runtime: &*runtime };
     let made = match new.make_or_wait().await {
         Ok(made) => made,
         Err(error) => {
@@ -120,7 +127,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
     let private_pids = spec.has_private_pids();
     let NewContainer { bundle, options, .. } = new;
     let container = Container::start(|mailbox| {
-        let mut init = Process::new(stdio(&request));
+        let mut init = Process::new(stdio);
         let (child, copies, cgroup) = match made {
             Some(Made { child, copies, cgroup }) => (Some(child), Some(copies), Some(cgroup)),
             None => (None, None, None),
@@ -141,14 +148,14 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
             annotations: Annotations::of(&spec.annotations),
             devices: spec.linux.unwrap_or_default().devices,
             paused_at: None,
-            killed: false,
+            freezer: Freezer::default(),
             private_pids,
             init,
             init_ended: None,
             execs: BTreeMap::new(),
             mailbox,
             operations: VecDeque::new(),
-            deleted: false,
+            registration: Some(registration),
         };
         // Before the watch: nothing of a container may be told before its creation.
         tell_created(context, request, actor.init.pid());
@@ -162,12 +169,7 @@ pub(crate) async fn create(context: &Context, request: CreateTaskRequest) -> Res
 }
 
 fn stdio(request: &CreateTaskRequest) -> Stdio {
-    Stdio {
-        stdin: request.stdin.clone(),
-        stdout: request.stdout.clone(),
-        stderr: request.stderr.clone(),
-        terminal: request.terminal,
-    }
+    Stdio::new(request.stdin.clone(), request.stdout.clone(), request.stderr.clone(), request.terminal)
 }
 
 fn owner(context: &Context, id: &str, options: &Options) -> Owner {
@@ -198,6 +200,7 @@ struct NewContainer<'a> {
     request: &'a CreateTaskRequest,
     bundle: PathBuf,
     options: Options,
+    stdio: &'a Stdio,
     runtime: &'a dyn OciRuntime,
 }
 
@@ -218,7 +221,7 @@ impl NewContainer<'_> {
         let id = &self.request.id;
         let owner = owner(self.context, id, &self.options);
         let (io, prepared) =
-            stdio(self.request).prepare(&owner, &self.context.reaper).await.map_err(|source| self.stdio(source))?;
+            self.stdio.prepare(&owner, &self.context.reaper).await.map_err(|source| self.stdio(source))?;
         let child = match self.create(io).await {
             Ok(child) => child,
             Err(error) => {

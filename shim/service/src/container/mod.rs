@@ -26,10 +26,11 @@
 mod big_memory;
 mod checkpoint;
 mod create;
+mod freezer;
 mod operations;
 mod restore;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -48,12 +49,14 @@ use rustix::process::Signal;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use self::create::create;
+use self::freezer::Freezer;
 use self::restore::FromCheckpoint;
-use crate::checkpoint::{Annotations, DeviceNode, Shm};
 use crate::error::TaskError;
 use crate::events::Events;
 use crate::stdio::{Copies, Owner, Stdio};
+use crate::table::Registration;
 use crate::task::timestamp;
+use ::checkpoint::{Annotations, DeviceNode, Shm};
 
 /// Where the node keeps snapshots.
 #[derive(Clone, Debug)]
@@ -123,6 +126,10 @@ impl Container {
         Self { id, mailbox }
     }
 
+    pub(crate) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Runs `job` in the actor, at once.
     pub(crate) async fn ask<T: Send + 'static>(
         &self,
@@ -130,8 +137,9 @@ impl Container {
     ) -> Result<T, TaskError> {
         self.send(|reply| {
             Box::new(move |actor| {
-                // Whoever asked may have gone away.
-                let _ = reply.send(job(actor));
+                let answer = actor.check_exists().and_then(|()| job(actor));
+                // The client may have gone away.
+                let _ = reply.send(answer);
             })
         })
         .await
@@ -148,7 +156,7 @@ impl Container {
         C: FnOnce(&mut Actor) -> Result<T, TaskError> + Send + 'static,
     {
         self.send(|reply| {
-            let operation: Operation = Box::new(move |actor| match begin(actor) {
+            let operation: Operation = Box::new(move |actor| match actor.check_exists().and_then(|()| begin(actor)) {
                 Ok(work) => Some(Box::pin(async move {
                     let complete = work.await;
                     Box::new(move |actor: &mut Actor| {
@@ -167,7 +175,7 @@ impl Container {
 
     async fn send<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, TaskError>>) -> Job) -> Result<T, TaskError> {
         let (reply, answer) = oneshot::channel();
-        // The actor ends when its container has been deleted, or with a bug of ours; either way it has no answer.
+        // The actor ends when its container has been deleted, or with a bug of ours, and then it has no answer.
         let sent = self.mailbox.send(job(reply)).is_ok();
         match answer.await {
             Ok(answer) => answer,
@@ -233,8 +241,7 @@ pub(crate) struct Actor {
     /// Devices that it is given.
     devices: Vec<DeviceNode>,
     paused_at: Option<Instant>,
-    /// SIGKILL was sent since the last pause began.
-    killed: bool,
+    freezer: Freezer,
     /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
     private_pids: bool,
     init: Process,
@@ -244,13 +251,14 @@ pub(crate) struct Actor {
     oom_kills: u64,
     mailbox: mpsc::WeakUnboundedSender<Job>,
     operations: VecDeque<Operation>,
-    deleted: bool,
+    /// None once the container is deleted.
+    registration: Option<Registration>,
 }
 
 impl Actor {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         let mut work: Option<Work> = None;
-        while !self.deleted {
+        while self.registration.is_some() {
             if work.is_none()
                 && let Some(operation) = self.operations.pop_front()
             {
@@ -273,6 +281,22 @@ impl Actor {
                     complete(&mut self);
                 }
             }
+        }
+        // Requests that came before their clients knew of the deletion are answered too.
+        jobs.close();
+        while let Ok(job) = jobs.try_recv() {
+            job(&mut self);
+        }
+        while let Some(operation) = self.operations.pop_front() {
+            operation(&mut self);
+        }
+    }
+
+    /// Fails once the container is deleted, for what was asked of it before that was known.
+    fn check_exists(&self) -> Result<(), TaskError> {
+        match self.registration {
+            Some(_) => Ok(()),
+            None => Err(TaskError::NoContainer { container: self.id.clone() }),
         }
     }
 
@@ -310,7 +334,11 @@ impl Actor {
         tokio::spawn(async move {
             let exit = child.wait().await;
             // The container may have been deleted meanwhile, with this exit in its answer.
-            let _ = mailbox.send(Box::new(move |actor| actor.ended(&exec, exit)));
+            let _ = mailbox.send(Box::new(move |actor| {
+                if actor.check_exists().is_ok() {
+                    actor.ended(&exec, exit);
+                }
+            }));
         });
     }
 

@@ -14,6 +14,7 @@ use runtime::{ExecRequest, OciRuntime};
 use rustix::process::Signal;
 use tokio::sync::watch;
 
+use super::freezer::LetDie;
 use super::{Actor, Process, Status};
 use crate::error::TaskError;
 use crate::stdio::{Copies, Stdio};
@@ -140,7 +141,7 @@ impl Actor {
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
         self.check_runs("pause")?;
         let (runtime, id, cgroup) = (self.runtime.clone(), self.id.clone(), self.cgroup.clone());
-        self.killed = false;
+        self.freezer.lend();
         Ok(async move {
             let mut paused = runtime.pause(&id).await.map_err(TaskError::from);
             if paused.is_ok()
@@ -149,11 +150,9 @@ impl Actor {
                 paused = bring_to_rest(&*runtime, id, cgroup).await;
             }
             |actor: &mut Self| {
+                actor.take_freezer_back();
                 actor.change_status(paused, Status::Paused)?;
                 actor.paused_at = Some(Instant::now());
-                if actor.killed {
-                    actor.let_the_killed_die()?;
-                }
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskPaused { container_id, ..TaskPaused::default() });
                 Ok(())
@@ -169,9 +168,11 @@ impl Actor {
             return Err(self.wrong_state("resume", "", self.init.status));
         }
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        self.freezer.lend();
         Ok(async move {
             let resumed = runtime.resume(&id).await;
             |actor: &mut Self| {
+                actor.take_freezer_back();
                 actor.change_status(resumed.map_err(TaskError::from), Status::Running)?;
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskResumed { container_id, ..TaskResumed::default() });
@@ -240,7 +241,8 @@ impl Actor {
         {
             self.ended("", exit);
         }
-        self.deleted = true;
+        // Before the answer: whoever has it may use the id again, or ask whether a container is left.
+        self.registration = None;
         self.forget_checkpoint();
         pod::leave(&self.context.bundle, &self.bundle);
         let deleted = self.deleted_process(&self.init);
@@ -298,9 +300,6 @@ impl Actor {
         let Some(number) = crate::sys::signal(signal) else {
             return if signal == 0 { Ok(()) } else { Err(self.bad_request("signal", &signal)) };
         };
-        if number == Signal::KILL {
-            self.killed = true;
-        }
         if all && exec.is_empty() {
             let failed =
                 |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
@@ -313,16 +312,23 @@ impl Actor {
             }
             Err(source) => return Err(TaskError::Signal { action: "signal", process: self.name(exec), source }),
         }
-        if number == Signal::KILL && self.init.status == Status::Paused {
-            self.let_the_killed_die()?;
+        if number == Signal::KILL && exec.is_empty() && self.freezer.init_is_killed() == LetDie::Now {
+            self.let_the_killed_die();
         }
         Ok(())
     }
 
-    /// On cgroup v1 a frozen process does not even die.
-    fn let_the_killed_die(&self) -> Result<(), TaskError> {
-        let failed = |source| TaskError::Cgroup { action: "thaw", container: self.id.clone(), source };
-        self.cgroup()?.thaw().map_err(failed)
+    /// Ends what [`Freezer::lend`] began.
+    pub(super) fn take_freezer_back(&mut self) {
+        if self.freezer.take_back() == LetDie::Now {
+            self.let_the_killed_die();
+        }
+    }
+
+    fn let_the_killed_die(&self) {
+        if let Some(Err(error)) = self.cgroup.as_ref().map(Cgroup::let_the_killed_die) {
+            tracing::error!("container {}: init is killed, and stays frozen: {}", self.id, crate::error::chain(&error));
+        }
     }
 
     fn bad_request(&self, field: &'static str, value: &dyn std::fmt::Display) -> TaskError {
@@ -340,9 +346,7 @@ impl Actor {
 
     /// Ends a process's standard input, once what was written to it is delivered.
     pub(crate) fn close_stdin(&mut self, exec: &str) -> Result<(), TaskError> {
-        if let Some(copies) = &self.process(exec)?.copies {
-            copies.close_stdin();
-        }
+        self.process(exec)?.stdio.close_input();
         Ok(())
     }
 

@@ -23,7 +23,8 @@ use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
-use cuda::{Guardian, Pair, Resumed, Swap};
+use cuda::Pair;
+use gpu::{Guardian, Resumed, Swap};
 use reaper::{Child, Reaper};
 use runtime::{Allow, OciRuntime, Phase, RestoreRequest, Tcp, Timeline};
 use tokio::sync::oneshot::{self, error::TryRecvError};
@@ -32,9 +33,9 @@ use super::big_memory::swap;
 use super::checkpoint::GPU;
 use super::create::undo;
 use super::{Actor, NodeStore, Status};
-use crate::checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
+use checkpoint::{Annotations, DeviceNode, LogFolder, Manifest, SavedGpus, Shm, remove_if_containerds};
 
 /// CRIU's name for its log of a restore.
 const LOG: &str = "restore.log";
@@ -398,8 +399,8 @@ impl Work {
     }
 
     fn inspect(&self, images: &Path) -> Result<Inspected, RestoreFailure> {
-        let image = criu::image::inspect(images)?;
-        criu::image::check_threads(images)?;
+        let image = images::inspect(images)?;
+        images::check_threads(images)?;
         let manifest = Manifest::read(images).map_err(|source| RestoreFailure::File {
             action: "read gpusnap.json in",
             path: images.to_owned(),

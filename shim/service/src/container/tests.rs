@@ -1,5 +1,6 @@
 //! The Task service over a fake runtime, whose container processes are plain shells.
 
+use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -9,8 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest, PauseRequest,
-    ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
+    CheckpointTaskRequest, CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::Message;
@@ -30,6 +31,7 @@ use tokio::task::JoinHandle;
 
 use super::{Context, NodeStore};
 use crate::events::Events;
+use crate::stdio;
 use crate::task::TaskService;
 
 /// A runtime whose containers are `sh -c SCRIPT`, held before the script until they are started.
@@ -63,10 +65,12 @@ impl FakeRuntime {
         Ok(())
     }
 
-    fn spawn(&self, script: &str, stdin: OwnedFd, io: ProcessIo) -> Child {
-        let ProcessIo::Fds { stdout, stderr, .. } = io else { panic!("no terminals here") };
+    /// Runs `script`, on the standard input of `io` where no other is given.
+    fn spawn(&self, script: &str, other: Option<OwnedFd>, io: ProcessIo) -> Child {
+        let ProcessIo::Fds { stdin, stdout, stderr } = io else { panic!("no terminals here") };
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]).stdin(ProcessStdio::from(stdin)).stdout(stdout).stderr(stderr);
+        let stdin = ProcessStdio::from(other.unwrap_or(stdin));
+        command.args(["-c", script]).stdin(stdin).stdout(stdout).stderr(stderr);
         self.reaper.spawn(&mut command).unwrap()
     }
 }
@@ -74,9 +78,10 @@ impl FakeRuntime {
 #[async_trait]
 impl OciRuntime for FakeRuntime {
     async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
+        assert_ne!(self.script, PANIC);
         self.step(Operation::Create).await?;
         let (hold, release) = std::io::pipe().unwrap();
-        let child = self.spawn(&format!("read _ || exit 99; {}", self.script), hold.into(), request.io);
+        let child = self.spawn(&format!("read _ || exit 99; {}", self.script), Some(hold.into()), request.io);
         *self.init.lock().unwrap() = Some((child.clone(), release));
         Ok(child)
     }
@@ -90,8 +95,7 @@ impl OciRuntime for FakeRuntime {
     async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Exec).await?;
         let script = request.process.args().clone().unwrap().join(" ");
-        let (nothing, _) = std::io::pipe().unwrap();
-        Ok(self.spawn(&script, nothing.into(), request.io))
+        Ok(self.spawn(&script, None, request.io))
     }
 
     async fn pause(&self, _id: &str) -> Result<(), RuntimeError> {
@@ -129,8 +133,7 @@ impl OciRuntime for FakeRuntime {
     async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Restore).await?;
         let script = std::fs::read_to_string(request.images.join("script")).unwrap();
-        let (nothing, _) = std::io::pipe().unwrap();
-        Ok(self.spawn(&script, nothing.into(), request.io))
+        Ok(self.spawn(&script, None, request.io))
     }
 
     fn drives_criu(&self) -> bool {
@@ -154,9 +157,11 @@ struct Bench {
 }
 
 const PLENTY: usize = 1000;
+/// Script for which the creation panics.
+const PANIC: &str = "panic";
 
 /// One reaper for all tests of this process: two would take each other's children for orphans.
-fn reaper() -> Reaper {
+pub(crate) fn reaper() -> Reaper {
     static REAPER: OnceLock<Reaper> = OnceLock::new();
     let start = || {
         let (started, reaper) = std::sync::mpsc::channel();
@@ -217,6 +222,18 @@ impl Bench {
         bench
     }
 
+    /// A start that goes on until `let_go`.
+    async fn held_start(&self, exec_id: &str) -> JoinHandle<ttrpc::Result<()>> {
+        self.hold().await;
+        let service = Arc::clone(&self.service);
+        let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
+        let start = tokio::spawn(async move { service.start(&ctx(), request).await.map(drop) });
+        tokio::task::yield_now().await;
+        // By the time that this is answered the start has begun.
+        self.status().await;
+        start
+    }
+
     /// Holds the runtime's next operations up, until `let_go`.
     async fn hold(&self) {
         let permits = u32::try_from(self.runtime.may_go_on.available_permits()).unwrap();
@@ -266,11 +283,17 @@ impl Bench {
     }
 
     async fn add_exec(&self, exec_id: &str, script: &str) -> ttrpc::Result<()> {
+        self.add_exec_with_input(exec_id, script, "").await
+    }
+
+    /// `stdin` is a fifo, or nothing.
+    async fn add_exec_with_input(&self, exec_id: &str, script: &str, stdin: &str) -> ttrpc::Result<()> {
         let spec = serde_json::json!({"args": [script], "cwd": "/", "user": {"uid": 0, "gid": 0}});
         let spec = Any { value: spec.to_string().into_bytes(), ..Any::default() };
         let request = ExecProcessRequest {
             id: "c".into(),
             exec_id: exec_id.into(),
+            stdin: stdin.into(),
             spec: Some(spec).into(),
             ..ExecProcessRequest::default()
         };
@@ -299,6 +322,12 @@ impl Bench {
     async fn kill(&self, exec_id: &str, signal: u32) -> ttrpc::Result<()> {
         let request = KillRequest { id: "c".into(), exec_id: exec_id.into(), signal, ..KillRequest::default() };
         self.service.kill(&ctx(), request).await.map(drop)
+    }
+
+    async fn close_stdin(&self, exec_id: &str) {
+        let request =
+            CloseIORequest { id: "c".into(), exec_id: exec_id.into(), stdin: true, ..CloseIORequest::default() };
+        self.service.close_io(&ctx(), request).await.unwrap();
     }
 
     async fn pause(&self) -> ttrpc::Result<()> {
@@ -439,6 +468,51 @@ async fn parallel_execs_keep_their_codes() {
 }
 
 #[tokio::test]
+async fn input_that_ends_while_an_exec_is_started_ends_for_the_exec() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench
+        .add_exec_with_input("e", "read word && [ $word = abc ] && ! read more", stdin.to_str().unwrap())
+        .await
+        .unwrap();
+    let start = bench.held_start("e").await;
+    OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"abc\n").unwrap();
+    bench.close_stdin("e").await;
+    bench.let_go();
+    start.await.unwrap().unwrap();
+    assert_eq!(bench.wait("e").await, 0);
+}
+
+#[tokio::test]
+async fn input_that_ends_before_an_exec_is_started_ends_for_every_try_to_start_it() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench.add_exec_with_input("e", "! read word", stdin.to_str().unwrap()).await.unwrap();
+    bench.close_stdin("e").await;
+    bench.fail(Operation::Exec);
+    bench.start("e").await.unwrap_err();
+    *bench.runtime.fail.lock().unwrap() = None;
+    bench.start("e").await.unwrap();
+    assert_eq!(bench.wait("e").await, 0);
+}
+
+#[tokio::test]
+async fn a_failed_start_does_not_end_the_input_of_the_next() {
+    let bench = Bench::started("sleep 1000").await;
+    let folder = stdio::tests::fifos();
+    let stdin = folder.path().join("in");
+    bench.add_exec_with_input("e", "read word", stdin.to_str().unwrap()).await.unwrap();
+    bench.fail(Operation::Exec);
+    bench.start("e").await.unwrap_err();
+    *bench.runtime.fail.lock().unwrap() = None;
+    bench.start("e").await.unwrap();
+    OpenOptions::new().write(true).open(&stdin).unwrap().write_all(b"abc\n").unwrap();
+    assert_eq!(bench.wait("e").await, 0);
+}
+
+#[tokio::test]
 async fn a_client_that_goes_away_cancels_nothing() {
     let mut bench = Bench::created("sleep 1000").await;
     bench.hold().await;
@@ -456,6 +530,102 @@ async fn a_client_that_goes_away_cancels_nothing() {
 }
 
 #[tokio::test]
+async fn requests_that_come_while_a_container_is_made_wait_for_it() {
+    let bench = Bench::new("sleep 1000").await;
+    bench.hold().await;
+    let (creating, deleting) = (Arc::clone(&bench.service), Arc::clone(&bench.service));
+    let (state, kill) = (Arc::clone(&bench.service), Arc::clone(&bench.service));
+    let request = create_request(bench.bundle.path());
+    let create = tokio::spawn(async move { creating.create(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    assert_eq!(code(bench.create().await), Code::ALREADY_EXISTS);
+    let request = StateRequest { id: "c".into(), ..StateRequest::default() };
+    let state = tokio::spawn(async move { state.state(&ctx(), request).await });
+    let request = KillRequest { id: "c".into(), signal: 9, ..KillRequest::default() };
+    let kill = tokio::spawn(async move { kill.kill(&ctx(), request).await });
+    let request = DeleteRequest { id: "c".into(), ..DeleteRequest::default() };
+    let delete = tokio::spawn(async move { deleting.delete(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    bench.shut_down().await;
+    assert!(!state.is_finished() && !kill.is_finished() && !delete.is_finished());
+    bench.let_go();
+    create.await.unwrap().unwrap();
+    state.await.unwrap().unwrap();
+    kill.await.unwrap().unwrap();
+    assert_eq!(delete.await.unwrap().unwrap().exit_status, 137);
+    bench.exit.wait().await;
+}
+
+#[tokio::test]
+async fn requests_for_a_container_that_could_not_be_made_are_not_found() {
+    let bench = Bench::new("sleep 1000").await;
+    bench.hold().await;
+    bench.fail(Operation::Create);
+    let (creating, deleting) = (Arc::clone(&bench.service), Arc::clone(&bench.service));
+    let request = create_request(bench.bundle.path());
+    let create = tokio::spawn(async move { creating.create(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    let request = DeleteRequest { id: "c".into(), ..DeleteRequest::default() };
+    let delete = tokio::spawn(async move { deleting.delete(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    bench.let_go();
+    create.await.unwrap().unwrap_err();
+    assert_eq!(code(delete.await.unwrap()), Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_container_whose_client_has_gone_before_it_is_made_is_removed() {
+    let mut bench = Bench::new("sleep 1000").await;
+    bench.hold().await;
+    let service = Arc::clone(&bench.service);
+    let request = create_request(bench.bundle.path());
+    let create = tokio::spawn(async move { service.create(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    create.abort();
+    let _ = create.await;
+    bench.let_go();
+    assert_eq!(bench.told("delete").await, ["create", "exit c", "delete"]);
+    bench.shut_down().await;
+    bench.exit.wait().await;
+}
+
+#[tokio::test]
+async fn a_container_goes_though_the_client_that_deletes_it_has_gone() {
+    let mut bench = Bench::started("exit 0").await;
+    bench.wait("").await;
+    bench.hold().await;
+    let service = Arc::clone(&bench.service);
+    let request = DeleteRequest { id: "c".into(), ..DeleteRequest::default() };
+    let delete = tokio::spawn(async move { service.delete(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    bench.status().await;
+    delete.abort();
+    let _ = delete.await;
+    bench.let_go();
+    bench.told("delete").await;
+    assert_eq!(code(bench.delete("").await), Code::NOT_FOUND);
+    bench.shut_down().await;
+    bench.exit.wait().await;
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_a_deletion_are_not_found() {
+    let bench = Bench::started("exit 0").await;
+    bench.wait("").await;
+    bench.hold().await;
+    let (first, second) = (Arc::clone(&bench.service), Arc::clone(&bench.service));
+    let delete = || DeleteRequest { id: "c".into(), ..DeleteRequest::default() };
+    let (request, other) = (delete(), delete());
+    let first = tokio::spawn(async move { first.delete(&ctx(), request).await });
+    let second = tokio::spawn(async move { second.delete(&ctx(), other).await });
+    tokio::task::yield_now().await;
+    bench.status().await;
+    bench.let_go();
+    first.await.unwrap().unwrap();
+    assert_eq!(code(second.await.unwrap()), Code::NOT_FOUND);
+}
+
+#[tokio::test]
 async fn a_failed_create_leaves_nothing_and_its_id_is_free() {
     let bench = Bench::new("exit 0").await;
     bench.fail(Operation::Create);
@@ -463,6 +633,15 @@ async fn a_failed_create_leaves_nothing_and_its_id_is_free() {
     *bench.runtime.fail.lock().unwrap() = None;
     bench.create().await.unwrap();
     assert_eq!(bench.status().await, ApiStatus::CREATED);
+}
+
+#[tokio::test]
+async fn a_creation_that_panics_gives_its_id_back() {
+    let bench = Bench::new(PANIC).await;
+    assert_eq!(code(bench.create().await), Code::UNKNOWN);
+    assert_eq!(code(bench.create().await), Code::UNKNOWN, "not that the id is taken");
+    bench.shut_down().await;
+    bench.exit.wait().await;
 }
 
 #[tokio::test]

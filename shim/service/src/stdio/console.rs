@@ -1,15 +1,19 @@
-//! The socket on which a runtime hands over a terminal.
+//! Terminals: the socket on which a runtime hands one over, and its output.
 
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use containerd_shim::io::Pty;
+use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use tempfile::TempDir;
-use tokio::io::Interest;
+use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::UnixListener;
 
 use super::StdioError;
@@ -81,4 +85,19 @@ fn receive_file(stream: &tokio::net::UnixStream) -> io::Result<File> {
         }
     }
     Err(io::Error::new(io::ErrorKind::InvalidData, "the message carried no file"))
+}
+
+/// Output of a terminal, read from its master, which ends as a pipe does.
+///
+/// The kernel says EIO when the last process has closed its side of a terminal. `tokio::io::copy` gives up on an error at
+/// once, with what it has read and not written yet; at an end of file it writes that first.
+pub(super) struct TerminalOutput(pub(super) Pty);
+
+impl AsyncRead for TerminalOutput {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match ready!(Pin::new(&mut self.0).poll_read(cx, buffer)) {
+            Err(error) if error.raw_os_error() == Some(Errno::IO.raw_os_error()) => Poll::Ready(Ok(())),
+            read => Poll::Ready(read),
+        }
+    }
 }

@@ -15,11 +15,15 @@
 mod console;
 mod logger;
 mod target;
+#[cfg(test)]
+pub(crate) mod tests;
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use containerd_shim::io::{IoTasks, Pty};
@@ -31,7 +35,7 @@ use tokio::net::unix::pipe;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use self::console::ConsoleSocket;
+use self::console::{ConsoleSocket, TerminalOutput};
 use self::logger::{Logger, LoggerPipes};
 pub(crate) use self::target::Target;
 
@@ -64,13 +68,56 @@ pub(crate) enum StdioError {
     NoTerminal(#[source] io::Error),
 }
 
-/// What containerd asked for.
+/// Standard streams of one process, as containerd asked for them, from before its start to after its end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stdio {
     pub(crate) stdin: String,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
     pub(crate) terminal: bool,
+    input: Input,
+}
+
+/// The client's end of standard input, which lives as long as the process's entry in the shim.
+///
+/// Clones share it. The copy out of the fifo exists only from the start on, and CloseIO may come before: a client whose
+/// input is short closes it while the runtime still makes the process.
+#[derive(Clone, Default)]
+struct Input(Arc<Mutex<InputState>>);
+
+#[derive(Default)]
+struct InputState {
+    closed: bool,
+    /// Copies of the latest start.
+    fifos: IoTasks,
+}
+
+impl Input {
+    fn state(&self) -> MutexGuard<'_, InputState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        state.fifos.close_input();
+    }
+
+    /// Returns fresh copies for a start, for which an earlier [`Input::close`] counts.
+    fn renew(&self) -> IoTasks {
+        let mut state = self.state();
+        state.fifos = IoTasks::default();
+        if state.closed {
+            state.fifos.close_input();
+        }
+        state.fifos.clone()
+    }
+}
+
+impl fmt::Debug for Input {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Input").field("closed", &self.state().closed).finish()
+    }
 }
 
 /// Who the process is, for loggers, and who owns its pipes.
@@ -94,7 +141,7 @@ enum Streams {
     Terminal { socket: ConsoleSocket, stdin: Option<String>, stdout: Sink },
 }
 
-/// Where a terminal's output goes.
+/// Destination of a terminal's output.
 enum Sink {
     None,
     Fifo(String),
@@ -113,7 +160,18 @@ pub(crate) struct Copies {
 }
 
 impl Stdio {
-    /// Makes both sides: what the runtime gives the process, and what the shim copies once it has it.
+    pub(crate) fn new(stdin: String, stdout: String, stderr: String, terminal: bool) -> Self {
+        Self { stdin, stdout, stderr, terminal, input: Input::default() }
+    }
+
+    /// Ends standard input: the client writes no more. The process first reads what was written.
+    ///
+    /// A call before or during the process's start counts for the start: the process finds its input at the end.
+    pub(crate) fn close_input(&self) {
+        self.input.close();
+    }
+
+    /// Makes both sides: the process's streams, and the shim's copies of them.
     pub(crate) async fn prepare(&self, owner: &Owner, reaper: &Reaper) -> Result<(ProcessIo, Prepared), StdioError> {
         let stdout = Target::parse(&self.stdout)?;
         if self.terminal { self.terminal(stdout, owner, reaper).await } else { self.pipes(stdout, owner, reaper).await }
@@ -125,7 +183,7 @@ impl Stdio {
         owner: &Owner,
         reaper: &Reaper,
     ) -> Result<(ProcessIo, Prepared), StdioError> {
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(self.input.renew());
         let sink = match stdout {
             Target::Null => Sink::None,
             Target::Fifo(path) => Sink::Fifo(path),
@@ -144,7 +202,7 @@ impl Stdio {
     }
 
     async fn pipes(&self, stdout: Target, owner: &Owner, reaper: &Reaper) -> Result<(ProcessIo, Prepared), StdioError> {
-        let mut copies = Copies::default();
+        let mut copies = Copies::new(self.input.renew());
         let stdin = if self.stdin.is_empty() {
             null(false)?
         } else {
@@ -177,14 +235,13 @@ impl Prepared {
         if let Some(path) = stdin {
             copies.fifos.copy_from_fifo(&path, console.clone()).map_err(StdioError::Fifo)?;
         }
+        let output = TerminalOutput(console.clone());
         match stdout {
             // Somebody must read, or the process stops at a full terminal.
-            Sink::None => copies.copy(console.clone(), tokio::io::sink()),
-            Sink::Fifo(path) => copies.fifos.copy_to_fifo(console.clone(), &path).map_err(StdioError::Fifo)?,
-            Sink::File(file) => copies.copy(console.clone(), tokio::fs::File::from_std(file)),
-            Sink::Pipe(write) => {
-                copies.copy(console.clone(), pipe::Sender::from_owned_fd(write).map_err(StdioError::Pipe)?);
-            }
+            Sink::None => copies.copy(output, tokio::io::sink()),
+            Sink::Fifo(path) => copies.fifos.copy_to_fifo(output, &path).map_err(StdioError::Fifo)?,
+            Sink::File(file) => copies.copy(output, tokio::fs::File::from_std(file)),
+            Sink::Pipe(write) => copies.copy(output, pipe::Sender::from_owned_fd(write).map_err(StdioError::Pipe)?),
         }
         copies.console = Some(console);
         Ok(copies)
@@ -197,6 +254,10 @@ impl Prepared {
 }
 
 impl Copies {
+    fn new(fifos: IoTasks) -> Self {
+        Self { fifos, ..Self::default() }
+    }
+
     fn output(&self, target: Target, owner: &Owner) -> Result<OwnedFd, StdioError> {
         let file = match target {
             Target::Null => return null(true),
@@ -226,7 +287,7 @@ impl Copies {
             tokio::select! {
                 () = cancel.cancelled() => {}
                 copied = tokio::io::copy(&mut from, &mut to) => {
-                    // A terminal that hangs up ends with EIO; a logger that is gone with EPIPE.
+                    // A logger that is gone is EPIPE.
                     if let Err(error) = copied {
                         tracing::debug!("output copy ended: {error}");
                     }
@@ -236,11 +297,6 @@ impl Copies {
                 }
             }
         });
-    }
-
-    /// The client will write no more: what it wrote is delivered, then the process reads the end.
-    pub(crate) fn close_stdin(&self) {
-        self.fifos.close_input();
     }
 
     /// Sets the size of the terminal, in characters; a process without one has none to set.

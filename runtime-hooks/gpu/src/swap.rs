@@ -1,0 +1,331 @@
+//! Files in the place of a process's memory, with the same contents.
+//!
+//! A snapshot has the driver's staging memory in files before the processes are dumped. Private mappings of those files
+//! take the memory's place, so that CRIU has nothing to dump there: it leaves out what a process has not written to since
+//! it mapped a file. To the process nothing changes, at any moment: what it reads is the same, and what it writes is
+//! its own.
+//!
+//! Nothing of the files is visible where the process is: it is given a descriptor of each, for as long as it takes to map
+//! it. If this process dies in that moment, the descriptors stay with it, closed when it executes a program.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use serde::{Deserialize, Serialize};
+
+mod error;
+mod plan;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use error::SwapError;
+use plan::{PAGE, Plan};
+use tracee::hold::Hold;
+use tracee::inject::{Injector, answer, argument};
+use tracee::process::{self, Range};
+
+/// What is to take the place of memory in the processes of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Swap {
+    /// The files, as the guardian finds them. They must never change or become shorter while a process lives that has one
+    /// mapped.
+    pub files: Vec<PathBuf>,
+    /// The processes.
+    pub processes: Vec<SwapProcess>,
+}
+
+/// What is to take the place of one process's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwapProcess {
+    /// In the pid namespace of the guardian, as [`crate::Staging`] has it.
+    pub pid: i32,
+    /// In any order. They need not be all of its memory, nor be adjacent.
+    pub pieces: Vec<Piece>,
+}
+
+/// A piece of private anonymous memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// Where it begins. This and the length are in bytes, whole pages.
+    pub address: u64,
+    /// How long it is.
+    pub length: u64,
+    /// What is in it: what this part of a file has, or nothing but zeros.
+    pub source: Option<Source>,
+}
+
+/// A place in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Its index in [`Swap::files`].
+    pub file: usize,
+    /// In bytes, whole pages.
+    pub offset: u64,
+}
+
+/// What a swap did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Swapped {
+    /// By process, in the order of the order.
+    pub processes: Vec<SwappedProcess>,
+}
+
+/// What a swap did in one process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SwappedProcess {
+    /// As in [`SwapProcess::pid`].
+    pub pid: i32,
+    /// What is in memory as before, because the process cannot have so many mappings: the smallest pieces, in order of
+    /// addresses.
+    pub left: Vec<Range>,
+}
+
+impl Piece {
+    fn range(&self) -> Range {
+        Range { start: self.address, end: self.address.saturating_add(self.length) }
+    }
+}
+
+/// Mapping over a piece may fail for want of memory when the memory that it had is gone already. What that has freed is
+/// there soon.
+const TRIES: u32 = 50;
+const BETWEEN_TRIES: Duration = Duration::from_millis(20);
+
+/// Puts files in the place of memory of one process, all whose threads are held, and says what was left.
+///
+/// # Errors
+/// When something is not as it has to be; nothing has changed then. Or when a call in the process fails: then some pieces
+/// are in memory and others in files.
+pub(crate) fn swap_in(
+    hold: &mut Hold,
+    files: &[PathBuf],
+    process: &SwapProcess,
+    deadline: Instant,
+) -> Result<Vec<Range>, SwapError> {
+    let plan = Plan::of(files.len(), process)?;
+    for pieces in by_file(&plan.pieces) {
+        compare(process.pid, files, pieces)?;
+    }
+    map_in(hold, files, process.pid, plan, deadline)
+}
+
+/// As [`swap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
+///
+/// # Errors
+/// As for [`swap_in`].
+pub(crate) fn map_in_empty(
+    hold: &mut Hold,
+    files: &[PathBuf],
+    process: &SwapProcess,
+    deadline: Instant,
+) -> Result<Vec<Range>, SwapError> {
+    map_in(hold, files, process.pid, Plan::of(files.len(), process)?, deadline)
+}
+
+fn map_in(
+    hold: &mut Hold,
+    files: &[PathBuf],
+    pid: i32,
+    Plan { pieces, left }: Plan,
+    deadline: Instant,
+) -> Result<Vec<Range>, SwapError> {
+    if pieces.is_empty() {
+        return Ok(left);
+    }
+    let mut injector = Injector::attach(hold, pid, deadline).map_err(SwapError::inject(pid))?;
+    // Zeros first: it gives memory back that the others may need a little of.
+    for pieces in by_file(&pieces) {
+        let swapped = match pieces.first().and_then(|piece| piece.source) {
+            Some(Source { file, .. }) => swap_file(&mut injector, pid, &files[file], pieces),
+            None => map_pieces(&mut injector, pid, None, pieces),
+        };
+        swapped?;
+    }
+    injector.finish().map_err(SwapError::inject(pid))?;
+    check(pid, &pieces)?;
+    Ok(left)
+}
+
+/// Pieces of a plan that one file has, or none.
+fn by_file(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
+    pieces.chunk_by(|a, b| a.source.map(|source| source.file) == b.source.map(|source| source.file))
+}
+
+/// Compares the first and the last page of each piece with its source. That does not find every difference, but pieces that
+/// are somewhere else than they ought to be, or of another process.
+fn compare(pid: i32, files: &[PathBuf], pieces: &[Piece]) -> Result<(), SwapError> {
+    let memory = File::open(format!("/proc/{pid}/mem")).map_err(SwapError::memory(pid))?;
+    let mut file = None;
+    for piece in pieces {
+        if let (Some(source), None) = (piece.source, &file) {
+            let path = &files[source.file];
+            let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
+            let (length, opened) = opened.map_err(SwapError::file(path))?;
+            let is_short =
+                |piece: &&Piece| piece.source.is_some_and(|at| length.saturating_sub(at.offset) < piece.length);
+            if let Some(piece) = pieces.iter().find(is_short) {
+                return Err(SwapError::Piece { pid, range: piece.range(), why: "its file is too short" });
+            }
+            file = Some(opened);
+        }
+        for at in [0, piece.length - PAGE] {
+            let mut there = [0; 4096];
+            let mut ours = [0; 4096];
+            memory.read_exact_at(&mut there, piece.address + at).map_err(SwapError::memory(pid))?;
+            if let (Some(source), Some(file)) = (piece.source, &file) {
+                let read = file.read_exact_at(&mut ours, source.offset + at);
+                read.map_err(SwapError::file(&files[source.file]))?;
+            }
+            if there != ours {
+                return Err(SwapError::Differs { pid, address: piece.address + at });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Maps a file over pieces. The process has a descriptor of it meanwhile.
+fn swap_file(injector: &mut Injector<'_>, pid: i32, path: &PathBuf, pieces: &[Piece]) -> Result<(), SwapError> {
+    let file = File::open(path).map_err(SwapError::file(path))?;
+    let fd = hand_over(injector, pid, &file)?;
+    let mapped = map_pieces(injector, pid, Some(fd), pieces);
+    let closed = close(injector, pid, fd);
+    mapped.and(closed)
+}
+
+fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[Piece]) -> Result<(), SwapError> {
+    let access = argument(libc::PROT_READ | libc::PROT_WRITE);
+    let anonymous = if fd.is_none() { libc::MAP_ANONYMOUS } else { 0 };
+    let flags = argument(libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE | anonymous);
+    for piece in pieces {
+        let offset = piece.source.map_or(0, |source| source.offset);
+        let arguments = [piece.address, piece.length, access, flags, argument(fd.unwrap_or(-1)), offset];
+        let mut tries = 0;
+        loop {
+            match call(injector, pid, libc::SYS_mmap, arguments)? {
+                Ok(_) => break,
+                Err(error) if tries < TRIES && error.raw_os_error() == Some(libc::ENOMEM) => {
+                    tries += 1;
+                    std::thread::sleep(BETWEEN_TRIES);
+                }
+                Err(source) => return Err(SwapError::Map { pid, range: piece.range(), source }),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives a process a descriptor of a file, by way of a pair of sockets that it makes: its end of it is taken from it, the
+/// file goes in there and comes out at the other end.
+fn hand_over(injector: &mut Injector<'_>, pid: i32, file: &File) -> Result<i32, SwapError> {
+    let failed = |action| move |source| SwapError::Call { action, pid, source };
+    let pair = injector.scratch(&[0; 8]).map_err(SwapError::inject(pid))?;
+    let kind = argument(libc::SOCK_DGRAM | libc::SOCK_CLOEXEC);
+    call(injector, pid, libc::SYS_socketpair, [argument(libc::AF_UNIX), kind, 0, pair, 0, 0])?
+        .map_err(failed("make a pair of sockets in"))?;
+    let mut ends = [0; 8];
+    injector.read_scratch(0, &mut ends).map_err(SwapError::inject(pid))?;
+    let [ours, theirs] = [number(&ends[..4]), number(&ends[4..])];
+    let sent = take(pid, injector.tid(), ours).and_then(|socket| send(&socket, file));
+    let received = match sent {
+        Ok(()) => receive(injector, pid, theirs),
+        Err(source) => Err(SwapError::Call { action: "hand a file over to", pid, source }),
+    };
+    let closed = close(injector, pid, ours).and(close(injector, pid, theirs));
+    match (received, closed) {
+        (Ok(fd), Err(error)) => {
+            close(injector, pid, fd)?;
+            Err(error)
+        }
+        (received, _) => received,
+    }
+}
+
+/// A descriptor of a process, as one of this process.
+fn take(pid: i32, tid: i32, fd: i32) -> io::Result<OwnedFd> {
+    let process = rustix::process::pidfd_open(Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?, PidfdFlags::empty())?;
+    let taken = rustix::process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?;
+    // A thread may have descriptors of its own (CLONE_FILES), and then this is not the socket.
+    let meant = fs::metadata(format!("/proc/{pid}/task/{tid}/fd/{fd}"))?;
+    let is = rustix::fs::fstat(&taken)?;
+    if (meant.dev(), meant.ino()) == (is.st_dev, is.st_ino) { Ok(taken) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+fn send(socket: &OwnedFd, file: &File) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds = [file.as_fd()];
+    control.push(SendAncillaryMessage::ScmRights(&fds));
+    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+    rustix::net::sendmsg(socket, &[IoSlice::new(&[0])], &mut control, flags)?;
+    Ok(())
+}
+
+/// Lets a process take a descriptor from a socket.
+fn receive(injector: &mut Injector<'_>, pid: i32, socket: i32) -> Result<i32, SwapError> {
+    /// Where in the scratch memory the vector, the byte and the control message are, behind a `struct msghdr`.
+    const VECTOR: u64 = 56;
+    const BYTE: u64 = 72;
+    const CONTROL: u64 = 80;
+    /// `CMSG_SPACE(sizeof(int))`
+    const SPACE: u64 = 24;
+    let at = injector.scratch(&[]).map_err(SwapError::inject(pid))?;
+    let header = [0, 0, at + VECTOR, 1, at + CONTROL, SPACE, 0];
+    let vector = [at + BYTE, 1];
+    let words = header.into_iter().chain(vector).chain([0; 4]);
+    let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
+    injector.scratch(&bytes).map_err(SwapError::inject(pid))?;
+    let flags = argument(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
+    let failed = |source| SwapError::Call { action: "receive a file in", pid, source };
+    call(injector, pid, libc::SYS_recvmsg, [argument(socket), at, flags, 0, 0, 0])?.map_err(failed)?;
+    let mut message = [0; 24];
+    injector.read_scratch(CONTROL, &mut message).map_err(SwapError::inject(pid))?;
+    // A `struct cmsghdr`: its length, the level and the type; then the descriptor.
+    let is_file = number(&message[..4]) == 20
+        && number(&message[8..12]) == libc::SOL_SOCKET
+        && number(&message[12..16]) == libc::SCM_RIGHTS;
+    // Without a descriptor free, the message comes without it.
+    if is_file { Ok(number(&message[16..20])) } else { Err(failed(io::Error::from_raw_os_error(libc::EMFILE))) }
+}
+
+fn number(bytes: &[u8]) -> i32 {
+    bytes.try_into().map_or(-1, i32::from_ne_bytes)
+}
+
+fn close(injector: &mut Injector<'_>, pid: i32, fd: i32) -> Result<(), SwapError> {
+    let closed = call(injector, pid, libc::SYS_close, [argument(fd), 0, 0, 0, 0, 0])?;
+    closed.map_err(|source| SwapError::Call { action: "close a descriptor of", pid, source })?;
+    Ok(())
+}
+
+fn call(injector: &mut Injector<'_>, pid: i32, number: i64, arguments: [u64; 6]) -> Result<io::Result<i64>, SwapError> {
+    injector.call(number, arguments).map(answer).map_err(SwapError::inject(pid))
+}
+
+/// Whether all pieces are mapped as they should be.
+fn check(pid: i32, pieces: &[Piece]) -> Result<(), SwapError> {
+    let mappings = process::mappings(pid).map_err(SwapError::memory(pid))?;
+    let by_end: BTreeMap<u64, &process::Mapping> =
+        mappings.iter().map(|mapping| (mapping.range.end, mapping)).collect();
+    for piece in pieces {
+        let holder = by_end.range(piece.address + 1..).next().map(|(_, mapping)| *mapping);
+        let is_there = holder.is_some_and(|mapping| {
+            mapping.range.start <= piece.address
+                && (piece.source.is_none() || mapping.range.end >= piece.range().end)
+                && mapping.access == *b"rw-p"
+                && (mapping.inode != 0) == piece.source.is_some()
+        });
+        if !is_there {
+            return Err(SwapError::Piece { pid, range: piece.range(), why: "it is not mapped as it should be" });
+        }
+    }
+    Ok(())
+}

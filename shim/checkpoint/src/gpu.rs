@@ -1,0 +1,235 @@
+//! What a checkpoint says of GPUs, and which of this node take their place.
+
+use std::io;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+
+use cuda::{Gpu, Inventory, Pair};
+use gpu::{Suspended, SuspendedProcess};
+use rustix::fs::{FileType, Mode};
+use serde::{Deserialize, Serialize};
+
+/// What was on GPUs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SavedGpus {
+    /// The driver's version.
+    driver: String,
+    /// Those that the container could use.
+    gpus: Vec<Gpu>,
+    /// Its CUDA processes.
+    processes: Vec<SuspendedProcess>,
+    /// Forked processes that were freed of the GPU: how many.
+    cleaned: usize,
+}
+
+impl SavedGpus {
+    /// None for a container without CUDA. `given` are the devices of its configuration; where that has no GPU, because a hook
+    /// brought it, what the process `init` sees is all that is known.
+    #[must_use]
+    pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
+        let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
+        if processes.is_empty() && cleaned == 0 {
+            return None;
+        }
+        let Inventory { driver, gpus } = inventory.unwrap_or_default();
+        // The driver's library makes nodes of all GPUs of the machine, where it may; it cannot open them.
+        let mut minors = DeviceNode::gpu_minors(given);
+        if minors.is_empty() {
+            minors = nodes_of(init);
+        }
+        let mut gpus = of_nodes(gpus, &minors);
+        for gpu in &mut gpus {
+            gpu.processes.clear();
+        }
+        Some(Self { driver, gpus, processes, cleaned })
+    }
+
+    /// The driver's version.
+    #[must_use]
+    pub fn driver(&self) -> &str {
+        &self.driver
+    }
+
+    /// Those that the container could use.
+    #[must_use]
+    pub fn gpus(&self) -> &[Gpu] {
+        &self.gpus
+    }
+
+    /// Bytes that the driver moved to the memory of a process; None for one without CUDA.
+    #[must_use]
+    pub fn staged(&self, pid: i32) -> Option<u64> {
+        self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
+    }
+
+    /// Some of its processes have state on a GPU.
+    #[must_use]
+    pub fn has_state(&self) -> bool {
+        !self.processes.is_empty()
+    }
+
+    /// Which GPU of this node takes the place of which one; nothing where all are the same. `minors` are those that the
+    /// new container is given, if that is known.
+    ///
+    /// # Errors
+    /// In words: what does not fit.
+    pub fn pairs(&self, node: &Inventory, minors: &[u32]) -> Result<Vec<Pair>, String> {
+        let here = of_nodes(node.gpus.clone(), minors);
+        // The library is part of the saved processes, and fits its own kernel module only.
+        if !self.driver.is_empty() && self.driver != node.driver {
+            return Err(format!("it was made with NVIDIA driver {}, and this is {}", self.driver, node.driver));
+        }
+        if self.gpus.iter().all(|old| here.iter().any(|new| new.uuid == old.uuid)) {
+            return Ok(Vec::new());
+        }
+        if here.len() < self.gpus.len() {
+            return Err(format!("it needs {} GPUs, and the container has {}", self.gpus.len(), here.len()));
+        }
+        let pair = |(old, new): (&Gpu, &Gpu)| {
+            if old.name != new.name {
+                return Err(format!("it was made on a GPU {}, and this is {}", old.name, new.name));
+            }
+            if new.memory < old.memory {
+                return Err(format!("GPU {} has less memory than {} had", new.uuid, old.uuid));
+            }
+            Ok(Pair { old: old.uuid.clone(), new: new.uuid.clone() })
+        };
+        self.gpus.iter().zip(&here).map(pair).collect()
+    }
+}
+
+/// The GPUs with these minor numbers; all of them if none is known.
+fn of_nodes(mut gpus: Vec<Gpu>, minors: &[u32]) -> Vec<Gpu> {
+    if !minors.is_empty() {
+        gpus.retain(|gpu| minors.contains(&gpu.minor));
+    }
+    gpus.sort_by_key(|gpu| gpu.minor);
+    gpus
+}
+
+/// N of every `/dev/nvidiaN` that a process sees.
+fn nodes_of(pid: i32) -> Vec<u32> {
+    let Ok(nodes) = std::fs::read_dir(format!("/proc/{pid}/root/dev")) else { return Vec::new() };
+    nodes.flatten().filter_map(|node| minor(Path::new(&node.file_name()))).collect()
+}
+
+/// N of `nvidiaN`.
+fn minor(node: &Path) -> Option<u32> {
+    node.file_name()?.to_str()?.strip_prefix("nvidia")?.parse().ok()
+}
+
+/// A device that the container is given.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceNode {
+    path: PathBuf,
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    major: u32,
+    #[serde(default)]
+    minor: u32,
+    file_mode: Option<u32>,
+    uid: Option<u32>,
+    gid: Option<u32>,
+}
+
+impl DeviceNode {
+    /// N of each that is `/dev/nvidiaN`.
+    #[must_use]
+    pub fn gpu_minors(nodes: &[Self]) -> Vec<u32> {
+        nodes.iter().filter_map(|node| minor(&node.path)).collect()
+    }
+
+    fn is_nvidias(&self) -> bool {
+        self.path.starts_with("/dev") && self.path.to_string_lossy().starts_with("/dev/nvidia")
+    }
+
+    /// Makes NVIDIA's nodes that a process does not see yet: its `/dev` came out of the checkpoint, and has those of the
+    /// GPUs that were.
+    ///
+    /// # Errors
+    /// A node that cannot be made.
+    pub fn make_missing(nodes: &[Self], pid: i32) -> io::Result<()> {
+        for node in nodes.iter().filter(|node| node.is_nvidias()) {
+            node.make_for(pid)?;
+        }
+        Ok(())
+    }
+
+    fn make_for(&self, pid: i32) -> io::Result<()> {
+        let inside = self.path.strip_prefix("/").unwrap_or(&self.path);
+        // The folder may be a link of the container's making, which must not lead out of it.
+        let root = std::fs::File::open(format!("/proc/{pid}/root"))?;
+        let (Some(folder), Some(name)) = (inside.parent(), inside.file_name()) else { return Ok(()) };
+        let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+        let folder = match rustix::fs::openat2(&root, folder, flags, Mode::empty(), resolve) {
+            Ok(folder) => folder,
+            // nvidia-caps, for instance, is not needed by whoever did not have it.
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let kind = if self.kind == "b" { FileType::BlockDevice } else { FileType::CharacterDevice };
+        let mode = Mode::from_raw_mode(self.file_mode.unwrap_or(0o666));
+        match rustix::fs::mknodat(&folder, name, kind, mode, rustix::fs::makedev(self.major, self.minor)) {
+            Err(rustix::io::Errno::EXIST) => return Ok(()),
+            made => made?,
+        }
+        let at = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&folder))).join(name);
+        // The umask is the shim's.
+        std::fs::set_permissions(&at, PermissionsExt::from_mode(mode.as_raw_mode()))?;
+        chown(&at, self.uid, self.gid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gpu(minor: u32, uuid: &str, name: &str) -> Gpu {
+        let (uuid, name) = (uuid.to_owned(), name.to_owned());
+        Gpu { uuid, name, minor, memory: 80 << 30, mig: false, persistence: true, processes: vec![] }
+    }
+
+    fn node(gpus: Vec<Gpu>) -> Inventory {
+        Inventory { driver: "580.159.04".into(), gpus }
+    }
+
+    fn saved(gpus: Vec<Gpu>) -> SavedGpus {
+        SavedGpus { driver: "580.159.04".into(), gpus, processes: vec![], cleaned: 0 }
+    }
+
+    #[test]
+    fn the_same_gpus_need_no_pairs() {
+        let node = node(vec![gpu(0, "GPU-a", "H100"), gpu(1, "GPU-b", "H100")]);
+        assert_eq!(saved(vec![gpu(1, "GPU-b", "H100")]).pairs(&node, &[]).unwrap(), []);
+        assert_eq!(saved(vec![gpu(1, "GPU-b", "H100")]).pairs(&node, &[1]).unwrap(), []);
+    }
+
+    #[test]
+    fn other_gpus_take_their_place_in_order() {
+        let node = node(vec![gpu(3, "GPU-d", "H100"), gpu(2, "GPU-c", "H100"), gpu(0, "GPU-a", "H100")]);
+        let pairs = saved(vec![gpu(1, "GPU-x", "H100"), gpu(0, "GPU-a", "H100")]).pairs(&node, &[2, 3]).unwrap();
+        let pair = |old: &str, new: &str| Pair { old: old.into(), new: new.into() };
+        assert_eq!(pairs, [pair("GPU-x", "GPU-c"), pair("GPU-a", "GPU-d")]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let node = node(vec![gpu(0, "GPU-c", "A100")]);
+        let why = |gpus| saved(gpus).pairs(&node, &[0]).unwrap_err();
+        assert!(why(vec![gpu(0, "GPU-a", "H100")]).contains("A100"));
+        assert!(why(vec![gpu(0, "GPU-a", "A100"), gpu(1, "GPU-b", "A100")]).contains("needs 2"));
+        let old = SavedGpus { driver: "570.1".into(), ..saved(vec![gpu(0, "GPU-c", "A100")]) };
+        assert!(old.pairs(&node, &[]).unwrap_err().contains("570.1"));
+    }
+
+    #[test]
+    fn only_numbered_nodes_are_gpus() {
+        assert_eq!(minor(Path::new("/dev/nvidia12")), Some(12));
+        assert_eq!(minor(Path::new("nvidiactl")), None);
+        assert_eq!(minor(Path::new("nvidia-uvm")), None);
+    }
+}

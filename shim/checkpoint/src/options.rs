@@ -1,0 +1,276 @@
+//! What the client asks of a checkpoint, and what the container's annotations say where the client says nothing.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use containerd_shim_protos::api::CheckpointTaskRequest;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::shim::oci;
+use runtime::{Allow, Tcp};
+use serde::{Deserialize, Serialize};
+
+/// `exit` or `continue`: what becomes of the container where the client does not say. nerdctl and the CRI say it to
+/// runtimes of runc's name only.
+const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
+/// `refuse`, `keep` or `close`: what is done about established TCP connections.
+const TCP: &str = "gpusnap.dev/tcp";
+/// Seconds for which a checkpoint waits for GPU work that is under way.
+const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
+/// `store`, `inline` or `images`: where big memory is kept.
+const MEMORY: &str = "gpusnap.dev/memory";
+/// The repository in a registry from which the snapshot can be pulled where it is not in the node's store.
+const REGISTRY: &str = "gpusnap.dev/registry";
+/// The Kubernetes namespace of the pod, by the CRI.
+const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+/// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
+const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
+/// A field of containerd 2.4's options that containerd-shim-protos does not know.
+const PARENT_PATH: u32 = 10;
+const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
+
+/// The container's annotations that concern checkpoints.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Annotations {
+    on_checkpoint: Option<String>,
+    tcp: Option<String>,
+    gpu_patience: Option<String>,
+    memory: Option<String>,
+    registry: Option<String>,
+    pod_namespace: Option<String>,
+}
+
+/// Where the big memory of a checkpoint is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MemoryPlace {
+    /// In the node's store, as part of a snapshot.
+    #[default]
+    Store,
+    /// Beside the images, which then stand alone.
+    Inline,
+    /// In the images, as CRIU writes them: what runc can restore.
+    Images,
+}
+
+impl Annotations {
+    /// Picks them out of all annotations.
+    #[must_use]
+    pub fn of(all: &HashMap<String, String>) -> Self {
+        let of = |name| all.get(name).cloned();
+        Self {
+            on_checkpoint: of(ON_CHECKPOINT),
+            tcp: of(TCP),
+            gpu_patience: of(GPU_PATIENCE),
+            memory: of(MEMORY),
+            registry: of(REGISTRY),
+            pod_namespace: of(POD_NAMESPACE),
+        }
+    }
+
+    /// From where the snapshot can be pulled.
+    #[must_use]
+    pub fn registry(&self) -> Option<String> {
+        self.registry.clone().filter(|registry| !registry.is_empty())
+    }
+
+    fn exit(&self) -> Result<bool, String> {
+        match self.on_checkpoint.as_deref() {
+            None | Some("continue") => Ok(false),
+            Some("exit") => Ok(true),
+            Some(other) => Err(format!("{ON_CHECKPOINT}: {other:?} is neither \"exit\" nor \"continue\"")),
+        }
+    }
+
+    fn gpu_patience(&self) -> Result<Duration, String> {
+        let Some(seconds) = &self.gpu_patience else { return Ok(DEFAULT_GPU_PATIENCE) };
+        let seconds = seconds.parse().map_err(|_| format!("{GPU_PATIENCE}: {seconds:?} is not a number of seconds"))?;
+        Ok(Duration::from_secs(seconds))
+    }
+
+    fn memory(&self) -> Result<MemoryPlace, String> {
+        match self.memory.as_deref() {
+            None | Some("store") => Ok(MemoryPlace::Store),
+            Some("inline") => Ok(MemoryPlace::Inline),
+            Some("images") => Ok(MemoryPlace::Images),
+            Some(other) => Err(format!("{MEMORY}: {other:?} is none of \"store\", \"inline\" and \"images\"")),
+        }
+    }
+
+    /// Returns what is done about TCP connections; None where nothing is said.
+    ///
+    /// # Errors
+    /// In words: a value that is none.
+    pub fn tcp(&self) -> Result<Option<Tcp>, String> {
+        match self.tcp.as_deref() {
+            None => Ok(None),
+            Some("refuse") => Ok(Some(Tcp::Refuse)),
+            Some("keep") => Ok(Some(Tcp::Keep)),
+            Some("close") => Ok(Some(Tcp::Close)),
+            Some(other) => Err(format!("{TCP}: {other:?} is none of \"refuse\", \"keep\" and \"close\"")),
+        }
+    }
+}
+
+/// A request for a checkpoint that cannot be served as it is.
+#[derive(Debug, thiserror::Error)]
+#[error("request for container {container} carries an unusable {field}: {message}")]
+pub struct RequestError {
+    /// The container.
+    pub container: String,
+    /// The part of the request.
+    pub field: &'static str,
+    /// The reason, in words.
+    pub message: String,
+}
+
+/// What is asked of one checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointOptions {
+    /// The folder that becomes the checkpoint.
+    pub folder: PathBuf,
+    /// Where the client wants CRIU's log.
+    pub work: Option<PathBuf>,
+    /// The container is to end.
+    pub exit: bool,
+    /// Reasons to fail that are none here.
+    pub allow: Allow,
+    /// How long GPU work may go on before it makes the checkpoint fail.
+    pub patience: Duration,
+    /// The place of big memory.
+    pub memory: MemoryPlace,
+    /// From where the snapshot can be pulled.
+    pub registry: Option<String>,
+    /// The Kubernetes namespace to which the snapshot belongs.
+    pub pod_namespace: Option<String>,
+}
+
+impl CheckpointOptions {
+    /// Reads a request; the annotations speak where the client says nothing.
+    ///
+    /// # Errors
+    /// A field or an annotation that is not understood.
+    pub fn of(request: &CheckpointTaskRequest, annotations: &Annotations) -> Result<Self, RequestError> {
+        let bad = |field: &'static str, message: String| RequestError { container: request.id.clone(), field, message };
+        let absolute = |field: &'static str, path: &str| {
+            let path = PathBuf::from(path);
+            if path.is_absolute() { Ok(path) } else { Err(bad(field, format!("{path:?} is not absolute"))) }
+        };
+        let folder = absolute("path", &request.path)?;
+        let annotation = |message| bad("annotation", message);
+        let annotated_tcp = annotations.tcp().map_err(annotation)?;
+        let patience = annotations.gpu_patience().map_err(annotation)?;
+        let memory = annotations.memory().map_err(annotation)?;
+        let (registry, pod_namespace) = (annotations.registry(), annotations.pod_namespace.clone());
+        let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
+            let exit = annotations.exit().map_err(annotation)?;
+            let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
+            return Ok(Self { folder, work: None, exit, allow, patience, memory, registry, pod_namespace });
+        };
+        if options.type_url.rsplit('/').next() != Some(OPTIONS) {
+            return Err(bad("options", format!("type {} is not {OPTIONS}", options.type_url)));
+        }
+        let options = oci::CheckpointOptions::parse_from_bytes(&options.value)
+            .map_err(|error| bad("options", error.to_string()))?;
+        if options.special_fields.unknown_fields().get(PARENT_PATH).is_some() {
+            return Err(bad("options", "checkpoints on top of others (parent_path) are not supported".into()));
+        }
+        let work = Some(&options.work_path).filter(|path| !path.is_empty());
+        Ok(Self {
+            folder,
+            work: work.map(|path| absolute("work_path", path)).transpose()?,
+            exit: options.exit,
+            allow: Allow {
+                tcp: annotated_tcp.unwrap_or(if options.open_tcp { Tcp::Keep } else { Tcp::Refuse }),
+                external_unix_sockets: options.external_unix_sockets,
+                shell_job: options.terminal,
+            },
+            patience,
+            memory,
+            registry,
+            pod_namespace,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::protobuf::well_known_types::any::Any;
+
+    use super::*;
+
+    fn annotations(all: &[(&str, &str)]) -> Annotations {
+        Annotations::of(&all.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+    }
+
+    fn request(options: Option<oci::CheckpointOptions>) -> CheckpointTaskRequest {
+        let options = options.map(|options| Any {
+            type_url: OPTIONS.into(),
+            value: options.write_to_bytes().unwrap(),
+            ..Any::default()
+        });
+        CheckpointTaskRequest {
+            id: "c".into(),
+            path: "/images".into(),
+            options: options.into(),
+            ..CheckpointTaskRequest::default()
+        }
+    }
+
+    #[test]
+    fn without_options_the_container_goes_on_unless_it_says_otherwise() {
+        assert!(!CheckpointOptions::of(&request(None), &annotations(&[])).unwrap().exit);
+        assert!(!CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "continue")])).unwrap().exit);
+        assert!(CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap().exit);
+        let error =
+            CheckpointOptions::of(&request(None), &annotations(&[(ON_CHECKPOINT, "stop")])).unwrap_err().to_string();
+        assert!(error.contains("on-checkpoint") && error.contains("stop"), "{error}");
+    }
+
+    #[test]
+    fn options_have_the_last_word_on_the_end() {
+        let options = oci::CheckpointOptions { work_path: "/work".into(), ..oci::CheckpointOptions::default() };
+        let wishes = CheckpointOptions::of(&request(Some(options)), &annotations(&[(ON_CHECKPOINT, "exit")])).unwrap();
+        assert!(!wishes.exit);
+        assert_eq!(wishes.work, Some("/work".into()));
+    }
+
+    #[test]
+    fn the_container_has_the_last_word_on_its_connections() {
+        let tcp = |open_tcp, all: &[_]| {
+            let options = oci::CheckpointOptions { open_tcp, ..oci::CheckpointOptions::default() };
+            CheckpointOptions::of(&request(Some(options)), &annotations(all)).unwrap().allow.tcp
+        };
+        assert_eq!(tcp(false, &[]), Tcp::Refuse);
+        assert_eq!(tcp(true, &[]), Tcp::Keep);
+        assert_eq!(tcp(true, &[(TCP, "close")]), Tcp::Close);
+    }
+
+    #[test]
+    fn the_container_says_how_long_its_gpu_work_may_take() {
+        let patience =
+            |all: &[_]| CheckpointOptions::of(&request(None), &annotations(all)).map(|wishes| wishes.patience);
+        assert_eq!(patience(&[]).unwrap(), DEFAULT_GPU_PATIENCE);
+        assert_eq!(patience(&[(GPU_PATIENCE, "5")]).unwrap(), Duration::from_secs(5));
+        assert!(patience(&[(GPU_PATIENCE, "5m")]).unwrap_err().to_string().contains("5m"));
+    }
+
+    #[test]
+    fn the_container_says_where_its_memory_is_kept() {
+        let memory = |all: &[_]| CheckpointOptions::of(&request(None), &annotations(all)).map(|wishes| wishes.memory);
+        assert_eq!(memory(&[]).unwrap(), MemoryPlace::Store);
+        assert_eq!(memory(&[(MEMORY, "inline")]).unwrap(), MemoryPlace::Inline);
+        assert!(memory(&[(MEMORY, "tape")]).unwrap_err().to_string().contains("tape"));
+    }
+
+    #[test]
+    fn relative_paths_and_foreign_options_are_refused() {
+        let mut relative = request(None);
+        relative.path = "images".into();
+        assert!(CheckpointOptions::of(&relative, &annotations(&[])).unwrap_err().to_string().contains("absolute"));
+        let mut foreign = request(None);
+        foreign.options = Some(Any { type_url: "example.Options".into(), ..Any::default() }).into();
+        assert!(
+            CheckpointOptions::of(&foreign, &annotations(&[])).unwrap_err().to_string().contains("example.Options")
+        );
+    }
+}

@@ -1,0 +1,95 @@
+//! What an image says of itself.
+
+use std::io;
+use std::path::Path;
+
+use crate::format::{INVENTORY, INVENTORY_MAGIC, ImageError, damaged};
+use crate::pages::check_pages;
+use crate::tree;
+use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry};
+
+/// Versions of the images' form that CRIU knows: `CRTOOLS_IMAGES_V1` and `V1_1`.
+const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
+
+/// CRIU has three plugins.
+const MAX_PLUGINS: usize = 64;
+
+/// What an image says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Image {
+    /// Version of the images' form, 1 or 2. Not CRIU's.
+    pub version: u32,
+    /// Plugins without which it cannot be restored. None from CRIU before 4.1, which does not say.
+    pub plugins: Option<Vec<String>>,
+    /// TCP connections were closed by the dump: a restore must allow that too.
+    pub tcp_close: bool,
+}
+
+/// Looks whether every thread of the tree is there. CRIU takes a file that is missing for an empty one, and says which only
+/// among the lines of its log that nobody wants for each page.
+///
+/// # Errors
+/// When one is not, or the tree cannot be read.
+pub fn check_threads(directory: &Path) -> Result<(), ImageError> {
+    for thread in tree::processes(directory)?.iter().flat_map(|process| &process.threads) {
+        let path = tree::core_path(directory, *thread);
+        if let Err(source) = path.metadata() {
+            return Err(ImageError::Read { path, source });
+        }
+    }
+    Ok(())
+}
+
+/// Reads a directory's inventory.
+///
+/// # Errors
+/// When it holds no image, or a damaged one.
+pub fn inspect(directory: &Path) -> Result<Image, ImageError> {
+    let path = directory.join(INVENTORY);
+    let entry = match first_entry(&path, &[INVENTORY_MAGIC], MAX_ENTRY) {
+        Err(ImageError::Read { source, .. })
+            if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+        {
+            return Err(ImageError::NotAnImage { path: directory.to_owned() });
+        }
+        other => other?,
+    };
+    let mut image = Image::default();
+    fields(&path, &entry, |Field { number, value, .. }| {
+        match (number, value) {
+            (1, Value::Number(version)) => image.version = u32::try_from(version).unwrap_or(u32::MAX),
+            (10, Value::Number(on)) => image.tcp_close = on != 0,
+            (12, Value::Bytes(plugins)) => image.plugins = Some(plugin_names(&path, plugins)?),
+            _ => {}
+        }
+        Ok(())
+    })?;
+    if !VERSIONS.contains(&image.version) {
+        return Err(ImageError::Version { path, version: image.version });
+    }
+    Ok(image)
+}
+
+fn plugin_names(path: &Path, entry: &[u8]) -> Result<Vec<String>, ImageError> {
+    let mut names = vec![];
+    fields(path, entry, |Field { number, value, .. }| {
+        if let (12, Value::Bytes(name)) = (number, value) {
+            if names.len() == MAX_PLUGINS {
+                return Err(damaged(path, "it names too many plugins"));
+            }
+            names.push(String::from_utf8_lossy(name).into_owned());
+        }
+        Ok(())
+    })?;
+    Ok(names)
+}
+
+/// Reads a directory's inventory, and checks what CRIU does not: that the files of memory are whole.
+///
+/// # Errors
+/// When it holds no image, or a damaged one.
+pub fn check(directory: &Path) -> Result<Image, ImageError> {
+    let image = inspect(directory)?;
+    check_pages(directory)?;
+    Ok(image)
+}

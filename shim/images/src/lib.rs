@@ -1,0 +1,26 @@
+//! CRIU's images: read, checked, and rewritten without some of their memory.
+//!
+//! Every image file is two magic numbers and then entries, each a length and a protobuf message (images/*.proto of
+//! CRIU); the inventory has one magic number. Images are untrusted: sizes are capped, nothing but regular files is
+//! read, and fields that are not known are skipped.
+
+mod format;
+mod inspect;
+mod memory;
+mod pages;
+mod rewrite;
+mod sharing;
+mod stats;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod vma;
+mod wire;
+
+pub use format::{INVENTORY, ImageError};
+pub use inspect::{Image, check, check_threads, inspect};
+pub use memory::{Inherited, Run, present, runs};
+pub use pages::check_pages;
+pub use rewrite::{Changes, RewriteError, Staging, rewrite};
+pub use stats::{DumpStats, dump_stats};
+pub use tree::root_pid;

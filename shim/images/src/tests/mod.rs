@@ -1,0 +1,4 @@
+//! Images of a few pages.
+
+mod formats;
+mod memory;

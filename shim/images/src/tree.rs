@@ -1,0 +1,68 @@
+//! The tree of processes in a directory of images.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use crate::format::{COMMON_MAGIC, ImageError, PSTREE, PSTREE_MAGIC, damaged};
+use crate::wire::{Field, MAX_ENTRY, Reader, Value, fields, first_entry};
+
+/// `PID_MAX_LIMIT` of Linux.
+const MAX_TASKS: usize = 1 << 22;
+
+pub(crate) struct Process {
+    pub(crate) pid: i32,
+    pub(crate) parent: i32,
+    pub(crate) threads: Vec<u64>,
+}
+
+pub(crate) fn core_path(images: &Path, thread: u64) -> PathBuf {
+    images.join(format!("core-{thread}.img"))
+}
+
+pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
+    let path = images.join(PSTREE);
+    let mut reader = Reader::open(&path, &[COMMON_MAGIC, PSTREE_MAGIC])?;
+    let mut processes = vec![];
+    let mut tasks = 0;
+    let (mut pids, mut threads) = (BTreeSet::new(), BTreeSet::new());
+    while let Some(entry) = reader.entry(MAX_ENTRY)? {
+        let mut process = Process { pid: 0, parent: 0, threads: vec![] };
+        let number = |value| i32::try_from(value).map_err(|_| damaged(&path, "a process has an impossible number"));
+        fields(&path, &entry, |Field { number: field, value, .. }| {
+            match (field, value) {
+                (1, Value::Number(value)) => process.pid = number(value)?,
+                (2, Value::Number(value)) => process.parent = number(value)?,
+                (5, Value::Number(value)) => process.threads.push(value),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        tasks += 1 + process.threads.len();
+        if tasks > MAX_TASKS {
+            return Err(damaged(&path, "it has too many processes"));
+        }
+        // Each would be read again, and all its memory be listed again.
+        if !pids.insert(process.pid) || !process.threads.iter().all(|thread| threads.insert(*thread)) {
+            return Err(damaged(&path, "a process is there twice"));
+        }
+        processes.push(process);
+    }
+    Ok(processes)
+}
+
+/// The pid that the root had in its own pid namespace.
+///
+/// # Errors
+/// When the tree cannot be read.
+pub fn root_pid(directory: &Path) -> Result<Option<i32>, ImageError> {
+    let path = directory.join(PSTREE);
+    let entry = first_entry(&path, &[COMMON_MAGIC, PSTREE_MAGIC], MAX_ENTRY)?;
+    let mut pid = None;
+    fields(&path, &entry, |Field { number, value, .. }| {
+        if let (1, Value::Number(value)) = (number, value) {
+            pid = i32::try_from(value).ok();
+        }
+        Ok(())
+    })?;
+    Ok(pid)
+}

@@ -1,0 +1,522 @@
+//! Programs for unit tests to act on, and cgroups to put them into.
+//!
+//! A program is this test binary again, told by an environment variable what to play. What it does shows in its
+//! counters, which are read from its memory. What a test needs a process for that acts on such a program is a role: a test that is
+//! ignored otherwise ([`spawn_role`]).
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "for tests only")]
+
+use std::cell::RefCell;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
+
+#[allow(unsafe_code)]
+pub mod sys;
+
+const PLAY: &str = "GPUSNAP_TEST_PLAY";
+const ROLE: &str = "GPUSNAP_TEST_ROLE";
+
+/// What programs count.
+static VALUES: [AtomicU64; 8] = [const { AtomicU64::new(0) }; 8];
+/// How often each signal was delivered.
+static DELIVERED: [AtomicU64; 65] = [const { AtomicU64::new(0) }; 65];
+
+/// A real-time signal: each one that is sent is delivered.
+pub const REAL_TIME: i32 = 40;
+
+/// A program that runs. It is killed when this goes.
+pub struct Program {
+    pub child: Child,
+    input: ChildStdin,
+    /// Its own pid: that of the child, or of the child's child.
+    pub pid: i32,
+    /// The thread that is set up last.
+    pub thread: i32,
+    values: u64,
+    delivered: u64,
+    memory: File,
+    /// What to write where so that it can die.
+    thaw: RefCell<Option<(PathBuf, &'static str)>>,
+}
+
+impl Program {
+    /// Starts one, and waits until all its threads are there.
+    pub fn play(name: &str) -> Self {
+        Self::start(name, Command::new(own()))
+    }
+
+    /// Starts one that is not a child of this process, but of a shell that exits as the program did.
+    pub fn play_remote(name: &str) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", "\"$@\"; exit $?", "sh"]).arg(own());
+        Self::start(name, command)
+    }
+
+    /// Starts one in user and mount namespaces of its own.
+    pub fn play_apart(name: &str) -> Self {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user", "--mount", "--net"]).arg(own());
+        Self::start(name, command)
+    }
+
+    fn start(name: &str, mut command: Command) -> Self {
+        command.env(PLAY, name);
+        Self::start_command(command)
+    }
+
+    fn start_command(mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let input = child.stdin.take().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let ready = lines.find_map(|line| line.unwrap().split_once("ready ").map(|(_, rest)| rest.to_owned()));
+        let numbers: Vec<u64> =
+            ready.expect("the program says that it is ready").split(' ').map(|word| word.parse().unwrap()).collect();
+        // What it prints later is nobody's: the pipe must not fill.
+        std::thread::spawn(move || lines.count());
+        let pid = i32::try_from(numbers[0]).unwrap();
+        let thread = i32::try_from(numbers[1]).unwrap();
+        let memory = File::open(format!("/proc/{pid}/task/{thread}/mem")).unwrap();
+        Self { child, input, pid, thread, values: numbers[2], delivered: numbers[3], memory, thaw: RefCell::new(None) }
+    }
+
+    /// Starts a role that says that it is [`ready`].
+    pub fn play_role(test: &str, argument: &str) -> Self {
+        Self::start_command(role_command(test, argument))
+    }
+
+    fn read(&self, address: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.memory.read_exact_at(&mut bytes, address).unwrap();
+        u64::from_ne_bytes(bytes)
+    }
+
+    /// A part of its memory.
+    pub fn bytes(&self, address: u64, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        self.memory.read_exact_at(&mut bytes, address).unwrap();
+        bytes
+    }
+
+    pub fn value(&self, number: u64) -> u64 {
+        self.read(self.values + 8 * number)
+    }
+
+    pub fn values(&self) -> [u64; 8] {
+        std::array::from_fn(|number| self.value(number as u64))
+    }
+
+    pub fn delivered(&self, signal: i32) -> u64 {
+        self.read(self.delivered + 8 * u64::try_from(signal).unwrap())
+    }
+
+    pub fn signal(&self, signal: i32) {
+        sys::queue_signal(self.pid, signal).unwrap();
+    }
+
+    /// Writes a line to its input.
+    pub fn write_line(&mut self) {
+        self.input.write_all(b"line\n").unwrap();
+    }
+
+    /// Waits until a counter has moved.
+    pub fn await_progress(&self, number: u64) {
+        let before = self.value(number);
+        await_that("a counter moves", || self.value(number) > before);
+    }
+
+    /// Whether none of these counters moves for a while.
+    pub fn stands_still(&self, numbers: &[u64]) -> bool {
+        let now = || numbers.iter().map(|number| self.value(*number)).collect::<Vec<_>>();
+        let before = now();
+        std::thread::sleep(Duration::from_millis(40));
+        now() == before
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if let Some((file, thawed)) = self.thaw.take() {
+            let _ = fs::write(file, thawed);
+        }
+        let pid = rustix::process::Pid::from_raw(self.pid).unwrap();
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = self.child.kill();
+        wait(&mut self.child);
+    }
+}
+
+/// A cgroup of its own with a freezer, removed when it goes: to be made before what is put into it.
+pub struct Freezer {
+    directory: PathBuf,
+    control: (&'static str, &'static str, &'static str),
+}
+
+impl Freezer {
+    /// `None`, with the reason printed, where there is none.
+    pub fn v1() -> Option<Self> {
+        Self::make(&["/sys/fs/cgroup/freezer"], ("freezer.state", "FROZEN", "THAWED"))
+    }
+
+    pub fn v2() -> Option<Self> {
+        Self::make(&["/sys/fs/cgroup/unified", "/sys/fs/cgroup"], ("cgroup.freeze", "1", "0"))
+    }
+
+    /// All kinds that this machine has.
+    pub fn all() -> Vec<Self> {
+        [Self::v1(), Self::v2()].into_iter().flatten().collect()
+    }
+
+    fn make(roots: &[&str], control: (&'static str, &'static str, &'static str)) -> Option<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("gpusnap-cuda-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        for root in roots {
+            let directory = Path::new(root).join(&name);
+            if fs::create_dir(&directory).is_ok() {
+                let freezer = Self { directory, control };
+                if freezer.directory.join(control.0).exists() {
+                    return Some(freezer);
+                }
+            }
+        }
+        eprintln!("skipped: no cgroup with a {} can be made in {roots:?}", control.0);
+        None
+    }
+
+    pub fn add(&self, program: &Program) {
+        fs::write(self.directory.join("cgroup.procs"), program.pid.to_string()).unwrap();
+        program.thaw.replace(Some((self.directory.join(self.control.0), self.control.2)));
+    }
+
+    pub fn freeze(&self) {
+        fs::write(self.directory.join(self.control.0), self.control.1).unwrap();
+        await_that("the cgroup is frozen", || self.is_frozen());
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        let read = |file: &str| fs::read_to_string(self.directory.join(file)).unwrap();
+        if self.is_v1() { read("freezer.state").trim() == "FROZEN" } else { read("cgroup.events").contains("frozen 1") }
+    }
+
+    pub fn is_v1(&self) -> bool {
+        self.control.0 == "freezer.state"
+    }
+
+    pub fn thaw(&self) {
+        fs::write(self.directory.join(self.control.0), self.control.2).unwrap();
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        self.thaw();
+        let end = Instant::now() + Duration::from_secs(2);
+        while fs::remove_dir(&self.directory).is_err() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Waits until something is so; fails if it does not come.
+pub fn await_that(what: &str, mut is: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !is() {
+        assert!(Instant::now() < end, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Waits for a child's exit code; `None` if a signal has ended it, or it has been waited for otherwise.
+#[expect(clippy::disallowed_methods, reason = "there is no reaper in these tests")]
+pub fn wait(child: &mut Child) -> Option<i32> {
+    child.wait().ok()?.code()
+}
+
+/// A deadline that no test comes near to unless it fails.
+pub fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(10)
+}
+
+fn own() -> PathBuf {
+    std::env::current_exe().unwrap()
+}
+
+/// Starts a role: a test of this binary that is ignored otherwise, in a process of its own.
+pub fn spawn_role(test: &str, argument: &str) -> Child {
+    role_command(test, argument).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+}
+
+fn role_command(test: &str, argument: &str) -> Command {
+    let mut command = Command::new(own());
+    command.args([test, "--exact", "--ignored", "--nocapture", "--test-threads=1"]).env(ROLE, argument);
+    command
+}
+
+/// The argument of the role that this process has; `None` in a run of the tests. It ends with its parent.
+pub fn role() -> Option<String> {
+    let argument = std::env::var(ROLE).ok()?;
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
+    Some(argument)
+}
+
+/// Ends this process at once.
+pub fn exit(code: i32) -> ! {
+    sys::exit(code)
+}
+
+/// Says that all is set up.
+pub fn ready() {
+    let address = |counters: &[AtomicU64]| counters.as_ptr() as usize;
+    let pid = std::process::id();
+    let thread = rustix::thread::gettid();
+    println!("\nready {pid} {thread} {} {}", address(&VALUES), address(&DELIVERED));
+    std::io::stdout().flush().unwrap();
+}
+
+fn thread(name: &str, body: impl FnOnce() + Send + 'static) {
+    std::thread::Builder::new().name(name.to_owned()).spawn(body).unwrap();
+}
+
+fn count(number: usize) {
+    VALUES[number].fetch_add(1, Ordering::Relaxed);
+}
+
+/// The thread that a driver would have: it takes no signals.
+fn drivers_thread() {
+    drivers_thread_that(|| {});
+}
+
+/// One that does something again and again.
+fn drivers_thread_that(does: impl Fn() + Send + 'static) {
+    let (started, is_started) = std::sync::mpsc::channel();
+    thread("cuda0123456789a", move || {
+        SigSet::all().thread_block().unwrap();
+        started.send(()).unwrap();
+        loop {
+            count(4);
+            does();
+            sys::sleep_once(1);
+        }
+    });
+    is_started.recv().unwrap();
+}
+
+fn many() -> ! {
+    drivers_thread();
+    many_of_the_program()
+}
+
+fn many_of_the_program() -> ! {
+    thread("computes", || sys::compute());
+    thread("sleeps", || {
+        loop {
+            count(if sys::sleep_once(2) { 1 } else { 6 });
+        }
+    });
+    thread("reads", || {
+        for _ in std::io::stdin().lock().lines() {
+            count(2);
+        }
+    });
+    ready();
+    loop {
+        count(3);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sends the driver's thread of a process a signal, which it only looks for.
+pub fn tell_driver(pid: i32) {
+    let mut tids = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap());
+    let is_driver = |entry: &fs::DirEntry| fs::read(entry.path().join("comm")).unwrap() == b"cuda0123456789a\n";
+    let driver = tids.find(is_driver).unwrap().file_name().into_string().unwrap();
+    sys::signal_thread(pid, driver.parse().unwrap(), libc::SIGUSR1).unwrap();
+}
+
+/// What the word at this byte of a staging area is: every fourth 64 KiB have nothing.
+fn staged_word(at: u64) -> u64 {
+    if at / 65536 % 4 == 3 { 0 } else { (at + 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) }
+}
+
+/// Has a staging area of so many MiB, whose address is value 5, and checks all the time what is in it: 0 counts that it
+/// is right and 7 that it is not. When it reads a line, it increments the second word of each page.
+fn stage(mebibytes: u64) -> ! {
+    let words = sys::map_words(mebibytes << 20, 0);
+    let numbered = || words.iter().zip((0..).step_by(8));
+    for (word, at) in numbered() {
+        if staged_word(at) != 0 {
+            word.store(staged_word(at), Ordering::Relaxed);
+        }
+    }
+    VALUES[5].store(words.as_ptr() as u64, Ordering::Relaxed);
+    drivers_thread();
+    thread("checks", move || {
+        loop {
+            let is_right =
+                |(word, at): (&AtomicU64, u64)| at % 4096 == 8 || word.load(Ordering::Relaxed) == staged_word(at);
+            count(if numbered().all(is_right) { 0 } else { 7 });
+        }
+    });
+    ready();
+    for _ in std::io::stdin().lock().lines() {
+        for page in words.chunks(512) {
+            page[1].fetch_add(1, Ordering::Relaxed);
+        }
+        count(2);
+    }
+    sys::exit(0);
+}
+
+fn have_residue(directory: &str) {
+    for number in 0..3 {
+        sys::map(&open_in(directory, &format!("mapped{number}")));
+    }
+    for number in 0..5 {
+        let file = open_in(directory, &format!("open{number}"));
+        if number < 2 {
+            rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        }
+        std::mem::forget(file);
+    }
+}
+
+fn open_in(directory: &str, name: &str) -> File {
+    let file = Path::new(directory).join(name);
+    fs::write(&file, [7; 8192]).unwrap();
+    File::options().read(true).write(true).open(file).unwrap()
+}
+
+/// What a program plays. It runs before `main` does, so that it is in the first thread of its process, and that has no
+/// other threads than its own: the tests' `main` runs tests in a thread of theirs. Nothing, in a run of the tests.
+fn play() {
+    let Ok(play) = std::env::var(PLAY) else { return };
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
+    let (play, argument) = play.split_once(' ').unwrap_or((&play, ""));
+    for signal in [libc::SIGUSR1, libc::SIGCONT, REAL_TIME] {
+        sys::count_signal(signal);
+    }
+    match play {
+        // 0 computes, 1 sleeps, 2 waits for input, 3 is the first thread, 4 is the driver's.
+        "many" => many(),
+        // Threads come and go all the time.
+        "churn" => {
+            drivers_thread();
+            for _ in 0..3 {
+                thread("parent", || {
+                    loop {
+                        let child = std::thread::spawn(|| count(0));
+                        child.join().unwrap();
+                        count(1);
+                    }
+                });
+            }
+            ready();
+            loop {
+                count(3);
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // The first thread has ended, the others live.
+        "headless" => {
+            thread("sleeps", || {
+                let first = std::process::id();
+                await_that("the first thread has ended", || {
+                    fs::read_to_string(format!("/proc/{first}/stat")).unwrap().contains(") Z ")
+                });
+                ready();
+                loop {
+                    count(1);
+                    sys::sleep_once(1);
+                }
+            });
+            sys::end_thread();
+        }
+        // Its driver's thread makes a mapping, at value 5, when it is told.
+        "maps" => {
+            let mebibytes: u64 = argument.parse().unwrap();
+            drivers_thread_that(move || {
+                if VALUES[5].load(Ordering::Relaxed) == 0 && sys::is_pending(libc::SIGUSR1) {
+                    let words = sys::map_words(mebibytes << 20, libc::MAP_POPULATE);
+                    VALUES[5].store(words.as_ptr() as u64, Ordering::Relaxed);
+                }
+            });
+            many_of_the_program();
+        }
+        "staging" => stage(argument.parse().unwrap()),
+        // It cannot open anything more.
+        "staging-full" => {
+            while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
+            stage(argument.parse().unwrap());
+        }
+        // Its name is of the driver's kind, and so are its threads'.
+        "cuda-named" => {
+            rustix::thread::set_name(c"cuda-server").unwrap();
+            std::thread::spawn(|| {
+                loop {
+                    count(1);
+                    sys::sleep_once(1);
+                }
+            });
+            drivers_thread();
+            ready();
+            loop {
+                count(3);
+                sys::sleep_once(1);
+            }
+        }
+        // One thread in one long system call after the other.
+        "sleeper" => {
+            let alternate = sys::set_alternate_stack();
+            ready();
+            loop {
+                count(if sys::alternate_stack() == alternate { 5 } else { 7 });
+                count(if sys::sleep_once(300) { 1 } else { 6 });
+            }
+        }
+        // One thread that computes.
+        "computer" => {
+            ready();
+            sys::compute();
+        }
+        // One thread that waits for input.
+        "reader" => {
+            ready();
+            for line in std::io::stdin().lock().lines() {
+                assert_eq!(line.unwrap(), "line");
+                count(2);
+            }
+        }
+        // Has files of a directory open and mapped, and does all that "many" does too.
+        "residue" => {
+            have_residue(argument);
+            many();
+        }
+        // It cannot open anything more.
+        "residue-full" => {
+            have_residue(argument);
+            while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
+            many();
+        }
+        // There is nothing in its root directory.
+        "residue-jailed" => {
+            have_residue(argument);
+            let jail = Path::new(argument).join("jail");
+            fs::create_dir(&jail).unwrap();
+            rustix::process::chroot(&jail).unwrap();
+            many();
+        }
+        // It does nothing.
+        "residue-only" => {
+            have_residue(argument);
+            ready();
+            sys::sleep_once(3_600_000);
+        }
+        other => panic!("there is no program {other}"),
+    }
+}

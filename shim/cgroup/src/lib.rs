@@ -247,6 +247,17 @@ impl Cgroup {
         freezer::is_frozen(self)
     }
 
+    /// Whether a process in it stands still, or is about to: it, or a cgroup above it, is frozen.
+    ///
+    /// # Errors
+    /// When the freezer's files cannot be read.
+    pub fn stands_still(&self) -> Result<bool, CgroupError> {
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => directories.get("freezer").map_or(Ok(false), freezer::stands_still),
+            Hierarchy::V2(directory) => freezer::stands_still(directory),
+        }
+    }
+
     /// Thaws it, if it is frozen.
     ///
     /// # Errors

@@ -318,3 +318,19 @@ fn a_guardian_that_takes_over_finds_what_is_to_be_undone() {
     assert_eq!(host.resume(true).unwrap(), Resumed { restored: 1 });
     assert!(host.is_untouched());
 }
+
+#[test]
+fn processes_that_are_not_inits_descendants_are_left_out_of_what_is_saved() {
+    let child = support::Program::play("sleeper");
+    let init = i32::try_from(std::process::id()).unwrap();
+    let staging = |pid| Staging { pid, namespace_pid: 7, ranges: Vec::new() };
+    let process = SuspendedProcess { pid: 7, staged: 0, gpus: Vec::new() };
+    let mut suspended = Suspended {
+        staging: vec![staging(1), staging(child.pid), staging(init)],
+        processes: vec![SuspendedProcess { pid: 3, ..process.clone() }, process.clone(), process.clone()],
+        ..Suspended::default()
+    };
+    assert_eq!(suspended.leave_out_execs(init), [1]);
+    assert_eq!(suspended.staging, [staging(child.pid), staging(init)]);
+    assert_eq!(suspended.processes, [process.clone(), process]);
+}

@@ -278,6 +278,9 @@ impl Work {
         let init = self.child.pid();
         let mut suspended = suspending.suspend(init, self.paused, self.wishes.patience, GPU, &self.timeline).await?;
         *guardian = Some(suspending);
+        for pid in suspended.leave_out_execs(init) {
+            tracing::warn!("process {pid} was started by an exec and is not saved; it goes on if the container does");
+        }
         let staging = std::mem::take(&mut suspended.staging);
         Ok((SavedGpus::of(suspended, &self.devices, init), staging))
     }

@@ -234,6 +234,10 @@ impl Freezer for Machine {
         self.cgroup()?.thaw().map_err(container("thaw"))
     }
 
+    fn is_frozen(&mut self) -> bool {
+        self.cgroup().is_ok_and(|cgroup| cgroup.is_frozen().unwrap_or(false))
+    }
+
     fn memory_left(&mut self) -> Option<MemoryLeft> {
         self.cgroup.as_ref().and_then(memory_left)
     }

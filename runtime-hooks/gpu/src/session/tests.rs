@@ -334,3 +334,30 @@ fn processes_that_are_not_inits_descendants_are_left_out_of_what_is_saved() {
     assert_eq!(suspended.staging, [staging(child.pid), staging(init)]);
     assert_eq!(suspended.processes, [process.clone(), process]);
 }
+
+#[test]
+fn what_is_owed_is_paid_without_a_change_of_who_is_frozen() {
+    for is_resumed in [true, false] {
+        let mut host = Bed::of([(101, Process { restore_fails: 9, ..process(CHECKPOINTED) })]);
+        host.resume(true).unwrap_err();
+        assert!(host.frozen && !host.owes().is_paid());
+        // Somebody resumes the container, or does not.
+        host.frozen = !is_resumed;
+        while !host.pay().is_paid() {
+            assert_eq!(host.frozen, !is_resumed);
+        }
+        assert_eq!((host.frozen, host.cuda(101)), (!is_resumed, RUNNING));
+    }
+}
+
+#[test]
+fn a_container_that_could_not_be_frozen_again_is_told_and_not_frozen_later() {
+    let mut host = Bed::of([(101, process(RUNNING))]);
+    host.memory_left = Some(MemoryLeft { bytes: 1, is_limited: true });
+    host.fault = Some(Fault { action: "freeze", after: 0, times: 1, is_done: false });
+    let error = host.suspend().unwrap_err().to_string();
+    assert!(error.contains("give it more memory") && error.contains("cannot freeze the container"), "{error}");
+    assert!(host.owes().is_paid() && host.cuda(101) == RUNNING && !host.frozen);
+    host.pay();
+    assert!(!host.frozen);
+}

@@ -39,6 +39,14 @@ pub(crate) fn write(path: &Path, content: &str) -> Result<(), CgroupError> {
     })
 }
 
+/// Takes it for done when the cgroup is gone.
+pub(crate) fn unless_gone(result: Result<(), CgroupError>) -> Result<(), CgroupError> {
+    match result {
+        Err(CgroupError::File { source, .. }) if is_gone(&source) => Ok(()),
+        other => other,
+    }
+}
+
 /// A number. Negative ones, which the kernel writes in a few places for "nothing", count as 0, and `max` as `unlimited`.
 pub(crate) fn number(path: &Path, unlimited: u64) -> Result<u64, CgroupError> {
     Ok(text(path)?.map_or(0, |text| parse(text.trim(), unlimited)))

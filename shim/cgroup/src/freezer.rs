@@ -50,14 +50,18 @@ pub(crate) fn freeze_at_rest(cgroup: &Cgroup, mut is_frozen: bool, moments: u32)
 }
 
 pub(crate) fn freeze(cgroup: &Cgroup) -> Result<(), CgroupError> {
+    freeze_within(cgroup, DEADLINE)
+}
+
+pub(crate) fn freeze_within(cgroup: &Cgroup, limit: Duration) -> Result<(), CgroupError> {
     let directory = cgroup.directory();
     process::refuse_own(directory, &process::pids(directory)?)?;
     let frozen = match &cgroup.hierarchy {
         Hierarchy::V1(directories) => match directories.get("freezer") {
-            Some(freezer) => freeze_v1(freezer)?,
+            Some(freezer) => freeze_v1(freezer, limit)?,
             None => false,
         },
-        Hierarchy::V2(directory) => freeze_v2(directory)?,
+        Hierarchy::V2(directory) => freeze_v2(directory, limit)?,
     };
     if frozen {
         return Ok(());
@@ -66,16 +70,16 @@ pub(crate) fn freeze(cgroup: &Cgroup) -> Result<(), CgroupError> {
     Err(CgroupError::Unfinished { action: "freeze", path: directory.to_owned() })
 }
 
-fn freeze_v1(freezer: &Path) -> Result<bool, CgroupError> {
+fn freeze_v1(freezer: &Path, limit: Duration) -> Result<bool, CgroupError> {
     let state = freezer.join("freezer.state");
-    let deadline = Instant::now() + DEADLINE;
+    let deadline = Instant::now() + limit;
     let mut asked = 0_u32;
     loop {
         if asked.is_multiple_of(ASK_AGAIN) {
             if asked > 0 {
-                unless_gone(file::write(&state, "THAWED"))?;
+                file::unless_gone(file::write(&state, "THAWED"))?;
             }
-            unless_gone(file::write(&state, "FROZEN"))?;
+            file::unless_gone(file::write(&state, "FROZEN"))?;
         }
         match file::text(&state)? {
             Some(text) if text.trim() != "FROZEN" => {}
@@ -90,10 +94,10 @@ fn freeze_v1(freezer: &Path) -> Result<bool, CgroupError> {
     }
 }
 
-fn freeze_v2(directory: &Path) -> Result<bool, CgroupError> {
-    unless_gone(file::write(&directory.join("cgroup.freeze"), "1"))?;
+fn freeze_v2(directory: &Path, limit: Duration) -> Result<bool, CgroupError> {
+    file::unless_gone(file::write(&directory.join("cgroup.freeze"), "1"))?;
     let events = directory.join("cgroup.events");
-    let deadline = Instant::now() + DEADLINE;
+    let deadline = Instant::now() + limit;
     loop {
         let events = file::pairs(&events)?;
         if !events.is_present() || events.get("frozen") == 1 {
@@ -120,10 +124,10 @@ pub(crate) fn is_frozen(cgroup: &Cgroup) -> Result<bool, CgroupError> {
 pub(crate) fn thaw(cgroup: &Cgroup) -> Result<(), CgroupError> {
     match &cgroup.hierarchy {
         Hierarchy::V1(directories) => match directories.get("freezer") {
-            Some(freezer) => unless_gone(file::write(&freezer.join("freezer.state"), "THAWED")),
+            Some(freezer) => file::unless_gone(file::write(&freezer.join("freezer.state"), "THAWED")),
             None => Ok(()),
         },
-        Hierarchy::V2(directory) => unless_gone(file::write(&directory.join("cgroup.freeze"), "0")),
+        Hierarchy::V2(directory) => file::unless_gone(file::write(&directory.join("cgroup.freeze"), "0")),
     }
 }
 
@@ -134,15 +138,8 @@ pub(crate) fn thaw_all(cgroup: &Cgroup) -> Result<(), CgroupError> {
         && let Some(freezer) = directories.get("freezer")
     {
         for below in process::subtree(freezer)? {
-            unless_gone(file::write(&below.join("freezer.state"), "THAWED"))?;
+            file::unless_gone(file::write(&below.join("freezer.state"), "THAWED"))?;
         }
     }
     Ok(())
-}
-
-fn unless_gone(result: Result<(), CgroupError>) -> Result<(), CgroupError> {
-    match result {
-        Err(CgroupError::File { source, .. }) if file::is_gone(&source) => Ok(()),
-        other => other,
-    }
 }

@@ -12,7 +12,9 @@ mod freezer;
 mod locate;
 mod memory;
 mod oom;
+mod place;
 mod process;
+mod remove;
 #[allow(unsafe_code)]
 mod sys;
 #[cfg(test)]
@@ -23,12 +25,16 @@ mod vfork;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use rustix::process::Signal;
 
 use locate::Places;
 pub use oom::OomWatch;
+pub use place::{Membership, Place};
+use proc::HostPid;
+use serde::{Deserialize, Serialize};
 
 /// What went wrong with a cgroup file.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +76,28 @@ pub enum CgroupError {
         /// The process.
         pid: i32,
     },
+    /// It is there after a minute of attempts to remove it.
+    #[error("the cgroup {path} does not go: processes {pids:?} are in it")]
+    Busy {
+        /// The directory, which may be below the one that was to be removed.
+        path: PathBuf,
+        /// Who is in it.
+        pids: Vec<i32>,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// The path of a specification is none of a cgroup.
+    #[error("the cgroup path {path} {why}")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// Cgroups were to be made by systemd on a machine with cgroup v1.
+    #[error("cgroups by systemd need cgroup v2 in this runtime; use runc on this node")]
+    SystemdV1,
     /// The kernel offers no notification of out-of-memory kills here: there is no memory controller.
     #[error("no memory controller for the cgroup {path}")]
     NoMemoryController {
@@ -88,20 +116,21 @@ pub enum CgroupError {
 }
 
 /// Where the processes of one container are accounted. It stays valid when the processes end, and while the cgroup's
-/// directories are there it can be asked.
-#[derive(Clone, Debug)]
+/// directories are there it can be asked. It can be told to another process, which has to see the same hierarchies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
     hierarchy: Hierarchy,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Hierarchy {
     V1(v1::Directories),
     V2(PathBuf),
 }
 
 impl Cgroup {
-    /// The cgroup that a process is in now.
+    /// The cgroup that a process is in now. Of a container's process that is the container's only as long as nothing of
+    /// the container has run: later it may have moved to a cgroup below. See [`Place`].
     ///
     /// # Errors
     /// When the process has ended, it has no cgroup but the root, or /proc cannot be read.
@@ -116,6 +145,27 @@ impl Cgroup {
             Some(Places::V2(directory)) => Ok(Self { hierarchy: Hierarchy::V2(directory) }),
             None => Err(CgroupError::None { pid }),
         }
+    }
+
+    /// The cgroup with these directories, each by its controllers as `/proc/PID/cgroup` names them: the form in which
+    /// runc keeps them. The name of version 2 is empty. None without any.
+    #[must_use]
+    pub fn of_directories(directories: impl IntoIterator<Item = (String, PathBuf)>) -> Option<Self> {
+        let (v1, v2): (Vec<_>, Vec<_>) = directories.into_iter().partition(|(names, _)| !names.is_empty());
+        let v1 = v1.iter().flat_map(|(names, path)| names.split(',').map(|name| (name.to_owned(), path.clone())));
+        let v1: Vec<_> = v1.collect();
+        let hierarchy = match v2.into_iter().next() {
+            _ if !v1.is_empty() => Hierarchy::V1(v1::Directories::new(v1)),
+            Some((_, path)) => Hierarchy::V2(path),
+            None => return None,
+        };
+        Some(Self { hierarchy })
+    }
+
+    /// Returns whether another cgroup is this one or below it.
+    #[must_use]
+    pub fn contains(&self, other: &Self) -> bool {
+        other.directory().starts_with(self.directory())
     }
 
     /// Every process in it and in the cgroups below it, in this process's pid namespace.
@@ -157,6 +207,26 @@ impl Cgroup {
         freezer::freeze(self)
     }
 
+    /// The same with another limit than half a second.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`].
+    pub fn freeze_within(&self, limit: Duration) -> Result<(), CgroupError> {
+        freezer::freeze_within(self, limit)
+    }
+
+    /// Freezes the cgroup of a restored tree, without those who made the tree there: they are moved to where another
+    /// process is.
+    ///
+    /// # Errors
+    /// As [`Self::freeze`], and when a maker cannot be moved.
+    pub fn freeze_around(&self, makers: &[HostPid], beside: HostPid) -> Result<(), CgroupError> {
+        for maker in makers {
+            self.expel(maker.raw(), beside.raw())?;
+        }
+        self.freeze()
+    }
+
     /// Freezes it, unless `is_frozen`, at a moment when no process of it waits in `vfork` for a child to execute a
     /// program: the child stands still too, so such a process waits on in the kernel, where CRIU cannot stop it. A
     /// cgroup caught so is thawed for another moment, again and again for 4 s.
@@ -194,6 +264,30 @@ impl Cgroup {
         match self.hierarchy {
             Hierarchy::V1(_) => self.thaw(),
             Hierarchy::V2(_) => Ok(()),
+        }
+    }
+
+    /// Kills every process in it and removes it, with all below it, in all its hierarchies. Tries until it is gone, a
+    /// minute at most.
+    ///
+    /// # Errors
+    /// When it is there after a minute. What is gone by then stays so, and the call can be repeated.
+    pub fn remove(&self) -> Result<(), CgroupError> {
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => remove::remove(&directories.all()),
+            Hierarchy::V2(directory) => remove::remove(std::slice::from_ref(directory)),
+        }
+    }
+
+    /// Removes it, with all below it, if nobody is in it: tried for ten seconds, because a process that has just left it
+    /// can keep it for a moment.
+    ///
+    /// # Errors
+    /// When it is there after that time.
+    pub fn remove_empty(&self) -> Result<(), CgroupError> {
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => remove::remove_empty(&directories.all()),
+            Hierarchy::V2(directory) => remove::remove_empty(std::slice::from_ref(directory)),
         }
     }
 

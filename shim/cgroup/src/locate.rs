@@ -22,13 +22,13 @@ struct Membership {
 
 /// One cgroup file system of `/proc/self/mountinfo`.
 #[derive(Debug, PartialEq, Eq)]
-struct Mount {
-    unified: bool,
+pub(crate) struct Mount {
+    pub(crate) unified: bool,
     /// Super block options; on v1 the controllers are among them.
-    options: Vec<String>,
+    pub(crate) options: Vec<String>,
     /// The part of the hierarchy that is mounted.
-    root: PathBuf,
-    point: PathBuf,
+    pub(crate) root: PathBuf,
+    pub(crate) point: PathBuf,
 }
 
 /// What a process is in.
@@ -99,7 +99,7 @@ fn membership(line: &str) -> Option<Membership> {
 }
 
 /// `id parent major:minor root point options [optional fields] - type source super-options`, proc(5).
-fn mount(line: &str) -> Option<Mount> {
+pub(crate) fn mount(line: &str) -> Option<Mount> {
     let (before, after) = line.split_once(" - ")?;
     let mut before = before.split(' ').skip(3);
     let (root, point) = (before.next()?, before.next()?);

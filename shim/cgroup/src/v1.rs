@@ -1,6 +1,6 @@
 //! Version 1: a directory for each controller.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use containerd_shim_protos::cgroups::metrics::{
 };
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use serde::{Deserialize, Serialize};
 
 use crate::{CgroupError, file, pack, process};
 
@@ -23,7 +24,7 @@ const NANOSECONDS_PER_TICK: u64 = 1_000_000_000 / 100;
 const OF_PROCESSES: [&str; 4] = ["freezer", "devices", "pids", "name=systemd"];
 
 /// Where each controller's files of one container are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Directories {
     by_controller: HashMap<String, PathBuf>,
     of_processes: PathBuf,
@@ -40,6 +41,12 @@ impl Directories {
 
     pub(crate) fn get(&self, controller: &str) -> Option<&Path> {
         self.by_controller.get(controller).map(PathBuf::as_path)
+    }
+
+    /// Each directory once.
+    pub(crate) fn all(&self) -> Vec<PathBuf> {
+        let all: BTreeSet<&PathBuf> = self.by_controller.values().collect();
+        all.into_iter().cloned().collect()
     }
 
     pub(crate) fn of_processes(&self) -> &Path {

@@ -2,34 +2,92 @@
 //! the time, for a moment. A container that is frozen in that moment cannot be dumped: the child stands still, so the
 //! parent waits on in the kernel, where CRIU cannot stop it. CRIU would try for 10 s and fail.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
-/// `CLONE_VFORK` of linux/sched.h.
+use proc::{HostPid, Stat};
+
+/// `CLONE_VFORK` of linux/sched.h: the only flag that makes the caller wait.
 const CLONE_VFORK: u64 = 0x4000;
 
+/// Numbers of the calls of 32-bit programs, which `/proc/PID/syscall` does not tell from those of 64-bit ones
+/// (arch/x86/entry/syscalls/syscall_32.tbl). That of `clone3` is the same for both.
+#[cfg(target_arch = "x86_64")]
+mod compat {
+    pub(super) const VFORK: libc::c_long = 190;
+    pub(super) const CLONE: libc::c_long = 120;
+}
+
+/// A call that may make a thread wait so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Vfork,
+    /// `clone` with these flags.
+    Clone(u64),
+    /// `clone3`: its flags are the first word of the memory at this address.
+    Clone3(u64),
+}
+
 /// The first of these processes that has a thread which waits so. To be asked when all of them stand still.
+///
+/// A thread that was just made shows the call that made it, and so does the one that made it, until they are back in
+/// their program. They wait for nothing, unless the call was a vfork.
 pub(crate) fn waiting(pids: &[i32]) -> Option<i32> {
-    pids.iter().copied().find(|pid| threads_wait(*pid))
+    pids.iter().copied().find(|pid| HostPid::new(*pid).is_some_and(threads_wait))
 }
 
-fn threads_wait(pid: i32) -> bool {
+fn threads_wait(pid: HostPid) -> bool {
     // A process that has ended waits for nothing.
-    let Ok(tasks) = std::fs::read_dir(Path::new("/proc").join(pid.to_string()).join("task")) else { return false };
-    tasks.flatten().any(|task| std::fs::read_to_string(task.path().join("syscall")).is_ok_and(|call| is_vfork(&call)))
+    let Ok(tids) = proc::tids(pid) else { return false };
+    tids.into_iter().any(|tid| waits(pid, tid))
 }
 
-/// `/proc/PID/task/TID/syscall` (proc_pid_syscall(5)): the number of the call and its arguments.
-fn is_vfork(call: &str) -> bool {
-    let mut words = call.split_ascii_whitespace();
-    let Some(Ok(number)) = words.next().map(str::parse::<libc::c_long>) else { return false };
+fn waits(pid: HostPid, tid: i32) -> bool {
+    let file = |name: &str| pid.path(&format!("task/{tid}/{name}"));
+    let Ok(text) = std::fs::read_to_string(file("syscall")) else { return false };
+    let is_vfork = match call(&text, || is_32_bit(pid)) {
+        None => false,
+        Some(Call::Vfork) => true,
+        Some(Call::Clone(flags)) => is_set(flags),
+        Some(Call::Clone3(arguments)) => {
+            let mut flags = [0; 8];
+            let read = File::open(file("mem")).and_then(|memory| memory.read_exact_at(&mut flags, arguments));
+            // Memory that cannot be read was none when the call was made, which has failed then; or it is gone.
+            read.is_ok() && is_set(u64::from_le_bytes(flags))
+        }
+    };
+    // A stopped thread has come out of its wait: it is stopped on its way back to its program.
+    is_vfork && Stat::of_thread(pid, tid).is_ok_and(|stat| !matches!(stat.state(), b't' | b'T'))
+}
+
+fn is_set(flags: u64) -> bool {
+    flags & CLONE_VFORK == CLONE_VFORK
+}
+
+/// What a line of `/proc/PID/syscall` (proc_pid_syscall(5)), the number of the call and its arguments, says.
+fn call(line: &str, is_32_bit: impl FnOnce() -> bool) -> Option<Call> {
+    let mut words = line.split_ascii_whitespace();
+    let number: libc::c_long = words.next()?.parse().ok()?;
+    let first = words.next().and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok())?;
     #[cfg(target_arch = "x86_64")]
-    if number == libc::SYS_vfork {
-        return true;
+    match number {
+        libc::SYS_vfork => return Some(Call::Vfork),
+        compat::VFORK => return is_32_bit().then_some(Call::Vfork),
+        compat::CLONE => return is_32_bit().then_some(Call::Clone(first)),
+        _ => {}
     }
-    // The flags of clone3 are in the process's memory; but only this makes it wait.
-    let flags = words.next().and_then(|flags| u64::from_str_radix(flags.trim_start_matches("0x"), 16).ok());
-    number == libc::SYS_clone3
-        || number == libc::SYS_clone && flags.is_some_and(|flags| flags & CLONE_VFORK == CLONE_VFORK)
+    match number {
+        libc::SYS_clone => Some(Call::Clone(first)),
+        libc::SYS_clone3 => Some(Call::Clone3(first)),
+        _ => None,
+    }
+}
+
+/// Returns whether the program of a process is a 32-bit one: the fifth byte of an ELF file says so.
+fn is_32_bit(pid: HostPid) -> bool {
+    let mut header = [0; 5];
+    let read = File::open(pid.path("exe")).and_then(|file| file.read_exact_at(&mut header, 0));
+    read.is_ok() && header == *b"\x7fELF\x01"
 }
 
 #[cfg(test)]
@@ -38,17 +96,73 @@ mod tests {
 
     #[test]
     fn a_wait_for_a_vforked_child_is_told_from_other_calls() {
-        let clone = libc::SYS_clone;
-        assert!(is_vfork(&format!("{clone} 0x4111 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00")));
-        assert!(!is_vfork(&format!("{clone} 0x1200011 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00")));
-        assert!(is_vfork(&format!("{} 0x7ffe 0x58 0x0 0x0 0x0 0x0 0x7ffe 0x7f00", libc::SYS_clone3)));
-        assert!(!is_vfork("0 0x4000 0x4000 0x0 0x0 0x0 0x0 0x7ffe 0x7f00"));
-        assert!(!is_vfork("-1 0x7ffe 0x7f00"));
-        assert!(!is_vfork("running"));
+        let of = |line: &str| call(line, || false);
+        let line = |number: libc::c_long, first: &str| format!("{number} {first} 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00");
+        assert_eq!(of(&line(libc::SYS_clone, "0x4111")), Some(Call::Clone(0x4111)));
+        assert!(is_set(0x4111));
+        assert!(!is_set(0x0120_0011));
+        assert_eq!(of(&line(libc::SYS_clone3, "0x7ffe")), Some(Call::Clone3(0x7ffe)));
+        assert_eq!(of("0 0x4000 0x4000 0x0 0x0 0x0 0x0 0x7ffe 0x7f00"), None);
+        assert_eq!(of("-1 0x7ffe 0x7f00"), None);
+        assert_eq!(of("running"), None);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn numbers_of_32_bit_calls_count_in_32_bit_programs_only() {
+        let line = "190 0x0 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00";
+        assert_eq!((call(line, || true), call(line, || false)), (Some(Call::Vfork), None));
+        let line = "120 0x4111 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00";
+        assert_eq!((call(line, || true), call(line, || false)), (Some(Call::Clone(0x4111)), None));
+        assert!(!is_32_bit(HostPid::own()));
     }
 
     #[test]
     fn this_process_does_not_wait() {
-        assert_eq!(waiting(&[i32::try_from(std::process::id()).unwrap()]), None);
+        assert_eq!(waiting(&[HostPid::own().raw()]), None);
+    }
+
+    /// Threads are made and end all the time, as in a server with one for each request. Each look at them may meet one
+    /// that still shows the call that made it.
+    #[test]
+    fn a_thread_that_was_just_made_does_not_wait() {
+        let ends = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = std::thread::spawn(|| ()).join();
+                }
+            });
+            let waited = (0..2000).find_map(|_| waiting(&[HostPid::own().raw()]));
+            ends.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(waited, None);
+        });
+    }
+
+    #[test]
+    fn a_parent_of_a_vforked_child_that_stands_still_waits() {
+        // The shell of posix_spawn: python's is vfork where the C library has it.
+        let script = "import os, signal, sys\n\
+            r, w = os.pipe()\n\
+            os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)])\n";
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let mut python = match std::process::Command::new("python3").args(["-c", script]).arg(&fifo).spawn() {
+            Ok(python) => python,
+            Err(error) => return eprintln!("skipped: there is no python3: {error}"),
+        };
+        let pid = i32::try_from(python.id()).unwrap();
+        // The child opens a fifo that nobody writes, before it executes its program.
+        while waiting(&[pid]).is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        drop(File::options().write(true).open(&fifo).unwrap());
+        while waiting(&[pid]).is_some() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        #[allow(clippy::disallowed_methods)]
+        let ended = python.wait().unwrap();
+        assert!(ended.success());
     }
 }

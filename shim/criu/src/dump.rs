@@ -19,7 +19,7 @@ use crate::error::DumpError;
 use crate::freezer::Freezer;
 use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
-use crate::options::{External, ExternalMount, Options, Place, to_rpc};
+use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
 use crate::residue::{self, Residue};
 use crate::swrk::Swrk;
 
@@ -44,6 +44,9 @@ pub struct DumpRequest {
     /// Cgroup to freeze the tree by: the directory, in the v1 freezer hierarchy or in v2. By ptrace if None. If it is
     /// frozen already, it stays so.
     pub freeze_cgroup: Option<PathBuf>,
+    /// Where the tree's cgroups begin, in each hierarchy. A tree can have processes in several cgroups below; without
+    /// this each of these is a root of its own, and a restore puts them all into one.
+    pub cgroup_roots: Vec<CgroupRoot>,
     /// Mounts that are not dumped.
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
@@ -90,7 +93,7 @@ impl Criu {
 
         let failed = |source| DumpError::Criu { pid, source };
         let marker = residue::marker();
-        let swrk = Swrk::start(self, work_path, &marker, vec![]).map_err(failed)?;
+        let swrk = Swrk::start(self, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);
@@ -124,6 +127,7 @@ fn message(request: &DumpRequest, place: Place<'_>) -> Criu_req {
     opts.set_pid(request.pid);
     opts.leave_running = request.leave_running.then_some(true);
     opts.freeze_cgroup = request.freeze_cgroup.as_deref().map(crate::options::text);
+    opts.cg_root = request.cgroup_roots.iter().map(cgroup_root).collect();
     opts.external = request.external.iter().map(External::notation).collect();
     if let Some(parent) = &request.parent_image {
         opts.set_parent_img(crate::options::text(parent));

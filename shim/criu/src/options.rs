@@ -213,10 +213,11 @@ pub struct Inherit {
     pub fd: OwnedFd,
 }
 
-/// Where a restored tree is put in one cgroup hierarchy.
+/// Where a tree begins in one cgroup hierarchy: the group that holds all its processes, in it or below.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupRoot {
-    /// The controller (`memory`, `name=systemd`); empty for cgroup v2.
+    /// The controller (`memory`, `name=systemd`); empty for cgroup v2. For a dump all controllers of the hierarchy, as
+    /// `/proc/PID/cgroup` names them.
     pub controller: String,
     /// Absolute path of the group in the hierarchy.
     pub path: String,

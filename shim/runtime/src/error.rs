@@ -62,7 +62,7 @@ pub enum RuntimeError {
         message: String,
     },
     /// The runtime's program cannot be run.
-    #[error("cannot run {binary} to {operation} container {container}")]
+    #[error("cannot run {binary:?} to {operation} container {container}")]
     Spawn {
         /// The program.
         binary: PathBuf,
@@ -84,6 +84,16 @@ pub enum RuntimeError {
         /// Container id.
         container: String,
         /// What was wrong with it.
+        message: String,
+    },
+    /// The container's cgroup is not known.
+    #[error("{runtime} does not know the cgroup of container {container}: {message}")]
+    Cgroup {
+        /// Which runtime.
+        runtime: String,
+        /// Container id.
+        container: String,
+        /// What was looked at, and what was wrong with it.
         message: String,
     },
     /// CRIU did not dump the container.

@@ -20,13 +20,15 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use async_trait::async_trait;
+use cgroup::Cgroup;
 use oci_spec::runtime::{Features, LinuxResources, Process};
+use proc::HostPid;
 use reaper::Child;
 
-pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Review, Reviewer, Tcp, Waiting};
+pub use checkpoint::{Allow, CheckpointRequest, Privileges, RestoreRequest, Review, Tcp};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
-pub use phase::{Phase, Timeline};
+pub use phase::{Cancel, Phase, Timeline};
 pub use spec::process_from_json;
 
 /// Standard input and output of a process that a runtime is about to start.
@@ -116,6 +118,16 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// Makes a container from images, in place of [`create`](Self::create) and [`start`](Self::start); returns its
     /// init, which runs. When it fails, nothing is left of the container, and it can be tried again.
     async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError>;
+
+    /// The container's cgroup: the place that was made for it. Processes of the container, its init too, can have moved
+    /// to cgroups below. `init` is who is asked for where the runtime keeps no note.
+    fn cgroup(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
+        Cgroup::of_process(init.raw()).map_err(|error| RuntimeError::Cgroup {
+            runtime: "this runtime".into(),
+            container: id.into(),
+            message: phase::chain(&error),
+        })
+    }
 
     /// Whether CRIU is driven by this process: then images can be changed before a checkpoint is done, and a restored
     /// container can be had before anything of it has run.

@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 
-use cgroup::{Cgroup, CgroupError};
 use reaper::Child;
 
 use super::Command;
@@ -36,7 +35,7 @@ impl Command {
     }
 
     pub(super) async fn restore_now(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
-        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, frozen, allow, timeline } = request;
+        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, frozen, allow, timeline, .. } = request;
         let call = self.call(Operation::Restore, &id);
         if self.knows(&call)? {
             return Err(call.refused(format!("container with id {id} exists already")));
@@ -56,7 +55,12 @@ impl Command {
         let front = (frozen && !is_crun).then_some(work.as_path());
         let restored = match call.process(&scratch, arguments, io, front).await {
             // One that is frozen already stays so.
-            Ok(child) if frozen => freeze(&child).map(|()| child).map_err(|error| call.refused(error.to_string())),
+            Ok(child) if frozen => {
+                let frozen = self
+                    .cgroup_now(&id, child.process())
+                    .and_then(|cgroup| cgroup.freeze().map_err(|error| call.refused(phase::chain(&error))));
+                frozen.map(|()| child)
+            }
             restored => restored,
         };
         if restored.is_err() {
@@ -76,10 +80,6 @@ impl Command {
             Err(error) => Err(call.explained(error, &work.join("restore.log")).await),
         }
     }
-}
-
-fn freeze(child: &Child) -> Result<(), CgroupError> {
-    Cgroup::of_process(child.pid())?.freeze()
 }
 
 /// The flags that all these runtimes have, for both directions.

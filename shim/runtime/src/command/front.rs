@@ -20,8 +20,10 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode};
 
+use cgroup::Cgroup;
 use command_fds::{CommandFdExt, FdMapping};
 use criu::{Packet, Stage, receive_packet};
+use proc::HostPid;
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
@@ -29,7 +31,6 @@ use rustix::net::{
 use rustix::process::{Pid, PidfdFlags};
 
 use super::sys;
-use crate::checkpoint::freeze_around;
 
 /// What it is called, by which `main` knows that it is to be this.
 const FRONT: &str = "criu";
@@ -173,16 +174,23 @@ impl Front {
     }
 
     /// Freezes the tree, but not criu, and not this process, which the runtime has moved to its cgroup.
-    fn freeze(&self, root: i32) -> io::Result<()> {
-        let own = i32::try_from(std::process::id()).unwrap_or_default();
-        let runtime = rustix::process::getppid().map_or(0, Pid::as_raw_pid);
-        freeze_around(&[own, self.child], root, runtime).map_err(io::Error::other)
+    fn freeze(&self, root: HostPid) -> io::Result<()> {
+        let runtime = HostPid::from(rustix::process::getppid().ok_or(io::ErrorKind::NotFound)?);
+        let [own, of_runtime, of_root] = [HostPid::own(), runtime, root].map(|pid| Cgroup::of_process(pid.raw()));
+        let of_root = of_root.map_err(io::Error::other)?;
+        // The restored init may be in a cgroup below the container's. This process is in that one itself.
+        let cgroup = match (own, of_runtime) {
+            (Ok(own), of_runtime) if of_runtime.as_ref().ok() != Some(&own) && own.contains(&of_root) => own,
+            _ => of_root,
+        };
+        let makers = [HostPid::own(), HostPid::try_from(self.child)?];
+        cgroup.freeze_around(&makers, runtime).map_err(io::Error::other)
     }
 
     fn tell_runtime(&mut self, message: Packet) -> io::Result<()> {
         if let Some((stage, pid)) = criu::announced(&message.0) {
             self.root = pid.or(self.root);
-            if let (Stage::PreResume, Some(root)) = (stage, self.root) {
+            if let (Stage::PreResume, Some(root)) = (stage, self.root.and_then(HostPid::new)) {
                 self.freeze(root)?;
             }
         }

@@ -15,6 +15,7 @@
 //! prevented: whoever made the descriptors will find it in them when create or exec fails.
 
 mod call;
+mod cgroup;
 mod checkpoint;
 mod front;
 mod log;
@@ -28,8 +29,10 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use ::cgroup::Cgroup;
 use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources};
+use proc::HostPid;
 use reaper::{Child, Reaper};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
@@ -96,6 +99,20 @@ impl Command {
         .await
     }
 
+    /// Freezes the container. runc leaves one frozen that it could not freeze within its patience; here it is thawed.
+    async fn pause_now(&self, id: &str) -> Result<(), RuntimeError> {
+        let call = self.call(Operation::Pause, id);
+        let cgroup = self.noted_cgroup(id).filter(|cgroup| !cgroup.is_frozen().unwrap_or(true));
+        let scratch = call.scratch()?;
+        let paused = call.run(&scratch, vec!["pause".into(), id.into()]).await;
+        if let (Err(_), Some(cgroup)) = (&paused, cgroup)
+            && let Err(error) = cgroup.thaw()
+        {
+            tracing::error!(container = id, "cannot undo a pause: {}", phase::chain(&error));
+        }
+        paused
+    }
+
     async fn create_now(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
         let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
         let call = self.call(Operation::Create, &id);
@@ -137,6 +154,16 @@ impl Command {
             return Ok(());
         }
         release_rootfs(&call)?;
+        // Asked before the runtime's notes are gone.
+        let cgroup = self.noted_cgroup(id);
+        let deleted = self.delete_known(&call, id).await;
+        if let (Ok(()), Some(cgroup)) = (&deleted, cgroup) {
+            self.remove_rest(id, cgroup).await;
+        }
+        deleted
+    }
+
+    async fn delete_known(&self, call: &Call<'_>, id: &str) -> Result<(), RuntimeError> {
         let mut refused = Ok(());
         // Without force first: runc's force sleeps 100 ms even for a process that has ended.
         for arguments in [&["delete"][..], &["delete", "--force"]] {
@@ -145,7 +172,7 @@ impl Command {
             match call.run(&scratch, arguments).await {
                 // The state goes last: what fails after that is a poststop hook, which must not count. Runtimes say so
                 // in different words, so none are looked for; crun even dies of a hook that does not read its input.
-                Err(error) if !self.knows(&call)? => {
+                Err(error) if !self.knows(call)? => {
                     tracing::warn!(container = id, %error, "a container is deleted all the same");
                     return Ok(());
                 }
@@ -199,7 +226,7 @@ impl OciRuntime for Command {
     }
 
     async fn pause(&self, id: &str) -> Result<(), RuntimeError> {
-        self.simple(Operation::Pause, id).await
+        self.detached(Operation::Pause, id, async move |command, id| command.pause_now(&id).await).await
     }
 
     async fn resume(&self, id: &str) -> Result<(), RuntimeError> {
@@ -229,6 +256,10 @@ impl OciRuntime for Command {
 
     async fn delete(&self, id: &str) -> Result<(), RuntimeError> {
         self.detached(Operation::Delete, id, async move |command, id| command.delete_now(&id).await).await
+    }
+
+    fn cgroup(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
+        self.cgroup_now(id, init)
     }
 
     fn drives_criu(&self) -> bool {

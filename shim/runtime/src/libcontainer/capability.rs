@@ -52,9 +52,14 @@ pub(super) fn name(capability: Capability) -> String {
     format!("CAP_{capability}")
 }
 
-/// Whether it is in a set as the kernel prints them.
+/// Its bit in a set as the kernel prints them.
+pub(super) fn bit(capability: Capability) -> u64 {
+    ALL.iter().position(|known| *known == capability).map_or(0, |number| 1 << number)
+}
+
+/// Whether it is in such a set.
 pub(super) fn is_in(set: u64, capability: Capability) -> bool {
-    ALL.iter().position(|known| *known == capability).is_some_and(|number| set & (1 << number) != 0)
+    set & bit(capability) != 0
 }
 
 #[cfg(test)]

@@ -5,13 +5,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cgroup::Cgroup;
+use proc::{HostPid, ProcessHandle};
 use reaper::{Adoption, Child, Exit, Reaper};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 
 use super::executable::Protected;
 use super::protocol::{self, Create, Exec, Reply, Request, Step};
@@ -133,13 +135,39 @@ impl Client {
         .await
     }
 
+    /// Freezes or thaws a container, which needs no helper: but a few files are written, and what is begun is ended.
+    pub(super) async fn freezer(
+        &self,
+        operation: Operation,
+        id: &str,
+        act: fn(&Path, &str, bool) -> Result<(), String>,
+    ) -> Result<(), RuntimeError> {
+        let client = self.clone();
+        let id = id.to_owned();
+        detached(Subject { operation, id: &id.clone() }, async move {
+            let name = id.clone();
+            let act = move |inner: &Inner| act(&inner.root, &name, inner.systemd_cgroup);
+            client.blocking(Subject { operation, id: &id }, act).await
+        })
+        .await
+    }
+
+    pub(super) fn cgroup(&self, id: &str) -> Result<Cgroup, RuntimeError> {
+        let Inner { root, systemd_cgroup, .. } = &*self.inner;
+        helper::cgroup(root, id, *systemd_cgroup).map_err(|message| RuntimeError::Cgroup {
+            runtime: NAME.into(),
+            container: id.into(),
+            message,
+        })
+    }
+
     /// Runs a step that leaves a process behind, and adopts that process.
     async fn process(&self, subject: Subject<'_>, step: Step, io: ProcessIo) -> Result<Child, RuntimeError> {
         let adoption = self.inner.reaper.adoption();
         let outcome = self.helper(subject, &self.request(subject, step), Some(io)).await?;
         let result = match self.pid(subject, outcome.reply) {
             Ok(Some(pid)) => adoption
-                .adopt(pid)
+                .adopt(pid.raw())
                 .map_err(|error| subject.answer(format!("its process {pid} cannot be adopted: {error}"))),
             Ok(None) => Err(subject.answer("it names no process".into())),
             Err(error) => Err(error),
@@ -150,7 +178,7 @@ impl Client {
         result
     }
 
-    fn pid(&self, subject: Subject<'_>, reply: Reply) -> Result<Option<i32>, RuntimeError> {
+    fn pid(&self, subject: Subject<'_>, reply: Reply) -> Result<Option<HostPid>, RuntimeError> {
         match reply {
             Reply::Done { pid, warnings } => {
                 for warning in warnings {
@@ -274,8 +302,10 @@ fn kill_marked(mark: &str, _adoption: &Adoption) {
     let mut killed = HashSet::new();
     // One that is killed may have cloned another just before, so look until there is nothing new.
     loop {
-        let found: Vec<i32> =
-            children().into_iter().filter(|pid| !killed.contains(pid) && is_marked(*pid, &marked)).collect();
+        let found: Vec<HostPid> = proc::children(HostPid::own())
+            .into_iter()
+            .filter(|pid| !killed.contains(pid) && is_marked(*pid, &marked))
+            .collect();
         if found.is_empty() {
             return;
         }
@@ -285,31 +315,14 @@ fn kill_marked(mark: &str, _adoption: &Adoption) {
 }
 
 /// Whether a process has the mark in its environment. One that became the user's program, or is dead, has not.
-fn is_marked(pid: i32, marked: &str) -> bool {
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+fn is_marked(pid: HostPid, marked: &str) -> bool {
+    let environment = std::fs::read(pid.path("environ")).unwrap_or_default();
     environment.split(|&byte| byte == 0).any(|variable| variable == marked.as_bytes())
 }
 
-fn kill(pid: i32) {
-    let signal = || {
-        let pid = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        rustix::process::pidfd_send_signal(pidfd, Signal::KILL)
-    };
-    match signal() {
-        Ok(()) => tracing::debug!(pid, "killed what a failed helper left behind"),
-        Err(error) => tracing::debug!(pid, %error, "cannot kill what a failed helper left behind"),
+fn kill(pid: HostPid) {
+    match ProcessHandle::open(pid).and_then(|process| process.signal(Signal::KILL)) {
+        Ok(()) => tracing::debug!(%pid, "killed what a failed helper left behind"),
+        Err(error) => tracing::debug!(%pid, %error, "cannot kill what a failed helper left behind"),
     }
-}
-
-/// The children of this process, dead ones included.
-fn children() -> Vec<i32> {
-    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return Vec::new() };
-    tasks
-        .flatten()
-        .flat_map(|task| {
-            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<i32>>()
-        })
-        .collect()
 }

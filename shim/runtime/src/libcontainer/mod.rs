@@ -22,6 +22,7 @@ mod client;
 mod executable;
 mod features;
 mod helper;
+mod privileges;
 mod protocol;
 mod restore;
 #[allow(unsafe_code)]
@@ -31,7 +32,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use async_trait::async_trait;
+use cgroup::Cgroup;
 use oci_spec::runtime::{Features, LinuxResources};
+use proc::HostPid;
 use reaper::{Child, Reaper};
 
 use crate::{CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, RestoreRequest, RuntimeError};
@@ -40,6 +43,8 @@ use protocol::Step;
 
 /// First argument by which this binary knows that it is to be the helper.
 pub const HELPER: &str = "libcontainer-helper";
+
+pub use helper::{is_mapper, mapper_main};
 
 /// How this runtime is called in messages.
 const NAME: &str = "libcontainer";
@@ -86,11 +91,11 @@ impl OciRuntime for Libcontainer {
     }
 
     async fn pause(&self, id: &str) -> Result<(), RuntimeError> {
-        self.simple(Operation::Pause, id, Step::Pause).await
+        self.client.freezer(Operation::Pause, id, helper::pause).await
     }
 
     async fn resume(&self, id: &str) -> Result<(), RuntimeError> {
-        self.simple(Operation::Resume, id, Step::Resume).await
+        self.client.freezer(Operation::Resume, id, helper::resume).await
     }
 
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuntimeError> {
@@ -107,6 +112,10 @@ impl OciRuntime for Libcontainer {
 
     async fn delete(&self, id: &str) -> Result<(), RuntimeError> {
         self.simple(Operation::Delete, id, Step::Delete).await
+    }
+
+    fn cgroup(&self, id: &str, _init: HostPid) -> Result<Cgroup, RuntimeError> {
+        self.client.cgroup(id)
     }
 
     fn drives_criu(&self) -> bool {

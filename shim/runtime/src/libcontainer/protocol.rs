@@ -9,6 +9,7 @@ use std::io::{self, Read, Seek, Write};
 use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxResources, Process};
+use proc::HostPid;
 use rustix::fs::MemfdFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -32,15 +33,13 @@ pub(super) enum Step {
     Create(Create),
     Start,
     Exec(Box<Exec>),
-    Pause,
-    Resume,
     Update(Box<LinuxResources>),
     Delete,
     /// Makes the cgroup of a container that is being restored, around criu.
     Join(Box<Join>),
     /// Does what has to be done in the namespaces of a container that is being restored.
     SetUp {
-        pid: i32,
+        pid: HostPid,
         raise_loopback: bool,
     },
 }
@@ -48,7 +47,7 @@ pub(super) enum Step {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Join {
     /// criu.
-    pub(super) pid: i32,
+    pub(super) pid: HostPid,
     pub(super) resources: LinuxResources,
 }
 
@@ -70,7 +69,7 @@ pub(super) struct Exec {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Reply {
     /// Done. `pid` is the new process, a child of the shim, after create and exec.
-    Done { pid: Option<i32>, warnings: Vec<String> },
+    Done { pid: Option<HostPid>, warnings: Vec<String> },
     /// Not done, and nothing is left of it.
     Failed { message: String },
     /// The helper gave up in the middle: what it had begun may be left.

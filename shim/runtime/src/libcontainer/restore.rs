@@ -6,6 +6,7 @@
 //!  CRIU:          new namespaces ─► network, prestart and createRuntime hooks    Step::SetUp
 //!                 terminal ─► its master goes to the console socket
 //!                 processes and memory ─► state files                            helper::finish_restore
+//!                 each may do no more than the specification gives               privileges::Allowed
 //!                 (the cgroup is frozen, if that was asked for)
 //!                 the processes run
 //!  clean          the root's extra mount goes                                    helper::clean_restore
@@ -16,7 +17,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,16 +25,18 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
+use phase::Cancel;
+use proc::HostPid;
 use reaper::Child;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::client::{Client, Subject, detached};
+use super::client::{Client, Inner, Subject, detached};
 use super::helper;
 use super::helper::HostName;
-use super::helper::restore::Prepared;
+use super::helper::restore::{Prepared, Streams};
+use super::privileges::Allowed;
 use super::protocol::{Join, Step};
-use crate::checkpoint::freeze_around;
-use crate::{Operation, Phase, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+use crate::{Operation, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 /// Errors and warnings. All processes write to one log, each line at once, and at level 4 two lines for most pages: half of
 /// the restore of a tree of forked processes (docs/benchmarks.md).
@@ -81,17 +84,23 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, frozen, timeline, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, cut, timeline, cancel, privileges, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
             inherit.push(Inherit { key: kind.external_key(), fd: file.into() });
         }
+        let mut noted = Streams { dumped: prepared.streams.clone(), new: Vec::new() };
         let console_socket = match io {
             ProcessIo::Fds { stdin, stdout, stderr } => {
                 for fd in [&stdin, &stdout, &stderr] {
                     helper::give_to(fd.as_fd(), prepared.uid).map_err(|message| subject.refused(message))?;
                 }
+                let links = [&stdin, &stdout, &stderr].map(|fd| link(fd.as_fd()));
+                noted.new = links
+                    .into_iter()
+                    .collect::<io::Result<_>>()
+                    .map_err(|source| subject.file("look at", "the container's standard streams".into(), source))?;
                 inherit.extend(streams(&prepared.streams, [stdin, stdout, stderr]));
                 None
             }
@@ -107,17 +116,22 @@ impl Client {
             host_name: prepared.host_name,
             console_socket,
             frozen,
+            streams: noted,
+            allowed: (privileges == Privileges::Container).then(|| prepared.allowed.clone()),
             criu: None,
             root: None,
             timeline,
+            cancel,
         };
         let criu_request = criu::RestoreRequest {
             images_dir: images,
+            cut,
             work_dir: Some(work),
             root: Some(prepared.root),
             external_mounts: prepared.external_mounts,
             inherit,
             join_namespaces: prepared.joined,
+            lsm_profile: (privileges == Privileges::Container).then(|| prepared.allowed.lsm_profile()).flatten(),
             cgroup_roots: CgroupRoots::OfCriu,
             options: criu::Options {
                 evasive_devices: true,
@@ -141,9 +155,15 @@ fn log_level() -> i32 {
     asked.unwrap_or(LOG_LEVEL)
 }
 
+/// What `/proc/PID/fd` says of a descriptor of this process.
+fn link(fd: BorrowedFd<'_>) -> io::Result<String> {
+    let link = std::fs::read_link(HostPid::own().path(&format!("fd/{}", fd.as_raw_fd())))?;
+    Ok(link.to_string_lossy().into_owned())
+}
+
 /// The new streams in place of the pipes that the dumped process had.
 fn streams(dumped: &[String], new: [OwnedFd; 3]) -> Vec<Inherit> {
-    let pairs = dumped.iter().zip(new).filter(|(link, _)| link.starts_with("pipe:["));
+    let pairs = dumped.iter().zip(new).filter(|(link, _)| helper::is_pipe(link));
     pairs.map(|(link, fd)| Inherit { key: link.clone(), fd }).collect()
 }
 
@@ -161,10 +181,14 @@ struct Stages<'a> {
     console_socket: Option<PathBuf>,
     /// The tree is to be frozen before it runs.
     frozen: bool,
-    /// Pids of criu and of the tree's root, once they are there.
-    criu: Option<i32>,
-    root: Option<i32>,
+    streams: Streams,
+    /// The most that the tree may have; None if it may have what it had.
+    allowed: Option<Allowed>,
+    /// criu and the tree's root, once they are there.
+    criu: Option<HostPid>,
+    root: Option<HostPid>,
     timeline: Timeline,
+    cancel: Cancel,
 }
 
 impl Stages<'_> {
@@ -177,9 +201,9 @@ impl Stages<'_> {
 #[async_trait]
 impl NotifyRestore for Stages<'_> {
     async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
-        self.criu = Some(criu.pid());
+        self.criu = Some(criu.process());
         let resources = self.resources.take().unwrap_or_default();
-        let step = Step::Join(Box::new(Join { pid: criu.pid(), resources }));
+        let step = Step::Join(Box::new(Join { pid: criu.process(), resources }));
         self.client.run(self.subject.operation, self.subject.id, step).await?;
         self.timeline.enter(Phase::Restore);
         Ok(())
@@ -188,7 +212,7 @@ impl NotifyRestore for Stages<'_> {
     async fn setup_namespaces(&mut self, root: &Child) -> Result<(), BoxError> {
         if self.raise_loopback || self.has_hooks {
             self.timeline.enter(Phase::Hooks);
-            let step = Step::SetUp { pid: root.pid(), raise_loopback: self.raise_loopback };
+            let step = Step::SetUp { pid: root.process(), raise_loopback: self.raise_loopback };
             self.client.run(self.subject.operation, self.subject.id, step).await?;
             self.timeline.enter(Phase::Restore);
         }
@@ -209,18 +233,23 @@ impl NotifyRestore for Stages<'_> {
         if self.console_socket.is_some() {
             return Err("the process wants a terminal, but the one in the checkpoint has none".into());
         }
-        self.root = Some(root.pid());
-        let (id, pid) = (self.subject.id.to_owned(), root.pid());
-        self.client.blocking(self.subject, move |inner| helper::finish_restore(&inner.root, &id, pid)).await?;
+        self.root = Some(root.process());
+        let (id, pid, streams) = (self.subject.id.to_owned(), root.process(), self.streams.clone());
+        let finish = move |inner: &Inner| helper::finish_restore(&inner.root, &id, pid, &streams);
+        self.client.blocking(self.subject, finish).await?;
         self.timeline.enter(Phase::Resume);
         Ok(())
     }
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
-        let (true, Some(criu), Some(root)) = (self.frozen, self.criu, self.root) else { return Ok(()) };
-        let own = i32::try_from(std::process::id()).unwrap_or_default();
+        self.cancel.check()?;
+        if let (Some(allowed), Some(root)) = (self.allowed.take(), self.root) {
+            self.client.blocking(self.subject, move |_| allowed.check(root)).await?;
+        }
+        let (true, Some(criu)) = (self.frozen, self.criu) else { return Ok(()) };
+        let cgroup = self.client.cgroup(self.subject.id)?;
         // criu holds every thread of the tree here, so that none runs before it is frozen.
-        let frozen = move |_: &_| freeze_around(&[criu], root, own).map_err(|error| error.to_string());
+        let frozen = move |_: &_| cgroup.freeze_around(&[criu], HostPid::own()).map_err(|error| phase::chain(&error));
         self.client.blocking(self.subject, frozen).await?;
         Ok(())
     }

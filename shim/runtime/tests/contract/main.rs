@@ -21,6 +21,7 @@ mod leaks;
 mod lifecycle;
 mod limits;
 mod mounts;
+mod moved;
 mod restore;
 mod restored;
 mod spec;
@@ -37,8 +38,12 @@ use world::{Which, World};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
-    if arguments.next().is_some_and(|name| runtime::command::is_front(&name)) {
+    let name = arguments.next().unwrap_or_default();
+    if runtime::command::is_front(&name) {
         return runtime::command::front_main(arguments);
+    }
+    if runtime::libcontainer::is_mapper(&name) {
+        return runtime::libcontainer::mapper_main(&name, arguments);
     }
     // The embedded runtime starts this very binary for each of its steps.
     if std::env::args_os().nth(1).is_some_and(|argument| argument == runtime::libcontainer::HELPER) {
@@ -70,6 +75,7 @@ fn sentences() -> Vec<Sentence> {
         checkpoint::sentences(),
         restore::sentences(),
         restored::sentences(),
+        moved::sentences(),
     ]
     .concat()
 }

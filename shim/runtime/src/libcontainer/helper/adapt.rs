@@ -15,6 +15,7 @@
 //! | `rshared` and the like as `rootfsPropagation` | fail | without the `r` |
 //! | mount options that need the mount to be there | ignore, or fail | [`fixup`](super::fixup) |
 //! | a mount of type `cgroup`, on v1 | look up its own pid in the wrong namespace | [`v1_mounts`](super::v1_mounts) |
+//! | a device that is listed twice | fail | the first one |
 //! | no rule for all devices | allow all on v1 | forbid what is not allowed |
 //! | no `cgroupsPath` | the cgroup `:youki:ID` | the cgroup `/ID`, or `system.slice:gpusnap:ID` |
 
@@ -31,7 +32,7 @@ use oci_spec::runtime::{
     Capabilities, Linux, LinuxBuilder, LinuxCapabilities, LinuxIdMapping, LinuxNamespaceBuilder, LinuxNamespaceType,
     Process, Spec,
 };
-
+use proc::{HostPid, Status};
 use rustix::fs::OFlags;
 
 use super::devices;
@@ -143,6 +144,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     }
     linux.set_cgroups_path(Some(cgroup_path));
     devices::complete(linux.resources_mut().get_or_insert_default())?;
+    devices::list_once(&mut linux);
     let program =
         Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: true, stdio: None, hooks: None };
     spec.set_process(Some(process));
@@ -176,7 +178,7 @@ fn resolve_destinations(spec: &mut Spec, rootfs: &Root) -> Result<()> {
 pub(super) fn for_exec(
     spec: &mut Spec,
     mut process: Process,
-    init: i32,
+    init: HostPid,
     cgroup_path: PathBuf,
     warnings: &mut Vec<String>,
 ) -> Result<Program> {
@@ -194,7 +196,7 @@ pub(super) fn for_exec(
     if process.oom_score_adj().is_none() {
         process.set_oom_score_adj(first.oom_score_adj());
     }
-    let root = Root::open(Path::new(&format!("/proc/{init}/root")))?;
+    let root = Root::open(&init.path("root"))?;
     complete(&mut process, &root, warnings)?;
     // Asked here, for libcontainer would only say that a system call failed. A user other than root may see less.
     if let Err(error) = root.resolve(process.cwd(), OFlags::PATH | OFlags::DIRECTORY)
@@ -207,18 +209,14 @@ pub(super) fn for_exec(
     let container = linux(spec)?;
     let mut namespaces = Vec::new();
     for namespace in container.namespaces().iter().flatten() {
-        let name = match namespace.typ() {
-            LinuxNamespaceType::Mount => "mnt",
-            LinuxNamespaceType::Cgroup => "cgroup",
-            LinuxNamespaceType::Uts => "uts",
-            LinuxNamespaceType::Ipc => "ipc",
-            LinuxNamespaceType::User => "user",
-            LinuxNamespaceType::Pid => "pid",
-            LinuxNamespaceType::Network => "net",
-            LinuxNamespaceType::Time => "time",
-        };
-        let path = PathBuf::from(format!("/proc/{init}/ns/{name}"));
+        let path = namespace_of(init, namespace.typ());
         namespaces.push(LinuxNamespaceBuilder::default().typ(namespace.typ()).path(path).build()?);
+    }
+    // CRIU makes a time namespace for what it restores, which no specification asks for.
+    let has_time = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Time);
+    if !has_time && differs(init, LinuxNamespaceType::Time)? {
+        let path = namespace_of(init, LinuxNamespaceType::Time);
+        namespaces.push(LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Time).path(path).build()?);
     }
     let mut linux = LinuxBuilder::default().namespaces(namespaces).cgroups_path(cgroup_path).build()?;
     // The builder has defaults for these that are no defaults of containers.
@@ -235,6 +233,32 @@ pub(super) fn for_exec(
         Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: false, stdio: None, hooks: None };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
+}
+
+fn namespace_of(pid: HostPid, kind: LinuxNamespaceType) -> PathBuf {
+    pid.path(match kind {
+        LinuxNamespaceType::Mount => "ns/mnt",
+        LinuxNamespaceType::Cgroup => "ns/cgroup",
+        LinuxNamespaceType::Uts => "ns/uts",
+        LinuxNamespaceType::Ipc => "ns/ipc",
+        LinuxNamespaceType::User => "ns/user",
+        LinuxNamespaceType::Pid => "ns/pid",
+        LinuxNamespaceType::Network => "ns/net",
+        LinuxNamespaceType::Time => "ns/time",
+    })
+}
+
+/// Whether a process is in another namespace of this kind than this process. Kernels know some kinds only since lately.
+fn differs(pid: HostPid, kind: LinuxNamespaceType) -> Result<bool> {
+    let link = |pid: HostPid| {
+        let path = namespace_of(pid, kind);
+        match std::fs::read_link(&path) {
+            Ok(link) => Ok(Some(link)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Failure::because(format!("look at {}", path.display()), &error)),
+        }
+    };
+    Ok(link(pid)? != link(HostPid::own())?)
 }
 
 /// Fills in what is the same for the first and every further process.
@@ -289,10 +313,9 @@ fn deduplicate(environment: &mut Vec<String>) {
 
 /// All five sets, each with what the shim can give of it.
 fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -> Result<LinuxCapabilities> {
-    let path = "/proc/self/status";
-    let status = std::fs::read_to_string(path).context(|| format!("read {path}"))?;
-    let available = parse_bounding(&status).ok_or_else(|| Failure::new(format!("{path} has no bounding set")))?;
-    Ok(limited_to(given, available, warnings))
+    let own = Status::of(HostPid::own()).context(|| "read this process's capabilities")?;
+    let available = own.capabilities().ok_or_else(|| Failure::new("the kernel does not tell capabilities"))?;
+    Ok(limited_to(given, available.bounding, warnings))
 }
 
 fn limited_to(given: Option<&LinuxCapabilities>, available: u64, warnings: &mut Vec<String>) -> LinuxCapabilities {
@@ -315,11 +338,6 @@ fn limited_to(given: Option<&LinuxCapabilities>, available: u64, warnings: &mut 
         warnings.push(format!("capabilities that cannot be given, and are left out: {}", names.join(", ")));
     }
     all
-}
-
-fn parse_bounding(status: &str) -> Option<u64> {
-    let set = status.lines().find_map(|line| line.strip_prefix("CapBnd:"))?;
-    u64::from_str_radix(set.trim(), 16).ok()
 }
 
 /// Makes the working directory where it will be seen: in the root, or in a folder of the host that is mounted over it.
@@ -388,8 +406,8 @@ mod tests {
         (root, spec)
     }
 
-    fn own_pid() -> i32 {
-        i32::try_from(std::process::id()).unwrap()
+    fn own_pid() -> HostPid {
+        HostPid::own()
     }
 
     fn mount(destination: &str, options: &[&str]) -> oci_spec::runtime::Mount {

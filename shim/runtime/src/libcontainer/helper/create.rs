@@ -3,26 +3,26 @@
 use std::ffi::CString;
 use std::rc::Rc;
 
+use cgroup::Place;
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus, State};
 use libcontainer::notify_socket::NOTIFY_FILE;
 use libcontainer::process::args::ContainerType;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use proc::{HostPid, Identity};
 
-use super::cgroup::Place;
 use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, launch};
 use super::program::{StartHooks, Stdio};
-use super::state::Identity;
 use super::{Helper, adapt, delete, descriptors, devices, fixup, sys, v1_mounts};
 use crate::libcontainer::protocol::Create;
 
-pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<i32> {
+pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>) -> Result<HostPid> {
     let spec = adapt::load(&request.bundle)?;
     adapt::validate(&spec)?;
     check_terminal(&spec, request.console_socket.is_some())?;
     let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
-    let place = Place::new(&path, helper.systemd_cgroup, &helper.id)?;
+    let place = Place::new(&path, helper.systemd_cgroup)?;
     // It is the container's alone: whoever is in it dies with the container.
     if place.is_populated()? {
         return Err(Failure::new(format!("the cgroup {} is in use", path.display())));
@@ -36,7 +36,13 @@ pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>
     })
 }
 
-fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, stdio: Option<Stdio>) -> Result<i32> {
+fn build(
+    helper: &mut Helper,
+    request: &Create,
+    mut spec: Spec,
+    place: &Place,
+    stdio: Option<Stdio>,
+) -> Result<HostPid> {
     let container =
         Container::new(&helper.id, ContainerStatus::Creating, None, &request.bundle, helper.directory.path())?;
     let mut state = container.state.clone();
@@ -79,7 +85,8 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
         console_socket: request.console_socket.as_deref(),
     })?;
     let pid = launched.pid;
-    let init = Identity::of(pid)?.ok_or_else(|| Failure::new("the container's init died while it was created"))?;
+    let died = || Failure::new("the container's init died while it was created");
+    let init = Identity::of_living(pid).context(|| "look at the container's init")?.ok_or_else(died)?;
     if place.is_v2() {
         let devices = adapt::linux(&spec)?.resources().as_ref().and_then(|resources| resources.devices().as_deref());
         for directory in place.directories()? {
@@ -91,7 +98,7 @@ fn build(helper: &mut Helper, request: &Create, mut spec: Spec, place: &Place, s
     descriptors::note(pid, helper.directory.path())?;
     helper.directory.save_init(init)?;
     state.status = ContainerStatus::Created;
-    state.pid = Some(pid);
+    state.pid = Some(pid.raw());
     state.creator = Some(rustix::process::geteuid().as_raw());
     state.intel_rdt_dir = launched.intel_rdt_dir;
     state.intel_rdt_monitoring_dir = launched.intel_rdt_monitoring_dir;

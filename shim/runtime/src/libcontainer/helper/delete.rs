@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
+use cgroup::Place;
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
 use libcontainer::process::intel_rdt::cleanup_intel_rdt;
 
-use super::cgroup::Place;
 use super::error::{Result, chain};
 use super::{Helper, adapt};
 
@@ -37,7 +37,7 @@ pub(super) fn delete(helper: &mut Helper) -> Result<()> {
 
     let path = config.as_ref().map(|config| config.cgroup_path.clone()).or_else(|| helper.cgroup_path(state.as_ref()));
     match path {
-        Some(path) => Place::new(&path, helper.systemd_cgroup, &helper.id)?.remove()?,
+        Some(path) => super::cgroup::remove(&Place::new(&path, helper.systemd_cgroup)?, &helper.id)?,
         // Both files are written before the cgroup is made.
         None => helper.warnings.push("the container's cgroup is not known: nothing was made, or it is left".into()),
     }

@@ -4,11 +4,12 @@
 //! the cgroup. That program is made here and not by libcgroups, which has none where systemd makes the cgroup, replaces
 //! it by a narrower one at each update, and sets the container's limit of locked memory on the way.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources};
+use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxResources};
 
 use super::error::{Context, Failure, Result};
 use crate::libcontainer::sys;
@@ -67,6 +68,15 @@ pub(super) fn complete(resources: &mut LinuxResources) -> Result<()> {
         devices.insert(0, nothing);
     }
     Ok(())
+}
+
+/// Takes out devices whose place in the container another one before them has.
+pub(super) fn list_once(linux: &mut Linux) {
+    let mut places = HashSet::new();
+    if let Some(devices) = linux.devices_mut() {
+        // By their components: a path can be written in several ways.
+        devices.retain(|device| places.insert(device.path().components().collect::<PathBuf>()));
+    }
 }
 
 /// Attaches the program for these rules to a v2 cgroup.
@@ -233,6 +243,8 @@ fn exit() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder};
+
     use super::*;
 
     /// Runs a program as the kernel would.
@@ -325,6 +337,26 @@ mod tests {
             Rules::new(&[rules]).unwrap_err();
         }
         assert_eq!(Rules::new(&[rule(true, "c 1 1")]).unwrap(), Rules::new(&[]).unwrap());
+    }
+
+    #[test]
+    fn of_two_devices_for_one_place_the_first_is_made() {
+        let device = |path: &str, minor: i64| {
+            LinuxDeviceBuilder::default().path(path).typ(LinuxDeviceType::C).major(195).minor(minor).build().unwrap()
+        };
+        let mut linux = Linux::default();
+        linux.set_devices(Some(vec![
+            device("/dev/a", 0),
+            device("/dev/b", 1),
+            device("/dev//a", 2),
+            device("/dev/b", 1),
+        ]));
+        list_once(&mut linux);
+        let left: Vec<i64> = linux.devices().iter().flatten().map(LinuxDevice::minor).collect();
+        assert_eq!(left, [0, 1]);
+        linux.set_devices(None);
+        list_once(&mut linux);
+        assert_eq!(linux.devices(), &None);
     }
 
     #[test]

@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use criu::{DumpRequest, External, ExternalMount, Namespace, Options};
+use cgroup::Place;
+use criu::{CgroupRoot, DumpRequest, External, ExternalMount, Namespace, Options};
 use libcontainer::container::ContainerStatus;
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
+use proc::HostPid;
 use rustix::fs::OFlags;
 
-use super::cgroup::Place;
 use super::error::{Context, Failure, Result};
 use super::rootfs::Root;
 use super::{Helper, adapt, descriptors};
@@ -29,7 +30,7 @@ const GHOST_LIMIT: u32 = 1 << 30;
 pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<DumpRequest> {
     let allowed = [ContainerStatus::Running, ContainerStatus::Paused];
     let (state, init) = helper.directory.expect("checkpoint", &allowed)?;
-    if init.pid != request.init {
+    if init.pid.raw() != request.init {
         return Err(Failure::new(format!("its init is process {}, and not {}", init.pid, request.init)));
     }
     let spec = adapt::load(&state.bundle)?;
@@ -42,12 +43,13 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         external.push(file.context(|| format!("tell CRIU of {}", path.display()))?);
     }
     Ok(DumpRequest {
-        pid: init.pid,
+        pid: init.pid.raw(),
         images_dir: request.images.clone(),
         work_dir: Some(request.work.clone()),
         root: spec.root().as_ref().map(|root| root.path().clone()),
         leave_running: request.leave_running,
         freeze_cgroup: freezer(&place)?,
+        cgroup_roots: cgroup_roots(&place, init.pid)?,
         external_mounts: external_mounts(&spec, &place, &root)?,
         external,
         options: criu_options(request.allow),
@@ -77,6 +79,12 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
         config_file: Some("/etc/criu/gpusnap.conf".into()),
         ..Options::default()
     }
+}
+
+/// The container's cgroup in each hierarchy, wherever init is below it.
+fn cgroup_roots(place: &Place, init: HostPid) -> Result<Vec<CgroupRoot>> {
+    let paths = place.paths_of(init)?.into_iter();
+    Ok(paths.map(|(controller, path)| CgroupRoot { controller, path: path.to_string_lossy().into_owned() }).collect())
 }
 
 /// The cgroup by which the container is frozen.

@@ -8,24 +8,24 @@ use std::rc::Rc;
 
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::process::args::ContainerType;
+use proc::{HostPid, Identity};
 
 use super::create::{check_terminal, join_keyring};
 use super::error::{Context, Failure, Result};
 use super::launch::{Launch, give_stdio, kill, launch};
 use super::program::Stdio;
-use super::state::Identity;
 use super::{Helper, adapt, fixup};
 use crate::libcontainer::protocol::Exec;
 
 /// The last words of a process are a few lines.
 const WORDS_LIMIT: u64 = 64 << 10;
 
-pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<i32> {
+pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<HostPid> {
     let Exec { bundle, process, console_socket } = request;
     let allowed = [ContainerStatus::Created, ContainerStatus::Running];
     let (state, init) = helper.directory.expect("exec in", &allowed)?;
     let place = helper.place()?;
-    // Whoever froze it: the new process would join it, stand still, and the helper would wait for it.
+    // Whoever froze it, or a cgroup above it: the new process would join it, stand still, and the helper wait for it.
     if place.is_frozen()? {
         return Err(Failure::new("cannot exec in a paused container"));
     }
@@ -74,9 +74,9 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
 }
 
 /// Between its birth and its start.
-fn finish(init: Identity, pid: i32, terminal_user: Option<u32>) -> Result<()> {
+fn finish(init: Identity, pid: HostPid, terminal_user: Option<u32>) -> Result<()> {
     // It joined the namespaces by the pid. The pid was init's before, and is now: so it was meanwhile.
-    if !init.is_alive()? {
+    if !init.is_alive().context(|| "look for the container's init")? {
         return Err(Failure::new("cannot exec in a stopped container"));
     }
     terminal_user.map_or(Ok(()), |uid| fixup::give_terminal(pid, uid))

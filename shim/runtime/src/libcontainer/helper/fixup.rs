@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use libcontainer::network::link::LinkClient;
 use libcontainer::network::wrapper::create_network_client;
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
+use proc::HostPid;
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -42,7 +43,7 @@ struct Attributes {
 }
 
 /// Finishes a container whose init waits.
-pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: i32, terminal: bool) -> Result<()> {
+pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: HostPid, terminal: bool) -> Result<()> {
     if terminal {
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
         give_terminal(init, adapt::host_id(adapt::linux(spec)?.uid_mappings().as_deref(), uid))?;
@@ -92,10 +93,10 @@ fn protect(root: &Root, directory: &Path) -> Result<()> {
 }
 
 /// Gives the process's terminal to the user who is to use it.
-pub(super) fn give_terminal(pid: i32, uid: u32) -> Result<()> {
-    let path = format!("/proc/{pid}/fd/0");
+pub(super) fn give_terminal(pid: HostPid, uid: u32) -> Result<()> {
+    let path = pid.path("fd/0");
     let terminal = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
-        .context(|| format!("open {path}"))?;
+        .context(|| format!("open {}", path.display()))?;
     give(terminal.as_fd(), uid)
 }
 
@@ -184,11 +185,11 @@ impl MountFixup {
 
 /// A network namespace made for the container has a loopback device that is down. In one that was made before, that is
 /// the business of whoever made it.
-pub(super) fn raise_loopback(init: i32) -> Result<()> {
+pub(super) fn raise_loopback(init: HostPid) -> Result<()> {
     /// The first device of every network namespace.
     const LOOPBACK: u32 = 1;
-    let target = namespace(&init.to_string(), "net")?;
-    let own = namespace("self", "net")?;
+    let target = namespace(init, "net")?;
+    let own = namespace(HostPid::own(), "net")?;
     let enter = |namespace: &File| move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network));
     enter(&target).context(|| "enter the container's network namespace")?;
     let result = LinkClient::new(create_network_client()).and_then(|mut client| client.set_up(LOOPBACK));
@@ -196,15 +197,15 @@ pub(super) fn raise_loopback(init: i32) -> Result<()> {
     result.context(|| "bring up the loopback device")
 }
 
-fn namespace(pid: &str, name: &str) -> Result<File> {
-    let path = format!("/proc/{pid}/ns/{name}");
-    File::open(&path).context(|| format!("open {path}"))
+fn namespace(pid: HostPid, name: &str) -> Result<File> {
+    let path = pid.path(&format!("ns/{name}"));
+    File::open(&path).context(|| format!("open {}", path.display()))
 }
 
 /// Does something in the mount namespace of a process, with its root as root, and comes back.
-fn inside<T>(pid: i32, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let target = namespace(&pid.to_string(), "mnt")?;
-    let own = namespace("self", "mnt")?;
+fn inside<T>(pid: HostPid, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let target = namespace(pid, "mnt")?;
+    let own = namespace(HostPid::own(), "mnt")?;
     // Coming back by namespace alone would lead to the namespace's root, which need not have been this process's.
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context(|| "open the root")?;

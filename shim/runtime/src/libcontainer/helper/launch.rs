@@ -6,20 +6,21 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use cgroup::Place;
 use libcontainer::container::Container;
 use libcontainer::notify_socket::NotifyListener;
 use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::container_main_process;
 use libcontainer::process::intel_rdt::setup_intel_rdt;
 use libcontainer::syscall::syscall::SyscallType;
-use libcontainer::user_ns::UserNamespaceConfig;
 use oci_spec::runtime::Spec;
+use proc::{HostPid, ProcessHandle};
 use rustix::fs::Uid;
 use rustix::io::Errno;
-use rustix::process::{DumpableBehavior, Pid, PidfdFlags, Signal};
+use rustix::process::{DumpableBehavior, Signal};
 
-use super::cgroup::Place;
 use super::error::{Context, Result};
+use super::id_maps;
 use super::program::{Program, Stdio, is_null};
 
 /// What to start.
@@ -38,7 +39,7 @@ pub(super) struct Launch<'a> {
 
 /// A process that waits at its notify socket.
 pub(super) struct Launched {
-    pub(super) pid: i32,
+    pub(super) pid: HostPid,
     pub(super) intel_rdt_dir: Option<PathBuf>,
     pub(super) intel_rdt_monitoring_dir: Option<PathBuf>,
 }
@@ -49,7 +50,8 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
     let console_socket = console_socket
         .map(|path| UnixStream::connect(path).context(|| format!("connect to the console socket {}", path.display())))
         .transpose()?;
-    let user_ns_config = UserNamespaceConfig::new(&spec)?;
+    let folder = notify_socket.parent().unwrap_or(Path::new("/"));
+    let (user_ns_config, mappers) = id_maps::config(&spec, folder)?;
     let notify_listener = NotifyListener::new(notify_socket)?;
     if let Some(score) = spec.process().as_ref().and_then(|process| process.oom_score_adj()) {
         let path = "/proc/self/oom_score_adj";
@@ -70,7 +72,7 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
         preserve_fds: 0,
         container: Some(container),
         user_ns_config,
-        cgroup_config: place.config(),
+        cgroup_config: super::cgroup::config(place, &id),
         detached: true,
         executor: Box::new(program),
         no_pivot: no_pivot_root,
@@ -81,23 +83,27 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
         pid_file: None,
     };
     let membership = place.join_the_rest()?;
-    let pid = container_main_process(&arguments)?;
+    let pid = match container_main_process(&arguments) {
+        Ok(pid) => pid,
+        Err(error) => return Err(mappers.and_then(|mappers| mappers.failure()).unwrap_or_else(|| error.into())),
+    };
     drop(membership);
+    let process = HostPid::try_from(pid.as_raw())?;
     let (intel_rdt_dir, intel_rdt_monitoring_dir) = match intel_rdt {
         Some(intel_rdt) if matches!(kind, ContainerType::InitContainer) => {
-            setup_intel_rdt(Some(&id), &pid, &intel_rdt).inspect_err(|_| kill(pid.as_raw()))?
+            setup_intel_rdt(Some(&id), &pid, &intel_rdt).inspect_err(|_| kill(process))?
         }
         _ => (None, None),
     };
-    Ok(Launched { pid: pid.as_raw(), intel_rdt_dir, intel_rdt_monitoring_dir })
+    Ok(Launched { pid: process, intel_rdt_dir, intel_rdt_monitoring_dir })
 }
 
 /// Kills a process that was launched here. It is a child of the shim, which does not reap it while the helper runs, so
 /// its pid is still its own.
-pub(super) fn kill(pid: i32) {
-    let Some(process) = Pid::from_raw(pid) else { return };
-    if let Ok(pidfd) = rustix::process::pidfd_open(process, PidfdFlags::empty()) {
-        let _ = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+pub(super) fn kill(pid: HostPid) {
+    if let Ok(process) = ProcessHandle::open(pid) {
+        // One that has ended needs no signal.
+        let _ = process.signal(Signal::KILL);
     }
 }
 

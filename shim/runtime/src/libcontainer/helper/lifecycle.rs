@@ -1,19 +1,26 @@
 //! Start, pause, resume and update of a container that is there.
 
-use libcgroups::common::{CgroupManager, ControllerOpt, FreezerState};
+use std::time::Duration;
+
+use cgroup::Place;
+use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::container::ContainerStatus;
 use libcontainer::hooks::run_hooks;
 use libcontainer::notify_socket::NOTIFY_FILE;
 use oci_spec::runtime::LinuxResources;
 
 use super::Helper;
-use super::cgroup::Place;
-use super::error::{Context, Result, chain};
+use super::error::{Context, Failure, Result, chain};
+use super::state::StateDirectory;
+
+/// How long a container may take to stand still. The kernel needs a millisecond, but a process that waits for a disk or
+/// a network file system stands still only when it has its answer. libcgroups and runc wait as long on version 2.
+const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Helper {
     /// Where the container is accounted.
     pub(super) fn place(&self) -> Result<Place> {
-        Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup, &self.id)
+        Ok(Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup)?)
     }
 }
 
@@ -43,16 +50,29 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
     Ok(())
 }
 
+/// Freezes the container. The state says so before, and no longer when that fails: whoever reads it never takes a
+/// frozen container for one that runs.
 pub(super) fn pause(helper: &Helper) -> Result<()> {
-    let (mut state, _) = helper.directory.expect("pause", &[ContainerStatus::Running])?;
-    helper.place()?.manager()?.freeze(FreezerState::Frozen).context(|| "freeze the container")?;
-    state.status = ContainerStatus::Paused;
-    helper.directory.save_state(&state)
+    pause_by(&helper.directory, || Ok(helper.place()?.cgroup()?.freeze_within(PAUSE_LIMIT)?))
 }
 
+/// `freeze` undoes by itself what it has begun when it fails.
+fn pause_by(directory: &StateDirectory, freeze: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (mut state, _) = directory.expect("pause", &[ContainerStatus::Running])?;
+    state.status = ContainerStatus::Paused;
+    directory.save_state(&state)?;
+    let Err(failure) = freeze() else { return Ok(()) };
+    state.status = ContainerStatus::Running;
+    Err(match directory.save_state(&state) {
+        Ok(()) => Failure::new(format!("cannot freeze the container: {failure}")),
+        Err(unsaved) => Failure::new(format!("{failure}; it runs, and its state says that it is paused: {unsaved}")),
+    })
+}
+
+/// Thaws the container. The state says so afterwards: a container that could not be thawed can be resumed again.
 pub(super) fn resume(helper: &Helper) -> Result<()> {
     let (mut state, _) = helper.directory.expect("resume", &[ContainerStatus::Paused])?;
-    helper.place()?.manager()?.freeze(FreezerState::Thawed).context(|| "thaw the container")?;
+    helper.place()?.cgroup()?.thaw().context(|| "thaw the container")?;
     state.status = ContainerStatus::Running;
     helper.directory.save_state(&state)
 }
@@ -65,5 +85,41 @@ pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> 
     resources.set_devices(None);
     let options =
         ControllerOpt { resources: &resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };
-    helper.place()?.manager()?.apply(&options).context(|| "change the limits of the container")
+    super::cgroup::manager(&helper.place()?, &helper.id)?
+        .apply(&options)
+        .context(|| "change the limits of the container")
+}
+
+#[cfg(test)]
+mod tests {
+    use libcontainer::container::State;
+    use proc::{HostPid, Identity};
+
+    use super::*;
+
+    fn running(root: &std::path::Path) -> StateDirectory {
+        let directory = StateDirectory::new(root, "one");
+        directory.create().unwrap();
+        let own = Identity::of(HostPid::own()).unwrap();
+        directory
+            .save_state(&State::new("one", ContainerStatus::Running, Some(own.pid.raw()), "/bundle".into()))
+            .unwrap();
+        directory.save_init(own).unwrap();
+        directory
+    }
+
+    #[test]
+    fn a_pause_that_fails_leaves_a_running_container() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = running(root.path());
+        let failure = pause_by(&directory, || {
+            assert_eq!(directory.state().unwrap().status, ContainerStatus::Paused, "it says so before it is frozen");
+            Err(Failure::new("a process does not stop"))
+        });
+        assert_eq!(failure.unwrap_err().to_string(), "cannot freeze the container: a process does not stop");
+        assert_eq!(directory.state().unwrap().status, ContainerStatus::Running);
+        pause_by(&directory, || Ok(())).unwrap();
+        assert_eq!(directory.state().unwrap().status, ContainerStatus::Paused);
+        pause_by(&directory, || Ok(())).unwrap_err();
+    }
 }

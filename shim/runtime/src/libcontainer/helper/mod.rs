@@ -16,6 +16,7 @@ mod exec;
 mod filter;
 mod fixup;
 mod host_name;
+mod id_maps;
 mod launch;
 mod lifecycle;
 mod log;
@@ -34,13 +35,16 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
+use ::cgroup::Cgroup;
+use proc::HostPid;
+
 use super::protocol::{self, Reply, Request, Step};
 use super::sys;
 use crate::{CheckpointRequest, ProcessIo, RestoreRequest};
 use error::{Context, Failure, Result};
 use log::Log;
 use program::Stdio;
-use restore::Prepared;
+use restore::{Prepared, Streams};
 use state::StateDirectory;
 
 /// What every step gets.
@@ -89,7 +93,7 @@ fn descriptor(argument: &OsString) -> Option<OwnedFd> {
     sys::take(argument.to_str()?.parse().ok()?).ok()
 }
 
-fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<String>)> {
+fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<HostPid>, Vec<String>)> {
     let Request { root, id, systemd_cgroup, step } =
         protocol::read_request(&mut request).context(|| "read the request")?;
     drop(request);
@@ -104,8 +108,6 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<i32>, Vec<Stri
         Step::Create(create) => Some(create::create(&mut helper, &create, stdio)?),
         Step::Exec(exec) => Some(exec::exec(&mut helper, *exec, stdio)?),
         Step::Start => lifecycle::start(&mut helper).map(|()| None)?,
-        Step::Pause => lifecycle::pause(&helper).map(|()| None)?,
-        Step::Resume => lifecycle::resume(&helper).map(|()| None)?,
         Step::Update(resources) => lifecycle::update(&helper, &resources).map(|()| None)?,
         Step::Delete => delete::delete(&mut helper).map(|()| None)?,
         Step::Join(join) => restore::join(&helper, &join).map(|()| None)?,
@@ -161,8 +163,29 @@ pub(super) fn prepare_restore(
 }
 
 /// Notes that the processes of a container are there.
-pub(super) fn finish_restore(root: &Path, id: &str, pid: i32) -> std::result::Result<(), String> {
-    restore::finish(&Helper::new(root, id, false), pid).map_err(|failure| failure.to_string())
+pub(super) fn finish_restore(
+    root: &Path,
+    id: &str,
+    pid: HostPid,
+    streams: &Streams,
+) -> std::result::Result<(), String> {
+    restore::finish(&Helper::new(root, id, false), pid, streams).map_err(|failure| failure.to_string())
+}
+
+/// Freezes a container.
+pub(super) fn pause(root: &Path, id: &str, systemd_cgroup: bool) -> std::result::Result<(), String> {
+    lifecycle::pause(&Helper::new(root, id, systemd_cgroup)).map_err(|failure| failure.to_string())
+}
+
+/// Thaws a container.
+pub(super) fn resume(root: &Path, id: &str, systemd_cgroup: bool) -> std::result::Result<(), String> {
+    lifecycle::resume(&Helper::new(root, id, systemd_cgroup)).map_err(|failure| failure.to_string())
+}
+
+/// A container's cgroup: the place that was made for it, wherever its processes have moved.
+pub(super) fn cgroup(root: &Path, id: &str, systemd_cgroup: bool) -> std::result::Result<Cgroup, String> {
+    let place = Helper::new(root, id, systemd_cgroup).place();
+    place.and_then(|place| Ok(place.cgroup()?)).map_err(|failure| failure.to_string())
 }
 
 /// Gives the namespace that the container joins its host name again.
@@ -175,8 +198,10 @@ pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), St
     StateDirectory::new(root, id).unmount_root().map_err(|failure| failure.to_string())
 }
 
+pub(super) use descriptors::is_pipe;
 pub(super) use dump::criu_options;
 pub(super) use host_name::HostName;
+pub use id_maps::{is_mapper, mapper_main};
 pub(super) use launch::give_to;
 
 /// The id becomes a file name below the root.

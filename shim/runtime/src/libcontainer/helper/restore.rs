@@ -3,22 +3,32 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use cgroup::Place;
 use criu::{ExternalMount, JoinNamespace, Namespace};
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{Container, ContainerStatus};
 use libcontainer::hooks::run_hooks;
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Spec};
+use proc::{HostPid, Identity};
 
-use super::cgroup::Place;
 use super::create::check_terminal;
 use super::dump::{MASK, device_paths, is_bind, is_inherited, joined_namespaces, mask};
 use super::error::{Context, Failure, Result};
 use super::host_name::HostName;
 use super::rootfs::Root;
-use super::state::Identity;
 use super::{Helper, adapt, delete, descriptors, devices, fixup};
+use crate::libcontainer::privileges::Allowed;
 use crate::libcontainer::protocol::Join;
+
+/// Links of a container's standard streams, as `/proc/PID/fd` has them.
+#[derive(Clone, Debug, Default)]
+pub(in crate::libcontainer) struct Streams {
+    /// When it was dumped.
+    pub(in crate::libcontainer) dumped: Vec<String>,
+    /// Those that it was given; none if it has a terminal.
+    pub(in crate::libcontainer) new: Vec<String>,
+}
 
 /// A container that has everything but its processes.
 #[derive(Debug)]
@@ -34,6 +44,8 @@ pub(in crate::libcontainer) struct Prepared {
     pub(in crate::libcontainer) streams: Vec<String>,
     /// The host name of the namespace that it joins, to be put back when CRIU has set another one.
     pub(in crate::libcontainer) host_name: Option<Arc<HostName>>,
+    /// The most that its processes may have.
+    pub(in crate::libcontainer) allowed: Allowed,
     /// The container's limits.
     pub(in crate::libcontainer) resources: LinuxResources,
     /// Its network is new, and the loopback device in it down.
@@ -57,7 +69,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
     // Before its cgroup is found to be in use, by itself.
     helper.directory.expect_none()?;
     let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
-    let place = Place::new(&path, helper.systemd_cgroup, &helper.id)?;
+    let place = Place::new(&path, helper.systemd_cgroup)?;
     if place.is_populated()? {
         return Err(Failure::new(format!("the cgroup {} is in use", path.display())));
     }
@@ -82,6 +94,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
         Ok(Prepared {
             external_mounts: external_mounts(&spec, &place, bundle)?,
             host_name: host_name(&joined)?,
+            allowed: Allowed::by(&spec).context(|| "find what the container may do")?,
             joined: joined.into_iter().map(|(kind, path)| JoinNamespace { kind, path }).collect(),
             inherited,
             streams,
@@ -169,11 +182,11 @@ fn make_mount_points(spec: &Spec, rootfs: &Path) -> Result<()> {
 /// Makes the cgroup with its limits, and moves criu into it, so that all that criu forks is in it.
 pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
     let place = helper.place()?;
-    let manager = place.manager()?;
+    let manager = super::cgroup::manager(&place, &helper.id)?;
     let path = place.path().display();
     // The type is of a version of nix that is libcgroups' own affair.
     let mut container = Container::default();
-    let criu = container.set_pid(join.pid).pid().ok_or_else(|| Failure::new("criu has no pid"))?;
+    let criu = container.set_pid(join.pid.raw()).pid().ok_or_else(|| Failure::new("criu has no pid"))?;
     manager.add_task(criu).context(|| format!("put criu into the cgroup {path}"))?;
     let options = ControllerOpt {
         resources: &join.resources,
@@ -193,9 +206,9 @@ pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
 
 /// What is done in the container's namespaces when they are there and empty: hooks, which make its network, as by runc
 /// at this stage; without them, what [`fixup`] does to a new network.
-pub(super) fn set_up(helper: &Helper, pid: i32, raise_loopback: bool) -> Result<()> {
+pub(super) fn set_up(helper: &Helper, pid: HostPid, raise_loopback: bool) -> Result<()> {
     let mut state = helper.directory.state()?;
-    state.pid = Some(pid);
+    state.pid = Some(pid.raw());
     if raise_loopback {
         fixup::raise_loopback(pid)?;
     }
@@ -206,14 +219,14 @@ pub(super) fn set_up(helper: &Helper, pid: i32, raise_loopback: bool) -> Result<
 }
 
 /// The processes are there: from now on the container is like any other.
-pub(super) fn finish(helper: &Helper, pid: i32) -> Result<()> {
+pub(super) fn finish(helper: &Helper, pid: HostPid, streams: &Streams) -> Result<()> {
     let died = || Failure::new("the container's init died while it was restored");
-    let init = Identity::of(pid)?.ok_or_else(died)?;
-    descriptors::note(pid, helper.directory.path())?;
+    let init = Identity::of_living(pid).context(|| "look at the restored init")?.ok_or_else(died)?;
+    descriptors::note_restored(&streams.dumped, &streams.new, helper.directory.path())?;
     helper.directory.save_init(init)?;
     let mut state = helper.directory.state()?;
     state.status = ContainerStatus::Running;
-    state.pid = Some(pid);
+    state.pid = Some(pid.raw());
     state.creator = Some(rustix::process::geteuid().as_raw());
     helper.directory.save_state(&state)
 }

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use libcontainer::config::YoukiConfig;
 use libcontainer::container::{ContainerStatus, State};
+use proc::Identity;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use super::FILE_LIMIT;
 use super::error::{Context, Failure, Result};
@@ -34,45 +35,6 @@ const STARTING: &str = "starting.lock";
 const EXISTS: &str = "a container with this id exists";
 /// startContainer hooks may take their time.
 const START_DEADLINE: Duration = Duration::from_secs(60);
-
-/// A process, told from a later one with the same pid by when it started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(super) struct Identity {
-    pub(super) pid: i32,
-    /// In clock ticks since boot, as in `/proc/PID/stat`.
-    pub(super) start_time: u64,
-}
-
-impl Identity {
-    /// The process that has this pid now; `None` when there is none, or only its zombie.
-    pub(super) fn of(pid: i32) -> Result<Option<Self>> {
-        let path = format!("/proc/{pid}/stat");
-        match fs::read_to_string(&path) {
-            Ok(stat) => match parse_stat(&stat) {
-                Some((b'Z' | b'X', _)) => Ok(None),
-                Some((_, start_time)) => Ok(Some(Self { pid, start_time })),
-                None => Err(Failure::new(format!("{path} has no start time"))),
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-            Err(error) => Err(Failure::because(format!("read {path}"), &error)),
-        }
-    }
-
-    pub(super) fn is_alive(&self) -> Result<bool> {
-        Ok(Self::of(self.pid)? == Some(*self))
-    }
-}
-
-/// State and start time. The command's name, which comes before them, may hold spaces and brackets.
-fn parse_stat(stat: &str) -> Option<(u8, u64)> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_ascii_whitespace();
-    let state = *fields.next()?.as_bytes().first()?;
-    // Fields 3 and 22 of proc_pid_stat(5).
-    Some((state, fields.nth(18)?.parse().ok()?))
-}
 
 #[derive(Debug)]
 pub(super) struct StateDirectory {
@@ -210,7 +172,8 @@ impl StateDirectory {
     fn live_init(&self, state: &State) -> Result<Option<Identity>> {
         let Some(pid) = state.pid else { return Ok(None) };
         let init: Identity = self.read(INIT)?;
-        Ok((init.pid == pid && init.is_alive()?).then_some(init))
+        let is_alive = init.is_alive().context(|| "look for the container's init")?;
+        Ok((init.pid.raw() == pid && is_alive).then_some(init))
     }
 
     /// The state, and the init that it tells of; an error unless the container has one of these statuses and lives.
@@ -267,21 +230,9 @@ pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
 
 #[cfg(test)]
 mod tests {
+    use proc::HostPid;
+
     use super::*;
-
-    #[test]
-    fn a_name_with_brackets_does_not_hide_the_start_time() {
-        let stat = "7 (a) S) (b) R 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 10 20";
-        assert_eq!(parse_stat(stat), Some((b'R', 4711)));
-        assert_eq!(parse_stat("7 (x) R 1"), None);
-    }
-
-    #[test]
-    fn this_process_is_itself_and_alive() {
-        let own = Identity::of(i32::try_from(std::process::id()).unwrap()).unwrap().unwrap();
-        assert!(own.is_alive().unwrap());
-        assert!(!Identity { start_time: own.start_time + 1, ..own }.is_alive().unwrap());
-    }
 
     #[test]
     fn state_is_read_back_as_written() {
@@ -332,8 +283,8 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let directory = StateDirectory::new(root.path(), "one");
         directory.create().unwrap();
-        let own = Identity::of(i32::try_from(std::process::id()).unwrap()).unwrap().unwrap();
-        let state = State::new("one", ContainerStatus::Running, Some(own.pid), "/bundle".into());
+        let own = Identity::of(HostPid::own()).unwrap();
+        let state = State::new("one", ContainerStatus::Running, Some(own.pid.raw()), "/bundle".into());
         directory.save_state(&state).unwrap();
         directory.save_init(Identity { start_time: own.start_time + 1, ..own }).unwrap();
         let expect = |status| directory.expect("exec in", &[status]).map_err(|failure| failure.to_string());

@@ -7,9 +7,9 @@
 
 use std::path::{Path, PathBuf};
 
+use cgroup::Place;
 use oci_spec::runtime::{Mount, MountBuilder, Spec};
 
-use super::cgroup::Place;
 use super::error::Result;
 
 /// A mount of all hierarchies that was written out, and what is left to do once the container is there.

@@ -33,6 +33,16 @@ pub struct Allow {
     pub shell_job: bool,
 }
 
+/// How much restored processes may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Privileges {
+    /// No more than the specification of the new container gives. With more in the images the restore fails.
+    #[default]
+    Container,
+    /// What they could do when they were saved.
+    Snapshot,
+}
+
 /// A container to be saved.
 #[derive(Debug)]
 pub struct CheckpointRequest {

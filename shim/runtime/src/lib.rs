@@ -23,7 +23,7 @@ use async_trait::async_trait;
 use oci_spec::runtime::{Features, LinuxResources, Process};
 use reaper::Child;
 
-pub use checkpoint::{Allow, Caller, CheckpointRequest, RestoreRequest, Review, Reviewer, Tcp, Waiting};
+pub use checkpoint::{Allow, Caller, CheckpointRequest, Privileges, RestoreRequest, Review, Reviewer, Tcp, Waiting};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
 pub use phase::{Phase, Timeline};

@@ -36,7 +36,9 @@ use super::create::undo;
 use super::{Actor, NodeStore, Status};
 use crate::error::{RestoreError, RestoreFailure, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
-use checkpoint::{Annotations, DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm, remove_if_containerds};
+use checkpoint::{
+    Annotations, DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm, remove_if_containerds,
+};
 
 /// CRIU's name for its log of a restore.
 const LOG: &str = "restore.log";

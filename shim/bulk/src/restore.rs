@@ -368,7 +368,13 @@ mod tests {
             let path = draft.folder().join("segments");
             std::fs::write(&path, "x").unwrap();
             let layer = NewLayer { media_type: SEGMENTS_TYPE.into(), path, digest: None, annotations: BTreeMap::new() };
-            let host = Host { criu: String::new(), kernel: String::new(), architecture: String::new(), cpu_features: vec![], driver: None };
+            let host = Host {
+                criu: String::new(),
+                kernel: String::new(),
+                architecture: String::new(),
+                cpu_features: vec![],
+                driver: None,
+            };
             let new = NewSnapshot {
                 name: name.map(|name| name.parse().unwrap()),
                 if_taken: IfTaken::Move,
@@ -402,7 +408,8 @@ mod tests {
         #[test]
         fn a_snapshot_in_another_store_is_not_used() {
             let (other, digest) = published(Some("default/vit"));
-            let (store, _) = published(None);
+            let store = tempfile::tempdir().unwrap();
+            Store::open(store.path()).unwrap();
             let refused = refusal(&pointer(digest, other.path()), &node(store.path(), "default"));
             assert!(refused.contains("which this node does not use"), "{refused}");
         }

@@ -268,7 +268,9 @@ impl Task for TaskService {
 
     async fn resize_pty(&self, _ctx: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id).await?;
-        container.ask(move |actor| actor.resize(&ProcessRef::of(&request.exec_id), request.width, request.height)).await?;
+        container
+            .ask(move |actor| actor.resize(&ProcessRef::of(&request.exec_id), request.width, request.height))
+            .await?;
         Ok(Empty::new())
     }
 
@@ -309,7 +311,8 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _ctx: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.container(&request.id).await?.ask(|actor| Ok(actor.process(&ProcessRef::Init)?.pid())).await?;
+        let task_pid =
+            self.container(&request.id).await?.ask(|actor| Ok(actor.process(&ProcessRef::Init)?.pid())).await?;
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 

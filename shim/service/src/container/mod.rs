@@ -53,9 +53,9 @@ use tracing::Instrument as _;
 
 pub(crate) use self::create::create;
 use self::freezer::Freezer;
+pub(crate) use self::operations::Target;
 pub(crate) use self::process::ExecId;
 use self::process::Process;
-pub(crate) use self::operations::Target;
 pub(crate) use self::process::{ProcessRef, Status};
 use self::restore::FromCheckpoint;
 use crate::error::TaskError;

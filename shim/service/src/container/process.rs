@@ -77,11 +77,18 @@ impl fmt::Display for Status {
 enum Life {
     Created,
     /// The runtime lets it run. An end that comes meanwhile is told after the start.
-    Starting { ended: Option<Exit> },
+    Starting {
+        ended: Option<Exit>,
+    },
     Running,
-    Paused { since: Instant },
+    Paused {
+        since: Instant,
+    },
     /// The process has ended, which cannot be told yet: clients see it as before.
-    Ending { exit: Exit, shown: Status },
+    Ending {
+        exit: Exit,
+        shown: Status,
+    },
     Stopped,
 }
 

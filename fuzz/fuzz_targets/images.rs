@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use gpusnap_fuzz::{parts, pieces};
-use images::{Changes, Inherited, Run, Staging, check, dump_stats, inspect, present, rewrite, runs};
+use images::{Changes, Inherited, Run, Staging, Unmarked, check, dump_stats, inspect, present, rewrite, runs};
 use libfuzzer_sys::fuzz_target;
 
 /// Names of files, and the magic numbers that they begin with (criu/include/magic.h).
@@ -43,6 +43,9 @@ const MOST_PAGES: usize = 64;
 fuzz_target!(|data: &[u8]| {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let mut wishes: &[u8] = &[];
+    // Memory is taken out of images with an inventory only.
+    let inventory = framed(FILES[0].1, &[2, 0, 8, 2]);
+    std::fs::write(folder.path().join(FILES[0].0), inventory).expect("the folder can be written to");
     for (kind, part) in parts(data) {
         match FILES.get(usize::from(kind & 0xf)) {
             Some((name, magic)) => {
@@ -137,6 +140,11 @@ fn take_out(images: &Path, wishes: &[u8]) {
         return;
     }
     assert!(!was_whole || check(images).is_ok(), "images stay whole");
+    if !gone.is_empty() {
+        assert!(inspect(images).is_ok_and(|image| image.is_cut()), "CRIU refuses them");
+        let unmarked = Unmarked::of(images, images).expect("its files can be read");
+        assert!(inspect(unmarked.path()).is_ok_and(|image| !image.is_cut()), "CRIU takes them");
+    }
     let after = contents(images);
     let is_gone = |address: u64| gone.iter().any(|range| range.contains(&address));
     let expected: BTreeMap<u64, u8> = before.into_iter().filter(|(address, _)| !is_gone(*address)).collect();

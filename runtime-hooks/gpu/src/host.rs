@@ -9,48 +9,68 @@ use cgroup::Cgroup;
 use crate::ahead::Ahead;
 use crate::refill::Refill;
 use crate::residue;
-use crate::session::{Host, SessionError};
+use crate::session::{Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
 use crate::swap::{self, Swap, SwapProcess};
 use cuda::process::drivers;
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
 use phase::chain;
+use proc::{HostPid, ProcessHandle};
+use rustix::process::Signal;
 use tracee::hold::{self, Hold, Scope};
 use tracee::process::{self, Range, RunState};
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
-/// Waking a stopped process takes milliseconds, unless a thread of it waits for a disk.
-const WAKING: Duration = Duration::from_secs(10);
-/// How often it is tried to let processes go, half a second each time, whose program the guardian would take with it.
+/// Continuing a stopped process takes milliseconds, unless a thread of it waits for a disk.
+const CONTINUING: Duration = Duration::from_secs(10);
+/// How often it is tried to let processes go, half a second each time, whose program this process would take with it.
 const MOST_RELEASES: u32 = 20;
 /// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
 const CLEANING: Duration = Duration::from_secs(10);
 
 /// The machine, as far as one container reaches.
-pub(crate) struct Machine<'a> {
-    cgroup: Cgroup,
-    callers: &'a mut Callers,
+pub(crate) struct Machine {
+    cgroup: Option<Cgroup>,
+    callers: Callers,
     hold: Hold,
+    /// The processes that the cgroup has listed.
+    handles: HashMap<i32, ProcessHandle>,
     /// Anonymous memory of processes before a checkpoint.
     anonymous: HashMap<i32, Vec<Range>>,
     /// Staging memory that is not all in place yet.
     refill: Option<Refill>,
 }
 
-impl<'a> Machine<'a> {
-    /// What concerns the container that a process belongs to.
-    pub(crate) fn of(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
-        Self::with(Hold::new(drivers), pid, callers)
+impl Machine {
+    pub(crate) fn new(callers: Callers) -> Self {
+        let (handles, anonymous) = (HashMap::new(), HashMap::new());
+        Self { cgroup: None, callers, hold: Hold::new(drivers), handles, anonymous, refill: None }
     }
 
-    /// The same of a container that must not run before it is let go: the end of this process kills what it holds of it.
-    pub(crate) fn of_unfilled(pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
-        Self::with(Hold::with_exit_kill(drivers), pid, callers)
+    /// Reaches the processes of this cgroup from now on.
+    pub(crate) fn reach(&mut self, cgroup: &Cgroup) {
+        self.cgroup = Some(cgroup.clone());
     }
 
-    fn with(hold: Hold, pid: i32, callers: &'a mut Callers) -> Result<Self, SessionError> {
-        let cgroup = Cgroup::of_process(pid).map_err(container("find the cgroup of"))?;
-        Ok(Self { cgroup, callers, hold, anonymous: HashMap::new(), refill: None })
+    /// Lets the end of this process kill what it holds from now on: a container that must not run before it is let go.
+    pub(crate) fn hold_to_the_death(&mut self) {
+        self.hold = Hold::with_exit_kill(drivers);
+    }
+
+    fn cgroup(&self) -> Result<&Cgroup, SessionError> {
+        let why = || "nobody said where it is".to_owned();
+        self.cgroup.as_ref().ok_or_else(|| SessionError::Container { action: "find".to_owned(), why: why() })
+    }
+
+    /// Fails for a process that has ended, whoever has its pid now.
+    fn check(&self, action: &'static str, pid: i32) -> Result<(), SessionError> {
+        match self.handles.get(&pid) {
+            Some(handle) if !handle.is_alive() => {
+                let why = "the process has ended".to_owned();
+                Err(SessionError::Process { action: action.to_owned(), process: format!("process {pid}"), why })
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -70,9 +90,38 @@ fn name(pid: i32) -> String {
     }
 }
 
-impl Host for Machine<'_> {
+impl Processes for Machine {
     fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
-        self.cgroup.pids().map_err(container("list the processes of"))
+        let list = |machine: &Self| machine.cgroup()?.pids().map_err(container("list the processes of"));
+        let mut pids = list(self)?;
+        let mut new = Vec::new();
+        for pid in &pids {
+            if self.handles.contains_key(pid) {
+                continue;
+            }
+            let Some(host_pid) = HostPid::new(*pid) else { continue };
+            match ProcessHandle::open(host_pid) {
+                Ok(handle) => {
+                    self.handles.insert(*pid, handle);
+                    new.push(*pid);
+                }
+                Err(error) if proc::is_gone(&error) => {}
+                Err(error) => return Err(container("open the processes of")(error)),
+            }
+        }
+        if !new.is_empty() {
+            // Whoever had a pid before it was opened may not be who had it after: only the container's processes count.
+            pids = list(self)?;
+            for pid in new.into_iter().filter(|pid| !pids.contains(pid)) {
+                self.handles.remove(&pid);
+            }
+        }
+        pids.retain(|pid| self.handles.get(pid).is_some_and(ProcessHandle::is_alive));
+        Ok(pids)
+    }
+
+    fn is_gone(&mut self, pid: i32) -> bool {
+        self.handles.get(&pid).is_some_and(|handle| !handle.is_alive()) || process::run_state(pid) == RunState::Dead
     }
 
     fn touches_gpu(&mut self, pid: i32) -> bool {
@@ -91,16 +140,12 @@ impl Host for Machine<'_> {
         Some(format!("descriptor {} of {}", fd.fd, fd.path.display()))
     }
 
-    fn is_gone(&mut self, pid: i32) -> bool {
-        process::run_state(pid) == RunState::Dead
-    }
-
     fn describe(&mut self, pid: i32) -> String {
         let name = name(pid);
         let state = match process::run_state(pid) {
             RunState::Running => return name,
-            // By this process, which holds it.
-            RunState::Traced(tracer) if tracer.unsigned_abs() == std::process::id() => return name,
+            // By a thread of this process, which holds it.
+            RunState::Traced(tracer) if is_own_thread(tracer) => return name,
             RunState::Dead => "it is dead".to_owned(),
             RunState::Stopped => "it is stopped".to_owned(),
             RunState::Traced(tracer) => format!("it is traced by {}", self::name(tracer)),
@@ -122,63 +167,9 @@ impl Host for Machine<'_> {
         process::gained(before, &now)
     }
 
-    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
-        let Self { cgroup, callers, hold, refill, .. } = self;
-        let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
-        let mut ahead = Ahead::of(checkpoints.map(|(pid, _)| *pid));
-        let results = callers.make(calls, limit, &mut || {
-            // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
-            if let Err(error) = hold.watch() {
-                tracing::debug!("{}", chain(&error));
-            }
-            let moving = refill.as_mut().map_or(TICK, |refill| refill.tick(hold));
-            ahead.tick(hold, || memory_left(cgroup).map(|(left, _)| left)).min(moving)
-        });
-        ahead.finish(hold);
-        results
-    }
-
-    fn inventory(&mut self) -> Result<Inventory, CallFailure> {
-        self.callers.inventory(INVENTORY)
-    }
-
-    fn memory_left(&mut self) -> Option<(u64, String)> {
-        memory_left(&self.cgroup).map(|(left, limit)| (left, limit.to_owned()))
-    }
-
-    fn freeze(&mut self) -> Result<(), SessionError> {
-        self.cgroup.freeze().map_err(container("freeze"))
-    }
-
-    fn freeze_at_rest(&mut self) -> Result<(), SessionError> {
-        self.cgroup.freeze_at_rest(false).map_err(container("freeze"))
-    }
-
-    fn thaw(&mut self) -> Result<(), SessionError> {
-        self.cgroup.thaw().map_err(container("thaw"))
-    }
-
-    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
-        self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
-    }
-
-    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
-        self.hold.take_scope(pid, Scope::All).map_err(|error| process("hold", pid)(&error))
-    }
-
-    fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
-        self.hold.settle(Instant::now() + limit).map_err(container("hold all threads of"))
-    }
-
-    fn let_go(&mut self) {
-        // Those that are left go on when the guardian ends, or die with it.
-        let tries = if self.hold.is_exit_kill() { MOST_RELEASES } else { 1 };
-        for _ in 0..tries {
-            match self.hold.let_go() {
-                Ok(()) => return,
-                Err(error) => tracing::warn!("{}", chain(&error)),
-            }
-        }
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+        let mappings = cuda::process::device_mappings(pid).unwrap_or_default();
+        mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect()
     }
 
     fn is_stopped(&mut self, pid: i32) -> bool {
@@ -191,34 +182,124 @@ impl Host for Machine<'_> {
         drivers.any(|thread| process::thread_state(pid, thread.tid) == Some(b'T'))
     }
 
-    fn is_asleep(&mut self, pid: i32) -> bool {
-        process::run_state(pid) == RunState::Stopped || hold::is_put_to_sleep(pid)
+    fn is_stopping(&mut self, pid: i32) -> bool {
+        process::run_state(pid) == RunState::Stopped || hold::is_stopping(pid)
     }
 
-    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
-        let mappings = cuda::process::device_mappings(pid).unwrap_or_default();
-        mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect()
+    fn unsupported(&mut self, pid: i32) -> Unsupported {
+        let uses = cuda::process::uses(pid);
+        Unsupported { cupti: uses.cupti, mig: uses.mig, mps: uses.mps, ipc: uses.ipc }
+    }
+}
+
+impl Driver for Machine {
+    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+        let (gone, there): (Vec<_>, Vec<_>) =
+            calls.iter().cloned().enumerate().partition(|(_, (pid, _))| self.check("call", *pid).is_err());
+        let (at, calls): (Vec<usize>, Vec<(i32, Call)>) = there.into_iter().unzip();
+        let Self { cgroup, callers, hold, refill, .. } = self;
+        let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
+        let mut ahead = Ahead::of(checkpoints.map(|(pid, _)| *pid));
+        let results = callers.make(&calls, limit, &mut || {
+            // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
+            if let Err(error) = hold.watch() {
+                tracing::debug!("{}", chain(&error));
+            }
+            let moving = refill.as_mut().map_or(TICK, |refill| refill.tick(hold));
+            let left = || cgroup.as_ref().and_then(memory_left).map(|left| left.bytes);
+            ahead.tick(hold, left).min(moving)
+        });
+        ahead.finish(hold);
+        let mut all: Vec<_> = at.into_iter().zip(results).collect();
+        all.extend(gone.into_iter().map(|(index, _)| (index, Err(CallFailure::Gone))));
+        all.sort_by_key(|(index, _)| *index);
+        all.into_iter().map(|(_, result)| result).collect()
     }
 
-    fn wake(&mut self, pid: i32) -> Result<(), SessionError> {
-        self.hold.wake(pid, Instant::now() + WAKING).map_err(|error| process("wake", pid)(&error))
+    fn inventory(&mut self) -> Result<Inventory, CallFailure> {
+        self.callers.inventory(INVENTORY)
+    }
+}
+
+impl Freezer for Machine {
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.cgroup()?.freeze().map_err(container("freeze"))
     }
 
-    fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError> {
-        self.hold.put_to_sleep(pid).map_err(|error| process("stop again", pid)(&error))
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError> {
+        self.cgroup()?.freeze_at_rest(false).map_err(container("freeze"))
+    }
+
+    fn thaw(&mut self) -> Result<(), SessionError> {
+        self.cgroup()?.thaw().map_err(container("thaw"))
+    }
+
+    fn memory_left(&mut self) -> Option<MemoryLeft> {
+        self.cgroup.as_ref().and_then(memory_left)
+    }
+}
+
+impl Tracer for Machine {
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.check("hold", pid)?;
+        self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
+    }
+
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.check("hold", pid)?;
+        self.hold.take_scope(pid, Scope::All).map_err(|error| process("hold", pid)(&error))
+    }
+
+    fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
+        self.hold.settle(Instant::now() + limit).map_err(container("hold all threads of"))
+    }
+
+    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+        // Those that are left go on when this process ends, or die with it.
+        let tries = if self.hold.is_exit_kill() { MOST_RELEASES } else { 1 };
+        let mut let_go = Ok(());
+        for _ in 0..tries {
+            let_go = self.hold.let_go_but(keep);
+            match &let_go {
+                Ok(()) => break,
+                Err(error) => tracing::warn!("{}", chain(error)),
+            }
+        }
+        let_go.map_err(container("let go of all threads of"))
+    }
+
+    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.check("continue", pid)?;
+        self.hold.cont(pid, Instant::now() + CONTINUING).map_err(|error| process("continue", pid)(&error))
+    }
+
+    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.check("continue", pid)?;
+        let Some(handle) = self.handles.get(&pid) else { return Ok(()) };
+        handle.signal(Signal::CONT).map_err(|error| process("continue", pid)(&error))
+    }
+
+    fn stop(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.check("stop again", pid)?;
+        self.hold.stop(pid).map_err(|error| process("stop again", pid)(&error))
     }
 
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+        self.check("free the GPU of", pid)?;
         let cleaned = residue::clean(&mut self.hold, pid, Instant::now() + CLEANING);
         cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
     }
 
     fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError> {
+        self.check("put files in the place of memory of", process.pid)?;
         let swapped = swap::swap_in(&mut self.hold, files, process, Instant::now() + limit);
         swapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
     }
 
     fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError> {
+        for process in &staging.processes {
+            self.check("map the saved GPU state in", process.pid)?;
+        }
         let begun = Refill::begin(&mut self.hold, staging, Instant::now() + limit);
         self.refill = Some(begun.map_err(container("map the saved GPU state in"))?);
         Ok(())
@@ -228,17 +309,24 @@ impl Host for Machine<'_> {
         let Some(refill) = self.refill.take() else { return Ok(()) };
         refill.finish(&mut self.hold, Instant::now() + limit).map_err(container("fill the saved GPU state of"))
     }
+}
 
+impl Host for Machine {
     fn sleep(&mut self, time: Duration) {
         std::thread::sleep(time);
     }
 }
 
-/// Bytes that may still be used, and what limits them.
-fn memory_left(cgroup: &Cgroup) -> Option<(u64, &'static str)> {
-    let of_container = cgroup.memory_left().map(|left| (left, "the memory limit of the container"));
-    let of_machine = available_memory().map(|left| (left, "the memory of the machine"));
+/// Returns the memory that may still be used.
+fn memory_left(cgroup: &Cgroup) -> Option<MemoryLeft> {
+    let of_container = cgroup.memory_left().map(|bytes| MemoryLeft { bytes, is_limited: true });
+    let of_machine = available_memory().map(|bytes| MemoryLeft { bytes, is_limited: false });
     of_container.into_iter().chain(of_machine).min()
+}
+
+/// Tells whether a thread is of this process.
+fn is_own_thread(tid: i32) -> bool {
+    std::path::Path::new(&format!("/proc/self/task/{tid}")).exists()
 }
 
 /// `MemAvailable` of /proc/meminfo, in bytes.

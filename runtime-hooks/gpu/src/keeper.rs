@@ -1,21 +1,50 @@
-//! The keeper: a container's GPU state moved to memory and back, by the thread that this is used from.
+//! The keeper of one container's GPU state, from the beginning of a checkpoint or restore to the end.
 //!
-//! ptrace binds held threads to the thread that holds them. Each operation holds and lets go by itself, so a keeper may
-//! move between threads from one operation to the next.
+//! ```text
+//!   caller ──job──► thread of the keeper: session, hold ──socket──► callers of the driver
+//!          ◄─began, is it whole?, result──┘
+//! ```
+//!
+//! ptrace binds held threads to the thread that holds them, so a keeper has a thread of its own and may be used from any.
+//! What could not be put back stays held by that thread from one operation to the next.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use cgroup::Cgroup;
 use cuda::{Callers, Inventory, Pair};
 use phase::Phase;
 
-use crate::host::{INVENTORY, Machine};
-use crate::session::{Resumed, Session, SessionError, Suspended};
+use crate::host::Machine;
+use crate::session::{Driver, Owed, Resumed, Session, SessionError, Suspended, Undo};
 use crate::swap::{Swap, Swapped};
 
-/// Moves the GPU state of one container.
+type Job = Box<dyn FnOnce(&mut Machine, &mut Undo) + Send>;
+
+/// What the keeper's thread says while a job is under way.
+enum Event<T> {
+    Began(Phase),
+    IsWhole,
+    Done(Result<T, SessionError>, Owed),
+}
+
+/// The questions that a job asks of who gave it.
+struct Asker {
+    ask: Box<dyn FnMut() -> bool>,
+}
+
+/// What moves the GPU state of one container and keeps what is to be put back.
+///
+/// The end of a keeper, or of this process, lets go of what is held; the driver's locks stay. So whoever has a keeper that owes
+/// something calls [`Self::pay`] until the keeper does not.
+#[derive(Debug)]
 pub struct Keeper {
-    callers: Callers,
+    /// None once it is to end.
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    owed: Owed,
 }
 
 impl Default for Keeper {
@@ -24,90 +53,165 @@ impl Default for Keeper {
     }
 }
 
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.jobs = None;
+        // What is held is let go of when the thread has ended. Its panic was told already.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
 impl Keeper {
-    /// Returns a keeper whose first caller loads the driver already. This binary has to run [`cuda::caller_main`] when its
-    /// first argument is [`cuda::CALLER`].
+    /// Makes one that begins to load the driver. This binary has to run [`cuda::caller_main`] when its first argument is
+    /// [`cuda::CALLER`].
     #[must_use]
     pub fn new() -> Self {
-        let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
-        callers.prepare();
-        Self { callers }
+        let (jobs, todo) = mpsc::channel();
+        // Without a thread, each operation fails and says so.
+        let thread = std::thread::Builder::new().name("gpu-keeper".into()).spawn(move || serve(&todo)).ok();
+        Self { jobs: Some(jobs), thread, owed: Owed::default() }
     }
 
-    /// Returns this node's GPUs.
+    /// Returns this node's GPUs, by NVML.
     ///
     /// # Errors
-    /// When there is no driver, or it does not answer.
+    /// When there is no driver, or the driver does not answer.
     pub fn inventory(&mut self) -> Result<Inventory, SessionError> {
-        self.callers.inventory(INVENTORY).map_err(|failure| SessionError::NoDriver(failure.to_string()))
+        self.run(None, &mut |_| {}, &mut || false, |mut session, _| {
+            session.host().inventory().map_err(|failure| SessionError::NoDriver(failure.to_string()))
+        })
     }
 
-    /// Moves the GPU state of the container that the process `pid` belongs to to its memory and leaves the container frozen.
-    /// GPU work may go on for `patience`; then the driver may take `limit`.
+    /// Moves the GPU state of the container of this cgroup to its memory and leaves the container frozen. GPU work may go on
+    /// for `patience`; then the driver may take `limit`.
     ///
     /// # Errors
-    /// The container is as before then, and frozen if it was `paused`, unless the error is [`SessionError::NotUndone`].
+    /// The container is as before then, and frozen if it was `paused`, but for what is owed.
     pub fn suspend(
         &mut self,
-        pid: i32,
+        cgroup: &Cgroup,
         paused: bool,
         patience: Duration,
         limit: Duration,
         began: &mut dyn FnMut(Phase),
     ) -> Result<Suspended, SessionError> {
-        let mut machine = Machine::of(pid, &mut self.callers)?;
-        Session::new(&mut machine, began).suspend(paused, patience, limit)
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.suspend(paused, patience, limit))
     }
 
     /// Puts private mappings of files in the place of memory of a container that is suspended, without a change of what its
     /// processes find there. It may take `limit` for each process. No process of the container runs meanwhile.
     ///
     /// # Errors
-    /// When that was not done, or not wholly. The container is suspended all the same and has its data, in memory or in
-    /// files: it can be saved as it is, or resumed.
+    /// When that was not done, or not wholly. The container has its data, in memory or in files: it can be resumed, or saved as
+    /// it is unless processes of it are held.
     pub fn swap(
         &mut self,
-        pid: i32,
+        cgroup: &Cgroup,
         swap: &Swap,
         limit: Duration,
         began: &mut dyn FnMut(Phase),
     ) -> Result<Swapped, SessionError> {
-        let mut machine = Machine::of(pid, &mut self.callers)?;
-        Session::new(&mut machine, began).swap(swap, limit)
+        let swap = swap.clone();
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.swap(&swap, limit))
     }
 
     /// Gives the container its GPU state back, whatever state its processes are in, and leaves it frozen or running.
     ///
     /// # Errors
-    /// When the state of some process cannot be moved. The others have theirs. It can be tried again.
+    /// When not all is back: see [`Self::owes`]. What is not owed has its state.
     pub fn resume(
         &mut self,
-        pid: i32,
+        cgroup: &Cgroup,
         frozen: bool,
         pairs: &[Pair],
         limit: Duration,
         began: &mut dyn FnMut(Phase),
     ) -> Result<Resumed, SessionError> {
-        let mut machine = Machine::of(pid, &mut self.callers)?;
-        Session::new(&mut machine, began).resume(frozen, pairs, limit)
+        let pairs = pairs.to_vec();
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.resume(frozen, &pairs, limit))
     }
 
     /// As [`Self::resume`], which leaves it running, for a frozen container whose CUDA processes have their memory, but for
     /// this staging memory, which is empty. The others get theirs meanwhile: nothing of the container runs on before
-    /// `is_whole` has returned true. The files of the staging memory must be packs of the crate `memory`.
+    /// `is_whole` has returned true; if this process ends before that, so does the container. The files of the staging memory
+    /// must be packs of the crate `memory`.
     ///
     /// # Errors
     /// When the state cannot be moved, or the memory has not come. The container is frozen or dead then, and of no use.
     pub fn resume_unfilled(
         &mut self,
-        pid: i32,
+        cgroup: &Cgroup,
         staging: &Swap,
         pairs: &[Pair],
         limit: Duration,
         began: &mut dyn FnMut(Phase),
         is_whole: &mut dyn FnMut() -> bool,
     ) -> Result<Resumed, SessionError> {
-        let mut machine = Machine::of_unfilled(pid, &mut self.callers)?;
-        Session::new(&mut machine, began).resume_unfilled(staging, pairs, limit, is_whole)
+        let (staging, pairs) = (staging.clone(), pairs.to_vec());
+        self.run(Some(cgroup), began, is_whole, move |mut session, mut asker| {
+            session.host().hold_to_the_death();
+            session.resume_unfilled(&staging, &pairs, limit, &mut asker.ask)
+        })
+    }
+
+    /// Returns what is still to be put back. A container that is suspended is owed its GPU state.
+    #[must_use]
+    pub fn owes(&self) -> &Owed {
+        &self.owed
+    }
+
+    /// Tries to put back what is owed, once, and returns the rest. Processes that are gone are owed nothing. To be called
+    /// again, with growing pauses, until nothing is owed.
+    pub fn pay(&mut self) -> &Owed {
+        // What went wrong is with what is owed.
+        let _ = self.run(None, &mut |_| {}, &mut || false, |session, _| Ok(session.pay()));
+        &self.owed
+    }
+
+    /// Has the keeper's thread do something, and answers it meanwhile.
+    fn run<T: Send + 'static>(
+        &mut self,
+        cgroup: Option<&Cgroup>,
+        began: &mut dyn FnMut(Phase),
+        is_whole: &mut dyn FnMut() -> bool,
+        work: impl FnOnce(Session<'_, Machine>, Asker) -> Result<T, SessionError> + Send + 'static,
+    ) -> Result<T, SessionError> {
+        let (tell, told) = mpsc::channel::<Event<T>>();
+        let (answer, answers) = mpsc::channel();
+        let cgroup = cgroup.cloned();
+        let job: Job = Box::new(move |machine, undo| {
+            if let Some(cgroup) = &cgroup {
+                machine.reach(cgroup);
+            }
+            // Nobody listens any more only if the caller has panicked.
+            let asking = tell.clone();
+            let ask = Box::new(move || asking.send(Event::IsWhole).is_ok() && answers.recv().unwrap_or(false));
+            let mut begin = |phase| drop(tell.send(Event::Began(phase)));
+            let done = work(Session::new(machine, undo, &mut begin), Asker { ask });
+            let _ = tell.send(Event::Done(done, undo.owed()));
+        });
+        let gone = || SessionError::NoDriver("the thread that holds the container's processes has ended".to_owned());
+        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
+        loop {
+            match told.recv().map_err(|_| gone())? {
+                Event::Began(phase) => began(phase),
+                Event::IsWhole => {
+                    let _ = answer.send(is_whole());
+                }
+                Event::Done(done, owed) => {
+                    self.owed = owed;
+                    return done;
+                }
+            }
+        }
+    }
+}
+
+fn serve(todo: &Receiver<Job>) {
+    let mut callers = Callers::new(PathBuf::from("/proc/self/exe"));
+    callers.prepare();
+    let (mut machine, mut undo) = (Machine::new(callers), Undo::default());
+    while let Ok(job) = todo.recv() {
+        job(&mut machine, &mut undo);
     }
 }

@@ -1,26 +1,24 @@
 //! The GPU state of a container, moved to the memory of its processes and back.
 //!
 //! ```text
-//!   shim ──► Guardian (client) ──socket──► guardian process: session, hold, residue, staging memory (crate memory)
-//!                                             └──socket──► callers (crate cuda): one driver call at a time
+//!   Keeper: session, hold, residue, staging memory (crate memory)
+//!     └──socket──► callers (crate cuda): one driver call at a time, killed when it hangs
 //! ```
 //!
-//! Everything that touches the processes of a container happens in the guardian, a process of its own for each session.
-//! When the shim dies, it puts everything back; when it dies itself, the shim starts another that does.
+//! Everything that touches the processes of a container happens in the process that uses the [`Keeper`], which lives for
+//! one checkpoint or restore. When that process dies, another one puts everything back: the driver says what there is to
+//! put back.
 
 #![deny(unsafe_code)]
 
 mod ahead;
-mod client;
-mod guardian;
 mod host;
-mod protocol;
+mod keeper;
 mod refill;
 mod residue;
 mod session;
 mod swap;
 
-pub use client::{CudaError, Guardian};
-pub use guardian::{GUARDIAN, guardian_main};
-pub use session::{LEAST_STAGING, Resumed, SessionError, Staging, Suspended, SuspendedProcess};
+pub use keeper::Keeper;
+pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
 pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};

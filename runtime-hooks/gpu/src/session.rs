@@ -1,4 +1,4 @@
-//! One container's way out of the GPU and back: the state machine of a guardian.
+//! One container's way out of the GPU and back: the state machine.
 //!
 //! ```text
 //!            thaw        ┌────────────── a process that was not there before ─────────────┐
@@ -23,26 +23,33 @@
 //! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again
 //! when it has begun.
 //!
-//! Nothing is remembered that the driver does not know better: what has to be undone is asked from the driver, process by
-//! process. So a guardian that takes the place of one that died does the same as one that has seen it all, and there is
-//! no journal that could be wrong.
+//! Each step is noted before it is made ([`Step`]). On the way back (`put_back`) every step is undone whatever became of the
+//! others, and what could not be undone stays noted ([`Owed`]), to be tried again. Whether a noted step was made at all is
+//! asked from the driver, process by process. So a session that takes the place of one that died does the same as one that has
+//! seen it all, and there is no journal that could be wrong.
 //!
 //! Why processes are held: a locked process cannot call the driver, but its threads may read what the driver gave them,
 //! and the checkpoint takes that away. JAX has such a thread.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use cuda::{Answer, Call, CallFailure, CudaResult, Inventory, ProcessState, SHORT_CALL};
 use phase::Phase;
 use serde::{Deserialize, Serialize};
-
-use crate::swap::{Swap, SwapProcess, Swapped, SwappedProcess};
-use cuda::Inventory;
-use cuda::{Answer, Call, CallFailure, SHORT_CALL};
-use cuda::{CudaResult, ProcessState};
 use tracee::process::Range;
 
+use crate::swap::{Swap, Swapped, SwappedProcess};
+
+mod error;
+mod host;
 mod put_back;
+mod room;
+mod undo;
+
+pub use error::SessionError;
+pub(crate) use host::{Driver, Freezer, Host, MemoryLeft, Processes, Tracer, Unsupported};
+pub(crate) use undo::Undo;
+pub use undo::{Owed, Step};
 
 /// How long GPU work may take in the first try to lock. An idle process is locked within a millisecond.
 const FIRST_LOCK: Duration = Duration::from_millis(500);
@@ -64,158 +71,6 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(300);
 const MOST_TRIES: u32 = 3;
 /// A container in which processes keep appearing that use CUDA.
 const MOST_PASSES: u32 = 100;
-
-/// What a session does to a machine. Tests put a fake one in.
-pub(crate) trait Host {
-    /// Every process of the container, in the guardian's pid namespace.
-    fn pids(&mut self) -> Result<Vec<i32>, SessionError>;
-    /// The process has something of the driver's: mappings, descriptors, threads.
-    fn touches_gpu(&mut self, pid: i32) -> bool;
-    /// The process has threads of the driver's.
-    fn has_drivers_threads(&mut self, pid: i32) -> bool;
-    /// What is left of the driver in the process: the first mapping or descriptor.
-    fn left(&mut self, pid: i32) -> Option<String>;
-    fn is_gone(&mut self, pid: i32) -> bool;
-    /// Who a process is, and what keeps it from answering, in words.
-    fn describe(&mut self, pid: i32) -> String;
-    fn namespace_pid(&mut self, pid: i32) -> i32;
-    /// Anonymous memory of the process that came since it was asked first.
-    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range>;
-    /// Makes all calls at once, and holds on to what is held meanwhile.
-    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
-    fn inventory(&mut self) -> Result<Inventory, CallFailure>;
-    /// Bytes that the container may still use, and what limits them.
-    fn memory_left(&mut self) -> Option<(u64, String)>;
-    fn freeze(&mut self) -> Result<(), SessionError>;
-    /// Freezes at a moment when what is there can be dumped.
-    fn freeze_at_rest(&mut self) -> Result<(), SessionError>;
-    fn thaw(&mut self) -> Result<(), SessionError>;
-    /// Asks all threads but the driver's to halt, as soon as they can.
-    fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
-    /// As [`Self::hold`], the driver's too.
-    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError>;
-    /// Waits until those that are held stand still.
-    fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
-    fn let_go(&mut self);
-    fn is_stopped(&mut self, pid: i32) -> bool;
-    /// It was stopped by a signal, or put to sleep.
-    fn is_asleep(&mut self, pid: i32) -> bool;
-    /// Where it has devices of the driver mapped: begin and end.
-    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
-    /// Lets the driver's threads of a stopped process run, and nothing else of it.
-    fn wake(&mut self, pid: i32) -> Result<(), SessionError>;
-    /// Stops it again.
-    fn put_to_sleep(&mut self, pid: i32) -> Result<(), SessionError>;
-    /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
-    fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
-    /// Puts files in the place of memory of a process that is held; what was left as it is.
-    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError>;
-    /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the
-    /// next.
-    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError>;
-    /// Waits until all of it is there, and what was saved.
-    fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError>;
-    fn sleep(&mut self, time: Duration);
-}
-
-/// Why a session failed. It crosses from the guardian to the shim, so sources are words.
-#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SessionError {
-    /// GPU work outlasted the deadline.
-    #[error("{process} has had GPU work under way for {seconds:.0} s: try again when it is done, or allow more time")]
-    Busy {
-        /// Pid and name.
-        process: String,
-        /// How long was tried.
-        seconds: f64,
-    },
-    /// The driver cannot checkpoint managed memory.
-    #[error("{process} uses CUDA managed memory (cudaMallocManaged), which the driver cannot checkpoint")]
-    Managed {
-        /// Pid and name.
-        process: String,
-    },
-    /// Somebody else checkpoints the process, or the driver gave it up.
-    #[error("{process} is {state} already, as the driver says, and not by gpusnap")]
-    State {
-        /// Pid and name.
-        process: String,
-        /// The driver's word.
-        state: String,
-    },
-    /// The driver refused a call, or did not answer.
-    #[error("cannot {action} {process}: {why}")]
-    Call {
-        /// "lock", "checkpoint", ...
-        action: String,
-        /// Pid and name, and what state it is in.
-        process: String,
-        /// What the driver said.
-        why: String,
-    },
-    /// A process could not be held, freed or described.
-    #[error("cannot {action} {process}: {why}")]
-    Process {
-        /// "hold", "clean", ...
-        action: String,
-        /// Pid and name.
-        process: String,
-        /// Why not.
-        why: String,
-    },
-    /// The state on the GPUs would not fit into memory.
-    #[error(
-        "{gib:.1} GiB on the GPU have to be moved to memory, and {left:.1} GiB are left ({limit}): give it more memory"
-    )]
-    Memory {
-        /// What is on the GPUs.
-        gib: f64,
-        /// What is left.
-        left: f64,
-        /// What leaves no more: the container's limit or the machine.
-        limit: String,
-    },
-    /// After the checkpoint something of the driver is left, which CRIU cannot dump.
-    #[error("{process} still holds {what}, which cannot be saved")]
-    Left {
-        /// Pid and name.
-        process: String,
-        /// A mapping or descriptor, with its path.
-        what: String,
-    },
-    /// A process was in the middle of its start.
-    #[error("{process} is about to use CUDA: try again when it does")]
-    Starting {
-        /// Pid and name.
-        process: String,
-    },
-    /// New processes that use CUDA kept appearing.
-    #[error("processes that use CUDA keep appearing in the container")]
-    Restless,
-    /// The container's cgroup could not be read, frozen or thawed.
-    #[error("cannot {action} the container: {why}")]
-    Container {
-        /// "freeze", ...
-        action: String,
-        /// Why not.
-        why: String,
-    },
-    /// The rest of a container's memory did not come.
-    #[error("its memory could not be put back")]
-    Unfilled,
-    /// Nothing of the container can call the driver.
-    #[error("{0}")]
-    NoDriver(String),
-    /// The session failed, and could not be undone either.
-    #[error("{failure}; and the GPU state could not be put back: {undoing}")]
-    NotUndone {
-        /// What failed first.
-        failure: Box<Self>,
-        /// What failed then.
-        undoing: Box<Self>,
-    },
-}
 
 /// A container whose GPU state is in its memory.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -254,6 +109,19 @@ pub struct SuspendedProcess {
     pub pid: i32,
     /// Bytes that the checkpoint moved to its memory.
     pub staged: u64,
+    /// What it had on each GPU, as far as NVML knows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<OnGpu>,
+}
+
+/// Memory of one process on one GPU.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OnGpu {
+    /// `GPU-` and 36 characters.
+    pub uuid: String,
+    /// Its size in bytes.
+    pub bytes: u64,
 }
 
 /// What a resume did.
@@ -266,45 +134,53 @@ pub struct Resumed {
 
 pub(crate) struct Session<'a, H: Host> {
     host: &'a mut H,
+    undo: &'a mut Undo,
     progress: &'a mut dyn FnMut(Phase),
     /// What is done now undoes something, and is no phase of its own.
     is_undoing: bool,
-    /// Processes that use CUDA, in the order in which they were found, with whether they were stopped by a signal.
+    /// Processes that use CUDA, in the order in which they were found.
     members: Vec<Member>,
 }
 
 struct Member {
     pid: i32,
+    /// It was stopped by a signal.
     is_stopped: bool,
     is_locked: bool,
     staged: Vec<Range>,
 }
 
 impl<'a, H: Host> Session<'a, H> {
-    pub(crate) fn new(host: &'a mut H, progress: &'a mut dyn FnMut(Phase)) -> Self {
-        Self { host, progress, is_undoing: false, members: Vec::new() }
+    pub(crate) fn new(host: &'a mut H, undo: &'a mut Undo, progress: &'a mut dyn FnMut(Phase)) -> Self {
+        Self { host, undo, progress, is_undoing: false, members: Vec::new() }
+    }
+
+    pub(crate) fn host(&mut self) -> &mut H {
+        self.host
     }
 
     /// Moves all GPU state to the memory of its processes and leaves the container frozen. Locking may take until
     /// `patience` is over; the driver may take `limit` for its checkpoint. On failure the container is as before, and
-    /// frozen if it was paused.
+    /// frozen if it was paused, but for what is owed.
     pub(crate) fn suspend(
         mut self,
         paused: bool,
         patience: Duration,
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
+        self.undo.aim(paused, &[], limit);
         let begin = Instant::now();
         let mut tries = 0;
+        let mut settling_in = STOPPING;
         loop {
             tries += 1;
-            let failure = match self.suspend_thawed(begin, patience, limit) {
+            let failure = match self.suspend_thawed(settling_in, begin, patience, limit) {
                 Ok(suspended) => return Ok(suspended),
                 Err(failure) => failure,
             };
             self.is_undoing = true;
-            let members = self.members.drain(..).map(|member| (member.pid, member.is_stopped)).collect();
-            if let Err(undoing) = self.put_back(Some(members), paused, &[], limit) {
+            self.members.clear();
+            if let Err(undoing) = self.put_back() {
                 return Err(SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() });
             }
             let is_starting = matches!(failure, SessionError::Starting { .. });
@@ -312,8 +188,7 @@ impl<'a, H: Host> Session<'a, H> {
                 return Err(failure);
             }
             self.is_undoing = false;
-            self.host.thaw()?;
-            self.host.sleep(INITIALISING);
+            settling_in = INITIALISING;
         }
     }
 
@@ -325,13 +200,15 @@ impl<'a, H: Host> Session<'a, H> {
 
     fn suspend_thawed(
         &mut self,
+        settling_in: Duration,
         begin: Instant,
         patience: Duration,
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         self.enter(Phase::Discover);
+        self.undo.push(Step::Freezer);
         self.host.thaw()?;
-        self.host.sleep(STOPPING);
+        self.host.sleep(settling_in);
         let mut residue = Vec::new();
         for pass in 0.. {
             if pass == MOST_PASSES {
@@ -345,6 +222,7 @@ impl<'a, H: Host> Session<'a, H> {
             self.lock(begin, patience)?;
             self.enter(Phase::Hold);
             for member in &self.members {
+                self.undo.push(Step::Held(member.pid));
                 self.host.hold(member.pid)?;
             }
             self.host.settle(HALT)?;
@@ -355,14 +233,15 @@ impl<'a, H: Host> Session<'a, H> {
         }
         self.wait_for_beginners(&residue)?;
         self.enter(Phase::CudaCheckpoint);
-        let inventory = self.host.inventory().ok();
-        if let Some(inventory) = &inventory {
-            self.check_memory(inventory)?;
-        }
+        let inventory = self.host.inventory();
+        self.check_memory(&inventory)?;
+        let inventory = inventory.ok();
+        self.note_room(inventory.as_ref());
         self.checkpoint(limit)?;
         self.enter(Phase::CleanResidue);
         let mut cleaned = 0;
         for pid in &residue {
+            self.undo.push(Step::Held(*pid));
             if self.host.clean(*pid)? > 0 {
                 cleaned += 1;
             }
@@ -370,19 +249,33 @@ impl<'a, H: Host> Session<'a, H> {
         self.check_conditions(&residue)?;
         self.enter(Phase::Freeze);
         for member in self.members.iter().filter(|member| member.is_stopped) {
-            self.host.put_to_sleep(member.pid)?;
+            self.host.stop(member.pid)?;
         }
         self.host.freeze_at_rest()?;
         // Frozen, they cannot run on.
-        self.host.let_go();
+        self.let_go(&[])?;
         let (mut processes, mut staging) = (Vec::new(), Vec::new());
         for Member { pid, staged, .. } in std::mem::take(&mut self.members) {
             let namespace_pid = self.host.namespace_pid(pid);
-            processes.push(SuspendedProcess { pid: namespace_pid, staged: staged.iter().map(Range::len).sum() });
+            let gpus = self.undo.room(pid).to_vec();
+            processes.push(SuspendedProcess { pid: namespace_pid, staged: staged.iter().map(Range::len).sum(), gpus });
             let ranges = staged.into_iter().filter(|range| range.len() >= LEAST_STAGING).collect();
             staging.push(Staging { pid, namespace_pid, ranges });
         }
         Ok(Suspended { inventory, processes, cleaned, staging })
+    }
+
+    /// Lets all processes go but these.
+    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+        let let_go = self.host.let_go(keep);
+        if let_go.is_ok() {
+            for pid in self.undo.pids(Step::Held) {
+                if !keep.contains(&pid) {
+                    self.undo.done(Step::Held(pid));
+                }
+            }
+        }
+        let_go
     }
 
     /// Finds the CUDA processes that are not members yet; the processes that only touch the GPU are the answer.
@@ -394,7 +287,7 @@ impl<'a, H: Host> Session<'a, H> {
             }
             let is_stopped = self.host.is_stopped(pid);
             if is_stopped && self.host.has_drivers_threads(pid) {
-                self.host.wake(pid)?;
+                self.cont(pid)?;
             } else if is_stopped {
                 // Without a thread of the driver's there is nobody to answer, nor a context.
                 residue.push(pid);
@@ -402,7 +295,10 @@ impl<'a, H: Host> Session<'a, H> {
             }
             let member = Member { pid, is_stopped, is_locked: false, staged: Vec::new() };
             match self.state(pid)? {
-                Some(ProcessState::Running) => self.members.push(member),
+                Some(ProcessState::Running) => {
+                    self.refuse_unsupported(pid)?;
+                    self.members.push(member);
+                }
                 Some(state) => {
                     let process = self.host.describe(pid);
                     return Err(SessionError::State { process, state: state.to_string() });
@@ -411,6 +307,24 @@ impl<'a, H: Host> Session<'a, H> {
             }
         }
         Ok(residue)
+    }
+
+    fn refuse_unsupported(&mut self, pid: i32) -> Result<(), SessionError> {
+        let unsupported = self.host.unsupported(pid);
+        if unsupported.mig {
+            return Err(SessionError::Mig { process: self.host.describe(pid) });
+        }
+        if unsupported.ipc {
+            return Err(SessionError::Shared { process: self.host.describe(pid) });
+        }
+        Ok(())
+    }
+
+    /// Lets the driver's threads of a stopped process run.
+    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.undo.push(Step::Continued(pid));
+        self.undo.push(Step::Held(pid));
+        self.host.cont(pid)
     }
 
     /// What touches the GPU without a context was forked from a process that has one, or is about to get its own. The
@@ -443,7 +357,7 @@ impl<'a, H: Host> Session<'a, H> {
     fn state(&mut self, pid: i32) -> Result<Option<ProcessState>, SessionError> {
         let mut answer = self.host.calls(&[(pid, Call::State)], STATE).pop();
         if answer == Some(Err(CallFailure::Hangs)) && self.host.is_stopped(pid) {
-            self.host.wake(pid)?;
+            self.cont(pid)?;
             answer = self.host.calls(&[(pid, Call::State)], SHORT_CALL).pop();
         }
         match answer {
@@ -472,8 +386,9 @@ impl<'a, H: Host> Session<'a, H> {
             return SessionError::NoDriver(why.clone());
         }
         let process = self.host.describe(pid);
-        if *failure == CallFailure::Refused(CudaResult::NOT_SUPPORTED) && action == "checkpoint" {
-            return SessionError::Managed { process };
+        if *failure == CallFailure::Refused(CudaResult::NOT_SUPPORTED) {
+            let reason = refusal(action, self.host.unsupported(pid)).to_owned();
+            return SessionError::Unsupported { action: action.to_owned(), process, reason };
         }
         SessionError::Call { action: action.to_owned(), process, why: failure.to_string() }
     }
@@ -487,13 +402,23 @@ impl<'a, H: Host> Session<'a, H> {
             let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
             let wanted: Vec<i32> = self.members.iter().filter(|m| !m.is_locked).map(|m| m.pid).collect();
             let mut late = None;
+            for pid in &wanted {
+                self.undo.push(Step::Locked(*pid));
+            }
+            let mut failed = None;
             for (pid, result) in self.call_each(wanted, &Call::Lock { timeout_ms }, timeout + LOCK_GRACE) {
                 match result {
                     Ok(_) => self.member(pid, |member| member.is_locked = true),
-                    Err(CallFailure::Refused(CudaResult::NOT_READY)) => late = Some(pid),
+                    Err(CallFailure::Refused(CudaResult::NOT_READY)) => {
+                        self.undo.done(Step::Locked(pid));
+                        late = Some(pid);
+                    }
                     Err(_) if self.host.is_gone(pid) => self.members.retain(|member| member.pid != pid),
-                    Err(failure) => return Err(self.failed("lock", pid, &failure)),
+                    Err(failure) => failed = failed.or(Some((pid, failure))),
                 }
+            }
+            if let Some((pid, failure)) = failed {
+                return Err(self.failed("lock", pid, &failure));
             }
             let Some(late) = late else { return Ok(()) };
             self.unlock_members()?;
@@ -517,38 +442,29 @@ impl<'a, H: Host> Session<'a, H> {
         let locked: Vec<i32> = self.members.iter().filter(|m| m.is_locked).map(|m| m.pid).rev().collect();
         for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
             match result {
-                Ok(_) => self.member(pid, |member| member.is_locked = false),
+                Ok(_) => {
+                    self.undo.done(Step::Locked(pid));
+                    self.member(pid, |member| member.is_locked = false);
+                }
                 Err(_) if self.host.is_gone(pid) => self.members.retain(|member| member.pid != pid),
                 Err(failure) => return Err(self.failed("unlock", pid, &failure)),
             }
         }
         let stopped: Vec<i32> = self.members.iter().filter(|m| m.is_stopped).map(|m| m.pid).collect();
         for pid in &stopped {
-            self.host.put_to_sleep(*pid)?;
+            self.host.stop(*pid)?;
         }
-        self.host.let_go();
+        self.let_go(&[])?;
         for pid in stopped {
-            self.host.wake(pid)?;
+            self.cont(pid)?;
         }
         Ok(())
-    }
-
-    /// The driver fills the memory of the processes, and the kernel would kill them for it.
-    fn check_memory(&mut self, inventory: &Inventory) -> Result<(), SessionError> {
-        let is_member = |pid: u32| self.members.iter().any(|member| member.pid.unsigned_abs() == pid);
-        let processes = inventory.gpus.iter().flat_map(|gpu| &gpu.processes);
-        let needed: u64 = processes.filter(|p| is_member(p.pid)).filter_map(|p| p.memory).sum();
-        match self.host.memory_left() {
-            Some((left, limit)) if left < needed => {
-                Err(SessionError::Memory { gib: gib(needed), left: gib(left), limit })
-            }
-            _ => Ok(()),
-        }
     }
 
     fn checkpoint(&mut self, limit: Duration) -> Result<(), SessionError> {
         let pids: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
         for pid in &pids {
+            self.undo.push(Step::Checkpointed(*pid));
             self.host.staged(*pid, true);
         }
         let mut failure = None;
@@ -595,10 +511,10 @@ impl<'a, H: Host> Session<'a, H> {
     pub(crate) fn swap(mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
         self.enter(Phase::Swap);
         let swapped = self.swap_held(swap, limit);
-        // Whatever came of it, nothing may run on.
-        let frozen = self.host.freeze_at_rest();
-        self.host.let_go();
-        frozen.and(swapped)
+        // Whatever came of it, nothing may run on: what cannot be frozen stays held.
+        self.host.freeze_at_rest()?;
+        self.let_go(&[])?;
+        swapped
     }
 
     /// The files have what was in the memory while the container was frozen. It still is: the container is thawed only
@@ -606,16 +522,17 @@ impl<'a, H: Host> Session<'a, H> {
     /// execute anything. And what could write to it without a thread, a device, was closed by the driver's checkpoint.
     fn swap_held(&mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
         let is_swapped = |pid: &i32| swap.processes.iter().any(|process| process.pid == *pid);
-        let (asleep, mut pids): (Vec<i32>, Vec<i32>) =
-            self.host.pids()?.into_iter().partition(|pid| self.host.is_asleep(*pid));
-        // Of those that sleep the others need no hold, and CRIU finds them as it likes them.
-        let asleep: Vec<i32> = asleep.into_iter().filter(is_swapped).collect();
-        pids.extend(&asleep);
+        let (stopped, mut pids): (Vec<i32>, Vec<i32>) =
+            self.host.pids()?.into_iter().partition(|pid| self.host.is_stopping(*pid));
+        // Of those that are stopped the others need no hold, and CRIU finds them as it likes them.
+        let stopped: Vec<i32> = stopped.into_iter().filter(is_swapped).collect();
+        pids.extend(&stopped);
         self.hold_all(&pids, H::hold_whole)?;
+        self.undo.push(Step::Freezer);
         self.host.thaw()?;
         self.host.settle(HALT)?;
-        for pid in &asleep {
-            self.host.wake(*pid)?;
+        for pid in &stopped {
+            self.cont(*pid)?;
         }
         let mut swapped = Swapped::default();
         let mut failure = None;
@@ -628,16 +545,28 @@ impl<'a, H: Host> Session<'a, H> {
                 }
             }
         }
-        for pid in &asleep {
-            self.host.put_to_sleep(*pid)?;
+        for pid in &stopped {
+            match self.host.stop(*pid) {
+                Ok(()) => self.undo.done(Step::Continued(*pid)),
+                Err(error) => failure = failure.or(Some(error)),
+            }
         }
         failure.map_or(Ok(swapped), Err)
     }
 }
 
-/// For messages.
-fn gib(bytes: u64) -> f64 {
-    Duration::from_nanos(bytes).as_secs_f64() * 1e9 / f64::from(1 << 30)
+/// Returns why the driver answers that it does not support a process.
+fn refusal(action: &str, uses: Unsupported) -> &'static str {
+    match (uses, action) {
+        (Unsupported { cupti: true, .. }, _) => {
+            "it has loaded CUPTI, as a profiler does (torch.profiler, nsys): start it again and do not profile it"
+        }
+        (Unsupported { mps: true, .. }, _) => "it uses the multi-process service (MPS): run it without",
+        (_, "checkpoint") => {
+            "it uses CUDA managed memory (cudaMallocManaged), or shares GPU memory by CUDA IPC: use ordinary device memory"
+        }
+        _ => "it uses what cannot be checkpointed: CUPTI (a profiler), MPS, MIG, or CUDA IPC",
+    }
 }
 
 #[cfg(test)]

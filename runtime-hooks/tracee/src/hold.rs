@@ -22,7 +22,7 @@ mod tests;
 
 use crate::process::{self, RunState};
 pub use error::{HoldError, ReleaseError, Waits};
-pub use jobs::{JobError, is_put_to_sleep};
+pub use jobs::{JobError, is_stopping};
 
 /// How long [`Hold::let_go`] waits for threads that were taken but do not stand still yet, or are dying. Standing still
 /// takes microseconds, unless a thread is in an uninterruptible wait.
@@ -156,8 +156,13 @@ impl Hold {
         let mut pause = PAUSE.0;
         loop {
             let mut moving = None;
-            for (pid, held) in self.processes.iter_mut().filter(|(pid, _)| concerns(**pid)) {
-                held.look(*pid)?;
+            for (pid, held) in &mut self.processes {
+                let looked = held.look(*pid);
+                if !concerns(*pid) {
+                    // Only reaped: one that ends with its namespace's first process keeps that one from ending.
+                    continue;
+                }
+                looked?;
                 let called = held.threads.iter().find(|(_, stand)| **stand == Stand::Called);
                 moving = moving.or(called.map(|(tid, _)| (*pid, *tid)));
                 // After the look: what stands still clones nothing, so a thread that is not seen now will not come.
@@ -218,12 +223,22 @@ impl Hold {
         self.let_go_those(|of, _| of == pid)
     }
 
+    /// Lets all processes go but these, as [`Self::let_go`] does all.
+    ///
+    /// # Errors
+    /// As for [`Self::let_go`].
+    pub fn let_go_but(&mut self, keep: &[i32]) -> Result<(), ReleaseError> {
+        self.let_go_those(|of, _| !keep.contains(&of))
+    }
+
     fn let_go_those(&mut self, concerns: impl Fn(i32, i32) -> bool) -> Result<(), ReleaseError> {
         let deadline = Instant::now() + GRACE;
         let mut pause = PAUSE.0;
         loop {
             let mut refused = None;
             for (pid, held) in &mut self.processes {
+                // The dead of those that are kept as well: see `settle_those`.
+                let _ = held.look(*pid);
                 refused = refused.or(held.detach(*pid, |tid| concerns(*pid, tid)).err());
             }
             self.processes.retain(|_, held| !held.threads.is_empty());
@@ -276,6 +291,17 @@ impl Hold {
         threads.into_iter().flatten().filter_map(still).collect()
     }
 
+    /// Suspends the seccomp filter of a thread of a process that stands still, or puts the filter in force again. The end of
+    /// its tracing does that too.
+    pub(crate) fn suspend_filter(&self, pid: i32, tid: i32, suspend: bool) -> io::Result<()> {
+        let exit_kill = self.processes.get(&pid).is_some_and(|held| held.exit_kill);
+        let mut options = options(exit_kill);
+        if suspend {
+            options |= ptrace::Options::from_bits_retain(libc::PTRACE_O_SUSPEND_SECCOMP);
+        }
+        Ok(ptrace::setoptions(nix::unistd::Pid::from_raw(tid), options)?)
+    }
+
     /// Notes how a thread stands that the caller has moved.
     pub fn note(&mut self, pid: i32, tid: i32, stand: Stand) {
         if let Some(held) = self.processes.get_mut(&pid) {
@@ -303,7 +329,7 @@ impl Held {
     fn call_new(&mut self, pid: i32, spares: Spares) -> Result<Option<i32>, HoldError> {
         let threads = match process::threads(pid) {
             Ok(threads) => threads,
-            Err(error) if is_gone(&error) => return Ok(None),
+            Err(error) if process::is_gone(&error) => return Ok(None),
             Err(source) => return Err(HoldError::List { pid, source }),
         };
         let spared = spares(pid, &threads);
@@ -372,6 +398,14 @@ impl Held {
     }
 }
 
+/// How threads are traced.
+fn options(exit_kill: bool) -> ptrace::Options {
+    // A stop at a system call is to be told from a trap, lest one that is left behind becomes a signal.
+    let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
+    options.set(ptrace::Options::PTRACE_O_EXITKILL, exit_kill);
+    options
+}
+
 /// What became of telling a thread to stop.
 enum Called {
     Yes,
@@ -385,10 +419,7 @@ fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
         return Ok(Called::NotYet);
     }
     let thread = nix::unistd::Pid::from_raw(tid);
-    // A stop at a system call is to be told from a trap, lest one that is left behind becomes a signal.
-    let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
-    options.set(ptrace::Options::PTRACE_O_EXITKILL, exit_kill);
-    match ptrace::seize(thread, options) {
+    match ptrace::seize(thread, options(exit_kill)) {
         Ok(()) => {}
         Err(Errno::ESRCH) => return Ok(Called::Ended),
         Err(errno) => {
@@ -497,9 +528,4 @@ fn is_own_child(pid: i32) -> bool {
     let own = rustix::process::getpid().as_raw_nonzero().get();
     std::fs::read(format!("/proc/{pid}/status"))
         .is_ok_and(|status| process::status_number(&status, "PPid") == Some(own))
-}
-
-/// Whether an error of /proc says that the process has gone.
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

@@ -6,8 +6,9 @@
 //! a signal handler, and goes on with its program. Normally the thread never gets to that: it is stopped at the end of
 //! each call, and its registers and what was below its stack are put back.
 //!
-//! The thread blocks all signals meanwhile; what is sent to it waits, except SIGKILL and SIGSTOP. The calls are subject to
-//! the process's seccomp filter like its own.
+//! The thread blocks all signals meanwhile; what is sent to it waits, except SIGKILL and SIGSTOP. Its seccomp filter is
+//! suspended: what a filter does about a call that the program would not make may be to kill it. Where the kernel refuses that,
+//! no call is made in a thread that has a filter.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -108,6 +109,17 @@ pub enum InjectError {
         #[source]
         source: io::Error,
     },
+    /// The thread has a seccomp filter, which the kernel does not let this process suspend.
+    #[error("cannot inject into thread {tid} of process {pid}: its seccomp filter cannot be suspended")]
+    Filter {
+        /// The process.
+        pid: i32,
+        /// The thread.
+        tid: i32,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// The process was killed meanwhile.
     #[error("process {pid} has ended during an injected call")]
     Died {
@@ -189,7 +201,7 @@ impl<'h> Injector<'h> {
         }
         let memory = Rc::new(open(pid, tid)?);
         let code = find_code(&memory, &mappings).ok_or(InjectError::NoInstruction { pid })?;
-        let worker = Worker::prepare((pid, tid), state, code, memory, &Place::Stack(&mappings))?;
+        let worker = Worker::prepare(hold, (pid, tid), state, code, memory, &Place::Stack(&mappings))?;
         Ok(Self { hold, deadline, worker })
     }
 
@@ -235,7 +247,7 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When the process has died, or the kernel refuses a request.
     pub fn finish(mut self) -> Result<(), InjectError> {
-        self.worker.go_back(self.deadline)
+        self.worker.go_back(self.hold, self.deadline)
     }
 }
 
@@ -274,6 +286,8 @@ fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Stop, InjectError
         match glance.map_err(|source| InjectError::Refused { action: "wait for", pid, tid, source })? {
             Glance::Stop(stop) => return Ok(stop),
             Glance::Dead | Glance::Gone => return Err(InjectError::Died { pid }),
+            // It will not stop any more, and may have to be reaped after others.
+            Glance::Moving if process::is_ending(pid, tid) => return Err(InjectError::Died { pid }),
             Glance::Moving if Instant::now() >= deadline => return Err(InjectError::Deadline { pid, tid }),
             Glance::Moving => std::thread::sleep(PAUSE),
         }

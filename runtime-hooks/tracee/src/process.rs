@@ -1,17 +1,15 @@
 //! What /proc says about a process.
 //!
 //! Everything here is a look at one moment: the process may end, or its pid may be another's, right after. Whoever
-//! keeps a pid over time keeps an [`Identity`].
+//! keeps a pid over time keeps a `proc::ProcessHandle`.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 /// A stretch of a process's address space.
@@ -112,43 +110,9 @@ pub enum RunState {
     Dead,
 }
 
-/// A process, distinct from a later one that got the same pid.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Identity {
-    /// Its pid.
-    pub pid: i32,
-    /// When it started, in clock ticks since boot.
-    pub start_time: u64,
-}
-
-impl Identity {
-    /// Who has this pid now.
-    ///
-    /// # Errors
-    /// When there is no such process.
-    pub fn of(pid: i32) -> io::Result<Self> {
-        let stat = fs::read(format!("/proc/{pid}/stat"))?;
-        // The 22nd field of proc_pid_stat(5).
-        let start_time = stat_field(&stat, 22).ok_or_else(|| malformed(pid, "stat"))?;
-        Ok(Self { pid, start_time })
-    }
-
-    /// Whether its pid is still its own. A zombie keeps its pid.
-    #[must_use]
-    pub fn is_there(&self) -> bool {
-        Self::of(self.pid).is_ok_and(|now| now == *self)
-    }
-
-    /// A descriptor of it: readable when it has ended, and usable for signals that cannot hit another.
-    ///
-    /// # Errors
-    /// When it has gone, whoever has its pid now, or no descriptor can be had.
-    pub fn open(&self) -> io::Result<OwnedFd> {
-        let pid = Pid::from_raw(self.pid).ok_or(io::ErrorKind::NotFound)?;
-        let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        // Whoever the descriptor is of, it was he who had the pid since before this is asked.
-        if self.is_there() { Ok(descriptor) } else { Err(io::ErrorKind::NotFound.into()) }
-    }
+/// Tells whether an error of /proc says that the process has gone.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// The threads of a process, those that have ended but were not waited for included.
@@ -333,6 +297,17 @@ pub fn thread_name(pid: i32, tid: i32) -> io::Result<String> {
 pub(crate) fn letter(pid: i32, tid: i32) -> io::Result<u8> {
     let stat = fs::read(format!("/proc/{pid}/task/{tid}/stat"))?;
     after_name(&stat).first().copied().ok_or_else(|| malformed(pid, "stat"))
+}
+
+/// Tells whether a thread has ended or is about to. The first one of a pid namespace is so until all others of that have been
+/// waited for, and some of them may be this process's to wait for.
+#[must_use]
+pub fn is_ending(pid: i32, tid: i32) -> bool {
+    /// `PF_EXITING` of the kernel, in field 9 of proc_pid_stat(5).
+    const EXITING: u64 = 4;
+    let Ok(stat) = fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return true };
+    let is_dead = matches!(after_name(&stat).first(), None | Some(b'Z' | b'X'));
+    is_dead || stat_field(&stat, 9).is_some_and(|flags| flags & EXITING != 0)
 }
 
 /// A numeric field of /proc/PID/stat by its number in proc_pid_stat(5), from 4 on.

@@ -1,24 +1,21 @@
 //! The bulk memory of a container, moved between its processes and the node store.
 //!
 //! ```text
-//!   shim ──► Worker (client) ──socket──► memory-worker process: crate memory, crate snapshot, images of crate criu
+//!   checkpoint: Saving::begin ──► save (staging memory) ──► publish (images are whole) ──► snapshot
+//!   restore:    Restoring::open (found or pulled, read ahead) ──► fill
 //! ```
 //!
-//! A worker serves one checkpoint or one restore and ends with it. It holds what is not finished yet: the draft of a snapshot,
-//! which goes with it, or the right to use a snapshot, which nobody removes meanwhile. It only reads and writes memory; what
-//! keeps the processes still is not its business.
+//! [`Saving`] owns the draft of a snapshot: dropped before [`Saving::publish`], nothing of it is left. [`Restoring`] keeps
+//! others from removing the snapshot. Both only read and write memory; the session keeps the processes still.
 
 #![deny(unsafe_code)]
 
-mod client;
 mod inline;
-mod protocol;
 mod restore;
 mod save;
-mod worker;
+mod types;
 
-pub use client::{BulkError, Filled, Worker};
 pub use inline::is_inline;
-pub use protocol::{Failure, Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};
-pub use save::LEAST_MEMORY;
-pub use worker::{WORKER, worker_main};
+pub use restore::Restoring;
+pub use save::{LEAST_MEMORY, Saving, withdraw};
+pub use types::{Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};

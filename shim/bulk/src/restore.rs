@@ -1,21 +1,25 @@
 //! A restore's part: packs become memory of processes.
 
 use std::borrow::Cow;
+use std::io::{self, Read, Seek};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use memory::{Control, Destination, Pack, Place, Process, Segment, SegmentTable};
-use phase::Phase;
+use phase::{Cancel, Phase};
+use role::{Because, Failure};
 use snapshot::{
-    GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Pointer, Reference, ResolveError, SEGMENTS_TYPE, Snapshot, SnapshotError, Store,
+    GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Name, OpenError, Pointer, Reference, ResolveError, SEGMENTS_TYPE, Snapshot,
+    SnapshotError, Store,
 };
 
 use crate::inline;
-use crate::protocol::{Because, Failure, Node, Restored, Saved, SavedStaging, Source};
 use crate::save::piece;
+use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;
@@ -28,11 +32,16 @@ const LEAST_STAGING: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
 /// As many pieces of it can be mapped in the time that is gained.
 const MOST_PIECES: usize = 2000;
 
+/// A pull takes seconds or more.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+/// Bytes of what a failed pull says that are told.
+const LONGEST_MESSAGE: u64 = 8 << 10;
+
 /// The command line, beside the shim or in the PATH.
 const COMMAND: &str = "gpusnap";
 
 /// Memory that is about to be needed.
-pub(crate) struct Restoring {
+pub struct Restoring {
     table: SegmentTable,
     packs: Arc<Vec<Pack>>,
     /// How many of them, the first ones, have staging memory, as far as is known.
@@ -43,11 +52,16 @@ pub(crate) struct Restoring {
 }
 
 impl Restoring {
-    pub(crate) fn open(
+    /// Finds the snapshot that images in a folder belong to, pulls it if it is not there, and begins to read it.
+    ///
+    /// # Errors
+    /// When there is none, it cannot be pulled, it is damaged, or the operation is cancelled during the pull.
+    pub fn open(
         source: &Source,
         images: &Path,
         node: &Node,
         began: &mut dyn FnMut(Phase),
+        cancel: &Cancel,
     ) -> Result<Self, Failure> {
         let (table, packs, of_staging, snapshot) = match source {
             Source::Inline => {
@@ -58,9 +72,9 @@ impl Restoring {
                 (table, packs.because("the memory beside the images is damaged")?, 0, None)
             }
             Source::Snapshot(pointer) => {
-                let snapshot = find_or_pull(pointer, node, began)?;
+                let snapshot = find_or_pull(pointer, node, began, cancel)?;
                 let segments = snapshot.layers_of(SEGMENTS_TYPE).next();
-                let segments = segments.ok_or_else(|| Failure::new("the snapshot has no memory in it".into()))?;
+                let segments = segments.ok_or_else(|| Failure::new("the snapshot has no memory in it"))?;
                 let table = parse(
                     &inline::read(snapshot.open(segments).because("the snapshot of its memory is damaged")?)
                         .because("cannot read the snapshot of its memory")?,
@@ -87,7 +101,8 @@ impl Restoring {
 
     /// Staging memory that the driver may begin to read from files, before it is filled: if it is worth that, and the files
     /// are in memory.
-    pub(crate) fn staging(&self) -> Option<Saved> {
+    #[must_use]
+    pub fn staging(&self) -> Option<Saved> {
         let packs = &self.packs[..self.of_staging];
         let of = |process: &Process| SavedStaging {
             process: process.pid,
@@ -106,8 +121,13 @@ impl Restoring {
         matches!(segment.place, Place::Pack { index, .. } if usize::try_from(index).is_ok_and(|index| index < self.of_staging))
     }
 
-    /// Says when the first of them are filled, if there is enough left to do then.
-    pub(crate) fn fill(
+    /// Puts its memory into processes that stand still, in this order, and ends when all is done. `filled_first` is told when
+    /// the `first` processes have theirs, if enough is left to do then. With `staging`, all that there is; else without what
+    /// [`Self::staging`] says.
+    ///
+    /// # Errors
+    /// When the snapshot is damaged, or memory cannot be written. The processes are of no use then.
+    pub fn fill(
         &self,
         processes: &[Restored],
         first: usize,
@@ -145,55 +165,122 @@ fn stored(segment: &Segment) -> Option<u64> {
     matches!(segment.place, Place::Pack { .. }).then_some(segment.length)
 }
 
-/// From the node's store, or the one that it was published in; else it is pulled into the node's.
-fn find_or_pull(pointer: &Pointer, node: &Node, began: &mut dyn FnMut(Phase)) -> Result<Snapshot, Failure> {
-    if let Some(snapshot) = find(pointer, &node.store)? {
-        return Ok(snapshot);
+/// From the node's store; else it is pulled there. The pointer says a digest, and a store and a registry as advice that is
+/// not followed: whoever made the checkpoint may have written anything.
+fn find_or_pull(
+    pointer: &Pointer,
+    node: &Node,
+    began: &mut dyn FnMut(Phase),
+    cancel: &Cancel,
+) -> Result<Snapshot, Failure> {
+    let found = find(pointer, node)?;
+    if let Found::Ours(snapshot) = found {
+        return Ok(*snapshot);
     }
-    if pointer.store() != node.store
-        && pointer.store().is_dir()
-        && let Some(snapshot) = find(pointer, pointer.store())?
-    {
-        return Ok(snapshot);
-    }
-    let (digest, store) = (pointer.digest(), node.store.display());
-    let Some(registry) = node.registry.as_deref() else {
-        let what = "pull it by `gpusnap pull`, or name a registry by the annotation gpusnap.dev/registry";
-        return Err(Failure::new(format!(
-            "the snapshot {digest} of its memory is not in the node store {store}: {what}"
-        )));
-    };
+    let Some(registry) = node.registry.as_deref() else { return Err(not_found(pointer, node, &found)) };
     began(Phase::Pull);
-    pull(pointer, &node.store, registry)?;
-    find(pointer, &node.store)?
-        .ok_or_else(|| Failure::new(format!("the snapshot {digest} was pulled and is not in the node store {store}")))
-}
-
-fn find(pointer: &Pointer, root: &Path) -> Result<Option<Snapshot>, Failure> {
-    let store = Store::open(root).because("cannot use the node store")?;
-    match store.open_snapshot(&Reference::Digest(pointer.digest())) {
-        Err(SnapshotError::Resolve(ResolveError::Missing { .. })) => Ok(None),
-        found => found.map(Some).because("cannot use the snapshot of its memory"),
+    pull(pointer, node, registry, cancel)?;
+    match find(pointer, node)? {
+        Found::Ours(snapshot) => Ok(*snapshot),
+        found => Err(not_found(pointer, node, &found)),
     }
 }
 
-/// Has the command line pull it: it alone speaks to registries. What it has pulled stays if this process ends before it.
-#[expect(clippy::disallowed_methods, reason = "there is no reaper in a worker, whose only child this is")]
-fn pull(pointer: &Pointer, root: &Path, registry: &str) -> Result<(), Failure> {
+fn not_found(pointer: &Pointer, node: &Node, found: &Found) -> Failure {
+    let (digest, store, scope) = (pointer.digest(), node.store.display(), &node.scope);
+    if let Found::Others = found {
+        return Failure::new(format!(
+            "the snapshot {digest} of its memory is in the node store {store}, but has no name in {scope}, where the \
+             container is: whoever may give it away does so by `gpusnap tag {digest} {scope}/NAME`"
+        ));
+    }
+    let what = "pull it by `gpusnap pull`, or name a registry by the annotation gpusnap.dev/registry";
+    let elsewhere = if pointer.store() == node.store {
+        String::new()
+    } else {
+        format!(" (it was published in {}, which this node does not use)", pointer.store().display())
+    };
+    Failure::new(format!("the snapshot {digest} of its memory is not in the node store {store}{elsewhere}: {what}"))
+}
+
+/// What a store has of a snapshot.
+enum Found {
+    /// The snapshot, with a name in the scope of the container.
+    Ours(Box<Snapshot>),
+    /// A snapshot without a name in that scope: nothing says that it may be read there.
+    Others,
+    Missing,
+}
+
+fn find(pointer: &Pointer, node: &Node) -> Result<Found, Failure> {
+    let store = match Store::open_to_read(&node.store) {
+        Err(OpenError::Missing { .. }) => return Ok(Found::Missing),
+        store => store.because("cannot use the node store")?,
+    };
+    match store.open_snapshot(&Reference::Digest(pointer.digest())) {
+        Err(SnapshotError::Resolve(ResolveError::Missing { .. })) => Ok(Found::Missing),
+        found => {
+            let snapshot = found.because("cannot use the snapshot of its memory")?;
+            let is_ours = snapshot.names().iter().any(|name| *name.scope() == node.scope);
+            Ok(if is_ours { Found::Ours(Box::new(snapshot)) } else { Found::Others })
+        }
+    }
+}
+
+/// Has the command line pull it: no other program of ours speaks to registries. What it has pulled stays if it is killed.
+fn pull(pointer: &Pointer, node: &Node, registry: &str, cancel: &Cancel) -> Result<(), Failure> {
     let beside = std::env::current_exe().ok().map(|shim| shim.with_file_name(COMMAND));
     let program = beside.filter(|program| program.is_file()).unwrap_or_else(|| COMMAND.into());
     let target = format!("{}@{}", repository(registry), pointer.digest());
     let mut command = Command::new(&program);
-    command.arg("--store").arg(root).args(["pull", "--quiet", &target]);
-    command.args(pointer.name().map(ToString::to_string));
-    let out = command.stdin(Stdio::null()).output();
-    let out = out.because(&format!("cannot run {} to pull {target}", program.display()))?;
-    if out.status.success() {
+    command.arg("--store").arg(&node.store).args(["pull", "--quiet", &target, &name(pointer, node)?.to_string()]);
+    let cannot = format!("cannot run {} to pull {target}", program.display());
+    let said = tempfile::tempfile().because(&cannot)?;
+    let said_by = said.try_clone().because(&cannot)?;
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(said_by).spawn().because(&cannot)?;
+    let status = wait(child, cancel)?.because(&cannot)?;
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&out.stderr);
-    let said = said.trim().strip_prefix("gpusnap: ").unwrap_or(said.trim());
-    Err(Failure::new(format!("cannot pull the snapshot of its memory: {said}")))
+    let mut text = String::new();
+    let mut said = said;
+    let read = said.rewind().and_then(|()| said.take(LONGEST_MESSAGE).read_to_string(&mut text));
+    read.because("cannot pull the snapshot of its memory")?;
+    let text = text.trim();
+    Err(Failure::new(format!(
+        "cannot pull the snapshot of its memory: {}",
+        text.strip_prefix("gpusnap: ").unwrap_or(text)
+    )))
+}
+
+/// Waits for the end of a child, which is killed when the operation is cancelled.
+fn wait(mut child: Child, cancel: &Cancel) -> Result<io::Result<ExitStatus>, Failure> {
+    loop {
+        match child.try_wait() {
+            Ok(None) => {}
+            Ok(Some(status)) => return Ok(Ok(status)),
+            Err(error) => return Ok(Err(error)),
+        }
+        if let Err(cancelled) = cancel.check() {
+            // A child that has ended meanwhile needs no signal.
+            let _ = child.kill();
+            reap(&mut child);
+            return Err(Failure::of(&cancelled));
+        }
+        thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the reaper of a session leaves children to those who know them")]
+fn reap(child: &mut Child) {
+    let _ = child.wait();
+}
+
+/// The name of what is pulled: in the scope of the container, whatever the pointer says.
+fn name(pointer: &Pointer, node: &Node) -> Result<Name, Failure> {
+    let digits = || format!("pulled-{}", &pointer.digest().hex()[..12]);
+    let name = pointer.name().map_or_else(digits, |name| name.name().to_owned());
+    Name::new(node.scope.clone(), &name).because("cannot name the snapshot of its memory")
 }
 
 /// A reference without its tag and digest.
@@ -257,6 +344,101 @@ mod tests {
     fn little_staging_memory_is_filled_with_the_rest() {
         let folder = tempfile::tempdir().unwrap();
         assert_eq!(restoring(folder.path(), 512 << 10).staging(), None);
+    }
+
+    mod trust {
+        use std::collections::BTreeMap;
+
+        use snapshot::{Config, Digest, Host, IfTaken, NewLayer, NewSnapshot, Scope};
+
+        use super::*;
+
+        fn node(store: &Path, scope: &str) -> Node {
+            Node { store: store.to_owned(), scope: scope.to_owned().try_into().unwrap(), registry: None }
+        }
+
+        fn pointer(digest: Digest, store: &Path) -> Pointer {
+            Pointer::new(digest, store, None, Some("attacker.example/x".into())).unwrap()
+        }
+
+        /// A store with a snapshot of this name.
+        fn published(name: Option<&str>) -> (tempfile::TempDir, Digest) {
+            let root = tempfile::tempdir().unwrap();
+            let draft = Store::open(root.path()).unwrap().draft().unwrap();
+            let path = draft.folder().join("segments");
+            std::fs::write(&path, "x").unwrap();
+            let layer = NewLayer { media_type: SEGMENTS_TYPE.into(), path, digest: None, annotations: BTreeMap::new() };
+            let host = Host {
+                criu: String::new(),
+                kernel: String::new(),
+                architecture: String::new(),
+                cpu_features: vec![],
+                driver: None,
+            };
+            let new = NewSnapshot {
+                name: name.map(|name| name.parse().unwrap()),
+                if_taken: IfTaken::Move,
+                config: Config::new(0, "c", "libcontainer", host),
+                layers: vec![layer],
+                subject: None,
+                annotations: BTreeMap::new(),
+            };
+            let digest = draft.publish(new, &|_| ()).unwrap().digest();
+            (root, digest)
+        }
+
+        fn refusal(pointer: &Pointer, node: &Node) -> String {
+            let mut pulled = false;
+            let refused = find_or_pull(pointer, node, &mut |_| pulled = true).unwrap_err().to_string();
+            assert!(!pulled, "the registry that only a pointer names is not asked");
+            refused
+        }
+
+        #[test]
+        fn a_folder_that_a_pointer_names_is_not_made_a_store() {
+            let (folder, store) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            for node_store in [store.path().to_owned(), store.path().join("none"), folder.path().to_owned()] {
+                let refused = refusal(&pointer(Digest::of(b"x"), folder.path()), &node(&node_store, "default"));
+                assert!(refused.contains("is not in the node store"), "{refused}");
+                assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+                assert!(!store.path().join("none").exists());
+            }
+        }
+
+        #[test]
+        fn a_snapshot_in_another_store_is_not_used() {
+            let (other, digest) = published(Some("default/vit"));
+            let (store, _) = published(None);
+            let refused = refusal(&pointer(digest, other.path()), &node(store.path(), "default"));
+            assert!(refused.contains("which this node does not use"), "{refused}");
+        }
+
+        #[test]
+        fn a_snapshot_of_another_scope_or_of_none_is_not_used() {
+            for (name, scope) in [
+                (Some("other/vit"), "default"),
+                (Some("default/vit"), "default/team-a"),
+                (Some("default/team-b/vit"), "default/team-a"),
+                (Some("default/team-a/vit"), "default"),
+                (None, "default"),
+            ] {
+                let (store, digest) = published(name);
+                let refused = refusal(&pointer(digest, store.path()), &node(store.path(), scope));
+                assert!(refused.contains(&format!("gpusnap tag {digest} {scope}/NAME")), "{refused}");
+            }
+        }
+
+        #[test]
+        fn a_snapshot_with_a_name_in_the_scope_is_used() {
+            let (store, digest) = published(Some("other/vit"));
+            let name: Name = "k8s.io/team-a/vit".parse().unwrap();
+            Store::open(store.path()).unwrap().tag(&Reference::Digest(digest), &name).unwrap();
+            let node = node(store.path(), "k8s.io/team-a");
+            let found = find_or_pull(&pointer(digest, store.path()), &node, &mut |_| ()).unwrap();
+            assert_eq!(found.digest(), digest);
+            let pulled = super::super::name(&pointer(digest, store.path()), &node).unwrap();
+            assert_eq!(pulled.scope(), &Scope::new("k8s.io", Some("team-a")).unwrap());
+        }
     }
 
     #[test]

@@ -10,13 +10,14 @@ use std::thread::JoinHandle;
 use images::{Changes, Inherited, Run};
 use memory::{Control, FileSource, SegmentTable, Target};
 use phase::Phase;
+use role::{Because, Failure};
 use snapshot::{
-    CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfTaken, Name, NewLayer, NewSnapshot,
-    Pointer, SEGMENTS_TYPE, SHM_TYPE, Store,
+    CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer,
+    NewSnapshot, Pointer, Reference, SEGMENTS_TYPE, SHM_TYPE, Store,
 };
 
 use crate::inline;
-use crate::protocol::{Because, Failure, Piece, Place, Publish, Published, Saved, SavedStaging, Source, Staging};
+use crate::types::{Piece, Place, Publish, Published, Saved, SavedStaging, Source, Staging};
 
 /// Shorter runs stay in the images: CRIU reads them in passing, and each is a segment (measured: cuda.md).
 const LEAST_RUN: u64 = 256 << 10;
@@ -34,8 +35,8 @@ const ZSTD_THREADS: u32 = 8;
 
 type Hashes = JoinHandle<Result<Vec<(Digest, u64)>, FileError>>;
 
-/// A snapshot that is being made.
-pub(crate) struct Saving {
+/// A snapshot that is being made. Dropped, nothing of it is left.
+pub struct Saving {
     draft: Draft,
     /// Bytes that the store may have.
     quota: Option<u64>,
@@ -48,18 +49,30 @@ pub(crate) struct Saving {
 }
 
 impl Saving {
-    pub(crate) fn begin(store: &Path, quota: Option<u64>) -> Result<Self, Failure> {
+    /// Begins a snapshot in the store at this path. When it is published, the snapshots unused for longest are removed until
+    /// the store has at most `quota` bytes.
+    ///
+    /// # Errors
+    /// When the store cannot be used.
+    pub fn begin(store: &Path, quota: Option<u64>) -> Result<Self, Failure> {
         let store = Store::open(store).because("cannot use the node store")?;
         let draft = store.draft().because("cannot use the node store")?;
         let (gpu, staging) = (memory::Saved::default(), Vec::new());
         Ok(Self { draft, quota, control: Control::new(), gpu, hashes: None, staging })
     }
 
-    pub(crate) fn store(&self) -> &Store {
-        self.draft.store()
+    /// Returns the store of the snapshot.
+    #[must_use]
+    pub fn store(&self) -> Store {
+        self.draft.store().clone()
     }
 
-    pub(crate) fn save(&mut self, staging: &[Staging]) -> Result<Saved, Failure> {
+    /// Saves memory of processes that stand still, and says which parts of which files hold it. The files do not change
+    /// any more; they are gone with this value unless it is published.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or the store has no room for it.
+    pub fn save(&mut self, staging: &[Staging]) -> Result<Saved, Failure> {
         let target = |of: &Staging| Target { process: of.process, pid: of.pid, ranges: of.ranges.clone() };
         let targets: Vec<Target> = staging.iter().map(target).collect();
         let saved = memory::save_processes(&targets, LEAST_ZEROS, &self.packs("gpu"), &self.control);
@@ -77,7 +90,12 @@ impl Saving {
         memory::Draft { folder: self.draft.folder().to_owned(), prefix: prefix.to_owned() }
     }
 
-    pub(crate) fn publish(self, publish: Publish, began: &mut dyn FnMut(Phase)) -> Result<Option<Published>, Failure> {
+    /// Moves what is big out of the images in a folder, which are whole, and makes them and what was saved a snapshot. `None`
+    /// if there is nothing big: then images and store are as they were.
+    ///
+    /// # Errors
+    /// When it cannot be done. The images are of no use then.
+    pub fn publish(self, publish: Publish, began: &mut dyn FnMut(Phase)) -> Result<Option<Published>, Failure> {
         let Publish { images, place, left, keep_shared, mut config } = publish;
         began(Phase::MoveMemory);
         let Some((host, table)) = self.move_memory(&images, &left, keep_shared)? else { return Ok(None) };
@@ -187,7 +205,7 @@ impl Saving {
         ];
         for (media_type, packs, hashes) in of_packs {
             let hashes = hashes.map(JoinHandle::join).transpose();
-            let hashes = hashes.map_err(|_| Failure::new("cannot compute the digests of memory".into()))?;
+            let hashes = hashes.map_err(|_| Failure::new("cannot compute the digests of memory"))?;
             let hashes = hashes.transpose().because("cannot publish the snapshot")?.unwrap_or_default();
             for (path, (digest, _)) in packs.iter().zip(hashes) {
                 layers.push(NewLayer { digest: Some(digest), ..layer(media_type, path.clone()) });
@@ -208,11 +226,20 @@ impl Saving {
             let enforced = store.enforce_quota(quota);
             let left = enforced.because("cannot make room in the node store")?.left;
             if left > quota {
-                eprintln!("the node store has {left} bytes, more than its quota of {quota}: what is in use stays");
+                tracing::warn!("the node store has {left} bytes, more than its quota of {quota}: what is in use stays");
             }
         }
         Pointer::new(snapshot.digest(), store.root(), Some(name), registry).because("cannot publish the snapshot")
     }
+}
+
+/// Removes a snapshot that was published for a checkpoint that came to nothing.
+///
+/// # Errors
+/// When the snapshot stays.
+pub fn withdraw(store: &Store, pointer: &Pointer) -> Result<(), Failure> {
+    let removed = store.remove(&Reference::Digest(pointer.digest()), IfInUse::Refuse);
+    removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store")
 }
 
 fn hashes(packs: Vec<PathBuf>) -> Hashes {

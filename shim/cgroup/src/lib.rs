@@ -266,6 +266,18 @@ impl Cgroup {
         freezer::thaw(self)
     }
 
+    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
+    /// of SIGKILL, and it stays frozen.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be written.
+    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
+        match self.hierarchy {
+            Hierarchy::V1(_) => self.thaw(),
+            Hierarchy::V2(_) => Ok(()),
+        }
+    }
+
     /// Kills every process in it and removes it, with all below it, in all its hierarchies. Tries until it is gone, a
     /// minute at most.
     ///
@@ -287,18 +299,6 @@ impl Cgroup {
         match &self.hierarchy {
             Hierarchy::V1(directories) => remove::remove_empty(&directories.all()),
             Hierarchy::V2(directory) => remove::remove_empty(std::slice::from_ref(directory)),
-        }
-    }
-
-    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
-    /// of SIGKILL, and it stays frozen.
-    ///
-    /// # Errors
-    /// When the freezer's file cannot be written.
-    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
-        match self.hierarchy {
-            Hierarchy::V1(_) => self.thaw(),
-            Hierarchy::V2(_) => Ok(()),
         }
     }
 

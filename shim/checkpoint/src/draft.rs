@@ -1,73 +1,116 @@
 //! A checkpoint while it is written: it becomes one at once, or nothing of it is left.
 //!
 //! containerd names an empty folder of its own, or one that the client chose, which may hold an earlier checkpoint. In
-//! an empty one the images are written where they are to be: without `inventory.img`, which CRIU writes last, they are
-//! none. Beside an earlier one they are written into a folder of their own and take its place when they are whole.
+//! an empty one the images are written where they are to be: its [`Record`] says that they are none yet. Beside an
+//! earlier one they are written into a folder of their own and take its place when they are whole.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// What makes a folder a checkpoint.
-const INVENTORY: &str = "inventory.img";
+use images::INVENTORY;
+
+use crate::manifest::Manifest;
+use crate::record::{self, Record};
+
+/// The beginning of the names of folders beside a checkpoint.
+const PREFIX: &str = ".gpusnap-";
 
 /// A checkpoint that is being written. Dropped before it is published, it is removed.
 #[derive(Debug)]
 pub struct Draft {
     target: PathBuf,
-    /// What was there before, and stays if nothing comes of it.
+    /// Names that were there before, and stay if nothing comes of it.
     before: BTreeSet<OsString>,
-    /// Where it is written, if not to the target itself.
+    /// The folder in which it is written, if not the target itself.
     beside: Option<tempfile::TempDir>,
+    /// None once it is complete.
+    record: Option<Record>,
     done: bool,
+    /// Held while it is written, so that nobody else writes one there.
+    _lock: File,
 }
 
 impl Draft {
-    /// Begins a checkpoint in `target`, which is made if it is missing.
+    /// Begins a checkpoint of `container` in `target`, which is made if it is missing. What killed shims left there unfinished
+    /// is removed.
     ///
     /// # Errors
-    /// A folder that cannot be made or read.
-    pub fn begin(target: &Path) -> io::Result<Self> {
+    /// A folder that cannot be made, read or written, or in which another checkpoint is being written.
+    pub fn begin(target: &Path, container: &str) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(target)?;
-        let before = names(target)?;
+        let lock = File::open(target)?;
+        match lock.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::new(
+                    io::ErrorKind::ResourceBusy,
+                    "another checkpoint is being written there: wait for it, or name another folder",
+                ));
+            }
+            // A file system without locks: whoever shares the folder has to know.
+            Err(TryLockError::Error(_)) | Ok(()) => {}
+        }
+        remove_stale(target, &record::is_incomplete)?;
+        let mut before = names(target)?;
+        if record::is_incomplete(target) {
+            remove(target, before.iter().filter(|name| is_ours(name)))?;
+            before = names(target)?;
+        }
         let beside = if before.contains(OsStr::new(INVENTORY)) {
-            Some(tempfile::Builder::new().prefix(".gpusnap-").tempdir_in(target)?)
+            Some(tempfile::Builder::new().prefix(PREFIX).tempdir_in(target)?)
         } else {
             None
         };
-        Ok(Self { target: target.to_owned(), before, beside, done: false })
+        let folder = beside.as_ref().map_or(target, tempfile::TempDir::path);
+        let mut draft =
+            Self { target: target.to_owned(), before, record: None, done: false, _lock: lock, beside: None };
+        let record = Record::begin(folder, container);
+        draft.beside = beside;
+        draft.record = Some(record?);
+        Ok(draft)
     }
 
-    /// Where to write it.
+    /// Returns the folder to write it in.
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.beside.as_ref().map_or(&self.target, |beside| beside.path())
     }
 
-    /// Puts it in the place of what was there.
+    /// Says in its record that it is complete.
+    ///
+    /// # Errors
+    /// A file that cannot be written. It is incomplete then.
+    pub fn complete(&mut self, manifest: &Manifest) -> io::Result<()> {
+        self.record.take().map_or(Ok(()), |record| record.complete(manifest))
+    }
+
+    /// Puts what is complete in the place of what was there.
     ///
     /// # Errors
     /// A file that cannot be removed or moved. What there is stays.
     pub fn publish(mut self) -> io::Result<()> {
         // From here on all that there is of the container may be these files.
         self.done = true;
-        let Some(beside) = self.beside.take() else { return Ok(()) };
-        let beside = beside.keep();
-        // Without its inventory the earlier one is none any more: half of each is never taken for a whole.
-        let old = self.before.iter().filter(|name| is_ours(name));
-        for name in [OsStr::new(INVENTORY)].into_iter().chain(old.map(OsString::as_os_str)) {
-            match std::fs::remove_file(self.target.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+        if self.record.is_some() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the checkpoint is not complete"));
+        }
+        if let Some(beside) = self.beside.take() {
+            let beside = beside.keep();
+            // Without its inventory the earlier one is none any more: half of each is never taken for a whole.
+            remove(&self.target, [&OsString::from(INVENTORY)])?;
+            remove(&self.target, self.before.iter().filter(|name| is_ours(name)))?;
+            for name in names(&beside)?.iter().filter(|name| *name != INVENTORY) {
+                std::fs::rename(beside.join(name), self.target.join(name))?;
             }
+            File::open(&self.target)?.sync_all()?;
+            std::fs::rename(beside.join(INVENTORY), self.target.join(INVENTORY))?;
+            std::fs::remove_dir(&beside)?;
+            File::open(&self.target)?.sync_all()?;
         }
-        for name in names(&beside)?.iter().filter(|name| *name != INVENTORY) {
-            std::fs::rename(beside.join(name), self.target.join(name))?;
-        }
-        std::fs::rename(beside.join(INVENTORY), self.target.join(INVENTORY))?;
-        std::fs::remove_dir(&beside)
+        remove_stale(&self.target, &|_| true)
     }
 
     /// Keeps what there is, unfinished: the container has ended.
@@ -83,13 +126,9 @@ impl Drop for Draft {
         if self.done || self.beside.is_some() {
             return;
         }
-        let remove = || -> io::Result<()> {
-            for name in names(&self.target)? {
-                if is_ours(&name) && !self.before.contains(&name) {
-                    std::fs::remove_file(self.target.join(&name))?;
-                }
-            }
-            Ok(())
+        let remove = || {
+            let names = names(&self.target)?;
+            remove(&self.target, names.iter().filter(|name| is_ours(name) && !self.before.contains(*name)))
         };
         match remove() {
             Ok(()) => {}
@@ -104,15 +143,51 @@ fn names(folder: &Path) -> io::Result<BTreeSet<OsString>> {
     std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect()
 }
 
-/// Whether a checkpoint writes files of this name.
-fn is_ours(name: &OsStr) -> bool {
-    let fixed = ["stats-dump", "descriptors.json", crate::shm::FILE, crate::manifest::FILE];
-    let is_memory = name.to_str().is_some_and(bulk::is_inline);
-    Path::new(name).extension() == Some(OsStr::new("img")) || is_memory || fixed.iter().any(|fixed| name == *fixed)
+fn remove<'a>(folder: &Path, names: impl IntoIterator<Item = &'a OsString>) -> io::Result<()> {
+    for name in names {
+        match std::fs::remove_file(folder.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Removes those folders beside a checkpoint that are stale, and whose makers were killed.
+fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<()> {
+    for name in names(target)?.iter().filter(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes())) {
+        let path = target.join(name);
+        if !std::fs::symlink_metadata(&path).is_ok_and(|found| found.is_dir()) {
+            continue;
+        }
+        let is_view = name.as_encoded_bytes().starts_with(images::UNMARKED_PREFIX.as_bytes());
+        // A restore holds the lock of the folder that it made.
+        let is_in_use = File::open(&path)?.try_lock().is_err();
+        if !is_in_use && (is_view || is_stale(&path)) {
+            std::fs::remove_dir_all(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a checkpoint writes files of this name, or left them when its writer was killed.
+pub(crate) fn is_ours(name: &OsStr) -> bool {
+    let fixed = ["stats-dump", "descriptors.json", crate::shm::FILE, record::FILE, record::NEXT];
+    let path = Path::new(name);
+    let has = |extension: &str| path.extension() == Some(OsStr::new(extension));
+    let text = name.to_str().unwrap_or_default();
+    let is_replacement = has("new") && ["inventory.", "mm-", "pagemap-"].iter().any(|start| text.starts_with(start));
+    // Of the time before the record.
+    let is_old = text
+        .strip_prefix(".tmp")
+        .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()));
+    has("img") || is_replacement || is_old || bulk::is_inline(text) || fixed.contains(&text)
 }
 
 #[cfg(test)]
 mod tests {
+    use runtime::{Allow, Phase, Timeline};
+
     use super::*;
 
     fn write(folder: &Path, names: &[&str]) {
@@ -125,12 +200,24 @@ mod tests {
         names(folder).unwrap().into_iter().map(|name| name.into_string().unwrap()).collect()
     }
 
+    fn publish(mut draft: Draft) {
+        let timeline = Timeline::start(Phase::Freeze);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, None, &timeline);
+        draft.complete(&manifest).unwrap();
+        draft.publish().unwrap();
+    }
+
+    /// A draft whose shim was killed.
+    fn killed(draft: Draft) {
+        let _ = draft.keep();
+    }
+
     #[test]
     fn a_checkpoint_that_comes_to_nothing_leaves_what_was_there() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &["mine.txt", "core-7.img"]);
-        let draft = Draft::begin(folder.path()).unwrap();
-        write(draft.folder(), &["core-1.img", "gpusnap.json"]);
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["core-1.img"]);
         drop(draft);
         assert_eq!(list(folder.path()), ["core-7.img", "mine.txt"]);
     }
@@ -139,15 +226,71 @@ mod tests {
     fn an_earlier_checkpoint_stays_until_the_new_one_is_whole() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &["inventory.img", "core-7.img", "notes"]);
-        let draft = Draft::begin(folder.path()).unwrap();
+        let draft = Draft::begin(folder.path(), "c").unwrap();
         write(draft.folder(), &["core-1.img"]);
         drop(draft);
         assert_eq!(list(folder.path()), ["core-7.img", "inventory.img", "notes"]);
 
-        let draft = Draft::begin(folder.path()).unwrap();
-        write(draft.folder(), &["core-1.img", "inventory.img", "gpusnap.json"]);
-        draft.publish().unwrap();
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["core-1.img", "inventory.img"]);
+        publish(draft);
         assert_eq!(list(folder.path()), ["core-1.img", "gpusnap.json", "inventory.img", "notes"]);
+    }
+
+    #[test]
+    fn a_folder_says_that_it_is_incomplete_before_anything_else_is_in_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        assert!(record::is_incomplete(folder.path()));
+        publish(draft);
+        assert!(!record::is_incomplete(folder.path()));
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        draft.publish().unwrap_err();
+    }
+
+    #[test]
+    fn what_a_killed_shim_left_is_removed_by_the_next_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["pages-9.img", "memory-000000.pack", "mm-1.new", ".tmpAb12Cd", "mine"]);
+        killed(draft);
+        drop(Draft::begin(folder.path(), "c").unwrap());
+        assert_eq!(list(folder.path()), ["mine"]);
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["inventory.img", "pages-9.img"]);
+        killed(draft);
+        assert!(record::is_incomplete(folder.path()));
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["inventory.img"]);
+        publish(draft);
+        assert_eq!(list(folder.path()), ["gpusnap.json", "inventory.img", "mine"]);
+        // Beside an earlier one.
+        let draft = Draft::begin(folder.path(), "c").unwrap();
+        write(draft.folder(), &["core-1.img", "inventory.img"]);
+        killed(draft);
+        assert_eq!(list(folder.path()).len(), 4);
+        drop(Draft::begin(folder.path(), "c").unwrap());
+        assert_eq!(list(folder.path()), ["gpusnap.json", "inventory.img", "mine"]);
+    }
+
+    #[test]
+    fn a_folder_that_a_restore_reads_from_is_not_taken_for_left_behind() {
+        let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let inventory = [0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 8, 2];
+        std::fs::write(folder.path().join(INVENTORY), inventory).unwrap();
+        let unmarked = images::Unmarked::of(folder.path(), work.path()).unwrap();
+        drop(Draft::begin(folder.path(), "c").unwrap());
+        assert!(unmarked.path().exists());
+    }
+
+    #[test]
+    fn two_checkpoints_are_not_written_to_one_folder_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Draft::begin(folder.path(), "c").unwrap();
+        let error = Draft::begin(folder.path(), "d").unwrap_err();
+        assert!(error.to_string().contains("another checkpoint"), "{error}");
+        drop(first);
+        Draft::begin(folder.path(), "d").unwrap();
     }
 
     #[test]
@@ -155,7 +298,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("a/b");
-        Draft::begin(&target).unwrap().publish().unwrap();
+        publish(Draft::begin(&target, "c").unwrap());
         assert_eq!(std::fs::metadata(target).unwrap().permissions().mode() & 0o777, 0o700);
     }
 }

@@ -1,12 +1,13 @@
 //! What a checkpoint says of GPUs, and which of this node take their place.
 
+use std::ffi::OsStr;
 use std::io;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use cuda::{Gpu, Inventory, Pair};
 use gpu::{Suspended, SuspendedProcess};
-use rustix::fs::{FileType, Mode};
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
 use serde::{Deserialize, Serialize};
 
 /// What was on GPUs.
@@ -177,11 +178,28 @@ impl DeviceNode {
             Err(rustix::io::Errno::EXIST) => return Ok(()),
             made => made?,
         }
-        let at = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&folder))).join(name);
-        // The umask is the shim's.
-        std::fs::set_permissions(&at, PermissionsExt::from_mode(mode.as_raw_mode()))?;
-        chown(&at, self.uid, self.gid)
+        own(&folder, name, (kind, rustix::fs::makedev(self.major, self.minor)), mode, (self.uid, self.gid))
     }
+}
+
+/// Gives a node that was just made its permissions, which a umask may have taken, and its owner. What somebody else has put in
+/// its place meanwhile, such as a link that leads out, stays as it is.
+fn own(
+    folder: &OwnedFd,
+    name: &OsStr,
+    (kind, device): (FileType, u64),
+    mode: Mode,
+    (uid, gid): (Option<u32>, Option<u32>),
+) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let node = rustix::fs::openat(folder, name, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&node)?;
+    if FileType::from_raw_mode(stat.st_mode) != kind || stat.st_rdev != device {
+        return Ok(());
+    }
+    let by_descriptor = format!("/proc/self/fd/{}", node.as_raw_fd());
+    rustix::fs::chmodat(CWD, by_descriptor, mode, AtFlags::empty())?;
+    Ok(rustix::fs::chownat(&node, "", uid.map(Uid::from_raw), gid.map(Gid::from_raw), AtFlags::EMPTY_PATH)?)
 }
 
 #[cfg(test)]
@@ -224,6 +242,25 @@ mod tests {
         assert!(why(vec![gpu(0, "GPU-a", "A100"), gpu(1, "GPU-b", "A100")]).contains("needs 2"));
         let old = SavedGpus { driver: "570.1".into(), ..saved(vec![gpu(0, "GPU-c", "A100")]) };
         assert!(old.pairs(&node, &[]).unwrap_err().contains("570.1"));
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_node_keeps_what_it_leads_to_as_it_is() {
+        use std::os::unix::fs::PermissionsExt;
+        let (dev, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let victim = outside.path().join("victim");
+        std::fs::write(&victim, "").unwrap();
+        std::fs::set_permissions(&victim, PermissionsExt::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&victim, dev.path().join("nvidia0")).unwrap();
+        std::fs::write(dev.path().join("nvidia1"), "").unwrap();
+        let folder: OwnedFd = std::fs::File::open(dev.path()).unwrap().into();
+        for name in ["nvidia0", "nvidia1"] {
+            let device = (FileType::CharacterDevice, rustix::fs::makedev(195, 0));
+            own(&folder, name.as_ref(), device, Mode::from_raw_mode(0o666), (Some(1000), Some(1000))).unwrap();
+        }
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&victim), 0o600);
+        assert_ne!(mode(&dev.path().join("nvidia1")), 0o666);
     }
 
     #[test]

@@ -8,20 +8,26 @@
 //! | `descriptors.json` | runc's note of the standard streams |
 //! | `dev-shm.tar` | the contents of a `/dev/shm` that comes from outside, if there are any |
 //! | `memory.segments`, `memory-*.pack` | big memory, where it is wanted beside the images |
-//! | `gpusnap.json` | [`Manifest`]: how it was made |
+//! | `gpusnap.json` | [`Record`]: whether it is complete, and its [`Manifest`]: how it was made |
 
+mod annotations;
 mod draft;
 mod gpu;
 mod log;
 mod manifest;
 mod options;
+mod permission;
+mod record;
 mod shm;
 mod temporary;
 
+pub use annotations::{AnnotationError, Annotations, MemoryPlace};
 pub use draft::Draft;
 pub use gpu::{DeviceNode, SavedGpus};
 pub use log::{LogFolder, ROOT as LOGS};
 pub use manifest::Manifest;
-pub use options::{Annotations, CheckpointOptions, MemoryPlace, RequestError};
+pub use options::{CheckpointOptions, RequestError};
+pub use permission::{Network, allow, registry};
+pub use record::{Folder, FolderError, Record};
 pub use shm::Shm;
 pub use temporary::remove_if_containerds;

@@ -1,6 +1,5 @@
-//! What the client asks of a checkpoint, and what the container's annotations say where the client says nothing.
+//! What a client asks of a checkpoint, and what the container's annotations say where the client says nothing.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,106 +9,11 @@ use containerd_shim_protos::shim::oci;
 use runtime::{Allow, Tcp};
 use serde::{Deserialize, Serialize};
 
-/// `exit` or `continue`: what becomes of the container where the client does not say. nerdctl and the CRI say it to
-/// runtimes of runc's name only.
-const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
-/// `refuse`, `keep` or `close`: what is done about established TCP connections.
-const TCP: &str = "gpusnap.dev/tcp";
-/// Seconds for which a checkpoint waits for GPU work that is under way.
-const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
-/// `store`, `inline` or `images`: where big memory is kept.
-const MEMORY: &str = "gpusnap.dev/memory";
-/// The repository in a registry from which the snapshot can be pulled where it is not in the node's store.
-const REGISTRY: &str = "gpusnap.dev/registry";
-/// The Kubernetes namespace of the pod, by the CRI.
-const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-/// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
-const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
+use crate::annotations::{AnnotationError, Annotations, MemoryPlace};
+
 /// A field of containerd 2.4's options that containerd-shim-protos does not know.
 const PARENT_PATH: u32 = 10;
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
-
-/// The container's annotations that concern checkpoints.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Annotations {
-    on_checkpoint: Option<String>,
-    tcp: Option<String>,
-    gpu_patience: Option<String>,
-    memory: Option<String>,
-    registry: Option<String>,
-    pod_namespace: Option<String>,
-}
-
-/// Where the big memory of a checkpoint is kept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MemoryPlace {
-    /// In the node's store, as part of a snapshot.
-    #[default]
-    Store,
-    /// Beside the images, which then stand alone.
-    Inline,
-    /// In the images, as CRIU writes them: what runc can restore.
-    Images,
-}
-
-impl Annotations {
-    /// Picks them out of all annotations.
-    #[must_use]
-    pub fn of(all: &HashMap<String, String>) -> Self {
-        let of = |name| all.get(name).cloned();
-        Self {
-            on_checkpoint: of(ON_CHECKPOINT),
-            tcp: of(TCP),
-            gpu_patience: of(GPU_PATIENCE),
-            memory: of(MEMORY),
-            registry: of(REGISTRY),
-            pod_namespace: of(POD_NAMESPACE),
-        }
-    }
-
-    /// From where the snapshot can be pulled.
-    #[must_use]
-    pub fn registry(&self) -> Option<String> {
-        self.registry.clone().filter(|registry| !registry.is_empty())
-    }
-
-    fn exit(&self) -> Result<bool, String> {
-        match self.on_checkpoint.as_deref() {
-            None | Some("continue") => Ok(false),
-            Some("exit") => Ok(true),
-            Some(other) => Err(format!("{ON_CHECKPOINT}: {other:?} is neither \"exit\" nor \"continue\"")),
-        }
-    }
-
-    fn gpu_patience(&self) -> Result<Duration, String> {
-        let Some(seconds) = &self.gpu_patience else { return Ok(DEFAULT_GPU_PATIENCE) };
-        let seconds = seconds.parse().map_err(|_| format!("{GPU_PATIENCE}: {seconds:?} is not a number of seconds"))?;
-        Ok(Duration::from_secs(seconds))
-    }
-
-    fn memory(&self) -> Result<MemoryPlace, String> {
-        match self.memory.as_deref() {
-            None | Some("store") => Ok(MemoryPlace::Store),
-            Some("inline") => Ok(MemoryPlace::Inline),
-            Some("images") => Ok(MemoryPlace::Images),
-            Some(other) => Err(format!("{MEMORY}: {other:?} is none of \"store\", \"inline\" and \"images\"")),
-        }
-    }
-
-    /// Returns what is done about TCP connections; None where nothing is said.
-    ///
-    /// # Errors
-    /// In words: a value that is none.
-    pub fn tcp(&self) -> Result<Option<Tcp>, String> {
-        match self.tcp.as_deref() {
-            None => Ok(None),
-            Some("refuse") => Ok(Some(Tcp::Refuse)),
-            Some("keep") => Ok(Some(Tcp::Keep)),
-            Some("close") => Ok(Some(Tcp::Close)),
-            Some(other) => Err(format!("{TCP}: {other:?} is none of \"refuse\", \"keep\" and \"close\"")),
-        }
-    }
-}
 
 /// A request for a checkpoint that cannot be served as it is.
 #[derive(Debug, thiserror::Error)]
@@ -156,11 +60,11 @@ impl CheckpointOptions {
             if path.is_absolute() { Ok(path) } else { Err(bad(field, format!("{path:?} is not absolute"))) }
         };
         let folder = absolute("path", &request.path)?;
-        let annotation = |message| bad("annotation", message);
+        let annotation = |error: AnnotationError| bad("annotation", error.to_string());
         let annotated_tcp = annotations.tcp().map_err(annotation)?;
         let patience = annotations.gpu_patience().map_err(annotation)?;
         let memory = annotations.memory().map_err(annotation)?;
-        let (registry, pod_namespace) = (annotations.registry(), annotations.pod_namespace.clone());
+        let (registry, pod_namespace) = (annotations.registry(), annotations.pod_namespace().map(str::to_owned));
         let Some(options) = request.options.as_ref().filter(|options| !options.type_url.is_empty()) else {
             let exit = annotations.exit().map_err(annotation)?;
             let allow = Allow { tcp: annotated_tcp.unwrap_or_default(), ..Allow::default() };
@@ -197,6 +101,7 @@ mod tests {
     use containerd_shim_protos::protobuf::well_known_types::any::Any;
 
     use super::*;
+    use crate::annotations::{DEFAULT_GPU_PATIENCE, GPU_PATIENCE, MEMORY, ON_CHECKPOINT, TCP};
 
     fn annotations(all: &[(&str, &str)]) -> Annotations {
         Annotations::of(&all.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())

@@ -93,7 +93,7 @@ impl Criu {
 
         let failed = |source| DumpError::Criu { pid, source };
         let marker = residue::marker();
-        let swrk = Swrk::start(self, work_path, &marker, vec![]).map_err(failed)?;
+        let swrk = Swrk::start(self, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);

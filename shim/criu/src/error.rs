@@ -61,6 +61,9 @@ pub enum RestoreError {
     /// The directory holds no image that could be restored.
     #[error("cannot restore")]
     Image(#[source] images::ImageError),
+    /// Images without some of their memory cannot be made ready for CRIU.
+    #[error("cannot restore")]
+    Unmark(#[source] images::RewriteError),
     /// CRIU did not do it.
     #[error("cannot restore from {images}")]
     Criu {

@@ -200,6 +200,8 @@ fn sentence(error: &str) -> Option<String> {
         "the process uses io_uring, which CRIU cannot dump".to_owned()
     } else if has("criu itself is within dumped tree") {
         "criu runs inside the tree that it is to dump".to_owned()
+    } else if has("Missing required plugin: gpusnap") {
+        "big memory is not in the images: only gpusnap restores them, by their gpusnap.json".to_owned()
     } else if let Some(plugin) = after(error, "Missing required plugin: ") {
         format!("the image was made with CRIU's plugin {plugin}, which is switched off here")
     } else if let Some(file) = between("Can't dump ghost file ", " of ") {

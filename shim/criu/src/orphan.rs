@@ -27,7 +27,7 @@ pub async fn end_orphans(work: &Path, reaper: &Reaper) {
     let adoption = reaper.adoption();
     let deadline = Instant::now() + CANCEL_GRACE;
     loop {
-        let pids = proc::children(HostPid::own());
+        let pids = proc::children(reaper.parent_of_orphans());
         // One that is known is this process's own, and has somebody who waits for it.
         let Some(pid) = pids.into_iter().find(|pid| !adoption.knows(pid.raw()) && is_orphan(*pid)) else { return };
         tracing::warn!(%pid, "a runtime has left criu behind, whose end is waited for");

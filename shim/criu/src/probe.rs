@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use reaper::Exit;
+use reaper::{Exit, Reaper};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_features, Criu_opts, Criu_req, Criu_req_type, Criu_resp};
 
 use crate::call::{Answers, Call, Notification, Undo};
@@ -45,7 +45,7 @@ impl Criu {
     pub async fn too_old(&self) -> Option<CallError> {
         let mut command = swrk::command(self);
         command.arg("--version").current_dir("/");
-        let (child, output) = swrk::spawn(self, command, vec![]).ok()?;
+        let (child, output) = swrk::spawn(self, command, vec![], Reaper::spawn).ok()?;
         if tokio::time::timeout(CHECK_TIMEOUT, child.wait()).await.is_err() {
             let _ = child.signal(rustix::process::Signal::KILL);
             return None;
@@ -87,7 +87,7 @@ impl Criu {
     async fn check(&self) -> Result<Vec<Missing>, CallError> {
         let mut command = swrk::command(self);
         command.arg("check").current_dir("/");
-        let (child, output) = swrk::spawn(self, command, vec![])?;
+        let (child, output) = swrk::spawn(self, command, vec![], Reaper::spawn)?;
         let exit = match tokio::time::timeout(CHECK_TIMEOUT, child.wait()).await {
             Ok(exit) => exit,
             Err(_) => {
@@ -103,7 +103,7 @@ impl Criu {
         let mut message = Criu_req::new();
         message.set_type(kind);
         message.features = features.into();
-        let swrk = Swrk::start(self, Path::new("/"), "", vec![])?;
+        let swrk = Swrk::start(self, Path::new("/"), "", vec![], Reaper::spawn)?;
         // It writes no log; what it says of errors comes with its output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {

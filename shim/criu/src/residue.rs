@@ -1,7 +1,7 @@
 //! Processes that are left when criu cannot remove them itself: those of a half-restored tree, and criu's own helpers.
 //!
-//! The root of a restored tree is this process's child (`rst_sibling`), and so is every other process of it once criu
-//! is dead, if this process is a subreaper. Nobody else knows them: they are found here.
+//! The root of a restored tree has criu's parent (`rst_sibling`), and so has every other process of the tree once criu
+//! is dead: the process that orphans go to. Nobody else knows them: they are found here.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,7 +49,7 @@ impl Residue {
             kill_tree(&root);
             killed.push(root);
         }
-        for pid in proc::children(HostPid::own()) {
+        for pid in proc::children(self.adoption.parent_of_orphans()) {
             if killed.iter().any(|known: &Child| known.process() == pid) || !self.is_ours(pid) {
                 continue;
             }

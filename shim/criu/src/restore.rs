@@ -6,8 +6,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
+use images::Unmarked;
 use proc::Identity;
-use reaper::Child;
+use reaper::{Child, Reaper};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inherit_fd};
 
 use crate::call::{Answers, Call, Notification, Undo};
@@ -48,6 +49,9 @@ pub struct RestoreRequest {
     pub mntns_compat_mode: bool,
     /// Do not compare the permissions of files with those at the dump.
     pub skip_file_rwx_check: bool,
+    /// Memory was cut from the images, and whoever asks fills it before the tree runs. Without this CRIU refuses such
+    /// images.
+    pub cut: bool,
     /// What dump and restore share.
     pub options: Options,
 }
@@ -79,9 +83,14 @@ impl Criu {
             move |source| RestoreError::Directory { images, action, path, source }
         };
         let work_path = request.work_dir.clone().unwrap_or_else(|| images_path.clone());
-        images::check(&images_path).map_err(RestoreError::Image)?;
+        let image = images::check(&images_path).map_err(RestoreError::Image)?;
         let dumped_pid = images::root_pid(&images_path).map_err(RestoreError::Image)?;
-        let images = File::open(&images_path).map_err(at("open", &images_path))?;
+        let unmarked = (request.cut && image.is_cut())
+            .then(|| Unmarked::of(&images_path, &work_path))
+            .transpose()
+            .map_err(RestoreError::Unmark)?;
+        let opened_path = unmarked.as_ref().map_or(images_path.as_path(), Unmarked::path);
+        let images = File::open(opened_path).map_err(at("open", opened_path))?;
         let work = File::open(&work_path).map_err(at("open", &work_path))?;
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let log = work_path.join(LOG);
@@ -92,12 +101,15 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, &work_path, &marker, inherited).map_err(failed)?;
+        let swrk = Swrk::start(self, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
         let criu = swrk.child.clone();
         let since = Identity::of(criu.process()).map_or(u64::MAX, |criu| criu.start_time);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };
-        let mut call =
-            Call::new(swrk, UndoRestore { residue, work: work_path.clone(), _open: (images, work) }, log.clone());
+        let mut call = Call::new(
+            swrk,
+            UndoRestore { residue, work: work_path.clone(), _open: (images, work, unmarked) },
+            log.clone(),
+        );
 
         let roots = request.cgroup_roots;
         let restored = async {
@@ -214,7 +226,7 @@ struct UndoRestore {
     /// The work directory.
     work: PathBuf,
     /// The images and the work directory, which CRIU opens by number as long as it runs.
-    _open: (File, File),
+    _open: (File, File, Option<Unmarked>),
 }
 
 impl UndoRestore {

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
-use reaper::{Child, Exit};
+use reaper::{Child, Exit, Reaper};
 use rustix::fs::MemfdFlags;
 use rustix::process::Signal;
 
@@ -31,6 +31,9 @@ const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 /// How much of standard output and error is read: what comes before the log is open is a line or two.
 const MAX_OUTPUT: u64 = 64 << 10;
 
+/// [`Reaper::spawn`] or [`Reaper::spawn_lasting`].
+pub(crate) type SpawnBy = fn(&Reaper, &mut Command) -> io::Result<Child>;
+
 /// A running criu, or one that has ended by itself.
 #[derive(Debug)]
 pub(crate) struct Swrk {
@@ -43,12 +46,14 @@ pub(crate) struct Swrk {
 }
 
 impl Swrk {
-    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
+    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on. `spawn_by` decides on its
+    /// parent, which is the parent of what criu restores.
     pub(crate) fn start(
         criu: &Criu,
         directory: &Path,
         marker: &str,
         inherited: Vec<OwnedFd>,
+        spawn_by: SpawnBy,
     ) -> Result<Self, CallError> {
         let failed = |source| CallError::Start { path: criu.path.clone(), source };
         let (channel, theirs) = Channel::pair().map_err(failed)?;
@@ -58,7 +63,7 @@ impl Swrk {
         for (fd, child_fd) in inherited.into_iter().zip(FIRST_INHERITED..) {
             mappings.push(FdMapping { parent_fd: fd, child_fd });
         }
-        let (child, output) = spawn(criu, command, mappings)?;
+        let (child, output) = spawn(criu, command, mappings, spawn_by)?;
         Ok(Self { child, channel: Some(channel), output, grace: criu.cancel_grace })
     }
 
@@ -132,7 +137,12 @@ pub(crate) fn command(criu: &Criu) -> Command {
 }
 
 /// Spawns `command` with nothing but null, its output and `mappings`.
-pub(crate) fn spawn(criu: &Criu, mut command: Command, mappings: Vec<FdMapping>) -> Result<(Child, Output), CallError> {
+pub(crate) fn spawn(
+    criu: &Criu,
+    mut command: Command,
+    mappings: Vec<FdMapping>,
+    spawn_by: SpawnBy,
+) -> Result<(Child, Output), CallError> {
     let failed = |source: io::Error| match source.kind() {
         io::ErrorKind::NotFound => CallError::NotInstalled { path: criu.path.clone() },
         _ => CallError::Start { path: criu.path.clone(), source },
@@ -144,7 +154,7 @@ pub(crate) fn spawn(criu: &Criu, mut command: Command, mappings: Vec<FdMapping>)
     let first_free = mappings.iter().map(|mapping| mapping.child_fd + 1).max().unwrap_or(SOCKET).unsigned_abs();
     command.fd_mappings(mappings).map_err(|error| start(io::Error::other(error)))?;
     sys::close_from(&mut command, first_free);
-    let child = criu.reaper.spawn(&mut command).map_err(failed)?;
+    let child = spawn_by(&criu.reaper, &mut command).map_err(failed)?;
     // The command holds this process's copies of the descriptors: criu's end of the socket would never close.
     drop(command);
     Ok((child, Output(output)))

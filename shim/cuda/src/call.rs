@@ -102,6 +102,9 @@ pub enum CallFailure {
     /// The deadline has passed.
     #[error("the driver does not answer")]
     Hangs,
+    /// The process that the call is about has ended: no call was made.
+    #[error("the process has ended")]
+    Gone,
     /// The caller has ended.
     #[error("the process that calls the driver died")]
     Died,

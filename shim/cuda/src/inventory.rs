@@ -32,6 +32,9 @@ pub struct Gpu {
     pub minor: u32,
     /// Its memory, in bytes.
     pub memory: u64,
+    /// What is free of it, in bytes, now. Not kept in snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free: Option<u64>,
     /// It is divided into instances (MIG).
     #[serde(default)]
     pub mig: bool,
@@ -82,11 +85,13 @@ fn gpu(nvml: &Nvml, index: u32) -> Result<Gpu, NvmlError> {
             },
         })
         .collect();
+    let memory = device.memory_info()?;
     Ok(Gpu {
         uuid: device.uuid()?,
         name: device.name()?,
         minor: device.minor_number()?,
-        memory: device.memory_info()?.total,
+        memory: memory.total,
+        free: Some(memory.free),
         mig,
         persistence,
         processes,

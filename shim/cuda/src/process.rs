@@ -34,6 +34,37 @@ pub fn touches_gpu(pid: i32) -> bool {
     device_fds(pid).is_ok_and(|fds| !fds.is_empty()) || device_mappings(pid).is_ok_and(|mappings| !mappings.is_empty())
 }
 
+/// What a process uses that the driver does not checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Uses {
+    /// It has loaded CUPTI: a profiler was used in it.
+    pub cupti: bool,
+    /// It has an instance of a divided GPU (MIG) open.
+    pub mig: bool,
+    /// It is told to be a client of the multi-process service (MPS).
+    pub mps: bool,
+    /// It shares GPU memory with another process by CUDA IPC.
+    pub ipc: bool,
+}
+
+/// Returns what a process uses that the driver does not checkpoint, as far as it shows. CUDA IPC does not.
+#[must_use]
+pub fn uses(pid: i32) -> Uses {
+    let is_cupti = |path: &Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"libcupti"));
+    let cupti = mappings_matching(pid, is_cupti).is_ok_and(|mappings| !mappings.is_empty());
+    let mig = device_fds(pid).is_ok_and(|fds| fds.iter().any(|fd| is_instance(&fd.path)));
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mps = environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(b"CUDA_MPS_PIPE_DIRECTORY="));
+    Uses { cupti, mig, mps, ipc: false }
+}
+
+/// Whether a device node gives access to an instance of a GPU. The first two are for making and watching instances.
+fn is_instance(path: &Path) -> bool {
+    let number = path.as_os_str().as_bytes().strip_prefix(b"/dev/nvidia-caps/nvidia-cap");
+    let number = number.and_then(|number| std::str::from_utf8(number).ok()?.parse::<u32>().ok());
+    number.is_some_and(|number| number > 2)
+}
+
 /// Whether the driver gives its threads such names.
 ///
 /// Seen were `cuda` and 11 hexadecimal digits, the thread that does a checkpoint's work, and `cuda-EvtHandlr`. Those

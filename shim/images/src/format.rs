@@ -7,6 +7,8 @@ use thiserror::Error;
 
 /// The file that makes a directory an image: written last, and read first.
 pub const INVENTORY: &str = "inventory.img";
+/// The plugin that an inventory names when memory was cut from its images.
+pub const MARK: &str = "gpusnap";
 pub(crate) const PSTREE: &str = "pstree.img";
 pub(crate) const STATS: &str = "stats-dump";
 

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use crate::format::{INVENTORY, INVENTORY_MAGIC, ImageError, damaged};
+use crate::format::{INVENTORY, INVENTORY_MAGIC, ImageError, MARK, damaged};
 use crate::pages::check_pages;
 use crate::tree;
 use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry};
@@ -12,7 +12,7 @@ use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry};
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
 
 /// CRIU has three plugins.
-const MAX_PLUGINS: usize = 64;
+pub(crate) const MAX_PLUGINS: usize = 64;
 
 /// What an image says of itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,6 +38,14 @@ pub fn check_threads(directory: &Path) -> Result<(), ImageError> {
         }
     }
     Ok(())
+}
+
+impl Image {
+    /// Returns whether memory was cut from it, which somebody has to fill after a restore.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.plugins.iter().flatten().any(|plugin| plugin == MARK)
+    }
 }
 
 /// Reads a directory's inventory.

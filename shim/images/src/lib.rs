@@ -4,6 +4,7 @@
 //! CRIU); the inventory has one magic number. Images are untrusted: sizes are capped, nothing but regular files is
 //! read, and fields that are not known are skipped.
 
+mod cut;
 mod format;
 mod inspect;
 mod memory;
@@ -17,7 +18,8 @@ mod tree;
 mod vma;
 mod wire;
 
-pub use format::{INVENTORY, ImageError};
+pub use cut::{UNMARKED_PREFIX, Unmarked};
+pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
+use crate::cut::mark;
 use crate::format::{ImageError, damaged};
 use crate::pages::{self, PAGES_ID, Pagemap, page_size, pagemap_path, pagemaps, pages_path};
 use crate::vma::{self, VMAS, Vma, anonymous, mm_path, read_mm, vmas};
@@ -67,13 +68,17 @@ pub enum RewriteError {
     },
 }
 
-/// Takes memory out of a directory of images. Only what stays in them is copied, into new files of pages.
+/// Takes memory out of a directory of images, which are marked before: CRIU alone refuses them from then on. Only what
+/// stays in them is copied, into new files of pages.
 ///
 /// # Errors
 /// When a range does not fit the images, or a file cannot be read or written. Some processes' images may be rewritten then and
 /// others not, so that the directory is of no use.
 pub fn rewrite(images: &Path, changes: &[Changes]) -> Result<(), RewriteError> {
     let first_id = first_unused_id(images)?;
+    if changes.iter().any(|of| !of.without.is_empty() || !of.staging.is_empty()) {
+        mark(images)?;
+    }
     for (changes, id) in changes.iter().zip(first_id..) {
         let range = |range: &Range<u64>, what| {
             let Range { start, end } = *range;
@@ -294,7 +299,10 @@ fn first_unused_id(images: &Path) -> Result<u64, ImageError> {
 }
 
 /// Replaces a file by another under the same name.
-fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<(), RewriteError> {
+pub(crate) fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>,
+) -> Result<(), RewriteError> {
     let new_path = path.with_extension("new");
     let file = create(&new_path)?;
     let mut out = BufWriter::new(&file);

@@ -3,12 +3,14 @@
 
 #![deny(unsafe_code)]
 
+mod cancel;
 mod chain;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use cancel::{Cancel, Cancelled};
 use serde::{Deserialize, Serialize};
 
 pub use chain::chain;
@@ -133,16 +135,33 @@ impl fmt::Display for Phase {
 }
 
 /// When the phases of one operation began. Its clones are the same timeline.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Timeline {
     began: Arc<Mutex<Vec<(Phase, Instant)>>>,
+    /// Told of each phase that begins.
+    observer: Option<Observer>,
+}
+
+/// Code that is told of each phase as the phase begins.
+pub type Observer = Arc<dyn Fn(Phase) + Send + Sync>;
+
+impl fmt::Debug for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Timeline({self})")
+    }
 }
 
 impl Timeline {
     /// A timeline whose first phase begins now.
     #[must_use]
     pub fn start(first: Phase) -> Self {
-        Self { began: Arc::new(Mutex::new(vec![(first, Instant::now())])) }
+        Self { began: Arc::new(Mutex::new(vec![(first, Instant::now())])), observer: None }
+    }
+
+    /// Returns the same timeline, whose `observer` is told of each phase that begins from now on.
+    #[must_use]
+    pub fn observed(self, observer: Observer) -> Self {
+        Self { observer: Some(observer), ..self }
     }
 
     fn began(&self) -> std::sync::MutexGuard<'_, Vec<(Phase, Instant)>> {
@@ -155,6 +174,10 @@ impl Timeline {
         if began.last().is_none_or(|(last, _)| *last != phase) {
             tracing::debug!(phase = phase.name(), "a phase begins");
             began.push((phase, Instant::now()));
+            drop(began);
+            if let Some(observer) = &self.observer {
+                observer(phase);
+            }
         }
     }
 

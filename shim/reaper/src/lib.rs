@@ -14,11 +14,14 @@
 //! A runtime such as runc forks the container's init and leaves it behind as an orphan, which may be dead before its
 //! pid is known here. Hence [`Adoption`]: while one is open the sweep reaps nothing, so such a child stays a zombie,
 //! pid and status intact, until it is adopted.
+//!
+//! A session is a child of the shim and no subreaper. What must outlive it is spawned so that the shim becomes its
+//! parent ([`Reaper::spawn_lasting`]). Such a process is watched here and reaped by the shim.
 
 mod descriptors;
 
 use std::collections::HashSet;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -52,6 +55,8 @@ pub struct Exit {
 #[derive(Clone, Debug)]
 pub struct Reaper {
     shared: Arc<Shared>,
+    /// Orphans of this process's children become children of its parent.
+    is_guest: bool,
 }
 
 #[derive(Debug, Default)]
@@ -81,7 +86,7 @@ impl Reaper {
     /// When SIGCHLD cannot be listened to.
     pub fn start() -> io::Result<Self> {
         let mut sigchld = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::child())?;
-        let reaper = Self { shared: Arc::default() };
+        let reaper = Self { shared: Arc::default(), is_guest: false };
         let shared = Arc::clone(&reaper.shared);
         tokio::spawn(async move {
             loop {
@@ -93,6 +98,13 @@ impl Reaper {
             }
         });
         Ok(reaper)
+    }
+
+    /// Returns a reaper for a process that is no subreaper, and whose parent is one. Only children that it knows are
+    /// reaped: other code of the process may wait for children of its own.
+    #[must_use]
+    pub fn guest() -> Self {
+        Self { shared: Arc::default(), is_guest: true }
     }
 
     /// Spawns `command` and watches it.
@@ -110,11 +122,38 @@ impl Reaper {
         let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;
         adoption.adopt_opened(pid, open).inspect_err(|error| {
             tracing::error!(pid, %error, "a new process cannot be watched, and is killed");
-            // Its pid is its own: the sweep, which reaps it as a child that nobody knows, waits for this adoption.
-            if let Err(error) = spawned.kill() {
-                tracing::error!(pid, %error, "it cannot be killed either");
+            // Its pid is its own: a sweep waits for this adoption.
+            match spawned.kill() {
+                Ok(()) => wait(&mut spawned),
+                Err(error) => tracing::error!(pid, %error, "it cannot be killed either"),
             }
         })
+    }
+
+    /// Spawns `command` as a child of the subreaper that orphans go to, and watches it. The child may outlive this
+    /// process.
+    ///
+    /// # Errors
+    /// As for [`Reaper::spawn`].
+    pub fn spawn_lasting(&self, command: &mut Command) -> io::Result<Child> {
+        if !self.is_guest {
+            return self.spawn(command);
+        }
+        descriptors::restore_in(command);
+        let (mut pid, tell_pid) = io::pipe()?;
+        sys::orphan(command, tell_pid.into());
+        let mut between = command.spawn()?;
+        wait(&mut between);
+        let mut bytes = [0; 4];
+        pid.read_exact(&mut bytes)?;
+        self.adoption().adopt(i32::from_ne_bytes(bytes))
+    }
+
+    /// Returns the pid of the process that orphans become children of: this process or its parent.
+    #[must_use]
+    pub fn parent_of_orphans(&self) -> HostPid {
+        let parent = rustix::process::getppid().filter(|_| self.is_guest);
+        parent.map_or_else(HostPid::own, HostPid::from)
     }
 
     /// Opens an adoption: until it is dropped, no unknown child is reaped.
@@ -123,6 +162,11 @@ impl Reaper {
         self.shared.children().adoptions += 1;
         Adoption { reaper: self.clone() }
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the child ends at once, and nobody else knows it")]
+fn wait(child: &mut std::process::Child) {
+    let _ = child.wait();
 }
 
 /// While this lives, children that nobody knows stay zombies instead of being reaped, so that they can be adopted.
@@ -136,6 +180,12 @@ impl Adoption {
     #[must_use]
     pub fn knows(&self, pid: i32) -> bool {
         self.reaper.shared.children().known.contains(&pid)
+    }
+
+    /// Returns the pid of the process that orphans become children of.
+    #[must_use]
+    pub fn parent_of_orphans(&self) -> HostPid {
+        self.reaper.parent_of_orphans()
     }
 
     /// Watches the child `pid`, which may be dead already.
@@ -152,7 +202,8 @@ impl Adoption {
         self.reaper.shared.children().known.insert(pid);
         let pidfd = Arc::new(pidfd);
         let (exited, exit) = watch::channel(None);
-        let watcher = Watcher { shared: Arc::clone(&self.reaper.shared), pid, pidfd: Arc::clone(&pidfd), exited };
+        let (shared, is_guest) = (Arc::clone(&self.reaper.shared), self.reaper.is_guest);
+        let watcher = Watcher { shared, is_guest, pid, pidfd: Arc::clone(&pidfd), exited };
         tokio::spawn(watcher.run());
         Ok(Child { process, pidfd, exit })
     }
@@ -221,6 +272,7 @@ impl AsFd for Child {
 
 struct Watcher {
     shared: Arc<Shared>,
+    is_guest: bool,
     pid: i32,
     pidfd: Arc<OwnedFd>,
     exited: watch::Sender<Option<Exit>>,
@@ -273,6 +325,8 @@ impl Watcher {
                 tracing::error!(pid = self.pid, ?status, "a child ended in a way that no process ends");
                 UNKNOWN_EXIT_CODE
             }
+            // A child of this process's parent, which reaps it.
+            Err(Errno::ECHILD) if self.is_guest => exit_code_of_zombie(self.pid).unwrap_or(UNKNOWN_EXIT_CODE),
             Err(error) => {
                 tracing::error!(pid = self.pid, %error, "cannot reap a child");
                 UNKNOWN_EXIT_CODE
@@ -280,6 +334,14 @@ impl Watcher {
         };
         Some(Exit { code, at: SystemTime::now() })
     }
+}
+
+/// Returns the exit code of a process that has ended and that its parent has not reaped yet (proc(5), `exit_code`).
+fn exit_code_of_zombie(pid: i32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let status: u32 = fields.last().filter(|_| fields.first() == Some(&"Z"))?.parse().ok()?;
+    Some(if status & 0x7f == 0 { (status >> 8) & 0xff } else { 128 + (status & 0x7f) })
 }
 
 /// Reaps the zombies that nobody knows: orphans that the kernel gave to this subreaper.

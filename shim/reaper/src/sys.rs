@@ -1,7 +1,7 @@
-//! Polling a descriptor that this crate owns, and limits set between fork and exec.
+//! Polling a descriptor that this crate owns, and what happens in a child between fork and exec.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -15,6 +15,28 @@ pub(crate) fn pollable(pidfd: Arc<OwnedFd>) -> io::Result<AsyncFd<Arc<OwnedFd>>>
     // SAFETY: register wants the descriptor to stay open, and to stay the same file, until the AsyncFd is dropped.
     // The AsyncFd owns a reference to the OwnedFd, which nobody can close or replace while any reference is left.
     unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// Has `command` run its program in a child of the process that it spawns. The process between ends at once with code 0,
+/// so that the child is an orphan. The child writes its pid to `tell_pid`, in native byte order.
+pub(crate) fn orphan(command: &mut Command, tell_pid: OwnedFd) {
+    let fork = move || {
+        // SAFETY: fork has no preconditions. Both copies make only calls that are safe after a fork of a process with
+        // threads: write, getpid, _exit and what Command itself does before it executes the program.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                let pid = std::process::id().to_ne_bytes();
+                // SAFETY: the buffer is as long as said, and the descriptor is open: the closure owns it.
+                let written = unsafe { libc::write(tell_pid.as_raw_fd(), pid.as_ptr().cast(), pid.len()) };
+                if written == 4 { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+            }
+            // SAFETY: _exit has no preconditions, and runs nothing of this process's.
+            _ => unsafe { libc::_exit(0) },
+        }
+    };
+    // SAFETY: the closure allocates nothing and takes no lock; what it calls is argued above.
+    unsafe { command.pre_exec(fork) };
 }
 
 /// Runs the program under this limit on open descriptors.

@@ -1,11 +1,11 @@
 //! What a checkpoint and a restore are asked for with, whichever runtime does them.
 
+use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
 
 use criu::BoxError;
+use phase::Cancel;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
 
 use crate::{ProcessIo, Timeline};
 
@@ -57,8 +57,8 @@ pub struct CheckpointRequest {
     pub leave_running: bool,
     /// What is no reason to fail.
     pub allow: Allow,
-    /// Who waits for it: a container that is to be ended is not if nobody does.
-    pub caller: Caller,
+    /// Asked before the container goes on or ends: a cancelled checkpoint fails.
+    pub cancel: Cancel,
     /// Files that processes have mapped and that are not part of the container. Only for a runtime that
     /// [drives CRIU here](crate::OciRuntime::drives_criu), as is the next.
     pub external_files: Vec<PathBuf>,
@@ -84,80 +84,40 @@ pub struct RestoreRequest {
     /// Leave its cgroup frozen when everything is restored. A runtime that cannot do so before the processes run does it
     /// right after.
     pub frozen: bool,
+    /// Memory was cut from the images, and whoever asks fills it before the processes run. Only for a runtime that
+    /// [drives CRIU here](crate::OciRuntime::drives_criu).
+    pub cut: bool,
     /// What is no reason to fail.
     pub allow: Allow,
     /// What the processes may do. Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu).
     pub privileges: Privileges,
     /// Told of the phases.
     pub timeline: Timeline,
+    /// Asked before the processes run: a cancelled restore fails.
+    pub cancel: Cancel,
 }
 
-/// A runtime's side of a [`Reviewer`].
-#[derive(Debug)]
-pub struct Review {
-    whole: oneshot::Sender<()>,
-    verdict: oneshot::Receiver<Result<(), BoxError>>,
-}
-
-/// Who looks at the images when they are whole, while the container still stands still, and may change or refuse them.
-#[derive(Debug)]
-pub struct Reviewer {
-    whole: oneshot::Receiver<()>,
-    verdict: oneshot::Sender<Result<(), BoxError>>,
-}
+/// Work on whole images, done while the container still stands still. The work may change the images, or refuse them.
+pub struct Review(Box<dyn FnOnce() -> Result<(), BoxError> + Send>);
 
 impl Review {
-    /// Both sides.
+    /// Returns a review that runs `work`, which may block: the thread that drives CRIU has nothing else to do.
     #[must_use]
-    pub fn new() -> (Self, Reviewer) {
-        let ((whole, is_whole), (verdict, answer)) = (oneshot::channel(), oneshot::channel());
-        (Self { whole, verdict: answer }, Reviewer { whole: is_whole, verdict })
+    pub fn new(work: impl FnOnce() -> Result<(), BoxError> + Send + 'static) -> Self {
+        Self(Box::new(work))
     }
 
-    /// Says that the images are whole, and waits for what becomes of them.
-    pub(crate) async fn ask(self) -> Result<(), BoxError> {
-        let gone = || "nobody looks at the images any more: the container goes on".into();
-        if self.whole.send(()).is_err() {
-            return Err(gone());
-        }
-        self.verdict.await.unwrap_or_else(|_| Err(gone()))
+    /// Runs the work.
+    ///
+    /// # Errors
+    /// When the images are refused: the container goes on.
+    pub fn run(self) -> Result<(), BoxError> {
+        (self.0)()
     }
 }
 
-impl Reviewer {
-    /// Waits until the images are whole; false if they never will be.
-    pub async fn images_are_whole(&mut self) -> bool {
-        (&mut self.whole).await.is_ok()
-    }
-
-    /// Lets the checkpoint succeed, or fail with a reason.
-    pub fn decide(self, verdict: Result<(), BoxError>) {
-        // A runtime that does not listen any more has failed already.
-        drop(self.verdict.send(verdict));
-    }
-}
-
-/// Knows whether somebody waits for an operation.
-#[derive(Clone, Debug)]
-pub struct Caller(Weak<()>);
-
-/// Kept by who waits for an operation, as long as he does.
-#[derive(Debug)]
-pub struct Waiting {
-    _alive: Arc<()>,
-}
-
-impl Caller {
-    /// A caller, there until the second is dropped.
-    #[must_use]
-    pub fn new() -> (Self, Waiting) {
-        let alive = Arc::new(());
-        (Self(Arc::downgrade(&alive)), Waiting { _alive: alive })
-    }
-
-    /// Nobody waits any more.
-    #[must_use]
-    pub fn is_gone(&self) -> bool {
-        self.0.strong_count() == 0
+impl fmt::Debug for Review {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Review")
     }
 }

@@ -62,7 +62,7 @@ pub enum RuntimeError {
         message: String,
     },
     /// The runtime's program cannot be run.
-    #[error("cannot run {binary} to {operation} container {container}")]
+    #[error("cannot run {binary:?} to {operation} container {container}")]
     Spawn {
         /// The program.
         binary: PathBuf,

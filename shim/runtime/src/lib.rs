@@ -25,10 +25,10 @@ use oci_spec::runtime::{Features, LinuxResources, Process};
 use proc::HostPid;
 use reaper::Child;
 
-pub use checkpoint::{Allow, Caller, CheckpointRequest, Privileges, RestoreRequest, Review, Reviewer, Tcp, Waiting};
+pub use checkpoint::{Allow, CheckpointRequest, Privileges, RestoreRequest, Review, Tcp};
 pub use choice::{Choice, Kind};
 pub use error::{Operation, RuntimeError};
-pub use phase::{Phase, Timeline};
+pub use phase::{Cancel, Phase, Timeline};
 pub use spec::process_from_json;
 
 /// Standard input and output of a process that a runtime is about to start.

@@ -16,13 +16,14 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use reaper::Reaper;
 use runtime::Choice;
 use serde::Deserialize;
+use session::{NodeStore, Sessions};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::container::{Context, NodeStore};
+use crate::container::Context;
 use crate::error::chain;
 use crate::events::Events;
 use crate::task::{TaskService, timestamp};
-use crate::{options, pod, rootfs};
+use crate::{bundle, options, pod, rootfs};
 
 /// Labels by which containers ask to share a shim, strongest first, as in containerd's Go shim.
 const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
@@ -161,7 +162,8 @@ impl Shim for GpusnapShim {
         let root = std::env::var_os(STORE).map_or_else(|| snapshot::DEFAULT_ROOT.into(), PathBuf::from);
         let registry = std::env::var(REGISTRY).ok().filter(|registry| !registry.is_empty());
         let store = NodeStore { root, quota: quota(), registry };
-        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of };
+        let conductor = Arc::new(Sessions::new(reaper.clone()));
+        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of, conductor };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 
@@ -218,15 +220,14 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
 /// Removes what is left of a container, whose runtime choice is in `folder`: processes, cgroup, the runtime's state and
 /// mounts.
 async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
-    let choice = Choice::load(folder)
-        .map_err(|err| Error::IoError { context: format!("read which runtime container {id} has"), err })?;
-    // Without a choice nothing was ever made; but a mount may have been.
-    let deleted = match choice {
-        Some(choice) => choice.runtime(reaper).delete(id).await,
-        None => Ok(()),
+    let deleted = match Choice::load(folder) {
+        Ok(Some(choice)) => choice.runtime(reaper).delete(id).await.map_err(|error| failed(chain(&error))),
+        // Without a choice nothing was ever made; but a mount may have been.
+        Ok(None) => Ok(()),
+        Err(err) => Err(Error::IoError { context: format!("read which runtime container {id} has"), err }),
     };
     rootfs::unmount(&bundle.join("rootfs"));
-    deleted.map_err(|error| failed(chain(&error)))
+    deleted
 }
 
 /// Whether the shim that was started in `bundle` still answers.
@@ -237,10 +238,7 @@ fn is_served(bundle: &Path) -> bool {
 
 /// The group that the container in `bundle` asks for, if any.
 fn group(bundle: &Path) -> Result<Option<String>> {
-    let path = bundle.join("config.json");
-    let unusable = |error: &dyn std::fmt::Display| failed(format!("cannot use {}: {error}", path.display()));
-    let bytes = std::fs::read(&path).map_err(|error| unusable(&error))?;
-    let grouping: Grouping = serde_json::from_slice(&bytes).map_err(|error| unusable(&error))?;
+    let grouping: Grouping = bundle::read_config(bundle).map_err(|error| failed(chain(&error)))?;
     Ok(GROUP_LABELS.iter().find_map(|label| grouping.annotations.get(*label).cloned()))
 }
 
@@ -281,6 +279,24 @@ mod tests {
         assert!(is_served(bundle.path()));
         drop(listener);
         assert!(!is_served(bundle.path()), "its socket is there, and nobody behind it");
+    }
+
+    #[tokio::test]
+    async fn an_unreadable_choice_does_not_keep_the_rootfs_mounted() {
+        let bundle = tempfile::tempdir().unwrap();
+        let (rootfs, from) = (bundle.path().join("rootfs"), tempfile::tempdir().unwrap());
+        std::fs::create_dir(&rootfs).unwrap();
+        if let Err(error) = rustix::mount::mount_bind(from.path(), &rootfs) {
+            eprintln!("skipped: cannot mount: {error}");
+            return;
+        }
+        Choice::new(runtime::Kind::Libcontainer, "/run/x".into(), false).save(bundle.path()).unwrap();
+        let files = std::fs::read_dir(bundle.path()).unwrap().map(|entry| entry.unwrap().path());
+        files.filter(|path| path.is_file()).for_each(|path| std::fs::write(path, "{").unwrap());
+        let cleaned = clean_up(bundle.path(), bundle.path(), "c", &crate::container::tests::reaper()).await;
+        assert!(cleaned.unwrap_err().to_string().contains("which runtime"));
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        assert!(!mounts.contains(rootfs.to_str().unwrap()), "{mounts}");
     }
 
     #[test]

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use bulk::BulkError;
 use cgroup::CgroupError;
 use containerd_shim_protos::ttrpc::{self, Code};
-use gpu::CudaError;
-use runtime::{Phase, RuntimeError};
+use phase::Phase;
+use role::Failure;
+use runtime::RuntimeError;
 
 use crate::container::Status;
 use crate::options::OptionsError;
@@ -41,7 +41,7 @@ pub(crate) enum TaskError {
         container: String,
         target: PathBuf,
         #[source]
-        source: containerd_shim::Error,
+        source: crate::rootfs::RootfsError,
     },
     #[error("cannot connect standard input and output of {process}")]
     Stdio {
@@ -51,10 +51,22 @@ pub(crate) enum TaskError {
     },
     #[error(transparent)]
     Runtime(#[from] RuntimeError),
-    #[error(transparent)]
-    Checkpoint(Box<CheckpointError>),
-    #[error(transparent)]
-    Restore(Box<RestoreError>),
+    #[error("checkpoint of container {container} failed while {phase}{}", told(owed.as_deref()))]
+    Checkpoint {
+        container: String,
+        phase: Phase,
+        owed: Option<String>,
+        #[source]
+        source: Failure,
+    },
+    #[error("restore of container {container} from {images} failed while {phase}")]
+    Restore {
+        container: String,
+        images: PathBuf,
+        phase: Phase,
+        #[source]
+        source: RestoreError,
+    },
     #[error("cannot {action} {process}")]
     Signal {
         action: &'static str,
@@ -73,85 +85,22 @@ pub(crate) enum TaskError {
     Gone { container: String },
 }
 
-/// Why a checkpoint was not taken, and what was being done.
+/// A restore that failed. Nothing is left of the attempt.
 #[derive(Debug, thiserror::Error)]
-#[error("checkpoint of container {container} failed while {phase}")]
-pub(crate) struct CheckpointError {
-    pub(crate) container: String,
-    pub(crate) phase: Phase,
-    #[source]
-    pub(crate) source: CheckpointFailure,
-}
-
-/// Why a step of a checkpoint failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum CheckpointFailure {
-    #[error("cannot {action} {path}")]
-    File {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("cannot freeze or thaw it")]
-    Cgroup(#[source] CgroupError),
+pub(crate) enum RestoreError {
     #[error(transparent)]
-    Runtime(#[from] RuntimeError),
-    #[error(transparent)]
-    Cuda(#[from] CudaError),
-    #[error(transparent)]
-    Memory(#[from] BulkError),
-    #[error("the container has a name that a snapshot cannot have")]
-    Name(#[from] snapshot::NameError),
-    #[error("its init, process {pid}, is saved and killed, but does not end")]
-    DoesNotEnd { pid: i32 },
-    #[error("the work was cut off")]
-    CutOff(#[source] tokio::task::JoinError),
-}
-
-/// Why a container was not restored, and what was being done. Nothing is left of the attempt.
-#[derive(Debug, thiserror::Error)]
-#[error("restore of container {container} from {images} failed while {phase}")]
-pub(crate) struct RestoreError {
-    pub(crate) container: String,
-    pub(crate) images: PathBuf,
-    pub(crate) phase: Phase,
-    #[source]
-    pub(crate) source: RestoreFailure,
-}
-
-/// Why a step of a restore failed.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum RestoreFailure {
-    #[error("cannot {action} {path}")]
-    File {
-        action: &'static str,
-        path: PathBuf,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error(transparent)]
-    Image(#[from] images::ImageError),
-    #[error("the container has an annotation that is not understood: {0}")]
-    Annotation(String),
+    Session(Failure),
     #[error("cannot connect its standard input and output")]
     Stdio(#[source] crate::stdio::StdioError),
-    #[error(transparent)]
-    Runtime(#[from] RuntimeError),
     #[error("cannot find its cgroup")]
     Cgroup(#[source] CgroupError),
-    #[error(transparent)]
-    Cuda(#[from] CudaError),
-    #[error(transparent)]
-    Memory(#[from] BulkError),
-    #[error("its big memory is not in the images, and its runtime fills none: use libcontainer (no BinaryName)")]
-    Fill,
-    #[error("there is GPU state of process {pid}, which was not restored")]
-    Gone { pid: i32 },
-    #[error("the checkpoint does not fit this node: {0}")]
-    Node(String),
-    #[error("the work was cut off")]
-    CutOff(#[source] tokio::task::JoinError),
+}
+
+/// Returns what a container has not got back, for a message.
+fn told(owed: Option<&str>) -> String {
+    owed.map_or_else(String::new, |owed| {
+        format!(" (the container is not as it was, and gpusnap tries again until it is or the container ends: {owed})")
+    })
 }
 
 /// What was wrong with a bundle.
@@ -191,8 +140,8 @@ impl TaskError {
             | Self::Mount { .. }
             | Self::Stdio { .. }
             | Self::Runtime(_)
-            | Self::Checkpoint(_)
-            | Self::Restore(_)
+            | Self::Checkpoint { .. }
+            | Self::Restore { .. }
             | Self::Signal { .. }
             | Self::Cgroup { .. }
             | Self::Gone { .. } => Code::UNKNOWN,

@@ -7,6 +7,7 @@
 #![deny(unsafe_code)]
 
 mod bootstrap;
+mod bundle;
 mod container;
 mod error;
 mod events;
@@ -68,9 +69,8 @@ fn main() -> ExitCode {
     match arguments.next() {
         // The helper must come before any thread: it clones container processes without exec.
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),
-        Some(first) if first == gpu::GUARDIAN => return gpu::guardian_main(),
+        Some(first) if first == session::SESSION.name => return session::session_main(),
         Some(first) if first == cuda::CALLER => return cuda::caller_main(),
-        Some(first) if first == bulk::WORKER => return bulk::worker_main(),
         Some(first) if is_flag(&first, &["h", "help"]) => {
             print!("{HELP}");
             return ExitCode::SUCCESS;

@@ -1,6 +1,7 @@
 //! Calls into the C library that have no safe form.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::process::Signal;
 
@@ -43,4 +44,56 @@ pub(crate) fn signal(number: u32) -> Option<Signal> {
     // SAFETY: the kernel knows every number in the range. rustix's condition is about the numbers that the C library
     // keeps for itself: it must not be handled or blocked in this process. It is only ever sent to other processes.
     Some(unsafe { Signal::from_raw_unchecked(number) })
+}
+
+/// Starts a process in a new user namespace, without ids yet, that does nothing but wait to be killed. It ends with the
+/// calling thread.
+pub(crate) fn spawn_in_user_namespace() -> io::Result<i32> {
+    let flags = i64::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM the child has a copy of this process's memory, like that of a fork. It makes only calls
+    // that are safe there (they take no lock and allocate nothing), and never returns.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    match pid {
+        0 => wait_to_be_killed(),
+        -1 => Err(io::Error::last_os_error()),
+        pid => i32::try_from(pid).map_err(io::Error::other),
+    }
+}
+
+fn wait_to_be_killed() -> ! {
+    // SAFETY: the call changes nothing but which signal this process gets when its parent's thread ends.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+    loop {
+        // SAFETY: the call only waits for a signal.
+        unsafe { libc::pause() };
+    }
+}
+
+/// The kernel's `struct mount_attr`.
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// Maps the owners of files seen through `mount`, a mount that is attached nowhere, by the ids of a user namespace.
+pub(crate) fn map_ids(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> io::Result<()> {
+    const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+    let user_namespace = u64::try_from(user_namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let attributes = MountAttributes { set: MOUNT_ATTR_IDMAP, clear: 0, propagation: 0, user_namespace };
+    // SAFETY: the path is an empty C string, the structure is laid out as the kernel has it and its true size is given;
+    // both outlive the call, which only reads them.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,6 +1,5 @@
 //! containerd's Task service.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,10 +18,10 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
-use runtime::Caller;
+use session::Stop;
 use tokio::sync::{Notify, oneshot};
 
-use crate::container::{Container, Context, Status, create};
+use crate::container::{Company, Container, Context, Status, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
@@ -62,14 +61,11 @@ impl TaskService {
     }
 }
 
-/// Runs `work` to its end, whatever becomes of the request: ttrpc drops the handler of a request whose client has gone
-/// away, or whose deadline has passed.
-async fn to_its_end<T: Send + 'static>(
-    container: &str,
-    work: impl Future<Output = Result<T, TaskError>> + Send + 'static,
-) -> Result<T, TaskError> {
-    let done = tokio::spawn(work).await;
-    done.unwrap_or_else(|_| Err(TaskError::Gone { container: container.to_owned() }))
+/// Ends the shim once it serves no container. To be called when the client has gone that would have told it to.
+async fn end_if_empty(table: Table, exit: Arc<ExitSignal>) {
+    if table.is_empty_at_rest().await {
+        exit.signal();
+    }
 }
 
 /// A time as the protocol has it.
@@ -128,29 +124,25 @@ impl Task for TaskService {
     async fn create(&self, _ctx: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let registration = self.table.register(&request.id)?;
         let (context, table, id) = (self.context.clone(), self.table.clone(), request.id.clone());
+        let exit = Arc::clone(&self.exit);
         let (answer, created) = oneshot::channel();
-        // Half a container must not be left. One that nobody waits for any more would be found by nobody, and is removed.
+        // A task of its own, because ttrpc drops the handler of a request whose client has gone away, or whose deadline
+        // has passed: half a container must not be left. A whole one that nobody knows of is removed.
         tokio::spawn(async move {
             let id = request.id.clone();
             let made = create(&context, request, registration).await;
-            let unwanted = match made {
-                Ok(container) => {
-                    table.ready(&container);
-                    answer.send(Ok(container)).err().and_then(Result::ok)
-                }
-                Err(error) => {
-                    tracing::error!("cannot create container {id}: {}", crate::error::chain(&error));
-                    // The client may be gone.
-                    let _ = answer.send(Err(error));
-                    None
-                }
-            };
-            if let Some(container) = unwanted {
+            match &made {
+                Ok(container) => table.ready(container),
+                Err(error) => tracing::error!("cannot create container {id}: {}", crate::error::chain(error)),
+            }
+            let Err(unheard) = answer.send(made) else { return };
+            if let Ok(container) = unheard {
                 tracing::warn!("container {id} is removed: the client that asked for it has gone");
-                if let Err(error) = container.operate(|actor| actor.delete_init()).await {
+                if let Err(error) = container.operate(Company::Alone, |actor| actor.delete_init()).await {
                     tracing::error!("container {id} is left: {}", crate::error::chain(&error));
                 }
             }
+            end_if_empty(table, exit).await;
         });
         let container = created.await.map_err(|_| TaskError::Gone { container: id })??;
         let pid = container.ask(|actor| Ok(actor.process("")?.pid())).await?;
@@ -160,30 +152,40 @@ impl Task for TaskService {
     async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id).await?;
         let pid = if !request.exec_id.is_empty() {
-            container.operate(move |actor| actor.start_exec(request.exec_id)).await?
+            container.operate(Company::Any, move |actor| actor.start_exec(request.exec_id)).await?
         } else if container.ask(|actor| Ok(actor.is_to_be_restored())).await? {
-            container.operate(|actor| actor.restore_init()).await?
+            let stop = Stop::default();
+            let _client = stop.on_drop("the client is gone");
+            container.operate(Company::Alone, move |actor| actor.restore_init(stop)).await?
         } else {
-            container.operate(|actor| actor.start_init()).await?
+            container.operate(Company::Execs, |actor| actor.start_init()).await?
         };
         self.started.notify_one();
         Ok(StartResponse { pid, ..StartResponse::default() })
     }
 
     async fn delete(&self, _ctx: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        let (id, table) = (request.id.clone(), self.table.clone());
+        let (id, table, exit) = (request.id.clone(), self.table.clone(), Arc::clone(&self.exit));
         let removal = request.exec_id.is_empty().then(|| table.removal());
-        // containerd does not ask again for what it asked for while the container was being made.
-        let deleted = to_its_end(&id, async move {
-            let _removal = removal;
-            let container = table.get(&request.id).await?;
-            if request.exec_id.is_empty() {
-                container.operate(|actor| actor.delete_init()).await
-            } else {
-                container.operate(move |actor| actor.delete_exec(request.exec_id)).await
+        let (answer, deleted) = oneshot::channel();
+        // A task of its own: containerd does not ask again for what it asked for while the container was being made.
+        tokio::spawn(async move {
+            let deletion = async {
+                let container = table.get(&request.id).await?;
+                if request.exec_id.is_empty() {
+                    container.ask(|actor| Ok(actor.stop_restore("the container is being deleted"))).await?;
+                    container.operate(Company::Alone, |actor| actor.delete_init()).await
+                } else {
+                    container.operate_at_once(move |actor| actor.delete_exec(request.exec_id)).await
+                }
+            };
+            let deleted = deletion.await;
+            drop(removal);
+            if answer.send(deleted).is_err() {
+                end_if_empty(table, exit).await;
             }
         });
-        let deleted = deleted.await?;
+        let deleted = deleted.await.map_err(|_| TaskError::Gone { container: id })??;
         Ok(DeleteResponse {
             pid: deleted.pid,
             exit_status: deleted.exit.code,
@@ -209,22 +211,23 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(|actor| actor.pause()).await?;
+        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.pause()).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(|actor| actor.resume()).await?;
+        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.resume()).await?;
         Ok(Empty::new())
     }
 
     async fn checkpoint(&self, _ctx: &TtrpcContext, request: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id).await?;
         let annotations = container.ask(|actor| Ok(actor.annotations())).await?;
-        let wishes = CheckpointOptions::of(&request, &annotations).map_err(TaskError::from)?;
-        // ttrpc drops this future when containerd's deadline has passed.
-        let (caller, _waiting) = Caller::new();
-        container.operate(move |actor| actor.checkpoint(wishes, caller)).await?;
+        let options = CheckpointOptions::of(&request, &annotations).map_err(TaskError::from)?;
+        let stop = Stop::default();
+        // ttrpc drops this future when the client hangs up, or its deadline has passed.
+        let _client = stop.on_drop("the client is gone");
+        container.operate(Company::Alone, move |actor| actor.checkpoint(options, stop)).await?;
         self.started.notify_one();
         Ok(Empty::new())
     }
@@ -262,7 +265,7 @@ impl Task for TaskService {
         let container = self.container(&request.id).await?;
         let resources =
             json(&request.id, "resources", request.resources.as_ref(), |bytes| serde_json::from_slice(bytes))?;
-        container.operate(move |actor| actor.update(resources)).await?;
+        container.operate(Company::Execs, move |actor| actor.update(resources)).await?;
         Ok(Empty::new())
     }
 
@@ -294,12 +297,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _ctx: &TtrpcContext, _request: ShutdownRequest) -> ttrpc::Result<Empty> {
         // containerd sends it after every container of a pod; only the last one ends the shim. It also sends it when it
         // gives a container up that is still being made or deleted, and never again.
-        let (table, exit) = (self.table.clone(), Arc::clone(&self.exit));
-        let ended = tokio::spawn(async move {
-            if table.is_empty_at_rest().await {
-                exit.signal();
-            }
-        });
+        let ended = tokio::spawn(end_if_empty(self.table.clone(), Arc::clone(&self.exit)));
         if self.table.is_at_rest() {
             // A bug of ours is logged by the runtime.
             let _ = ended.await;

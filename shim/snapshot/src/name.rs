@@ -17,7 +17,8 @@ const NAME_LIMIT: usize = 128;
 const PREFIX_LEAST: usize = 6;
 
 /// Whose a snapshot is: nobody can name one of another scope.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Scope {
     containerd: String,
     kubernetes: Option<String>,
@@ -53,6 +54,23 @@ impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.containerd)?;
         self.kubernetes.iter().try_for_each(|namespace| write!(f, "/{namespace}"))
+    }
+}
+
+impl TryFrom<String> for Scope {
+    type Error = NameError;
+
+    fn try_from(given: String) -> Result<Self, NameError> {
+        match given.split_once('/') {
+            Some((containerd, kubernetes)) => Self::new(containerd, Some(kubernetes)),
+            None => Self::new(&given, None),
+        }
+    }
+}
+
+impl From<Scope> for String {
+    fn from(scope: Scope) -> Self {
+        scope.to_string()
     }
 }
 

@@ -82,6 +82,12 @@ pub enum OpenError {
         /// What is in it.
         found: String,
     },
+    /// There is no store, and none is made by who only reads.
+    #[error("{} is no store", path.display())]
+    Missing {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The folder is somebody else's, who could change what is restored.
     #[error("{} belongs to user {owner}", path.display())]
     Owner {
@@ -162,10 +168,7 @@ impl Store {
                 return Err(OpenError::NotAStore { path: root, found: found.to_string_lossy().into_owned() });
             }
         }
-        let metadata = std::fs::metadata(&root).map_err(at("look at"))?;
-        if metadata.uid() != rustix::process::geteuid().as_raw() {
-            return Err(OpenError::Owner { path: root, owner: metadata.uid() });
-        }
+        let metadata = check_owner(&root)?;
         // The top of a file system that was made for the store is open to all.
         if metadata.mode() & 0o777 != 0o700 {
             let closed = std::fs::Permissions::from_mode(0o700);
@@ -173,11 +176,27 @@ impl Store {
         }
         let _lock = lock(&folder, FlockOperation::LockExclusive)?;
         initialise(&folder)?;
-        let sub = |name| folder.sub(name).map_err(FileError::new("open", folder.join(name)));
-        let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
-        let folders = Folders { root: folder, blobs, drafts, partial, uses };
+        let folders = Folders::of(folder)?;
         folders.keep_reserve();
         Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
+    }
+
+    /// Opens the store at `root` to read it: nothing is made, and no permissions are changed, whatever is there.
+    ///
+    /// # Errors
+    /// No store; one of somebody else, a damaged one, and what the file system refuses.
+    pub fn open_to_read(root: &Path) -> Result<Self, OpenError> {
+        let at = |action| FileError::new(action, root);
+        let root = std::path::absolute(root).map_err(at("find"))?;
+        let missing = || OpenError::Missing { path: root.clone() };
+        let folder = unless_missing(Folder::open(&root)).map_err(at("open"))?.ok_or_else(missing)?;
+        let layout = unless_missing(folder.read(LAYOUT, 4096)).map_err(at("read"))?.ok_or_else(missing)?;
+        check_layout(&folder, &layout)?;
+        check_owner(&root)?;
+        if unless_missing(folder.file(INDEX)).map_err(at("read"))?.is_none() {
+            return Err(OpenError::Damaged { path: root, missing: INDEX });
+        }
+        Ok(Self { folders: Arc::new(Folders::of(folder)?), durability: Durability::default() })
     }
 
     /// The same store; what is published through it is as durable as this says.
@@ -202,6 +221,21 @@ impl Store {
     }
 }
 
+/// Another owner could change what is restored.
+fn check_owner(root: &Path) -> Result<std::fs::Metadata, OpenError> {
+    let metadata = std::fs::metadata(root).map_err(FileError::new("look at", root))?;
+    if metadata.uid() != rustix::process::geteuid().as_raw() {
+        return Err(OpenError::Owner { path: root.to_owned(), owner: metadata.uid() });
+    }
+    Ok(metadata)
+}
+
+fn check_layout(folder: &Folder, layout: &[u8]) -> Result<(), OpenError> {
+    let known = serde_json::from_slice::<oci_spec::image::OciLayout>(layout)
+        .is_ok_and(|layout| layout.image_layout_version().starts_with("1."));
+    if known { Ok(()) } else { Err(OpenError::Layout { path: folder.join(LAYOUT) }) }
+}
+
 /// Makes what is missing of a new store. What a crash left of this is completed.
 fn initialise(folder: &Folder) -> Result<(), OpenError> {
     let path = |name: &str| folder.join(name);
@@ -214,9 +248,7 @@ fn initialise(folder: &Folder) -> Result<(), OpenError> {
         if !has_index {
             return Err(OpenError::Damaged { path: folder.path().into(), missing: INDEX });
         }
-        let known = serde_json::from_slice::<oci_spec::image::OciLayout>(&layout)
-            .is_ok_and(|layout| layout.image_layout_version().starts_with("1."));
-        return if known { Ok(()) } else { Err(OpenError::Layout { path: path(LAYOUT) }) };
+        return check_layout(folder, &layout);
     }
     if !has_index {
         let blobs = folder.sub("blobs/sha256").and_then(|blobs| blobs.names());
@@ -238,6 +270,13 @@ fn lock(root: &Folder, operation: FlockOperation) -> Result<Lock<File>, FileErro
 }
 
 impl Folders {
+    /// The folders of a store that is whole.
+    fn of(root: Folder) -> Result<Self, FileError> {
+        let sub = |name| root.sub(name).map_err(FileError::new("open", root.join(name)));
+        let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
+        Ok(Self { root, blobs, drafts, partial, uses })
+    }
+
     /// Waits for the store's lock. `LockShared`: what the index names stays; `LockExclusive`: the index may be replaced.
     /// It is held for renames and small reads only, never while bytes of layers are moved.
     pub(crate) fn lock(&self, operation: FlockOperation) -> Result<Lock<File>, FileError> {

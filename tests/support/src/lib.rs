@@ -479,6 +479,16 @@ fn play() {
                 count(if sys::sleep_once(300) { 1 } else { 6 });
             }
         }
+        // One thread that waits for input and then makes a system call that a filter kills for, or sends SIGSYS for.
+        "filtered" => {
+            let action = if argument == "trap" { libc::SECCOMP_RET_TRAP } else { libc::SECCOMP_RET_KILL_PROCESS };
+            sys::filter(libc::SYS_getppid, action);
+            ready();
+            for _ in std::io::stdin().lock().lines() {
+                count(2);
+                let _ = rustix::process::getppid();
+            }
+        }
         // One thread that computes.
         "computer" => {
             ready();

@@ -12,7 +12,7 @@ use crate::process;
 /// How long a thread that runs towards its signal may take. It is in the kernel and does not wait for anything.
 const DELIVERY: Duration = Duration::from_millis(200);
 
-/// Why a stopped process was not woken, or not stopped again.
+/// Why a stopped process was not continued, or not stopped again.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// Its threads cannot be held.
@@ -47,7 +47,7 @@ impl Hold {
     ///
     /// # Errors
     /// When a thread cannot be held or does not stand still by the deadline, or the process has ended.
-    pub fn wake(&mut self, pid: i32, deadline: Instant) -> Result<(), JobError> {
+    pub fn cont(&mut self, pid: i32, deadline: Instant) -> Result<(), JobError> {
         let hold = |source| JobError::Hold { pid, source };
         self.take(pid).map_err(hold)?;
         self.settle_only(pid, deadline).map_err(hold)?;
@@ -68,12 +68,12 @@ impl Hold {
         Ok(())
     }
 
-    /// Stops a process that was woken. It takes effect when it is let go: no thread gets to run before. A SIGCONT that
+    /// Stops a process that was continued. It takes effect when it is let go: no thread gets to run before. A SIGCONT that
     /// has been sent to it meanwhile is dropped by the kernel, as any is that precedes a SIGSTOP.
     ///
     /// # Errors
     /// When it has ended.
-    pub fn put_to_sleep(&mut self, pid: i32) -> Result<(), JobError> {
+    pub fn stop(&mut self, pid: i32) -> Result<(), JobError> {
         let failed = |source| JobError::Signal { pid, signal: "SIGSTOP", source };
         let still = self.still(pid);
         if still.is_empty() {
@@ -89,8 +89,8 @@ impl Hold {
     }
 }
 
-/// Whether a process stops as soon as it runs, after [`Hold::put_to_sleep`].
-pub fn is_put_to_sleep(pid: i32) -> bool {
+/// Whether a process stops as soon as it runs, after [`Hold::stop`].
+pub fn is_stopping(pid: i32) -> bool {
     let stops = |tid| signals(pid, tid).is_some_and(|[pending, _, _]| pending & bit(Signal::STOP) != 0);
     process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| stops(thread.tid)))
 }

@@ -259,9 +259,9 @@ fn a_stopped_process_is_woken_for_the_driver_and_stopped_again() {
     let before = program.values();
     for _ in 0..50 {
         let mut hold = Hold::new(spared);
-        hold.wake(program.pid, soon()).unwrap();
+        hold.cont(program.pid, soon()).unwrap();
         program.await_progress(DRIVERS);
-        hold.put_to_sleep(program.pid).unwrap();
+        hold.stop(program.pid).unwrap();
         hold.let_go().unwrap();
         await_that("it is stopped", || process::run_state(program.pid) == RunState::Stopped);
         assert_eq!(program.values()[..4], before[..4]);
@@ -281,7 +281,7 @@ fn a_woken_process_runs_on_without_its_handler_having_run() {
     program.signal(libc::SIGSTOP);
     await_that("it is stopped", || process::run_state(program.pid) == RunState::Stopped);
     let mut hold = Hold::new(spared);
-    hold.wake(program.pid, soon()).unwrap();
+    hold.cont(program.pid, soon()).unwrap();
     assert!(program.stands_still(&OWN));
     hold.let_go().unwrap();
     assert_runs(&program);

@@ -48,7 +48,7 @@ impl Team {
         let memory = Rc::new(open(pid, tid)?);
         let code = find_code(&memory, &mappings).filter(|code| code.sigreturn.is_some());
         let code: Code = code.ok_or(InjectError::NoInstruction { pid })?;
-        let mut leader = Worker::prepare((pid, tid), state, code, Rc::clone(&memory), &Place::Stack(&mappings))?;
+        let mut leader = Worker::prepare(hold, (pid, tid), state, code, Rc::clone(&memory), &Place::Stack(&mappings))?;
         if !leader.is_crash_safe() {
             leader.put_back(hold, Instant::now() + SHORT);
             return Err(InjectError::NoRoom { pid, tid });
@@ -70,7 +70,7 @@ impl Team {
         for (tid, state) in threads {
             let place = Place::Between(start, start + SLOT);
             start += SLOT;
-            team.others.extend(Worker::prepare((pid, tid), state, code, Rc::clone(&memory), &place).ok());
+            team.others.extend(Worker::prepare(hold, (pid, tid), state, code, Rc::clone(&memory), &place).ok());
         }
         Ok(team)
     }

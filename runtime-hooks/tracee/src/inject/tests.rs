@@ -142,6 +142,45 @@ fn what_is_frozen_is_refused_by_the_deadline() {
     assert_unhurt(&program);
 }
 
+#[test]
+fn calls_are_made_that_a_filter_of_the_program_would_kill_it_for() {
+    for action in ["kill", "trap"] {
+        let mut program = Program::play(&format!("filtered {action}"));
+        let mut hold = held(&program);
+        let mut injector = Injector::attach(&mut hold, program.pid, soon()).unwrap();
+        let own = i64::from(std::process::id());
+        assert_eq!(injector.call(libc::SYS_getppid, [0; 6]).unwrap(), own);
+        injector.finish().unwrap();
+        hold.let_go().unwrap();
+        assert_eq!(process::run_state(program.pid), RunState::Running);
+        // The filter is in force again.
+        program.write_line();
+        await_that("it is killed for its own call", || process::run_state(program.pid) == RunState::Dead);
+    }
+}
+
+#[test]
+fn a_process_that_is_killed_in_an_injected_call_is_told_at_once() {
+    let program = Program::play("many");
+    let mut hold = held(&program);
+    let pid = program.pid;
+    let killer = std::thread::spawn(move || {
+        await_that("it sleeps", || {
+            let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+            call.starts_with(&format!("{} ", libc::SYS_pause))
+        });
+        support::sys::queue_signal(pid, libc::SIGKILL).unwrap();
+    });
+    let deadline = Instant::now() + Duration::from_secs(3600);
+    let mut injector = Injector::attach(&mut hold, pid, deadline).unwrap();
+    let error = injector.call(libc::SYS_pause, [0; 6]).unwrap_err();
+    assert!(matches!(error, InjectError::Died { .. }), "{error}");
+    drop(injector);
+    killer.join().unwrap();
+    hold.let_go().unwrap();
+    assert_eq!(hold.held(), 0);
+}
+
 /// Injects harmless calls, and dies before the step of this number.
 #[test]
 #[ignore = "a role in other tests"]

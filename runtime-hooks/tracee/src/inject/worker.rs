@@ -43,6 +43,8 @@ pub(super) struct Frame {
 pub(super) struct Worker {
     pid: i32,
     pub(super) tid: i32,
+    /// It has a seccomp filter, which is suspended.
+    has_filter: bool,
     memory: Rc<File>,
     code: Code,
     state: State,
@@ -60,6 +62,7 @@ pub(super) struct Worker {
 impl Worker {
     /// Prepares a thread that stands still, and in the delivery of no signal.
     pub(super) fn prepare(
+        hold: &Hold,
         (pid, tid): (i32, i32),
         mut state: State,
         mut code: Code,
@@ -69,6 +72,11 @@ impl Worker {
         let refused = |action| move |source| InjectError::Refused { action, pid, tid, source };
         if !state.is_native() {
             return Err(InjectError::Unsupported { pid });
+        }
+        let has_filter = has_filter(pid, tid);
+        if has_filter {
+            let suspended = hold.suspend_filter(pid, tid, true);
+            suspended.map_err(|source| InjectError::Filter { pid, tid, source })?;
         }
         let mask = sys::signal_mask(tid).map_err(refused("read the signal mask of"))?;
         leave_restartable_sequence(&memory, tid, &mut state);
@@ -84,10 +92,11 @@ impl Worker {
             read.map_err(|source| InjectError::File { action: "read the stack of", pid, source })?;
         }
         let (has_moved, is_back, stops) = (false, false, None);
-        let mut worker = Self { pid, tid, memory, code, state, mask, frame, covered, has_moved, is_back, stops };
+        let mut worker =
+            Self { pid, tid, has_filter, memory, code, state, mask, frame, covered, has_moved, is_back, stops };
         if let Err(error) = worker.park() {
             // Nothing is to be done about what cannot be undone either: it would return through the frame.
-            let _ = worker.go_back(Instant::now());
+            let _ = worker.go_back(hold, Instant::now());
             return Err(error);
         }
         Ok(worker)
@@ -168,6 +177,7 @@ impl Worker {
         match glance(self.tid).map_err(self.refused("wait for"))? {
             Glance::Stop(stop) => self.advance(stop),
             Glance::Dead | Glance::Gone => Err(InjectError::Died { pid: self.pid }),
+            Glance::Moving if process::is_ending(self.pid, self.tid) => Err(InjectError::Died { pid: self.pid }),
             Glance::Moving => Ok(None),
         }
     }
@@ -213,7 +223,7 @@ impl Worker {
     }
 
     /// Puts all back, once.
-    pub(super) fn go_back(&mut self, deadline: Instant) -> Result<(), InjectError> {
+    pub(super) fn go_back(&mut self, hold: &Hold, deadline: Instant) -> Result<(), InjectError> {
         let (pid, tid) = (self.pid, self.tid);
         if std::mem::replace(&mut self.is_back, true) {
             return Ok(());
@@ -229,6 +239,8 @@ impl Worker {
                 let signal = match await_stop(pid, tid, deadline)? {
                     Stop::Event => break,
                     Stop::Syscall => 0,
+                    // A signal that a call has caused is not the program's: delivered, it would kill it.
+                    Stop::Signal(libc::SIGSYS) => 0,
                     Stop::Signal(signal) => signal,
                 };
                 sys::go_on(tid, signal).map_err(self.refused("continue"))?;
@@ -240,13 +252,17 @@ impl Worker {
         step();
         self.state.put(tid).map_err(self.refused("put back the registers of"))?;
         let put = self.memory.write_all_at(&self.covered, self.frame.start);
-        put.map_err(|source| InjectError::File { action: "put back the stack of", pid, source })
+        put.map_err(|source| InjectError::File { action: "put back the stack of", pid, source })?;
+        if self.has_filter {
+            hold.suspend_filter(pid, tid, false).map_err(self.refused("put the seccomp filter in force of"))?;
+        }
+        Ok(())
     }
 
     /// Puts all back, if it can be, and leaves the thread to the hold. Whether it did.
     pub(super) fn put_back(&mut self, hold: &mut Hold, deadline: Instant) -> bool {
         let (pid, tid) = (self.pid, self.tid);
-        let back = self.go_back(deadline);
+        let back = self.go_back(hold, deadline);
         if let Err(error) = &back
             && !matches!(error, InjectError::Died { .. })
         {
@@ -304,6 +320,12 @@ fn leave_restartable_sequence(memory: &File, tid: i32, state: &mut State) {
     {
         state.jump(abort);
     }
+}
+
+/// Tells whether a thread has a seccomp filter, or may only read and write.
+fn has_filter(pid: i32, tid: i32) -> bool {
+    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    process::status_number(&status, "Seccomp").is_some_and(|mode| mode != 0)
 }
 
 fn has_shadow_stack(pid: i32, tid: i32) -> bool {

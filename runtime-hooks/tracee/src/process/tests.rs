@@ -1,10 +1,10 @@
 use std::path::{Path, PathBuf};
 
 use super::{
-    Identity, Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, mapping, namespace_pid, run_state,
-    stat_field, status_field, threads,
+    Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, mapping, namespace_pid, run_state, stat_field,
+    status_field, threads,
 };
-use support::{Program, await_that, wait};
+use support::{Program, await_that};
 
 fn range(start: u64, end: u64) -> Range {
     Range { start, end }
@@ -63,23 +63,6 @@ fn new_memory_of_a_process_is_found() {
     let gained: u64 = gained(&before, &anonymous_mappings(pid).unwrap()).iter().map(Range::len).sum();
     // Other tests run beside this one.
     assert!(gained >= memory.len() as u64, "{gained}");
-}
-
-#[test]
-fn a_process_is_told_from_one_that_gets_its_pid() {
-    let mut program = Program::play("sleeper");
-    let identity = Identity::of(program.pid).unwrap();
-    assert!(identity.is_there());
-    identity.open().unwrap();
-    let other = Identity { start_time: identity.start_time + 1, ..identity };
-    assert!(!other.is_there());
-    assert_eq!(other.open().unwrap_err().kind(), std::io::ErrorKind::NotFound);
-    program.child.kill().unwrap();
-    await_that("it is dead", || run_state(program.pid) == RunState::Dead);
-    assert!(identity.is_there(), "a zombie has its pid");
-    wait(&mut program.child);
-    assert!(!identity.is_there());
-    assert!(identity.open().is_err());
 }
 
 #[test]

@@ -48,7 +48,7 @@ pub(super) async fn export(context: &Context, given: &str, file: Option<PathBuf>
     if file.is_none() && io::stdout().is_terminal() {
         return Err(CliError::Terminal);
     }
-    let opened = context.open()?.open_snapshot(&reference);
+    let opened = context.open_to_read()?.open_snapshot(&reference);
     let snapshot = opened.map_err(|source| CliError::Snapshot {
         action: "export",
         snapshot: reference.to_string(),

@@ -41,7 +41,7 @@ struct Layers {
 
 pub(super) fn inspect(context: &Context, given: &str, json: bool) -> Result<(), CliError> {
     let reference = context.reference(given)?;
-    let store = context.open()?;
+    let store = context.open_to_read()?;
     let failed =
         |source| CliError::Snapshot { action: "inspect", snapshot: reference.to_string(), source: Box::new(source) };
     // What others share with it and who uses it is known to the list only; looked at first, lest this be a use itself.

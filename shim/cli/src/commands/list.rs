@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
-use snapshot::{Listed, Name};
+use snapshot::{Listed, Name, OpenError};
 
 use super::Context;
 use crate::error::CliError;
@@ -28,7 +28,11 @@ struct Line {
 }
 
 pub(super) fn list(context: &Context, json: bool) -> Result<(), CliError> {
-    let listed = context.open()?.list().map_err(|source| CliError::List { source })?;
+    let listed = match context.open_to_read() {
+        // Nothing was ever published here.
+        Err(CliError::Open { source: OpenError::Missing { .. }, .. }) => Vec::new(),
+        store => store?.list().map_err(|source| CliError::List { source })?,
+    };
     if json {
         return print_json(&listed.iter().map(line).collect::<Vec<_>>());
     }

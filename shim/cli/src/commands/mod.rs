@@ -56,6 +56,11 @@ impl Context {
         Store::open(&self.store).map_err(|source| CliError::Open { store: self.store.clone(), source })
     }
 
+    /// Opens the store for a command that changes nothing: where there is none, none is made.
+    fn open_to_read(&self) -> Result<Store, CliError> {
+        Store::open_to_read(&self.store).map_err(|source| CliError::Open { store: self.store.clone(), source })
+    }
+
     /// A snapshot as people ask for it: a name in a namespace, a digest or its first digits, or else a name in the namespace
     /// that was chosen.
     fn reference(&self, given: &str) -> Result<Reference, CliError> {

@@ -15,7 +15,7 @@ use crate::units::bytes;
 pub(super) async fn push(context: &Context, given: &str, target: &str, transfer: &Transfer) -> Result<(), CliError> {
     let mut interrupt = Interrupt::listen();
     let (reference, target) = (context.reference(given)?, Target::parse(target, transfer.plain_http)?);
-    let opened = context.open()?.open_snapshot(&reference);
+    let opened = context.open_to_read()?.open_snapshot(&reference);
     let snapshot = opened.map_err(|source| CliError::Snapshot {
         action: "push",
         snapshot: reference.to_string(),

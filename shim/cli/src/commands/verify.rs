@@ -34,7 +34,7 @@ struct Problem {
 pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool) -> Result<(), CliError> {
     let references = snapshots.iter().map(|given| context.reference(given)).collect::<Result<Vec<_>, _>>()?;
     let mut interrupt = Interrupt::listen();
-    let store = context.open()?;
+    let store = context.open_to_read()?;
     let done = Arc::new(AtomicU64::new(0));
     let total = total(&store, &references);
     let counted = Arc::clone(&done);

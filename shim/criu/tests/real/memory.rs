@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use async_trait::async_trait;
-use criu::{BoxError, External, NotifyRestore};
+use criu::{BoxError, CallError, External, NotifyRestore, RestoreError, RestoreRequest};
 use images::{Changes, Inherited, Run, Staging};
 use rustix::mount::{MountFlags, UnmountFlags};
 
@@ -20,6 +20,7 @@ pub(crate) fn sentences() -> Vec<Sentence> {
     vec![
         sentence!(a_family_gets_its_memory_back_when_all_of_it_is_filled),
         sentence!(a_family_shares_what_it_shared_when_that_is_left_to_criu),
+        sentence!(images_without_their_memory_are_refused_by_criu_alone),
         sentence!(memory_that_is_not_filled_is_empty),
         sentence!(rewritten_images_are_restored_twice_and_again_from_a_new_dump),
         sentence!(images_that_nothing_is_taken_out_of_are_restored_as_before),
@@ -94,8 +95,12 @@ fn deep(world: &World) -> String {
 }
 
 /// Restores a family and waits until all have verified their memory.
+fn cut(world: &World) -> RestoreRequest {
+    RestoreRequest { cut: true, ..world.restore_request() }
+}
+
 async fn restored_family(world: &World, taken: Taken) -> Target {
-    let restored = world.criu.restore(world.restore_request(), &mut Fill(taken)).await.unwrap();
+    let restored = world.criu.restore(cut(world), &mut Fill(taken)).await.unwrap();
     let target = Target::of(restored.root, world);
     target.runs().await;
     family_runs(world).await;
@@ -149,11 +154,31 @@ fn shared(pid: i32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+async fn images_without_their_memory_are_refused_by_criu_alone(world: World) {
+    dumped_family(&world, &["family"]).await;
+    let images = world.path("images");
+    let taken = take(&images, &images::runs(&images, LEAST, Inherited::Take).unwrap());
+    let error = world.criu.restore(world.restore_request(), &mut ()).await.unwrap_err();
+    let CallError::Refused(refusal) = source(error) else { panic!("criu has refused") };
+    assert!(refusal.cause.as_ref().is_some_and(|cause| cause.contains("only gpusnap restores them")), "{refusal}");
+    until("the half-restored tree to end", || children().is_empty()).await;
+    restored_family(&world, taken).await.kill().await;
+    let left = std::fs::read_dir(&images).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    assert!(left.into_iter().all(|name| !name.starts_with(images::UNMARKED_PREFIX)));
+}
+
+fn source(error: RestoreError) -> CallError {
+    match error {
+        RestoreError::Criu { source, .. } => source,
+        other => panic!("{other}"),
+    }
+}
+
 async fn memory_that_is_not_filled_is_empty(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
     take(&images, &images::runs(&images, LEAST, Inherited::Take).unwrap());
-    let restored = world.criu.restore(world.restore_request(), &mut ()).await.unwrap();
+    let restored = world.criu.restore(cut(&world), &mut ()).await.unwrap();
     assert_ne!(restored.root.wait().await.code, 0);
     until("the family to end", || children().is_empty()).await;
 }
@@ -212,7 +237,7 @@ async fn staging_memory_becomes_anonymous_again(world: World) {
     images::check(&images).unwrap();
     assert_eq!(images::present(&images, pid, range.clone()).unwrap(), []);
 
-    let restored = world.criu.restore(world.restore_request(), &mut Fill(taken)).await.unwrap();
+    let restored = world.criu.restore(cut(&world), &mut Fill(taken)).await.unwrap();
     let target = Target::of(restored.root, &world);
     target.runs().await;
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();

@@ -7,12 +7,12 @@ use tempfile::TempDir;
 use crate::{ImageError, check_pages, dump_stats, inspect, root_pid};
 
 /// The smallest directory that passes for an image: a tree whose root was process 7.
-pub(super) fn write_image(folder: &Path) {
+pub(crate) fn write_image(folder: &Path) {
     file(&folder.join("inventory.img"), &[0x5831_3116], &[&[0x08, 2, 0x50, 1, 0x62, 4, 0x62, 2, b'x', b'y']]);
     file(&folder.join("pstree.img"), &[0x5456_4319, 0x5027_3030], &[&[0x08, 7, 0x10, 0]]);
 }
 
-pub(super) fn file(path: &Path, magic: &[u32], entries: &[&[u8]]) {
+pub(crate) fn file(path: &Path, magic: &[u32], entries: &[&[u8]]) {
     let mut bytes: Vec<u8> = magic.iter().flat_map(|word| word.to_le_bytes()).collect();
     for entry in entries {
         bytes.extend(u32::try_from(entry.len()).unwrap().to_le_bytes());

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::tests::formats::file;
+use crate::tests::formats::{file, write_image};
 use crate::wire::{Value, fields, first_entry, put_message, put_number};
 use crate::{Changes, ImageError, Inherited, Run, Staging, check_pages, present, rewrite, runs};
 
@@ -56,6 +56,7 @@ impl Images {
     /// Of processes, their parents and threads.
     fn new(processes: &[(u64, u64, &[u64])]) -> Self {
         let images = Self(TempDir::new().unwrap());
+        write_image(images.path());
         let entries: Vec<Vec<u8>> = processes
             .iter()
             .map(|(pid, parent, threads)| {
@@ -282,7 +283,7 @@ fn what_is_taken_out_is_gone_and_everything_else_is_as_before() {
     rewritten[13] = 101;
     assert_eq!(rewritten, read(&expected));
     let names = std::fs::read_dir(images.path()).unwrap().count();
-    assert_eq!(names, 4);
+    assert_eq!(names, 5);
 }
 
 #[test]

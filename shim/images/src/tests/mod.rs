@@ -1,4 +1,4 @@
 //! Images of a few pages.
 
-mod formats;
+pub(crate) mod formats;
 mod memory;

@@ -133,9 +133,8 @@ impl Call<'_> {
         for name in NOT_FOR_RUNTIMES {
             command.env_remove(name);
         }
-        // Not the bundle: if that were missing, it would look as if the program were. And not this process's group,
-        // so that a signal to the group does not reach a runtime half-way.
-        command.current_dir("/").process_group(0);
+        // Not this process's group, so that a signal to the group does not reach a runtime half-way.
+        command.current_dir(working_directory()).process_group(0);
         sys::set_umask(&mut command);
         command
     }
@@ -165,6 +164,12 @@ impl Call<'_> {
             None => Err(self.answer(death(exit))),
         }
     }
+}
+
+/// This process's directory, which is the bundle for which the shim was started: wrappers of runc read config.json there.
+/// Once it is removed, a program cannot be started in it.
+fn working_directory() -> PathBuf {
+    std::env::current_dir().unwrap_or_else(|_| "/".into())
 }
 
 fn death(exit: Exit) -> String {

@@ -35,8 +35,7 @@ impl Command {
     }
 
     pub(super) async fn restore_now(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
-        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, frozen, allow, timeline, privileges: _ } =
-            request;
+        let RestoreRequest { id, bundle, images, work, io, no_pivot_root, frozen, allow, timeline, .. } = request;
         let call = self.call(Operation::Restore, &id);
         if self.knows(&call)? {
             return Err(call.refused(format!("container with id {id} exists already")));

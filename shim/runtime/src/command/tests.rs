@@ -113,6 +113,7 @@ async fn a_runtime_that_is_a_program_is_called_and_understood() {
     the_reason_of_a_failure_comes_from_the_log(&reaper).await;
     without_a_log_the_reason_is_what_was_printed(&reaper).await;
     a_program_that_is_missing_is_named(&reaper).await;
+    a_runtime_runs_in_the_directory_of_this_process(&reaper).await;
     a_creation_whose_pid_is_unknown_is_undone(&reaper).await;
     a_container_that_exists_is_not_undone_by_a_second_creation(&reaper).await;
     a_deletion_that_fails_after_the_state_is_gone_has_succeeded(&reaper).await;
@@ -217,9 +218,16 @@ async fn a_program_that_is_missing_is_named(reaper: &Reaper) {
     let root = tempfile::tempdir().unwrap();
     let command = Command::new(reaper.clone(), "/nonexistent/runc".into(), root.path().to_owned(), false);
     let error = command.create(create(nulls())).await.unwrap_err();
-    assert_eq!(error.to_string(), "cannot run /nonexistent/runc to create container web");
+    assert_eq!(error.to_string(), "cannot run \"/nonexistent/runc\" to create container web");
     let RuntimeError::Spawn { source, .. } = error else { panic!("{error}") };
     assert_eq!(source.kind(), io::ErrorKind::NotFound);
+}
+
+/// The shim's is the bundle, in which wrappers of runc look for config.json.
+async fn a_runtime_runs_in_the_directory_of_this_process(reaper: &Reaper) {
+    let bench = Bench::new(reaper, "pwd >\"$0.pwd\"");
+    bench.command.start("web").await.unwrap();
+    assert_eq!(bench.written("pwd").trim_end(), std::env::current_dir().unwrap().to_str().unwrap());
 }
 
 async fn a_creation_whose_pid_is_unknown_is_undone(reaper: &Reaper) {
@@ -278,9 +286,9 @@ async fn what_is_printed_as_features_is_parsed(reaper: &Reaper) {
 }
 
 async fn a_runtime_is_not_told_what_systemd_told_the_shim(reaper: &Reaper) {
-    let bench = Bench::new(reaper, "pwd >\"$0.where\"; umask >>\"$0.where\"");
+    let bench = Bench::new(reaper, "umask >\"$0.umask\"");
     bench.command.start("web").await.unwrap();
-    assert_eq!(bench.written("where"), "/\n0022\n");
+    assert_eq!(bench.written("umask"), "0022\n");
     let call = bench.command.call(Operation::Start, "web");
     let command = call.command(&call.scratch().unwrap(), vec![]);
     let removed: Vec<_> = command.get_envs().filter(|(_, value)| value.is_none()).map(|(name, _)| name).collect();
@@ -304,7 +312,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         work,
         leave_running: true,
         allow: crate::Allow::default(),
-        caller: crate::Caller::new().0,
+        cancel: crate::Cancel::default(),
         external_files: vec![],
         review: None,
     };

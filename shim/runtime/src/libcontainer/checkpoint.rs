@@ -5,10 +5,11 @@
 
 use async_trait::async_trait;
 use criu::{BoxError, Criu, NotifyDump};
+use phase::Cancel;
 
 use super::client::{Client, Subject, detached};
 use super::helper;
-use crate::{Caller, CheckpointRequest, Operation, Review, RuntimeError};
+use crate::{CheckpointRequest, Operation, Review, RuntimeError};
 
 impl Client {
     pub(super) async fn checkpoint(&self, mut request: CheckpointRequest) -> Result<(), RuntimeError> {
@@ -16,8 +17,7 @@ impl Client {
         let id = request.id.clone();
         detached(Subject { operation: Operation::Checkpoint, id: &id.clone() }, async move {
             let subject = Subject { operation: Operation::Checkpoint, id: &id };
-            let caller = (!request.leave_running).then(|| request.caller.clone());
-            let mut last_word = LastWord { review: request.review.take(), caller };
+            let mut last_word = LastWord { review: request.review.take(), cancel: request.cancel.clone() };
             let dump = client
                 .blocking(subject, move |inner| helper::dump_request(&inner.root, inner.systemd_cgroup, &request))
                 .await?;
@@ -28,22 +28,16 @@ impl Client {
     }
 }
 
-/// Before CRIU ends a container or lets it go on.
+/// Asked before CRIU ends a container or lets it go on.
 struct LastWord {
     review: Option<Review>,
-    /// If nobody waits for the checkpoint any more, containerd has removed its directory. None if the container goes on anyway.
-    caller: Option<Caller>,
+    cancel: Cancel,
 }
 
 #[async_trait]
 impl NotifyDump for LastWord {
     async fn post_dump(&mut self) -> Result<(), BoxError> {
-        if let Some(review) = self.review.take() {
-            review.ask().await?;
-        }
-        match &self.caller {
-            Some(caller) if caller.is_gone() => Err("nobody waits for it any more: the container goes on".into()),
-            _ => Ok(()),
-        }
+        self.cancel.check()?;
+        self.review.take().map_or(Ok(()), Review::run)
     }
 }

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
 use oci_spec::runtime::LinuxResources;
+use phase::Cancel;
 use proc::HostPid;
 use reaper::Child;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -83,7 +84,7 @@ impl Client {
         request: RestoreRequest,
         prepared: Prepared,
     ) -> Result<Child, RuntimeError> {
-        let RestoreRequest { images, work, io, allow, frozen, timeline, privileges, .. } = request;
+        let RestoreRequest { images, work, io, allow, frozen, cut, timeline, cancel, privileges, .. } = request;
         let mut inherit = Vec::new();
         for (kind, path) in prepared.inherited {
             let file = File::open(&path).map_err(|source| subject.file("open", path, source))?;
@@ -120,9 +121,11 @@ impl Client {
             criu: None,
             root: None,
             timeline,
+            cancel,
         };
         let criu_request = criu::RestoreRequest {
             images_dir: images,
+            cut,
             work_dir: Some(work),
             root: Some(prepared.root),
             external_mounts: prepared.external_mounts,
@@ -185,6 +188,7 @@ struct Stages<'a> {
     criu: Option<HostPid>,
     root: Option<HostPid>,
     timeline: Timeline,
+    cancel: Cancel,
 }
 
 impl Stages<'_> {
@@ -238,6 +242,7 @@ impl NotifyRestore for Stages<'_> {
     }
 
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
+        self.cancel.check()?;
         if let (Some(allowed), Some(root)) = (self.allowed.take(), self.root) {
             self.client.blocking(self.subject, move |_| allowed.check(root)).await?;
         }

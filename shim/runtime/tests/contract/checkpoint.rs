@@ -3,7 +3,7 @@
 use std::fs;
 
 use cgroup::Cgroup;
-use runtime::{Allow, Caller, Tcp};
+use runtime::{Allow, Cancel, Tcp};
 
 use crate::bed::{Bed, sentences};
 use crate::container::{Bundle, Running};
@@ -15,7 +15,7 @@ sentences![
     a_container_goes_on_after_a_checkpoint,
     a_paused_container_stays_paused_after_a_checkpoint,
     a_checkpoint_without_leave_running_ends_it,
-    a_checkpoint_that_nobody_waits_for_does_not_end_it,
+    a_cancelled_checkpoint_does_not_end_it,
     a_container_that_does_not_run_is_not_saved,
     a_failed_checkpoint_leaves_the_container_running,
     a_failed_checkpoint_leaves_a_paused_container_paused,
@@ -91,17 +91,17 @@ async fn a_checkpoint_without_leave_running_ends_it(bed: &Bed) {
     }
 }
 
-async fn a_checkpoint_that_nobody_waits_for_does_not_end_it(bed: &Bed) {
+async fn a_cancelled_checkpoint_does_not_end_it(bed: &Bed) {
     if bed.which != Which::Libcontainer {
         return eprintln!("not tried: {} cannot be asked between the dump and the end", bed.which);
     }
     let (bundle, running) = counter(bed).await;
-    let (caller, waiting) = Caller::new();
-    drop(waiting);
+    let cancel = Cancel::default();
+    cancel.cancel("the client is gone");
     let image = Image::new(bed);
-    let error = bundle.checkpoint_to(&image, &running.child, |request| request.caller = caller).await.unwrap_err();
+    let error = bundle.checkpoint_to(&image, &running.child, |request| request.cancel = cancel).await.unwrap_err();
     let chain = chain(&error);
-    assert!(chain.contains("nobody waits"), "{chain}");
+    assert!(chain.contains("the client is gone"), "{chain}");
     assert!(!is_frozen(&running));
     counts_on(&bundle, running, 2).await;
 }

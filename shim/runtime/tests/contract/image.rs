@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::Spec;
 use reaper::Child;
-use runtime::{Allow, Caller, CheckpointRequest, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
+use runtime::{Allow, Cancel, CheckpointRequest, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
 use crate::bed::Bed;
 use crate::container::{Bundle, Ended, Pipes, Running};
@@ -70,7 +70,6 @@ impl Bundle<'_> {
         init: &Child,
         change: impl FnOnce(&mut CheckpointRequest),
     ) -> Result<(), RuntimeError> {
-        let (caller, _waiting) = Caller::new();
         let mut request = CheckpointRequest {
             id: self.id.clone(),
             init: init.pid(),
@@ -78,7 +77,7 @@ impl Bundle<'_> {
             work: image.work(),
             leave_running: false,
             allow: Allow::default(),
-            caller,
+            cancel: Cancel::default(),
             external_files: vec![],
             review: None,
         };
@@ -116,9 +115,11 @@ impl Bundle<'_> {
             io,
             no_pivot_root: false,
             frozen: false,
+            cut: false,
             allow,
             privileges: Privileges::default(),
             timeline: Timeline::start(Phase::Inspect),
+            cancel: Cancel::default(),
         }
     }
 }

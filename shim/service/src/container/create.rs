@@ -9,10 +9,10 @@ use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::shim::oci::Options;
 use reaper::Child;
 use runtime::{CreateRequest, OciRuntime, ProcessIo};
-use rustix::process::Signal;
 use serde::Deserialize;
 
 use super::freezer::Freezer;
+use super::operations::end;
 use super::restore::FromCheckpoint;
 use super::{Actor, Container, Context, Process};
 use crate::error::{BundleError, TaskError};
@@ -20,9 +20,6 @@ use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::table::Registration;
 use crate::{options, pod, rootfs};
 use checkpoint::{Annotations, DeviceNode, Shm};
-
-/// containerd limits a spec to its message size of 16 MiB.
-const SPEC_SIZE_LIMIT: u64 = 16 << 20;
 
 /// What of a config.json the shim itself needs; the runtime reads the rest.
 #[derive(Default, Deserialize)]
@@ -67,16 +64,8 @@ struct Namespace {
 
 impl Spec {
     fn read(container: &str, bundle: &Path) -> Result<Self, TaskError> {
-        let path = bundle.join("config.json");
-        let unreadable = |source| BundleError::File { action: "read", path: path.clone(), source };
-        let read = || {
-            if std::fs::metadata(&path).map_err(unreadable)?.len() > SPEC_SIZE_LIMIT {
-                return Err(unreadable(std::io::Error::other("larger than 16 MiB")));
-            }
-            let bytes = std::fs::read(&path).map_err(unreadable)?;
-            serde_json::from_slice(&bytes).map_err(|source| BundleError::Spec { path: path.clone(), source })
-        };
-        read().map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
+        let spec = crate::bundle::read_config(bundle);
+        spec.map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
     }
 
     /// The container's /dev/shm, if it comes from outside.
@@ -140,7 +129,7 @@ pub(crate) async fn create(
             context: context.clone(),
             runtime,
             owner: owner(context, &request.id, &options),
-            runtime_name: choice.name(),
+            choice,
             oom_kills: cgroup.as_ref().map_or(0, Cgroup::oom_kills),
             cgroup,
             checkpoint: FromCheckpoint::of(&request, &options),
@@ -149,6 +138,7 @@ pub(crate) async fn create(
             devices: spec.linux.unwrap_or_default().devices,
             paused_at: None,
             freezer: Freezer::default(),
+            session: None,
             private_pids,
             init,
             init_ended: None,
@@ -282,8 +272,6 @@ impl NewContainer<'_> {
 pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
     if let Err(error) = runtime.delete(id).await {
         tracing::error!("container {id} may be left behind: {}", crate::error::chain(&error));
-        // It may have ended by itself.
-        let _ = child.signal(Signal::KILL);
     }
-    child.wait().await;
+    end(child, &super::process_name(id, "")).await;
 }

@@ -14,16 +14,18 @@
 //! A container that is created from a checkpoint has no process until it is started. A checkpoint leaves the state as it
 //! is, or ends init like any other death.
 //!
-//! What takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one container run one
-//! at a time, in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered at
-//! once whatever runs. An operation's future never touches the state; its completion does, in the actor.
+//! What takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one
+//! container begin in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered
+//! at once whatever runs. An operation's future never touches the state; its completion does, in the actor.
+//!
+//! Operations run one at a time, but for the starts of execs: an exec may hang in its start, on a dead network mount
+//! say, and holds nothing up but what needs the container to itself ([`Company`]).
 //!
 //! Failure paths. An operation that fails leaves the state as it was. A client that goes away cancels nothing: what
 //! was begun is finished. Exits are reports to the mailbox; one that comes while its process is being started waits
 //! until the start has been told, and init's waits for those of all exec processes, because clients take init's exit
 //! as the last word. When init ends and its pid namespace is not its own, what is left in the cgroup is killed.
 
-mod big_memory;
 mod checkpoint;
 mod create;
 mod freezer;
@@ -46,7 +48,9 @@ use oci_spec::runtime::Process as ProcessSpec;
 use reaper::{Child, Exit, Reaper};
 use runtime::{Choice, OciRuntime};
 use rustix::process::Signal;
+use session::{Conductor, NodeStore, Stop};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 pub(crate) use self::create::create;
 use self::freezer::Freezer;
@@ -57,16 +61,6 @@ use crate::stdio::{Copies, Owner, Stdio};
 use crate::table::Registration;
 use crate::task::timestamp;
 use ::checkpoint::{Annotations, DeviceNode, Shm};
-
-/// Where the node keeps snapshots.
-#[derive(Clone, Debug)]
-pub(crate) struct NodeStore {
-    pub(crate) root: PathBuf,
-    /// How many bytes it may have.
-    pub(crate) quota: Option<u64>,
-    /// The repository in a registry from which snapshots are pulled that it lacks, where nothing else is said.
-    pub(crate) registry: Option<String>,
-}
 
 /// What all containers of one shim share.
 #[derive(Clone)]
@@ -81,6 +75,8 @@ pub(crate) struct Context {
     pub(crate) events: Events,
     /// Makes the runtime that was chosen for a container.
     pub(crate) runtime_of: RuntimeOf,
+    /// Takes checkpoints and restores from them.
+    pub(crate) conductor: Arc<dyn Conductor>,
 }
 
 /// How a choice becomes a runtime; tests put a fake one in.
@@ -108,7 +104,23 @@ impl fmt::Display for Status {
 
 type Job = Box<dyn FnOnce(&mut Actor) + Send>;
 type Work = Pin<Box<dyn Future<Output = Job> + Send>>;
-type Operation = Box<dyn FnOnce(&mut Actor) -> Option<Work> + Send>;
+type Begin = Box<dyn FnOnce(&mut Actor) -> Option<Work> + Send>;
+
+/// Which other operations may run beside one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Company {
+    /// None.
+    Alone,
+    /// Starts of execs that began before.
+    Execs,
+    /// The start of an exec: it begins when no other operation but such starts runs, and does not hold up the next.
+    Any,
+}
+
+struct Operation {
+    company: Company,
+    begin: Begin,
+}
 
 /// A handle to a container's actor.
 #[derive(Clone)]
@@ -148,6 +160,7 @@ impl Container {
     /// Queues an operation: `begin` checks the state and returns what to wait for, whose result is a completion.
     pub(crate) async fn operate<T, F, C>(
         &self,
+        company: Company,
         begin: impl FnOnce(&mut Actor) -> Result<F, TaskError> + Send + 'static,
     ) -> Result<T, TaskError>
     where
@@ -156,7 +169,7 @@ impl Container {
         C: FnOnce(&mut Actor) -> Result<T, TaskError> + Send + 'static,
     {
         self.send(|reply| {
-            let operation: Operation = Box::new(move |actor| match actor.check_exists().and_then(|()| begin(actor)) {
+            let begin: Begin = Box::new(move |actor| match actor.check_exists().and_then(|()| begin(actor)) {
                 Ok(work) => Some(Box::pin(async move {
                     let complete = work.await;
                     Box::new(move |actor: &mut Actor| {
@@ -168,9 +181,23 @@ impl Container {
                     None
                 }
             });
-            Box::new(move |actor| actor.operations.push_back(operation))
+            Box::new(move |actor| actor.operations.push_back(Operation { company, begin }))
         })
         .await
+    }
+
+    /// Runs an operation at once, whatever else runs: one that is no business of the runtime's.
+    pub(crate) async fn operate_at_once<T, F, C>(
+        &self,
+        begin: impl FnOnce(&mut Actor) -> Result<F, TaskError> + Send + 'static,
+    ) -> Result<T, TaskError>
+    where
+        T: Send + 'static,
+        F: Future<Output = C> + Send + 'static,
+        C: FnOnce(&mut Actor) -> Result<T, TaskError> + Send + 'static,
+    {
+        let work = self.ask(begin).await?;
+        self.ask(work.await).await
     }
 
     async fn send<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, TaskError>>) -> Job) -> Result<T, TaskError> {
@@ -228,8 +255,7 @@ pub(crate) struct Actor {
     pub(crate) bundle: PathBuf,
     context: Context,
     runtime: Arc<dyn OciRuntime>,
-    /// Its name, for those who read a checkpoint.
-    runtime_name: String,
+    choice: Choice,
     owner: Owner,
     /// None before the start of a container that is made from a checkpoint.
     cgroup: Option<Cgroup>,
@@ -242,6 +268,8 @@ pub(crate) struct Actor {
     devices: Vec<DeviceNode>,
     paused_at: Option<Instant>,
     freezer: Freezer,
+    /// Stops the checkpoint or restore that is under way.
+    session: Option<Stop>,
     /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
     private_pids: bool,
     init: Process,
@@ -258,11 +286,16 @@ pub(crate) struct Actor {
 impl Actor {
     async fn run(mut self, mut jobs: mpsc::UnboundedReceiver<Job>) {
         let mut work: Option<Work> = None;
+        let mut execs = JoinSet::new();
         while self.registration.is_some() {
+            let may_begin = |next: &mut Operation| next.company != Company::Alone || execs.is_empty();
             if work.is_none()
-                && let Some(operation) = self.operations.pop_front()
+                && let Some(Operation { company, begin }) = self.operations.pop_front_if(may_begin)
             {
-                work = operation(&mut self);
+                match (company, begin(&mut self)) {
+                    (Company::Any, Some(start)) => drop(execs.spawn(start)),
+                    (_, begun) => work = begun,
+                }
                 continue;
             }
             let done = async {
@@ -280,6 +313,10 @@ impl Actor {
                     work = None;
                     complete(&mut self);
                 }
+                Some(started) = execs.join_next() => match started {
+                    Ok(complete) => complete(&mut self),
+                    Err(bug) => std::panic::resume_unwind(bug.into_panic()),
+                }
             }
         }
         // Requests that came before their clients knew of the deletion are answered too.
@@ -288,7 +325,7 @@ impl Actor {
             job(&mut self);
         }
         while let Some(operation) = self.operations.pop_front() {
-            operation(&mut self);
+            (operation.begin)(&mut self);
         }
     }
 

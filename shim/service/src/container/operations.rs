@@ -1,7 +1,7 @@
 //! What is done with a container once it is there.
 
 use std::future::Future;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{
@@ -20,6 +20,9 @@ use crate::error::TaskError;
 use crate::stdio::{Copies, Stdio};
 use crate::task::timestamp;
 use crate::{pod, rootfs};
+
+/// How long a killed process may take to end: one in an uninterruptible wait does not, nor one that is frozen on v1.
+const END: Duration = Duration::from_secs(10);
 
 /// What deleting a process tells about it.
 #[derive(Clone, Copy, Debug)]
@@ -59,13 +62,21 @@ impl Actor {
         if self.execs.contains_key(&exec) {
             return Err(TaskError::ExecExists { container: self.id.clone(), exec });
         }
-        self.check_runs("exec in")?;
+        self.check_takes_execs()?;
         let mut process = Process::new(stdio);
         process.spec = Some(spec);
         self.execs.insert(exec.clone(), process);
         let container_id = self.id.clone();
         self.context.events.publish(TaskExecAdded { container_id, exec_id: exec, ..TaskExecAdded::default() });
         Ok(())
+    }
+
+    /// Fails unless there is an init, which need not run yet, and which is not paused.
+    fn check_takes_execs(&self) -> Result<(), TaskError> {
+        match self.init.status {
+            Status::Created if self.init_ended.is_none() && !self.is_to_be_restored() => Ok(()),
+            _ => self.check_runs("exec in"),
+        }
     }
 
     fn check_runs(&self, action: &'static str) -> Result<(), TaskError> {
@@ -81,7 +92,7 @@ impl Actor {
         &mut self,
         exec: String,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
-        self.check_runs("exec in")?;
+        self.check_takes_execs()?;
         let process = self.process(&exec)?;
         let Some(spec) = process.spec.clone().filter(|_| process.status == Status::Created) else {
             return Err(self.wrong_state("start", &exec, process.status));
@@ -105,9 +116,7 @@ impl Actor {
                 match prepared.connect().await {
                     Ok(copies) => Ok((child, copies)),
                     Err(error) => {
-                        // It may have ended by itself.
-                        let _ = child.signal(Signal::KILL);
-                        child.wait().await;
+                        end(&child, &name).await;
                         Err(failed(error))
                     }
                 }
@@ -216,20 +225,28 @@ impl Actor {
         let (runtime, id, target) = (self.runtime.clone(), self.id.clone(), self.bundle.join("rootfs"));
         let (child, copies) = (self.init.child.clone(), self.init.copies.take());
         Ok(async move {
-            let deleted = runtime.delete(&id).await;
-            let mut exit = None;
-            if deleted.is_ok() {
-                if let Some(child) = child {
-                    exit = Some(child.wait().await);
+            let deleted = async {
+                if let Err(error) = runtime.delete(&id).await {
+                    return Err((error, copies));
                 }
+                let exit = match child {
+                    Some(child) => Some(child.wait().await),
+                    None => None,
+                };
                 if let Some(copies) = copies {
                     copies.shut_down().await;
                 }
                 rootfs::unmount(&target);
+                Ok(exit)
             }
-            move |actor: &mut Self| {
-                deleted?;
-                Ok(actor.deleted(exit))
+            .await;
+            move |actor: &mut Self| match deleted {
+                Ok(exit) => Ok(actor.deleted(exit)),
+                Err((error, copies)) => {
+                    // The next attempt delivers the output.
+                    actor.init.copies = copies;
+                    Err(error.into())
+                }
             }
         })
     }
@@ -292,7 +309,12 @@ impl Actor {
         let process = self.process(exec)?;
         let finished = TaskError::Finished { process: self.name(exec) };
         let Some(child) = process.child.clone() else {
-            return Err(self.wrong_state("signal", exec, process.status));
+            let is_restored = exec.is_empty() && signal == Signal::KILL.as_raw().unsigned_abs();
+            return match &self.session {
+                // The process to be killed is being restored.
+                Some(restore) if is_restored => Ok(restore.stop("the container was killed")),
+                _ => Err(self.wrong_state("signal", exec, process.status)),
+            };
         };
         if child.exit().is_some() {
             return Err(finished);
@@ -312,8 +334,14 @@ impl Actor {
             }
             Err(source) => return Err(TaskError::Signal { action: "signal", process: self.name(exec), source }),
         }
-        if number == Signal::KILL && exec.is_empty() && self.freezer.init_is_killed() == LetDie::Now {
-            self.let_the_killed_die();
+        if number == Signal::KILL && exec.is_empty() {
+            // A checkpoint of a container that is being killed gives the freezer back sooner.
+            if let Some(checkpoint) = &self.session {
+                checkpoint.stop("the container was killed");
+            }
+            if self.freezer.init_is_killed() == LetDie::Now {
+                self.let_the_killed_die();
+            }
         }
         Ok(())
     }
@@ -322,6 +350,13 @@ impl Actor {
     pub(super) fn take_freezer_back(&mut self) {
         if self.freezer.take_back() == LetDie::Now {
             self.let_the_killed_die();
+        }
+    }
+
+    /// Stops a restore that is under way: its result is not wanted any more.
+    pub(crate) fn stop_restore(&mut self, reason: &str) {
+        if let Some(restore) = self.session.as_ref().filter(|_| self.init.child.is_none()) {
+            restore.stop(reason);
         }
     }
 
@@ -364,17 +399,27 @@ impl Actor {
         Ok(pids.into_iter().map(i32::unsigned_abs).map(|pid| (pid, exec_of(pid))).collect())
     }
 
-    /// The cgroup's statistics.
+    /// The cgroup's statistics, until the container is deleted: containerd looks for out-of-memory kills after the end.
     pub(crate) fn metrics(&mut self) -> Result<Any, TaskError> {
-        if self.init.status == Status::Stopped {
-            return Err(TaskError::Finished { process: self.name("") });
+        match self.cgroup()?.metrics() {
+            Ok(metrics) => Ok(metrics),
+            // systemd removes the cgroup with its last process.
+            Err(_) if self.init.status == Status::Stopped => Err(TaskError::Finished { process: self.name("") }),
+            Err(source) => Err(TaskError::Cgroup { action: "read", container: self.id.clone(), source }),
         }
-        let failed = |source| TaskError::Cgroup { action: "read", container: self.id.clone(), source };
-        self.cgroup()?.metrics().map_err(failed)
     }
 
     fn cgroup(&self) -> Result<&Cgroup, TaskError> {
         self.cgroup.as_ref().ok_or_else(|| self.wrong_state("ask the cgroup of", "", self.init.status))
+    }
+}
+
+/// Ends a process that cannot be used.
+pub(super) async fn end(child: &Child, name: &str) {
+    // It may have ended by itself.
+    let _ = child.signal(Signal::KILL);
+    if tokio::time::timeout(END, child.wait()).await.is_err() {
+        tracing::error!("{name}: process {} is killed, and does not end", child.pid());
     }
 }
 

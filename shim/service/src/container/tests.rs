@@ -10,14 +10,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
-    PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, Status as ApiStatus, WaitRequest,
+    CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    ResumeRequest, ShutdownRequest, StartRequest, StateRequest, StatsRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
-use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim::event::Envelope;
-use containerd_shim_protos::shim::oci::CheckpointOptions;
 use containerd_shim_protos::ttrpc::{self, Code};
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
@@ -29,10 +27,14 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
-use super::{Context, NodeStore};
+use session::NodeStore;
+
+use super::Context;
 use crate::events::Events;
 use crate::stdio;
 use crate::task::TaskService;
+
+mod sessions;
 
 /// A runtime whose containers are `sh -c SCRIPT`, held before the script until they are started.
 struct FakeRuntime {
@@ -40,6 +42,8 @@ struct FakeRuntime {
     script: &'static str,
     /// Operations that may go on; a test takes permits away to hold them up.
     may_go_on: Semaphore,
+    /// Starts of [`HANGING`] execs that may go on.
+    execs: Semaphore,
     fail: Mutex<Option<Operation>>,
     init: Mutex<Option<(Child, std::io::PipeWriter)>>,
     deletes: Mutex<usize>,
@@ -95,6 +99,9 @@ impl OciRuntime for FakeRuntime {
     async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
         self.step(Operation::Exec).await?;
         let script = request.process.args().clone().unwrap().join(" ");
+        if script == HANGING {
+            self.execs.acquire().await.unwrap().forget();
+        }
         Ok(self.spawn(&script, None, request.io))
     }
 
@@ -119,25 +126,15 @@ impl OciRuntime for FakeRuntime {
         Ok(())
     }
 
-    /// Images are the script, which a restore runs.
-    async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
-        self.step(Operation::Checkpoint).await?;
-        std::fs::write(request.images.join("script"), self.script).unwrap();
-        std::fs::write(request.work.join("dump.log"), "").unwrap();
-        if !request.leave_running {
-            self.init.lock().unwrap().as_ref().unwrap().0.signal(Signal::KILL).unwrap();
-        }
-        Ok(())
+    async fn checkpoint(&self, _: CheckpointRequest) -> Result<(), RuntimeError> {
+        self.step(Operation::Checkpoint).await
     }
 
-    async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError> {
-        self.step(Operation::Restore).await?;
-        let script = std::fs::read_to_string(request.images.join("script")).unwrap();
-        Ok(self.spawn(&script, None, request.io))
+    async fn restore(&self, _: RestoreRequest) -> Result<Child, RuntimeError> {
+        panic!("a session restores")
     }
 
     fn drives_criu(&self) -> bool {
-        // A worker for big memory is this binary, which a test is not.
         false
     }
 
@@ -153,12 +150,14 @@ struct Bench {
     exit: Arc<ExitSignal>,
     events: mpsc::UnboundedReceiver<Envelope>,
     bundle: TempDir,
-    logs: TempDir,
+    _logs: TempDir,
 }
 
 const PLENTY: usize = 1000;
 /// Script for which the creation panics.
 const PANIC: &str = "panic";
+/// Script of an exec whose start waits for a permit.
+const HANGING: &str = ": hanging";
 
 /// One reaper for all tests of this process: two would take each other's children for orphans.
 pub(crate) fn reaper() -> Reaper {
@@ -185,6 +184,7 @@ impl Bench {
             reaper: reaper.clone(),
             script,
             may_go_on: Semaphore::new(PLENTY),
+            execs: Semaphore::new(0),
             fail: Mutex::default(),
             init: Mutex::default(),
             deletes: Mutex::default(),
@@ -201,11 +201,12 @@ impl Bench {
             store: NodeStore { root: logs.path().join("store"), quota: None, registry: None },
             reaper,
             events: publisher,
+            conductor: Arc::new(sessions::FakeConductor(Arc::clone(&runtime))),
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),
         };
         let exit = Arc::new(ExitSignal::default());
         let service = Arc::new(TaskService::new(context, Arc::clone(&exit)));
-        Self { service, runtime, exit, events, bundle, logs }
+        Self { service, runtime, exit, events, bundle, _logs: logs }
     }
 
     /// With a created container.
@@ -234,6 +235,22 @@ impl Bench {
         start
     }
 
+    /// The start of an exec that hangs until the runtime has a permit for it.
+    async fn hanging_exec(&self, exec_id: &str) -> JoinHandle<ttrpc::Result<()>> {
+        self.add_exec(exec_id, HANGING).await.unwrap();
+        let service = Arc::clone(&self.service);
+        let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
+        let start = tokio::spawn(async move { service.start(&ctx(), request).await.map(drop) });
+        tokio::task::yield_now().await;
+        // By the time that this is answered the start has begun.
+        self.status().await;
+        start
+    }
+
+    async fn stats(&self) -> ttrpc::Result<()> {
+        self.service.stats(&ctx(), StatsRequest { id: "c".into(), ..StatsRequest::default() }).await.map(drop)
+    }
+
     /// Holds the runtime's next operations up, until `let_go`.
     async fn hold(&self) {
         let permits = u32::try_from(self.runtime.may_go_on.available_permits()).unwrap();
@@ -254,27 +271,6 @@ impl Bench {
 
     async fn create_in(&self, bundle: &Path) -> ttrpc::Result<()> {
         self.service.create(&ctx(), create_request(bundle)).await.map(drop)
-    }
-
-    async fn create_from(&self, images: &Path) -> ttrpc::Result<()> {
-        let mut request = create_request(self.bundle.path());
-        request.checkpoint = images.to_str().unwrap().into();
-        self.service.create(&ctx(), request).await.map(drop)
-    }
-
-    /// A checkpoint that goes on until `let_go`.
-    async fn held_checkpoint_of_a_paused_container(&self, images: &Path) -> JoinHandle<ttrpc::Result<Empty>> {
-        self.pause().await.unwrap();
-        self.hold().await;
-        let service = Arc::clone(&self.service);
-        let request = checkpoint_request(images, None);
-        let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
-        tokio::task::yield_now().await;
-        checkpoint
-    }
-
-    async fn checkpoint(&self, images: &Path, options: Option<CheckpointOptions>) -> ttrpc::Result<()> {
-        self.service.checkpoint(&ctx(), checkpoint_request(images, options)).await.map(drop)
     }
 
     async fn start(&self, exec_id: &str) -> ttrpc::Result<()> {
@@ -303,10 +299,6 @@ impl Bench {
     async fn exec(&self, exec_id: &str, script: &str) -> ttrpc::Result<()> {
         self.add_exec(exec_id, script).await?;
         self.start(exec_id).await
-    }
-
-    fn log_folder(&self, name: &str) -> PathBuf {
-        self.logs.path().join("test").join(name)
     }
 
     async fn status(&self) -> ApiStatus {
@@ -367,20 +359,6 @@ impl Bench {
 
 fn create_request(bundle: &Path) -> CreateTaskRequest {
     CreateTaskRequest { id: "c".into(), bundle: bundle.to_str().unwrap().into(), ..CreateTaskRequest::default() }
-}
-
-fn checkpoint_request(images: &Path, options: Option<CheckpointOptions>) -> CheckpointTaskRequest {
-    let options = options.map(|options| Any {
-        type_url: "containerd.runc.v1.CheckpointOptions".into(),
-        value: options.write_to_bytes().unwrap(),
-        ..Any::default()
-    });
-    CheckpointTaskRequest {
-        id: "c".into(),
-        path: images.to_str().unwrap().into(),
-        options: options.into(),
-        ..CheckpointTaskRequest::default()
-    }
 }
 
 fn ctx() -> TtrpcContext {
@@ -585,7 +563,7 @@ async fn a_container_whose_client_has_gone_before_it_is_made_is_removed() {
     let _ = create.await;
     bench.let_go();
     assert_eq!(bench.told("delete").await, ["create", "exit c", "delete"]);
-    bench.shut_down().await;
+    // Nobody knows of the shim: it ends though nobody tells it to.
     bench.exit.wait().await;
 }
 
@@ -603,8 +581,7 @@ async fn a_container_goes_though_the_client_that_deletes_it_has_gone() {
     let _ = delete.await;
     bench.let_go();
     bench.told("delete").await;
-    assert_eq!(code(bench.delete("").await), Code::NOT_FOUND);
-    bench.shut_down().await;
+    // Nobody knows of the shim any more: it ends though nobody tells it to.
     bench.exit.wait().await;
 }
 
@@ -666,6 +643,101 @@ async fn a_failed_delete_can_be_tried_again() {
 }
 
 #[tokio::test]
+async fn a_delete_delivers_the_output_also_when_one_before_it_has_failed() {
+    let folder = stdio::tests::fifos();
+    let out = folder.path().join("out");
+    let bench = Bench::new("head -c 100000 /dev/zero").await;
+    let mut request = create_request(bench.bundle.path());
+    request.stdout = out.to_str().unwrap().into();
+    bench.service.create(&ctx(), request).await.unwrap();
+    bench.start("").await.unwrap();
+    // The process ends; a part of its output does not fit into the fifo, and nobody reads.
+    bench.wait("").await;
+    bench.fail(Operation::Delete);
+    bench.delete("").await.unwrap_err();
+    *bench.runtime.fail.lock().unwrap() = None;
+    let service = Arc::clone(&bench.service);
+    let request = DeleteRequest { id: "c".into(), ..DeleteRequest::default() };
+    let delete = tokio::spawn(async move { service.delete(&ctx(), request).await });
+    while *bench.runtime.deletes.lock().unwrap() == 0 {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..100 {
+        bench.status().await;
+    }
+    assert!(!delete.is_finished(), "before all output is delivered");
+    let read = move || std::fs::read(out).unwrap().len();
+    assert_eq!(tokio::task::spawn_blocking(read).await.unwrap(), 100_000);
+    delete.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn statistics_are_there_until_the_container_is_deleted() {
+    let bench = Bench::started("exit 0").await;
+    bench.wait("").await;
+    assert_eq!(bench.status().await, ApiStatus::STOPPED);
+    bench.stats().await.unwrap();
+    bench.delete("").await.unwrap();
+    assert_eq!(code(bench.stats().await), Code::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn an_exec_that_hangs_in_its_start_holds_up_no_other_operation() {
+    let bench = Bench::started("sleep 1000").await;
+    let hanging = bench.hanging_exec("h").await;
+    bench.exec("e", "exit 7").await.unwrap();
+    assert_eq!(bench.wait("e").await, 7);
+    bench.pause().await.unwrap();
+    assert_eq!(bench.delete("e").await.unwrap(), 7);
+    bench.resume().await.unwrap();
+    assert!(!hanging.is_finished());
+    bench.runtime.execs.add_permits(1);
+    hanging.await.unwrap().unwrap();
+    assert_eq!(bench.wait("h").await, 0);
+}
+
+#[tokio::test]
+async fn a_checkpoint_waits_for_execs_that_are_being_started() {
+    let bench = Bench::started("sleep 1000").await;
+    let hanging = bench.hanging_exec("h").await;
+    let images = tempfile::tempdir().unwrap();
+    let service = Arc::clone(&bench.service);
+    let request = checkpoint_request(images.path(), None);
+    let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    bench.status().await;
+    assert!(!images.path().join("script").exists());
+    bench.runtime.execs.add_permits(1);
+    hanging.await.unwrap().unwrap();
+    checkpoint.await.unwrap().unwrap();
+    assert!(images.path().join("script").exists());
+}
+
+#[tokio::test]
+async fn the_exit_of_init_is_told_after_the_start_of_an_exec() {
+    let mut bench = Bench::started("sleep 1000").await;
+    let hanging = bench.hanging_exec("h").await;
+    bench.kill("", 9).await.unwrap();
+    while bench.kill("", 0).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    bench.runtime.execs.add_permits(1);
+    hanging.await.unwrap().unwrap();
+    assert_eq!(bench.wait("").await, 137);
+    assert_eq!(bench.told("exit c").await, ["create", "start", "exec-added", "exec-started", "exit h", "exit c"]);
+}
+
+#[tokio::test]
+async fn an_exec_may_run_before_init_does() {
+    let bench = Bench::created("sleep 1000").await;
+    bench.exec("e", "exit 3").await.unwrap();
+    assert_eq!(bench.wait("e").await, 3);
+    assert_eq!(bench.status().await, ApiStatus::CREATED);
+    bench.start("").await.unwrap();
+    assert_eq!(bench.status().await, ApiStatus::RUNNING);
+}
+
+#[tokio::test]
 async fn a_failed_exec_can_be_removed() {
     let bench = Bench::started("sleep 1000").await;
     bench.fail(Operation::Exec);
@@ -678,7 +750,6 @@ async fn a_failed_exec_can_be_removed() {
 async fn what_does_not_fit_the_state_is_a_failed_precondition() {
     let bench = Bench::created("sleep 1000").await;
     assert_eq!(code(bench.pause().await), Code::FAILED_PRECONDITION, "pause before start");
-    assert_eq!(code(bench.add_exec("e", "true").await), Code::FAILED_PRECONDITION, "exec before start");
     bench.start("").await.unwrap();
     assert_eq!(code(bench.start("").await), Code::FAILED_PRECONDITION, "start twice");
     assert_eq!(code(bench.delete("").await), Code::FAILED_PRECONDITION, "delete while running");
@@ -726,138 +797,4 @@ async fn the_shim_ends_with_its_last_container() {
     );
     bench.shut_down().await;
     ended.await;
-}
-
-#[tokio::test]
-async fn a_checkpoint_leaves_the_container_as_it_was() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    bench.checkpoint(images.path(), None).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-    assert!(images.path().join("gpusnap.json").exists());
-    assert!(!bench.log_folder("c.dump").exists());
-    assert_eq!(bench.told("checkpointed").await, ["create", "start", "checkpointed"]);
-    bench.pause().await.unwrap();
-    bench.checkpoint(images.path(), None).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::PAUSED);
-}
-
-#[tokio::test]
-async fn a_checkpoint_that_ends_the_container_tells_its_exit() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let exit = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
-    bench.checkpoint(images.path(), Some(exit)).await.unwrap();
-    assert_eq!(bench.wait("").await, 137);
-    bench.delete("").await.unwrap();
-    let told = bench.told("delete").await;
-    assert!(told.contains(&"exit c".to_owned()), "{told:?}");
-}
-
-#[tokio::test]
-async fn a_failed_checkpoint_leaves_nothing_but_the_container() {
-    let bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    std::fs::write(images.path().join("mine"), "").unwrap();
-    bench.fail(Operation::Checkpoint);
-    let exit = CheckpointOptions { exit: true, ..CheckpointOptions::default() };
-    let error = bench.checkpoint(images.path(), Some(exit)).await.unwrap_err().to_string();
-    assert!(error.contains("dumping") && error.contains("as told"), "{error}");
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-    assert_eq!(std::fs::read_dir(images.path()).unwrap().count(), 1);
-    assert!(bench.log_folder("c.dump").exists());
-}
-
-#[tokio::test]
-async fn only_what_runs_can_be_checkpointed() {
-    let images = tempfile::tempdir().unwrap();
-    let bench = Bench::created("exit 0").await;
-    assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);
-    bench.start("").await.unwrap();
-    bench.wait("").await;
-    assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);
-}
-
-#[tokio::test]
-async fn state_is_answered_during_a_checkpoint() {
-    let bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
-    assert_eq!(bench.status().await, ApiStatus::PAUSED);
-    assert!(!checkpoint.is_finished());
-    bench.let_go();
-    checkpoint.await.unwrap().unwrap();
-}
-
-#[tokio::test]
-async fn a_container_paused_for_a_checkpoint_that_nobody_waits_for_runs_on() {
-    let mut bench = Bench::started("sleep 1000").await;
-    let images = tempfile::tempdir().unwrap();
-    let checkpoint = bench.held_checkpoint_of_a_paused_container(images.path()).await;
-    bench.status().await;
-    checkpoint.abort();
-    let _ = checkpoint.await;
-    bench.let_go();
-    bench.told("resumed").await;
-    assert_eq!(bench.status().await, ApiStatus::RUNNING);
-}
-
-/// A folder that is a checkpoint for the shim, and for the fake runtime runs `script`.
-fn images_of(script: &str) -> TempDir {
-    let images = tempfile::tempdir().unwrap();
-    std::fs::write(images.path().join("script"), script).unwrap();
-    // Its magic number, and one entry of two bytes: version 2.
-    let inventory = [0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 0x08, 2];
-    std::fs::write(images.path().join("inventory.img"), inventory).unwrap();
-    // Its two magic numbers, and one entry of two bytes: process 1, of whose threads it says nothing.
-    let tree = [0x19, 0x43, 0x56, 0x54, 0x30, 0x30, 0x27, 0x50, 2, 0, 0, 0, 0x08, 1];
-    std::fs::write(images.path().join("pstree.img"), tree).unwrap();
-    images
-}
-
-#[tokio::test]
-async fn a_container_from_a_checkpoint_lives_like_any_other() {
-    let mut bench = Bench::new("exit 0").await;
-    let images = images_of("sleep 0.1; exit 5");
-    bench.create_from(images.path()).await.unwrap();
-    assert_eq!(bench.status().await, ApiStatus::CREATED);
-    assert_eq!(code(bench.exec("early", "true").await), Code::FAILED_PRECONDITION);
-    bench.start("").await.unwrap();
-    assert_eq!(bench.wait("").await, 5);
-    assert_eq!(bench.delete("").await.unwrap(), 5);
-    assert_eq!(bench.told("delete").await, ["create", "start", "exit c", "delete"]);
-    assert!(images.path().exists(), "a folder that is not containerd's stays");
-}
-
-#[tokio::test]
-async fn a_failed_restore_can_be_tried_again() {
-    let bench = Bench::new("exit 0").await;
-    let images = images_of("exit 6");
-    bench.create_from(images.path()).await.unwrap();
-    bench.fail(Operation::Restore);
-    let error = bench.start("").await.unwrap_err().to_string();
-    assert!(error.contains(images.path().to_str().unwrap()) && error.contains("as told"), "{error}");
-    assert_eq!(bench.status().await, ApiStatus::CREATED);
-    *bench.runtime.fail.lock().unwrap() = None;
-    bench.start("").await.unwrap();
-    assert_eq!(bench.wait("").await, 6);
-}
-
-#[tokio::test]
-async fn a_container_that_was_never_restored_can_be_deleted() {
-    let bench = Bench::new("exit 0").await;
-    let images = images_of("exit 0");
-    bench.create_from(images.path()).await.unwrap();
-    assert_eq!(code(bench.kill("", 9).await), Code::FAILED_PRECONDITION);
-    bench.delete("").await.unwrap();
-    assert_eq!(code(bench.delete("").await), Code::NOT_FOUND);
-}
-
-#[tokio::test]
-async fn a_folder_without_a_checkpoint_is_named() {
-    let bench = Bench::new("exit 0").await;
-    let nothing = tempfile::tempdir().unwrap();
-    bench.create_from(nothing.path()).await.unwrap();
-    let error = bench.start("").await.unwrap_err().to_string();
-    assert!(error.contains("inspecting") && error.contains(nothing.path().to_str().unwrap()), "{error}");
 }

@@ -1,14 +1,40 @@
 //! Mounting a container's root filesystem.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use containerd_shim::mount::{mount_rootfs, umount_recursive};
 use containerd_shim_protos::types::mount::Mount;
 
+use self::id_map::IdMap;
 use crate::error::TaskError;
+
+mod id_map;
 
 /// Forced, lazy unmount: nothing that still holds the filesystem may keep the mount (MNT_DETACH).
 const DETACH: i32 = 2;
+
+/// Why a root filesystem was not mounted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RootfsError {
+    #[error(transparent)]
+    Mount(#[from] containerd_shim::Error),
+    #[error("cannot {action} {path}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the mount option {option} maps no ids: it should be like {name}=0:100000:65536")]
+    IdMap { option: String, name: &'static str },
+    #[error("the mount options map ids of users or of groups, and not both")]
+    HalfAnIdMap,
+    #[error("cannot start a thread or process for it")]
+    Start(#[source] io::Error),
+    #[error("the mount was cut off")]
+    CutOff,
+}
 
 /// Mounts everything in `mounts`, in order, on `target`; on failure nothing of it stays mounted.
 pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> Result<(), TaskError> {
@@ -22,22 +48,29 @@ pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> R
     // thread of its own.
     let thread = std::thread::Builder::new().spawn(move || {
         let mounted = std::fs::create_dir_all(&folder)
-            .map_err(|err| containerd_shim::Error::IoError { context: "make the folder".into(), err })
+            .map_err(|source| RootfsError::File { action: "make", path: folder.clone(), source })
             .and_then(|()| mounts.iter().try_for_each(|mount| mount_one(mount, &folder)));
         // The receiver is dropped only with the whole shim.
         let _ = done.send(mounted);
     });
-    thread.map_err(|err| failed(containerd_shim::Error::IoError { context: "start a thread".into(), err }))?;
-    let mounted = result.await.unwrap_or_else(|_| Err(containerd_shim::Error::Other("the mount was cut off".into())));
+    thread.map_err(|source| failed(RootfsError::Start(source)))?;
+    let mounted = result.await.unwrap_or(Err(RootfsError::CutOff));
     if mounted.is_err() {
         unmount(target);
     }
     mounted.map_err(failed)
 }
 
-fn mount_one(mount: &Mount, target: &Path) -> containerd_shim::Result<()> {
+fn mount_one(mount: &Mount, target: &Path) -> Result<(), RootfsError> {
+    match IdMap::take(&mount.options)? {
+        (None, _) => Ok(mount_plainly(mount, &mount.options, target)?),
+        (Some(map), options) => id_map::mount(mount, options, &map, target),
+    }
+}
+
+fn mount_plainly(mount: &Mount, options: &[String], target: &Path) -> containerd_shim::Result<()> {
     let named = |name: &str| Some(name.to_owned()).filter(|name| !name.is_empty());
-    mount_rootfs(named(&mount.type_).as_deref(), named(&mount.source).as_deref(), &mount.options, target)
+    mount_rootfs(named(&mount.type_).as_deref(), named(&mount.source).as_deref(), options, target)
 }
 
 /// Unmounts everything at and below `target`. What cannot be is logged: the caller is cleaning up.

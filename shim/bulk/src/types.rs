@@ -1,93 +1,21 @@
-//! What the shim and a memory worker say to each other: one JSON value a line, over a socket.
+//! Memory of processes, and the places where it is kept.
 
 use std::ops::Range;
 use std::path::PathBuf;
 
-use phase::Phase;
 use serde::{Deserialize, Serialize};
-use snapshot::{Config, Name, Pointer};
-
-/// What a worker is to do. The first order decides what it is for: `Begin` for a checkpoint, `Open` for a restore.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Order {
-    Begin {
-        store: PathBuf,
-        quota: Option<u64>,
-    },
-    Save {
-        staging: Vec<Staging>,
-    },
-    Publish(Box<Publish>),
-    Withdraw(Pointer),
-    Open {
-        source: Source,
-        images: PathBuf,
-        node: Node,
-    },
-    /// Those that come `first` are wanted before the others. Without `staging`, somebody else fills staging memory.
-    Fill {
-        processes: Vec<Restored>,
-        first: usize,
-        staging: bool,
-    },
-}
-
-/// What it says meanwhile, and in the end.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Report {
-    Began(Phase),
-    Begun(Result<(), Failure>),
-    Saved(Result<Saved, Failure>),
-    Published(Result<Option<Published>, Failure>),
-    Withdrawn(Result<(), Failure>),
-    /// Staging memory that somebody else may fill.
-    Opened(Result<Option<Saved>, Failure>),
-    /// Those that were to come first have all their memory, and much of the others' is missing.
-    FilledFirst,
-    Filled(Result<(), Failure>),
-}
+use snapshot::{Config, Name, Pointer, Scope};
 
 /// Where a node looks for snapshots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {
     /// The folder of its store.
     pub store: PathBuf,
+    /// Whose the container is: snapshots of others are not used.
+    pub scope: Scope,
     /// The repository from which it pulls what the store lacks, such as `registry.example/models/vit`. A tag or digest does not
     /// count: what is pulled is what a checkpoint points to.
     pub registry: Option<String>,
-}
-
-/// Why a worker failed: an error and those under it, which cross as words.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
-#[error("{message}")]
-pub struct Failure {
-    message: String,
-    source: Option<Box<Failure>>,
-}
-
-impl Failure {
-    /// An error with its sources.
-    fn of(error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { message: error.to_string(), source: error.source().map(|source| Box::new(Self::of(source))) }
-    }
-
-    pub(crate) fn new(message: String) -> Self {
-        Self { message, source: None }
-    }
-}
-
-/// What an error is the reason of.
-pub(crate) trait Because<T> {
-    /// The same, with an error as the source of a failure that says what could not be done.
-    fn because(self, message: &str) -> Result<T, Failure>;
-}
-
-impl<T, E: std::error::Error + 'static> Because<T> for Result<T, E> {
-    fn because(self, message: &str) -> Result<T, Failure> {
-        self.map_err(|error| Failure { message: message.to_owned(), source: Some(Box::new(Failure::of(&error))) })
-    }
 }
 
 /// Memory of a process to which the driver has moved what the process had on GPUs.

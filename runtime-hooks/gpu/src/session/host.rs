@@ -1,0 +1,108 @@
+//! What a session does to a machine. Tests put a fake one in.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cuda::{Answer, Call, CallFailure, Inventory};
+use tracee::process::Range;
+
+use super::SessionError;
+use crate::swap::{Swap, SwapProcess};
+
+/// The processes of the container, as the kernel shows them. A pid always means the process that had it when the container's
+/// cgroup listed it first.
+pub(crate) trait Processes {
+    /// Lists all, in the pid namespace of this process.
+    fn pids(&mut self) -> Result<Vec<i32>, SessionError>;
+    /// Tells whether a process has ended, whoever has its pid now.
+    fn is_gone(&mut self, pid: i32) -> bool;
+    /// Tells whether the process has something of the driver's: mappings, descriptors, threads.
+    fn touches_gpu(&mut self, pid: i32) -> bool;
+    /// Tells whether the process has threads of the driver's.
+    fn has_drivers_threads(&mut self, pid: i32) -> bool;
+    /// Returns the first mapping or descriptor that is left of the driver in the process.
+    fn left(&mut self, pid: i32) -> Option<String>;
+    /// Returns who a process is, and what keeps it from answering, in words.
+    fn describe(&mut self, pid: i32) -> String;
+    fn namespace_pid(&mut self, pid: i32) -> i32;
+    /// Returns anonymous memory of the process that came since it was asked first.
+    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range>;
+    /// Returns where it has devices of the driver mapped: begin and end.
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
+    /// Tells whether the driver's threads of it are stopped by a signal.
+    fn is_stopped(&mut self, pid: i32) -> bool;
+    /// Tells whether it is stopped by a signal, or will be as soon as it runs.
+    fn is_stopping(&mut self, pid: i32) -> bool;
+    /// Returns what the process uses that the driver is known to refuse.
+    fn unsupported(&mut self, pid: i32) -> Unsupported;
+}
+
+/// What a process uses that the driver is known to refuse.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Unsupported {
+    /// It has loaded CUPTI: a profiler was used in it.
+    pub(crate) cupti: bool,
+    /// It has an instance of a divided GPU open.
+    pub(crate) mig: bool,
+    /// It is a client of the multi-process service.
+    pub(crate) mps: bool,
+    /// It has memory of another process's GPU allocations mapped.
+    pub(crate) ipc: bool,
+}
+
+/// The driver of the node.
+pub(crate) trait Driver {
+    /// Makes all calls at once, and holds on to what is held meanwhile.
+    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
+    fn inventory(&mut self) -> Result<Inventory, CallFailure>;
+}
+
+/// The container's cgroup.
+pub(crate) trait Freezer {
+    fn freeze(&mut self) -> Result<(), SessionError>;
+    /// Freezes at a moment when what is there can be dumped.
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError>;
+    fn thaw(&mut self) -> Result<(), SessionError>;
+    /// Returns the memory that the container may still use.
+    fn memory_left(&mut self) -> Option<MemoryLeft>;
+}
+
+/// Memory that may still be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MemoryLeft {
+    pub(crate) bytes: u64,
+    /// The container's limit leaves no more, not the machine.
+    pub(crate) is_limited: bool,
+}
+
+/// Threads that are held, and what they are made to do.
+pub(crate) trait Tracer {
+    /// Asks all threads but the driver's to halt, as soon as they can.
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// As [`Self::hold`], the driver's too.
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Waits until those that are held stand still.
+    fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
+    /// Lets all processes go but these.
+    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError>;
+    /// Lets the driver's threads of a process run that is stopped by a signal, and nothing else of it.
+    fn cont(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Lets a process run that is stopped by a signal, whether or not its threads are held.
+    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Stops it again.
+    fn stop(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
+    fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
+    /// Puts files in the place of memory of a process that is held; what was left as it is.
+    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError>;
+    /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the
+    /// next.
+    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError>;
+    /// Waits until all of it is there, and what was saved.
+    fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError>;
+}
+
+/// A machine, as far as one container reaches.
+pub(crate) trait Host: Processes + Driver + Freezer + Tracer {
+    fn sleep(&mut self, time: Duration);
+}

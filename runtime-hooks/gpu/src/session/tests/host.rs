@@ -1,0 +1,456 @@
+//! A machine whose driver, freezer and tracer are a few variables, each action of which can fail.
+
+use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
+use std::path::PathBuf;
+
+use cuda::{Gpu, GpuProcess};
+
+use super::super::*;
+use crate::swap::{Swap, SwapProcess};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Cuda {
+    No,
+    /// Forked from a CUDA process.
+    Residue,
+    /// In the middle of cuInit.
+    Beginner,
+    State(ProcessState),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Process {
+    pub(super) cuda: Cuda,
+    pub(super) stopped: bool,
+    pub(super) held: bool,
+    /// Locks that time out before one succeeds.
+    pub(super) busy: u32,
+    /// What Checkpoint answers.
+    pub(super) checkpoint: Option<CallFailure>,
+    /// Restores that fail before one succeeds.
+    pub(super) restore_fails: u32,
+}
+
+pub(super) fn process(cuda: Cuda) -> Process {
+    Process { cuda, stopped: false, held: false, busy: 0, checkpoint: None, restore_fails: 0 }
+}
+
+pub(super) const RUNNING: Cuda = Cuda::State(ProcessState::Running);
+pub(super) const CHECKPOINTED: Cuda = Cuda::State(ProcessState::Checkpointed);
+
+/// An action that fails.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fault {
+    pub(super) action: &'static str,
+    /// How often it succeeds before.
+    pub(super) after: u32,
+    /// How often it fails then.
+    pub(super) times: u32,
+    /// A call of the driver is made, and its answer lost.
+    pub(super) is_done: bool,
+}
+
+#[derive(Default)]
+pub(super) struct FakeHost {
+    pub(super) processes: BTreeMap<i32, Process>,
+    pub(super) frozen: bool,
+    pub(super) done: Vec<String>,
+    pub(super) memory_left: Option<MemoryLeft>,
+    /// NVML does not answer.
+    pub(super) is_blind: bool,
+    /// A process of which NVML does not know.
+    pub(super) unlisted: Option<i32>,
+    /// Free GPU memory, in each answer of NVML's in turn; the last one for ever.
+    pub(super) free: Vec<u64>,
+    pub(super) uses: Unsupported,
+    /// A process that starts when the first one is locked.
+    pub(super) newcomer: Option<(i32, Process)>,
+    /// Processes that start when process 101 is checkpointed, one each time.
+    pub(super) latecomers: Vec<(i32, Process)>,
+    pub(super) uncleanable: bool,
+    pub(super) unswappable: Option<i32>,
+    pub(super) is_damaged: bool,
+    pub(super) slept: Duration,
+    pub(super) fault: Option<Fault>,
+    /// How often the action of the fault was begun, and how often it failed.
+    pub(super) begun: u32,
+    pub(super) failed: u32,
+}
+
+/// A fake host with what is to be undone on it.
+#[derive(Default)]
+pub(super) struct Bed {
+    host: FakeHost,
+    undo: Undo,
+}
+
+impl Deref for Bed {
+    type Target = FakeHost;
+
+    fn deref(&self) -> &FakeHost {
+        &self.host
+    }
+}
+
+impl DerefMut for Bed {
+    fn deref_mut(&mut self) -> &mut FakeHost {
+        &mut self.host
+    }
+}
+
+impl Bed {
+    pub(super) fn of(processes: impl IntoIterator<Item = (i32, Process)>) -> Self {
+        let host = FakeHost { processes: processes.into_iter().collect(), frozen: true, ..FakeHost::default() };
+        Self { host, undo: Undo::default() }
+    }
+
+    pub(super) fn with<T>(&mut self, run: impl FnOnce(Session<'_, FakeHost>) -> T) -> T {
+        run(Session::new(&mut self.host, &mut self.undo, &mut |_| {}))
+    }
+
+    pub(super) fn suspend(&mut self) -> Result<Suspended, SessionError> {
+        self.with(|session| session.suspend(true, Duration::from_millis(200), SHORT_CALL))
+    }
+
+    pub(super) fn resume(&mut self, frozen: bool) -> Result<Resumed, SessionError> {
+        self.with(|session| session.resume(frozen, &[], SHORT_CALL))
+    }
+
+    pub(super) fn owes(&self) -> Owed {
+        self.undo.owed()
+    }
+
+    pub(super) fn pay(&mut self) -> Owed {
+        self.with(|session| session.pay())
+    }
+
+    /// Notes what a process had on the GPU.
+    pub(super) fn had_on_gpu(&mut self, pid: i32, bytes: u64) {
+        self.undo.rooms.insert(pid, vec![OnGpu { uuid: "GPU-a".into(), bytes }]);
+    }
+
+    /// With processes 102 and above to be filled, which succeeds or not.
+    pub(super) fn resume_unfilled(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
+        let mut is_asked = false;
+        let processes = vec![SwapProcess { pid: 101, pieces: Vec::new() }];
+        let staging = Swap { files: Vec::new(), processes };
+        let resumed = self.with(|session| {
+            session.resume_unfilled(&staging, &[], SHORT_CALL, &mut || {
+                is_asked = true;
+                succeeds
+            })
+        });
+        assert!(is_asked || resumed.is_err(), "nobody waited for the rest");
+        resumed
+    }
+
+    pub(super) fn swap_all(&mut self) -> Result<Swapped, SessionError> {
+        let processes = [101, 103].map(|pid| SwapProcess { pid, pieces: Vec::new() });
+        let swap = Swap { files: Vec::new(), processes: processes.into() };
+        self.with(|session| session.swap(&swap, SHORT_CALL))
+    }
+}
+
+impl FakeHost {
+    /// Begins an action, which fails if it is to.
+    fn begin(&mut self, action: &'static str) -> bool {
+        let Some(fault) = self.fault.filter(|fault| fault.action == action) else { return true };
+        self.begun += 1;
+        let fails = self.begun > fault.after && self.begun - fault.after <= fault.times;
+        self.failed += u32::from(fails);
+        !fails
+    }
+
+    fn act(&mut self, action: &'static str) -> Result<(), SessionError> {
+        let failure = || SessionError::Container { action: action.to_owned(), why: "as told".into() };
+        self.begin(action).then_some(()).ok_or_else(failure)
+    }
+
+    fn call(&mut self, pid: i32, call: &Call) -> Result<Answer, CallFailure> {
+        let action = match call {
+            Call::State => "state",
+            Call::Lock { .. } => "lock",
+            Call::Checkpoint => "checkpoint",
+            Call::Restore { .. } => "restore",
+            Call::Unlock => "unlock",
+        };
+        if self.begin(action) {
+            return self.called(pid, call);
+        }
+        if self.fault.is_some_and(|fault| fault.is_done) {
+            // Whatever it answers is lost.
+            let _ = self.called(pid, call);
+        }
+        Err(CallFailure::Died)
+    }
+
+    pub(super) fn cuda(&self, pid: i32) -> Cuda {
+        self.processes[&pid].cuda
+    }
+
+    fn called(&mut self, pid: i32, call: &Call) -> Result<Answer, CallFailure> {
+        assert!(!self.frozen, "a call on a frozen process never returns");
+        let Some(process) = self.processes.get_mut(&pid) else {
+            return Err(CallFailure::Refused(CudaResult::OPERATING_SYSTEM));
+        };
+        assert!(!process.stopped, "a call on a stopped process never returns");
+        let Cuda::State(state) = process.cuda else {
+            return Err(CallFailure::Refused(CudaResult::NOT_INITIALIZED));
+        };
+        let illegal = Err(CallFailure::Refused(CudaResult::ILLEGAL_STATE));
+        let next = match (call, state) {
+            (Call::State, state) => return Ok(Answer::State(state)),
+            (Call::Lock { timeout_ms }, ProcessState::Running) => {
+                assert!(*timeout_ms > 0, "no timeout is for ever");
+                if process.busy > 0 {
+                    process.busy -= 1;
+                    return Err(CallFailure::Refused(CudaResult::NOT_READY));
+                }
+                self.processes.extend(self.newcomer.take());
+                ProcessState::Locked
+            }
+            (Call::Checkpoint, ProcessState::Locked) => {
+                assert!(process.held, "what runs may read what the driver takes away");
+                if let Some(failure) = process.checkpoint.clone() {
+                    return Err(failure);
+                }
+                self.processes.extend((pid == 101).then(|| self.latecomers.pop()).flatten());
+                ProcessState::Checkpointed
+            }
+            (Call::Restore { .. }, ProcessState::Checkpointed) => {
+                let is_at_risk = self.fault.is_some_and(|fault| ["hold", "settle", "cont"].contains(&fault.action));
+                assert!(process.held || is_at_risk, "what runs may read what is not back yet");
+                if process.restore_fails > 0 {
+                    process.restore_fails -= 1;
+                    return Err(CallFailure::Hangs);
+                }
+                ProcessState::Locked
+            }
+            (Call::Unlock, ProcessState::Locked) => ProcessState::Running,
+            _ => return illegal,
+        };
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.cuda = Cuda::State(next);
+        }
+        self.done.push(format!("{next} {pid}"));
+        Ok(Answer::Done)
+    }
+
+    /// It is as it was before.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.frozen && self.processes.values().all(|p| !p.held && matches!(p.cuda, RUNNING | Cuda::No | Cuda::Residue))
+    }
+}
+
+impl Processes for FakeHost {
+    fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
+        self.act("pids")?;
+        Ok(self.processes.keys().copied().collect())
+    }
+
+    fn is_gone(&mut self, pid: i32) -> bool {
+        !self.processes.contains_key(&pid)
+    }
+
+    fn touches_gpu(&mut self, pid: i32) -> bool {
+        self.processes[&pid].cuda != Cuda::No
+    }
+
+    fn has_drivers_threads(&mut self, pid: i32) -> bool {
+        matches!(self.processes[&pid].cuda, Cuda::State(_))
+    }
+
+    fn left(&mut self, pid: i32) -> Option<String> {
+        let of_driver = matches!(self.processes[&pid].cuda, Cuda::Residue | RUNNING);
+        of_driver.then(|| "descriptor 7 of /dev/nvidia0".to_owned())
+    }
+
+    fn describe(&mut self, pid: i32) -> String {
+        format!("process {pid}")
+    }
+
+    fn namespace_pid(&mut self, pid: i32) -> i32 {
+        pid - 100
+    }
+
+    fn staged(&mut self, _pid: i32, is_first: bool) -> Vec<Range> {
+        let small = Range { start: 1 << 12, end: 2 << 12 };
+        if is_first { Vec::new() } else { vec![small, Range { start: 1 << 20, end: 3 << 20 }] }
+    }
+
+    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+        match self.processes[&pid].cuda {
+            Cuda::Beginner => vec![(3, 4)],
+            _ => vec![(1, 2)],
+        }
+    }
+
+    fn is_stopped(&mut self, pid: i32) -> bool {
+        self.processes.get(&pid).is_some_and(|process| process.stopped)
+    }
+
+    fn is_stopping(&mut self, pid: i32) -> bool {
+        self.is_stopped(pid)
+    }
+
+    fn unsupported(&mut self, _pid: i32) -> Unsupported {
+        self.uses
+    }
+}
+
+impl Driver for FakeHost {
+    fn calls(&mut self, calls: &[(i32, Call)], _limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+        calls.iter().map(|(pid, call)| self.call(*pid, call)).collect()
+    }
+
+    fn inventory(&mut self) -> Result<Inventory, CallFailure> {
+        if self.is_blind || !self.begin("inventory") {
+            return Err(CallFailure::Impossible("there is no NVML".into()));
+        }
+        let of = |pid: &i32| GpuProcess { pid: pid.unsigned_abs(), memory: Some(4 << 30) };
+        let processes = self.processes.keys().filter(|pid| Some(**pid) != self.unlisted).map(of).collect();
+        let free = if self.free.len() > 1 { Some(self.free.remove(0)) } else { self.free.first().copied() };
+        let gpu = Gpu {
+            uuid: "GPU-a".into(),
+            name: "H100".into(),
+            minor: 0,
+            memory: 80 << 30,
+            free,
+            mig: false,
+            persistence: false,
+            processes,
+        };
+        Ok(Inventory { driver: "580".into(), gpus: vec![gpu] })
+    }
+}
+
+impl Freezer for FakeHost {
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.act("freeze")?;
+        self.frozen = true;
+        Ok(())
+    }
+
+    fn freeze_at_rest(&mut self) -> Result<(), SessionError> {
+        self.act("freeze at rest")?;
+        self.frozen = true;
+        Ok(())
+    }
+
+    fn thaw(&mut self) -> Result<(), SessionError> {
+        self.act("thaw")?;
+        self.frozen = false;
+        Ok(())
+    }
+
+    fn memory_left(&mut self) -> Option<MemoryLeft> {
+        self.memory_left
+    }
+}
+
+impl Tracer for FakeHost {
+    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.act("hold")?;
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.held = true;
+        }
+        Ok(())
+    }
+
+    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+        assert!(self.frozen, "it would run until it is held");
+        self.done.push(format!("held {pid}"));
+        self.hold(pid)
+    }
+
+    fn settle(&mut self, _limit: Duration) -> Result<(), SessionError> {
+        self.act("settle")
+    }
+
+    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+        self.act("let go")?;
+        for (pid, process) in &mut self.processes {
+            if keep.contains(pid) {
+                continue;
+            }
+            let off_gpu = matches!(process.cuda, CHECKPOINTED);
+            assert!(!(process.held && off_gpu) || self.frozen, "{pid} runs without its GPU state");
+            process.held = false;
+        }
+        Ok(())
+    }
+
+    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.act("cont")?;
+        let Some(process) = self.processes.get_mut(&pid) else { return Ok(()) };
+        process.stopped = false;
+        process.held = true;
+        Ok(())
+    }
+
+    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.act("cont unheld")?;
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.stopped = false;
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.act("stop")?;
+        self.done.push(format!("stopped {pid}"));
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.stopped = true;
+        }
+        Ok(())
+    }
+
+    fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+        self.act("clean")?;
+        if self.uncleanable {
+            let (action, process) = ("free the GPU of".to_owned(), self.describe(pid));
+            return Err(SessionError::Process { action, process, why: "no".into() });
+        }
+        if let Some(process) = self.processes.get_mut(&pid) {
+            process.cuda = Cuda::No;
+        }
+        Ok(3)
+    }
+
+    fn swap(&mut self, _: &[PathBuf], process: &SwapProcess, _: Duration) -> Result<Vec<Range>, SessionError> {
+        self.act("swap")?;
+        assert!(!self.frozen, "a call in a frozen process never returns");
+        assert!(self.processes.values().all(|process| process.held), "something runs");
+        self.done.push(format!("swapped {}", process.pid));
+        if self.unswappable == Some(process.pid) {
+            let (action, process) = ("swap".to_owned(), self.describe(process.pid));
+            return Err(SessionError::Process { action, process, why: "no".into() });
+        }
+        Ok(vec![Range { start: 4096, end: 8192 }])
+    }
+
+    fn map_staging(&mut self, staging: &Swap, _: Duration) -> Result<(), SessionError> {
+        self.act("map")?;
+        assert!(!self.frozen, "a call in a frozen process never returns");
+        self.done.extend(staging.processes.iter().map(|process| format!("mapped {}", process.pid)));
+        Ok(())
+    }
+
+    fn finish_staging(&mut self, _: Duration) -> Result<(), SessionError> {
+        self.act("finish")?;
+        self.done.push("staging is checked".to_owned());
+        if self.is_damaged { Err(SessionError::Unfilled) } else { Ok(()) }
+    }
+}
+
+impl Host for FakeHost {
+    fn sleep(&mut self, time: Duration) {
+        self.slept += time;
+        if self.slept > Duration::from_secs(1) {
+            for process in self.processes.values_mut().filter(|process| process.cuda == Cuda::Beginner) {
+                process.cuda = RUNNING;
+            }
+        }
+    }
+}

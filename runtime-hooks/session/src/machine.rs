@@ -1,0 +1,453 @@
+//! The steps of a checkpoint, taken on this machine.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bulk::{Published, Saving};
+use cgroup::Cgroup;
+use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
+use criu::Criu;
+use gpu::Keeper;
+use phase::{Cancel, Phase, Timeline};
+use proc::HostPid;
+use reaper::{Child, Reaper};
+use role::{Because, Failure};
+use runtime::{CheckpointRequest, OciRuntime, Review};
+use snapshot::Store;
+use tokio::runtime::Runtime;
+
+use crate::checkpoint::{Actions, After};
+use crate::error::SessionError;
+use crate::limits::GPU;
+use crate::memory::{self, BigMemory, Described, Publication};
+use crate::order::CheckpointOrder;
+use crate::undo::{Step, Undo};
+
+/// CRIU's name for its log of a dump.
+const LOG: &str = "dump.log";
+/// Longest time for a killed init to end. A killed process is gone in milliseconds, unless it has much memory to free.
+const END: Duration = Duration::from_secs(30);
+
+/// Services of the session's process.
+pub(crate) struct Services {
+    /// Drives CRIU and runtimes.
+    pub(crate) tokio: Runtime,
+    pub(crate) reaper: Reaper,
+    pub(crate) timeline: Timeline,
+    pub(crate) cancel: Cancel,
+}
+
+/// One checkpoint of one container on this machine.
+pub(crate) struct Machine<'a> {
+    services: &'a Services,
+    order: &'a CheckpointOrder,
+    runtime: Arc<dyn OciRuntime>,
+    init: Child,
+    cgroup: Cgroup,
+    /// Bytes of memory that the container had before, in no file.
+    resident: Option<u64>,
+    keeper: Option<Keeper>,
+    /// The GPU state is on its way back.
+    is_resuming: bool,
+    /// A session that died began the checkpoint.
+    is_successor: bool,
+    /// Shared with the review of the images, which completes the record.
+    draft: Arc<Mutex<Option<Draft>>>,
+    /// Folder of the draft.
+    folder: PathBuf,
+    log: Option<LogFolder>,
+    gpu: Option<SavedGpus>,
+    staging: Vec<gpu::Staging>,
+    memory: Option<BigMemory>,
+    /// The store that something is published in, to be withdrawn from.
+    store: Option<Store>,
+    publication: Option<Publication>,
+    publishing: Option<JoinHandle<Result<Option<Published>, SessionError>>>,
+    published: Option<Published>,
+    /// The record was completed before CRIU was let to kill the container.
+    is_committed: Arc<AtomicBool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> SessionError {
+    let path = path.to_owned();
+    move |source| SessionError::File { action, path, source }
+}
+
+impl<'a> Machine<'a> {
+    pub(crate) fn new(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
+        let _enter = services.tokio.enter();
+        let init = services.reaper.adoption().adopt(order.init);
+        let init = init.map_err(file("watch", &PathBuf::from(format!("/proc/{}", order.init))))?;
+        let runtime = order.subject.runtime.runtime(&services.reaper);
+        let pid = HostPid::new(order.init).ok_or(SessionError::Bug("the pid of an order"))?;
+        let cgroup = runtime.cgroup(&order.subject.id, pid)?;
+        Ok(Self {
+            services,
+            order,
+            runtime,
+            init,
+            resident: cgroup.anonymous_memory(),
+            cgroup,
+            keeper: None,
+            is_resuming: false,
+            is_successor: false,
+            draft: Arc::default(),
+            folder: order.options.folder.clone(),
+            log: None,
+            gpu: None,
+            staging: Vec::new(),
+            memory: None,
+            store: None,
+            publication: None,
+            publishing: None,
+            published: None,
+            is_committed: Arc::default(),
+        })
+    }
+
+    /// Returns what becomes of the container.
+    pub(crate) fn after(&self) -> After {
+        if self.order.options.exit { After::Exit } else { After::LeaveRunning }
+    }
+
+    /// Returns whether no process of the container is left.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.cgroup.pids().is_ok_and(|pids| pids.is_empty())
+    }
+
+    /// Returns the checkpoint of a session that died, to be undone.
+    pub(crate) fn after_death(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
+        Ok(Self { is_successor: true, ..Self::new(services, order)? })
+    }
+
+    /// Returns whether threads of the container are held, so that CRIU cannot seize them.
+    fn is_held(&self) -> bool {
+        let owed = self.keeper.as_ref().map(Keeper::owes);
+        owed.is_some_and(|owed| owed.steps.iter().any(|step| matches!(step, gpu::Step::Held(_))))
+    }
+
+    fn keeper(&mut self) -> &mut Keeper {
+        self.keeper.get_or_insert_with(Keeper::new)
+    }
+
+    fn remap(&mut self, memory: &mut BigMemory) -> Result<(), SessionError> {
+        let staging = std::mem::take(&mut self.staging);
+        let ranges = |of: &gpu::Staging| of.ranges.iter().map(|range| range.start..range.end).collect();
+        let to_save = |of: &gpu::Staging| bulk::Staging { process: of.pid, pid: of.namespace_pid, ranges: ranges(of) };
+        self.enter(Phase::SaveMemory);
+        let saved = memory.saving.save(&staging.iter().map(to_save).collect::<Vec<_>>())?;
+        memory.files.clone_from(&saved.files);
+        let timeline = self.services.timeline.clone();
+        let cgroup = self.cgroup.clone();
+        let mut began = |phase| timeline.enter(phase);
+        let remapped = self.keeper().swap(&cgroup, &memory::remap(saved), GPU, &mut began);
+        match remapped {
+            Ok(remapped) => {
+                let pid = |process| staging.iter().find(|of| of.pid == process).map_or(process, |of| of.namespace_pid);
+                let left = remapped.processes.into_iter();
+                let left = left.flat_map(|of| of.left.into_iter().map(move |range| (of.pid, range)));
+                memory.left = left.map(|(process, range)| (pid(process), range.start..range.end)).collect();
+            }
+            // CRIU dumps what is not in files then, which takes longer and is as good.
+            Err(error) if !self.is_held() => {
+                tracing::warn!("its GPU memory goes through the images: {}", phase::chain(&error));
+                let all = staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.namespace_pid, range)));
+                memory.left = all.map(|(pid, range)| (pid, range.start..range.end)).collect();
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    fn record(&self) -> Record {
+        let order = self.order;
+        Record {
+            id: order.subject.id.clone(),
+            runtime: order.subject.runtime.name(),
+            allow: order.options.allow,
+            gpu: self.gpu.clone(),
+            resident: self.resident,
+            timeline: self.services.timeline.clone(),
+        }
+    }
+}
+
+/// What the commit record says, but for the memory.
+struct Record {
+    id: String,
+    runtime: String,
+    allow: runtime::Allow,
+    gpu: Option<SavedGpus>,
+    resident: Option<u64>,
+    timeline: Timeline,
+}
+
+impl Record {
+    fn complete(self, published: Option<Published>, draft: &Mutex<Option<Draft>>) -> Result<(), SessionError> {
+        let Self { id, runtime, allow, gpu, resident, timeline } = self;
+        let manifest = Manifest::new(&id, runtime, allow, gpu, published, resident, &timeline);
+        let mut draft = lock(draft);
+        let draft = draft.as_mut().ok_or(SessionError::Bug("the draft of a checkpoint"))?;
+        let folder = draft.folder().to_owned();
+        draft.complete(&manifest).map_err(file("complete the checkpoint in", &folder))
+    }
+}
+
+impl Actions for Machine<'_> {
+    fn draft(&mut self) -> Result<(), SessionError> {
+        let folder = &self.order.options.folder;
+        let draft = Draft::begin(folder, &self.order.subject.id).map_err(file("use the folder", folder))?;
+        self.folder = draft.folder().to_owned();
+        *lock(&self.draft) = Some(draft);
+        let (subject, work) = (&self.order.subject, self.order.options.work.as_deref());
+        let log = LogFolder::make(&subject.logs, work, &subject.namespace, &subject.id, LOG);
+        self.log = Some(log.map_err(file("make a folder for the log of", folder))?);
+        Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<(), SessionError> {
+        self.enter(Phase::Freeze);
+        self.cgroup.freeze_at_rest(self.order.paused).map_err(SessionError::Freezer)
+    }
+
+    fn uses_gpu(&mut self) -> Result<bool, SessionError> {
+        let pids = self.cgroup.pids().map_err(SessionError::Cgroup)?;
+        Ok(pids.into_iter().any(cuda::process::touches_gpu))
+    }
+
+    fn suspend(&mut self) -> Result<(), SessionError> {
+        let (init, paused, patience) = (self.order.init, self.order.paused, self.order.options.patience);
+        let timeline = self.services.timeline.clone();
+        let cgroup = self.cgroup.clone();
+        let mut began = |phase| timeline.enter(phase);
+        let mut suspended = self.keeper().suspend(&cgroup, paused, patience, GPU, &mut began)?;
+        self.staging = std::mem::take(&mut suspended.staging);
+        self.staging.retain(|of| !of.ranges.is_empty());
+        self.gpu = SavedGpus::of(suspended, &self.order.devices, init);
+        Ok(())
+    }
+
+    fn save_memory(&mut self) -> Result<(), SessionError> {
+        if self.order.options.memory == MemoryPlace::Images || !self.runtime.drives_criu() {
+            return Ok(());
+        }
+        if self.staging.is_empty() && memory::resident(&self.cgroup)? < bulk::LEAST_MEMORY {
+            return Ok(());
+        }
+        let store = &self.order.subject.store;
+        let saving = Saving::begin(&store.root, store.quota)?;
+        self.store = Some(saving.store());
+        let mut memory = BigMemory { saving, files: Vec::new(), left: Vec::new() };
+        if !self.staging.is_empty() {
+            self.remap(&mut memory)?;
+        }
+        self.memory = Some(memory);
+        Ok(())
+    }
+
+    fn save_shm(&mut self) -> Result<(), SessionError> {
+        let Some(shm) = &self.order.shm else { return Ok(()) };
+        self.services.timeline.enter(Phase::SaveShm);
+        shm.save(&self.folder).map_err(file("save /dev/shm in", &self.folder))
+    }
+
+    fn dump(&mut self) -> Result<(), SessionError> {
+        let (order, services) = (self.order, self.services);
+        let images = self.folder.clone();
+        let external_files = self.memory.as_ref().map(|memory| memory.files.clone()).unwrap_or_default();
+        if let Some(memory) = self.memory.take() {
+            // If CRIU says nothing of its version, the dump will fail for a better reason.
+            let criu = services.tokio.block_on(Criu::new(services.reaper.clone()).version());
+            let machine = Described {
+                cgroup: &self.cgroup,
+                runtime_name: &order.subject.runtime.name(),
+                criu: criu.map(|version| version.to_string()).unwrap_or_default(),
+                gpu: self.gpu.as_ref(),
+                resident: self.resident,
+            };
+            // What goes on beside the container's own way has a timeline of its own.
+            let timeline = match self.after() {
+                After::Exit => services.timeline.clone(),
+                After::LeaveRunning => Timeline::start(Phase::MoveMemory),
+            };
+            self.publication = Some(Publication::prepare(memory, order, &machine, &images, timeline)?);
+        }
+        self.enter(Phase::Dump);
+        let work = self.log.as_ref().map_or_else(|| images.clone(), |log| log.path().to_owned());
+        let (tell, told) = mpsc::channel();
+        let review = (self.after() == After::Exit && self.runtime.drives_criu()).then(|| {
+            let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
+            let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
+            let committed = Arc::clone(&self.is_committed);
+            Review::new(move || {
+                cancel.check()?;
+                let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
+                // Told before the commit: whatever fails after it, the snapshot is withdrawn.
+                let _ = tell.send(published.clone());
+                cancel.check()?;
+                timeline.enter(Phase::Publish);
+                record.complete(published, &draft)?;
+                timeline.enter(Phase::Dump);
+                committed.store(true, Ordering::Release);
+                Ok(())
+            })
+        });
+        if review.is_none() && self.after() == After::Exit {
+            // A runtime that drives CRIU itself lets nobody in before it kills the container.
+            self.record().complete(None, &self.draft)?;
+        }
+        let request = CheckpointRequest {
+            id: order.subject.id.clone(),
+            init: order.init,
+            images,
+            work: work.clone(),
+            leave_running: !order.options.exit,
+            allow: order.options.allow,
+            external_files,
+            cancel: services.cancel.clone(),
+            review,
+        };
+        let dumped = services.tokio.block_on(self.runtime.checkpoint(request));
+        self.published = told.try_recv().ok().flatten();
+        if dumped.is_err() {
+            // runc's shim leaves the log there, and its users look for it there.
+            if let Err(error) = std::fs::copy(work.join(LOG), order.subject.bundle.join("criu-dump.log")) {
+                tracing::debug!("no log of the failed dump: {error}");
+            }
+        }
+        Ok(dumped?)
+    }
+
+    fn begin_publication(&mut self) {
+        let Some(publication) = self.publication.take() else { return };
+        let before = self.services.timeline.clone();
+        self.publishing = Some(std::thread::spawn(move || publication.run(&before)));
+    }
+
+    fn finish_publication(&mut self) -> Result<(), SessionError> {
+        if let Some(publishing) = self.publishing.take() {
+            self.published = publishing.join().map_err(|_| SessionError::Bug("the publication"))??;
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self) -> Result<(), SessionError> {
+        if self.after() == After::LeaveRunning {
+            self.record().complete(self.published.clone(), &self.draft)?;
+        }
+        let target = &self.order.options.folder;
+        if let Some(draft) = lock(&self.draft).take() {
+            draft.publish().map_err(file("publish the checkpoint in", target))?;
+        }
+        if let Some(log) = self.log.take() {
+            log.remove();
+        }
+        Ok(())
+    }
+
+    fn is_ended(&mut self) -> bool {
+        self.is_committed.load(Ordering::Acquire) && is_ending(self.order.init)
+    }
+
+    fn wait_for_end(&mut self) -> Result<(), SessionError> {
+        self.enter(Phase::Release);
+        // What CRIU has killed dies only when it is thawed.
+        if self.cgroup.is_frozen().map_err(SessionError::Freezer)? {
+            self.cgroup.thaw().map_err(SessionError::Freezer)?;
+        }
+        let init = self.init.clone();
+        let ended = async move { tokio::time::timeout(END, init.wait()).await };
+        match self.services.tokio.block_on(ended) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(SessionError::DoesNotEnd { pid: self.order.init }),
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        self.services.timeline.current()
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        self.services.timeline.enter(phase);
+    }
+}
+
+/// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.
+fn is_ending(pid: i32) -> bool {
+    const KILL: u64 = 1 << 8;
+    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let pending = |name| field(name).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
+    let is_dead = field("State:").is_some_and(|state| state.starts_with(['Z', 'X']));
+    is_dead || (pending("SigPnd:") | pending("ShdPnd:")) & KILL != 0
+}
+
+impl Undo for Machine<'_> {
+    fn undo(&mut self, step: Step) -> Result<(), Failure> {
+        match step {
+            Step::Published => self.withdraw(),
+            Step::Suspended => self.resume_gpu(),
+            Step::Frozen => self.put_freezer_back(),
+            Step::Drafted => self.discard(),
+        }
+    }
+}
+
+impl Machine<'_> {
+    /// Removes what was written of the checkpoint.
+    fn discard(&mut self) -> Result<(), Failure> {
+        // Dropped, a draft removes what it has written.
+        drop(lock(&self.draft).take());
+        if !self.is_successor {
+            return Ok(());
+        }
+        // A new draft removes what a dead one has left, and then itself.
+        let discarded = Draft::begin(&self.order.options.folder, &self.order.subject.id);
+        discarded.map(drop).because("cannot remove what was written of a checkpoint")
+    }
+
+    fn withdraw(&mut self) -> Result<(), Failure> {
+        // A publication that still runs is waited for.
+        if let Err(error) = self.finish_publication() {
+            tracing::debug!("nothing was published: {}", phase::chain(&error));
+        }
+        match (self.published.take().map(|published| published.source), &self.store) {
+            (Some(bulk::Source::Snapshot(pointer)), Some(store)) => bulk::withdraw(store, &pointer),
+            _ => Ok(()),
+        }
+    }
+
+    fn resume_gpu(&mut self) -> Result<(), Failure> {
+        let (paused, timeline, cgroup) = (self.order.paused, self.services.timeline.clone(), self.cgroup.clone());
+        let owed = if std::mem::replace(&mut self.is_resuming, true) {
+            self.keeper().pay().clone()
+        } else {
+            let resumed = self.keeper().resume(&cgroup, paused, &[], GPU, &mut |phase| timeline.enter(phase));
+            if let Err(error) = resumed {
+                tracing::warn!("its GPU state is not back: {}", phase::chain(&error));
+            }
+            self.keeper().owes().clone()
+        };
+        // Processes that are gone owe nothing.
+        if owed.is_paid() || self.is_gone() { Ok(()) } else { Err(Failure::new(owed.to_string())) }
+    }
+
+    fn put_freezer_back(&mut self) -> Result<(), Failure> {
+        self.enter(Phase::Release);
+        let put_back = match (self.order.paused, self.cgroup.is_frozen()) {
+            _ if self.is_gone() => Ok(()),
+            (_, Err(error)) => Err(error),
+            (true, Ok(false)) => self.cgroup.freeze(),
+            (false, Ok(true)) => self.cgroup.thaw(),
+            _ => Ok(()),
+        };
+        put_back.map_err(|error| Failure::of(&error))
+    }
+}

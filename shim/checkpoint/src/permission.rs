@@ -1,0 +1,165 @@
+//! What a restore allows, whatever the checkpoint says that it needs.
+//!
+//! A checkpoint may come from anywhere, so its word is no permission. CRIU is root, and connects sockets and puts TCP
+//! connections together on behalf of the images. In a network namespace of the container's or the pod's own that reaches
+//! what the container reaches by itself. In the host's network namespace it would reach the host's abstract sockets as root,
+//! and other programs' connections: there the container's annotations have to say so.
+
+use std::path::Path;
+
+use images::Image;
+use runtime::{Allow, Privileges, Tcp};
+
+use crate::annotations::{AnnotationError, Annotations};
+use crate::manifest::Manifest;
+
+/// The network namespace that a container is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// Its own, or its pod's.
+    Own,
+    /// The host's, or one that is not known.
+    Hosts,
+}
+
+impl Network {
+    /// Reads the configuration in a bundle. A namespace by path counts as the container's own unless it is this process's.
+    #[must_use]
+    pub fn of_bundle(bundle: &Path) -> Self {
+        let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
+        let namespaces = spec.and_then(|spec| spec.linux().as_ref()?.namespaces().clone()).unwrap_or_default();
+        let network = namespaces.iter().find(|of| of.typ() == oci_spec::runtime::LinuxNamespaceType::Network);
+        match network.map(|of| of.path().as_deref()) {
+            None => Self::Hosts,
+            Some(None) => Self::Own,
+            Some(Some(path)) if is_mine(path) => Self::Hosts,
+            Some(Some(_)) => Self::Own,
+        }
+    }
+}
+
+fn is_mine(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    id(path) == id(Path::new("/proc/self/ns/net"))
+}
+
+/// Returns what a restore allows. Without a manifest another shim has made the checkpoint, and what it has was allowed then.
+///
+/// # Errors
+/// An annotation that is not understood.
+pub fn allow(
+    image: &Image,
+    manifest: Option<&Manifest>,
+    annotations: &Annotations,
+    network: Network,
+) -> Result<Allow, AnnotationError> {
+    let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
+    let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
+    let mut allow = manifest.map_or(other, Manifest::allow);
+    if network == Network::Hosts && annotations.privileges()? == Privileges::Container {
+        allow.external_unix_sockets = false;
+        if allow.tcp == Tcp::Keep {
+            allow.tcp = Tcp::Refuse;
+        }
+    }
+    if let Some(tcp) = annotations.tcp()? {
+        allow.tcp = tcp;
+    }
+    Ok(allow)
+}
+
+/// Returns the repository from which a snapshot may be pulled: the one that the container's annotation names, or else the
+/// node's. What the checkpoint itself says counts only if it lies within the node's.
+#[must_use]
+pub fn registry(annotations: &Annotations, of_node: Option<&str>, said: Option<&str>) -> Option<String> {
+    let within = |said: &&str| of_node.is_some_and(|node| is_within(said, node.trim_end_matches('/')));
+    annotations.registry().or_else(|| said.filter(within).or(of_node).map(str::to_owned))
+}
+
+/// Whether a repository is another, or below it. A tag or a digest may follow.
+fn is_within(repository: &str, other: &str) -> bool {
+    let rest = repository.strip_prefix(other);
+    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '@']) || is_tag(rest))
+        && !repository.split('/').any(|part| part == "..")
+}
+
+/// Whether this is a tag, and not the port of another host.
+fn is_tag(rest: &str) -> bool {
+    rest.starts_with(':') && !rest.contains('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use runtime::{Phase, Timeline};
+
+    use super::*;
+
+    fn annotations(all: &[(&str, &str)]) -> Annotations {
+        let all: HashMap<_, _> = all.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Annotations::parse(&all).unwrap()
+    }
+
+    fn allowed(saved: Option<Allow>, network: Network, all: &[(&str, &str)]) -> Allow {
+        let timeline = Timeline::start(Phase::Freeze);
+        let manifest = saved.map(|allow| Manifest::new("c", "runc".into(), allow, None, None, None, &timeline));
+        allow(&Image::default(), manifest.as_ref(), &annotations(all), network).unwrap()
+    }
+
+    #[test]
+    fn what_a_checkpoint_says_is_allowed_where_it_reaches_no_further_than_the_container() {
+        let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: true };
+        assert_eq!(allowed(Some(saved), Network::Own, &[]), saved);
+        let hosts = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: true };
+        assert_eq!(allowed(Some(saved), Network::Hosts, &[]), hosts);
+        let closes = Allow { tcp: Tcp::Close, ..saved };
+        assert_eq!(allowed(Some(closes), Network::Hosts, &[]).tcp, Tcp::Close);
+        let foreign = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: false };
+        assert_eq!(allowed(None, Network::Hosts, &[]), foreign);
+    }
+
+    #[test]
+    fn the_container_has_the_last_word() {
+        let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: false };
+        let tcp = |network, value| allowed(Some(saved), network, &[("gpusnap.dev/tcp", value)]).tcp;
+        assert_eq!(tcp(Network::Hosts, "keep"), Tcp::Keep);
+        assert_eq!(tcp(Network::Own, "close"), Tcp::Close);
+        assert_eq!(tcp(Network::Own, "refuse"), Tcp::Refuse);
+        let snapshot = [("gpusnap.dev/restore-privileges", "snapshot")];
+        assert_eq!(allowed(Some(saved), Network::Hosts, &snapshot), saved);
+    }
+
+    #[test]
+    fn a_container_without_a_network_namespace_is_in_the_hosts() {
+        let bundle = tempfile::tempdir().unwrap();
+        let network = |namespaces: &str| {
+            let spec = format!(r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{namespaces}]}}}}"#);
+            std::fs::write(bundle.path().join("config.json"), spec).unwrap();
+            Network::of_bundle(bundle.path())
+        };
+        assert_eq!(network(r#"{"type":"pid"}"#), Network::Hosts);
+        assert_eq!(network(r#"{"type":"pid"},{"type":"network"}"#), Network::Own);
+        assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/net"}"#), Network::Hosts);
+        assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/mnt"}"#), Network::Own);
+        assert_eq!(Network::of_bundle(&bundle.path().join("none")), Network::Hosts);
+    }
+
+    #[test]
+    fn only_the_node_and_the_container_say_where_snapshots_are_pulled_from() {
+        let none = annotations(&[]);
+        let asked = annotations(&[("gpusnap.dev/registry", "asked.example/x")]);
+        assert_eq!(registry(&none, None, Some("evil.example/x")), None);
+        assert_eq!(registry(&none, Some("node.example/team"), Some("evil.example/x")).unwrap(), "node.example/team");
+        assert_eq!(registry(&asked, Some("node.example"), Some("node.example/x")).unwrap(), "asked.example/x");
+        for within in
+            ["node.example/team/vit", "node.example/team", "node.example/team:warm", "node.example/team/vit:warm"]
+        {
+            assert_eq!(registry(&none, Some("node.example/team"), Some(within)).unwrap(), within);
+        }
+        for out in ["node.example/teams", "node.example/team/../x", "node.example/team:80/x", "node.example"] {
+            assert_eq!(registry(&none, Some("node.example/team"), Some(out)).unwrap(), "node.example/team", "{out}");
+        }
+    }
+}

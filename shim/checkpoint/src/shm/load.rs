@@ -1,0 +1,193 @@
+//! An archive becomes files of a tree.
+//!
+//! The archive says names, kinds, owners, permissions and contents, and nothing else is believed: a name is a path of
+//! plain components, folders are opened without links, files are made and never opened, and neither setuid nor setgid comes
+//! back for what could be run. The tree's mount need not be `nosuid`.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use tar::EntryType;
+
+use super::FILE;
+use super::save::is_gone;
+use super::tree::{Entry, Tree};
+
+/// Bits that make a program run as its owner or group.
+const SET_ID: u32 = 0o6000;
+const SET_UID: u32 = 0o4000;
+/// No path of Linux has more bytes, and an extension of pax has a few.
+const MOST_NAMES: u64 = 16 << 10;
+/// Zeros of so many bytes become a hole, in a file that had some.
+const PAGE: usize = 4096;
+
+/// Makes what the archive has and the tree has not.
+pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
+    check_extensions(archive)?;
+    archive.rewind()?;
+    for entry in tar::Archive::new(io::BufReader::with_capacity(1 << 20, archive)).entries()? {
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        let (parent, name) = parts(&path)?;
+        let folder = match tree.folder(parent) {
+            Ok(folder) => folder,
+            Err(error) if is_gone(&error) => {
+                tracing::warn!(
+                    "{} is not restored in /dev/shm: another container's file is in its way",
+                    path.display()
+                );
+                continue;
+            }
+            Err(error) => return Err(because(error, &path)),
+        };
+        match make(tree, &folder, name, &mut entry) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                tracing::debug!("{} is in /dev/shm already", path.display());
+            }
+            made => made.map_err(|error| because(error, &path))?,
+        }
+    }
+    Ok(())
+}
+
+/// Checks what says names of the entries after it: all of that is read into memory.
+fn check_extensions(archive: &File) -> io::Result<()> {
+    for entry in tar::Archive::new(archive).entries_with_seek()?.raw(true) {
+        let entry = entry?;
+        let kind = entry.header().entry_type();
+        let says_names = kind.is_gnu_longname()
+            || kind.is_gnu_longlink()
+            || kind.is_pax_local_extensions()
+            || kind.is_pax_global_extensions();
+        if says_names && entry.header().entry_size()? > MOST_NAMES {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{FILE} has a name that is too long")));
+        }
+    }
+    Ok(())
+}
+
+fn because(error: io::Error, path: &Path) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+fn invalid(path: &Path) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{FILE} leads to {}", path.display()))
+}
+
+/// The folder and the last component of a path that is below its beginning.
+fn parts(path: &Path) -> io::Result<(&Path, &OsStr)> {
+    let is_plain = path.components().all(|component| matches!(component, Component::Normal(_)));
+    let parts = path.parent().zip(path.file_name()).filter(|_| is_plain);
+    parts.ok_or_else(|| invalid(path))
+}
+
+/// What an entry says of who owns it.
+struct Owner {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+}
+
+impl Owner {
+    fn of(header: &tar::Header) -> io::Result<Self> {
+        let id =
+            |id: u64| u32::try_from(id).map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "an impossible owner"));
+        Ok(Self { uid: id(header.uid()?)?, gid: id(header.gid()?)?, mode: header.mode()? & 0o7777 })
+    }
+}
+
+fn make(tree: &Tree, folder: &OwnedFd, name: &OsStr, entry: &mut tar::Entry<'_, impl Read>) -> io::Result<()> {
+    let owner = Owner::of(entry.header())?;
+    match entry.header().entry_type() {
+        EntryType::Directory => {
+            rustix::fs::mkdirat(folder, name, Mode::RWXU)?;
+            // Setgid of a folder only says whose the files are that are made in it.
+            made(folder, name, FileType::Directory, &owner, Some(owner.mode & !SET_UID))
+        }
+        EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
+            let file = create(folder, name)?;
+            let is_sparse = entry.header().entry_type() == EntryType::GNUSparse;
+            copy(entry, &file, is_sparse)?;
+            std::os::unix::fs::fchown(&file, Some(owner.uid), Some(owner.gid))?;
+            file.set_permissions(std::fs::Permissions::from_mode(owner.mode & !SET_ID))?;
+            let modified = std::time::Duration::from_secs(entry.header().mtime()?);
+            let modified = std::time::UNIX_EPOCH.checked_add(modified);
+            modified.map_or(Ok(()), |modified| file.set_modified(modified))
+        }
+        EntryType::Symlink => {
+            let target = entry.link_name()?.unwrap_or_default().into_owned();
+            rustix::fs::symlinkat(&target, folder, name)?;
+            made(folder, name, FileType::Symlink, &owner, None)
+        }
+        EntryType::Link => {
+            let first: PathBuf = entry.link_name()?.unwrap_or_default().into_owned();
+            let (parent, first_name) = parts(&first)?;
+            let first = Entry::at(&tree.folder(parent)?, first_name)?;
+            if FileType::from_raw_mode(first.stat.st_mode) != FileType::RegularFile {
+                return Err(io::Error::from(io::ErrorKind::AlreadyExists));
+            }
+            first.link(folder, name)
+        }
+        EntryType::Fifo => {
+            rustix::fs::mknodat(folder, name, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+            made(folder, name, FileType::Fifo, &owner, Some(owner.mode & !SET_ID))
+        }
+        other => {
+            tracing::debug!("an entry of kind {other:?} is left out of /dev/shm");
+            Ok(())
+        }
+    }
+}
+
+/// Gives what was just made its owner and permissions. Whatever somebody else has put in its place meanwhile stays as it is.
+fn made(folder: &OwnedFd, name: &OsStr, kind: FileType, owner: &Owner, mode: Option<u32>) -> io::Result<()> {
+    let entry = match Entry::at(folder, name) {
+        Ok(entry) => entry,
+        Err(error) if is_gone(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let is_as_made = match kind {
+        FileType::Directory => entry.stat.st_mode & 0o7777 & !0o2000 == 0o700,
+        FileType::Fifo => entry.stat.st_mode & 0o7777 & !0o600 == 0,
+        _ => true,
+    };
+    let is_ours = FileType::from_raw_mode(entry.stat.st_mode) == kind
+        && entry.stat.st_uid == rustix::process::geteuid().as_raw()
+        && is_as_made;
+    if is_ours { entry.own(owner.uid, owner.gid, mode) } else { Ok(()) }
+}
+
+fn create(folder: &OwnedFd, name: &OsStr) -> io::Result<File> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(File::from(rustix::fs::openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?))
+}
+
+/// Writes contents. A file that had holes has them again, and others have all their memory, as they asked for.
+fn copy(from: &mut impl Read, to: &File, is_sparse: bool) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0_u64;
+    loop {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match from.read(&mut buffer[filled..])? {
+                0 => break,
+                read => filled += read,
+            }
+        }
+        if filled == 0 {
+            return to.set_len(at);
+        }
+        let size = if is_sparse { PAGE } else { buffer.len() };
+        for piece in buffer[..filled].chunks(size) {
+            if !is_sparse || piece.iter().any(|byte| *byte != 0) {
+                to.write_all_at(piece, at)?;
+            }
+            at += piece.len() as u64;
+        }
+    }
+}

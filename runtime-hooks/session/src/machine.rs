@@ -12,8 +12,8 @@ use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
 use phase::{Cancel, Phase, Timeline};
-use reaper::{Child, Reaper};
 use proc::HostPid;
+use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
 use snapshot::Store;
@@ -454,4 +454,3 @@ impl Machine<'_> {
         put_back.map_err(|error| Failure::of(&error))
     }
 }
-

@@ -14,8 +14,8 @@
 use std::cmp::Reverse;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use bulk::{Node, Restored, Restoring, Saved, Source};
@@ -27,8 +27,8 @@ use phase::Phase;
 use proc::HostPid;
 use reaper::Child;
 use role::Failure;
-use rustix::process::Signal;
 use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
+use rustix::process::Signal;
 use snapshot::Scope;
 
 use crate::error::{Failed, SessionError};

@@ -1,8 +1,8 @@
 //! A restore's part: packs become memory of processes.
 
 use std::borrow::Cow;
-use std::path::Path;
 use std::io::{self, Read, Seek};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,8 +18,8 @@ use snapshot::{
 };
 
 use crate::inline;
-use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 use crate::save::piece;
+use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;

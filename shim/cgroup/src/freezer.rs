@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::{Cgroup, CgroupError, Hierarchy, file, process, vfork};
 
-/// How long freezing may take. It takes the kernel less than a millisecond, but a process in an uninterruptible wait,
+/// Limit of a freeze. The kernel needs less than a millisecond, but a process in an uninterruptible wait,
 /// for a dead network file system say, is frozen only when that ends.
 const DEADLINE: Duration = Duration::from_millis(500);
 
-/// How long to wait before asking the kernel again.
+/// Pause before the kernel is asked again.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// The v1 freezer can miss a process that is born while it freezes, and then waits for it for ever; asking it again
@@ -121,7 +121,7 @@ pub(crate) fn is_frozen(cgroup: &Cgroup) -> Result<bool, CgroupError> {
     }
 }
 
-/// Whether a process in this directory stands still, or is about to: it, or a cgroup above it, is frozen.
+/// Returns whether a process in this directory is frozen or about to be: by this cgroup's freezer, or one above it.
 pub(crate) fn stands_still(directory: &Path) -> Result<bool, CgroupError> {
     // On v1 the state is what all above make of it. On v2 each has its own, and the last one is the mount.
     let above = directory.ancestors().take_while(|above| above.join("cgroup.procs").exists());

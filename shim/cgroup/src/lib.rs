@@ -76,14 +76,14 @@ pub enum CgroupError {
         /// The process.
         pid: i32,
     },
-    /// It is there after a minute of attempts to remove it.
+    /// The cgroup is still there after a minute of attempts to remove it.
     #[error("the cgroup {path} does not go: processes {pids:?} are in it")]
     Busy {
         /// The directory, which may be below the one that was to be removed.
         path: PathBuf,
-        /// Who is in it.
+        /// Processes in the cgroup.
         pids: Vec<i32>,
-        /// What the kernel says.
+        /// Answer of the kernel.
         #[source]
         source: io::Error,
     },
@@ -92,7 +92,7 @@ pub enum CgroupError {
     Path {
         /// The path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the path, as it fits behind it.
         why: &'static str,
     },
     /// Cgroups were to be made by systemd on a machine with cgroup v1.
@@ -115,8 +115,8 @@ pub enum CgroupError {
     },
 }
 
-/// Where the processes of one container are accounted. It stays valid when the processes end, and while the cgroup's
-/// directories are there it can be asked. It can be told to another process, which has to see the same hierarchies.
+/// The cgroup of one container. The value stays valid when the processes end, and while the cgroup's
+/// directories are there it can be asked. Another process that sees the same hierarchies can be given it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
     hierarchy: Hierarchy,
@@ -247,7 +247,7 @@ impl Cgroup {
         freezer::is_frozen(self)
     }
 
-    /// Whether a process in it stands still, or is about to: it, or a cgroup above it, is frozen.
+    /// Returns whether a process in it is frozen or about to be: by this cgroup's freezer, or one above it.
     ///
     /// # Errors
     /// When the freezer's files cannot be read.
@@ -264,6 +264,18 @@ impl Cgroup {
     /// When the freezer's file cannot be written.
     pub fn thaw(&self) -> Result<(), CgroupError> {
         freezer::thaw(self)
+    }
+
+    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
+    /// of SIGKILL, and it stays frozen.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be written.
+    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
+        match self.hierarchy {
+            Hierarchy::V1(_) => self.thaw(),
+            Hierarchy::V2(_) => Ok(()),
+        }
     }
 
     /// Kills every process in it and removes it, with all below it, in all its hierarchies. Tries until it is gone, a
@@ -287,18 +299,6 @@ impl Cgroup {
         match &self.hierarchy {
             Hierarchy::V1(directories) => remove::remove_empty(&directories.all()),
             Hierarchy::V2(directory) => remove::remove_empty(std::slice::from_ref(directory)),
-        }
-    }
-
-    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
-    /// of SIGKILL, and it stays frozen.
-    ///
-    /// # Errors
-    /// When the freezer's file cannot be written.
-    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
-        match self.hierarchy {
-            Hierarchy::V1(_) => self.thaw(),
-            Hierarchy::V2(_) => Ok(()),
         }
     }
 

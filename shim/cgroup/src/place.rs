@@ -280,7 +280,7 @@ impl Place {
 /// Membership of this process in a container's cgroup, until it is dropped.
 #[derive(Debug)]
 pub struct Membership {
-    /// Where it was before.
+    /// The directories that the process was in before.
     left: Vec<PathBuf>,
 }
 
@@ -348,7 +348,7 @@ fn below(mount: &Path, path: &Path) -> PathBuf {
     mount.join(path.strip_prefix("/").unwrap_or(path))
 }
 
-/// Where systemd puts the unit for `slice:prefix:name`: `a-b.slice` is the directory `a.slice/a-b.slice`.
+/// Returns the directory in which systemd puts the unit for `slice:prefix:name`: `a-b.slice` is the directory `a.slice/a-b.slice`.
 fn systemd_path(path: &Path) -> Result<PathBuf, CgroupError> {
     let invalid = || CgroupError::Path { path: path.to_owned(), why: "is not slice:prefix:name" };
     let mut parts = path.to_str().ok_or_else(invalid)?.split(':');

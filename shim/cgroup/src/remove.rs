@@ -11,11 +11,11 @@ use rustix::process::Signal;
 
 use crate::{CgroupError, file, process};
 
-/// How long a removal may take. Killed processes are gone within milliseconds, unless they are stuck in the kernel; on
+/// Limit of a removal. Killed processes are gone within milliseconds, unless they are stuck in the kernel; on
 /// a machine with more work than processors the last step of an exit can wait for seconds.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// How long an empty cgroup may be in use.
+/// Limit for an empty cgroup to be in use.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// After that time without success it is told that a removal takes long.
@@ -35,7 +35,7 @@ pub(crate) fn remove_empty(directories: &[PathBuf]) -> Result<(), CgroupError> {
     remove_by(directories, Instant::now() + PATIENCE, Members::Stay)
 }
 
-/// What becomes of processes in a cgroup that is to be removed.
+/// Fate of processes in a cgroup that is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Members {
     Die,

@@ -28,7 +28,7 @@ enum Call {
     Clone3(u64),
 }
 
-/// The first of these processes that has a thread which waits so. To be asked when all of them stand still.
+/// Returns the first of these processes that has a thread which waits so. All of them have to stand still.
 ///
 /// A thread that was just made shows the call that made it, and so does the one that made it, until they are back in
 /// their program. They wait for nothing, unless the call was a vfork.
@@ -64,7 +64,7 @@ fn is_set(flags: u64) -> bool {
     flags & CLONE_VFORK == CLONE_VFORK
 }
 
-/// What a line of `/proc/PID/syscall` (proc_pid_syscall(5)), the number of the call and its arguments, says.
+/// Parses a line of `/proc/PID/syscall` (proc_pid_syscall(5)): the number of the call and its arguments.
 fn call(line: &str, is_32_bit: impl FnOnce() -> bool) -> Option<Call> {
     let mut words = line.split_ascii_whitespace();
     let number: libc::c_long = words.next()?.parse().ok()?;

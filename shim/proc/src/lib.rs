@@ -42,7 +42,7 @@ fn malformed(pid: HostPid, file: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/{file} is not as expected"))
 }
 
-fn trimmed(bytes: Vec<u8>) -> String {
-    let text = String::from_utf8_lossy(&bytes).into_owned();
+fn trimmed(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes).into_owned();
     text.strip_suffix('\n').map(str::to_owned).unwrap_or(text)
 }

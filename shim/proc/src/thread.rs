@@ -47,7 +47,7 @@ pub fn tids(pid: HostPid) -> io::Result<Vec<i32>> {
 /// # Errors
 /// When there is no such thread.
 pub fn thread_name(pid: HostPid, tid: i32) -> io::Result<String> {
-    fs::read(pid.path(&format!("task/{tid}/comm"))).map(trimmed)
+    fs::read(pid.path(&format!("task/{tid}/comm"))).map(|name| trimmed(&name))
 }
 
 /// Returns where in `/proc` memory and descriptors of a process show. They do not show under its pid if its first

@@ -31,6 +31,6 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
 /// Has `command` run with the original limit.
 pub(crate) fn restore_in(command: &mut Command) {
     if let Some(limit) = ORIGINAL.get() {
-        sys::limit_descriptors(command, limit.clone());
+        sys::limit_descriptors(command, *limit);
     }
 }

@@ -122,9 +122,10 @@ impl Reaper {
         let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;
         adoption.adopt_opened(pid, open).inspect_err(|error| {
             tracing::error!(pid, %error, "a new process cannot be watched, and is killed");
-            // Its pid is its own: the sweep, which reaps it as a child that nobody knows, waits for this adoption.
-            if let Err(error) = spawned.kill() {
-                tracing::error!(pid, %error, "it cannot be killed either");
+            // Its pid is its own: a sweep waits for this adoption.
+            match spawned.kill() {
+                Ok(()) => wait(&mut spawned),
+                Err(error) => tracing::error!(pid, %error, "it cannot be killed either"),
             }
         })
     }
@@ -151,8 +152,8 @@ impl Reaper {
     /// Returns the pid of the process that orphans become children of: this process or its parent.
     #[must_use]
     pub fn parent_of_orphans(&self) -> HostPid {
-        let parent = || rustix::process::getppid().map(HostPid::from);
-        self.is_guest.then(parent).flatten().unwrap_or_else(HostPid::own)
+        let parent = rustix::process::getppid().filter(|_| self.is_guest);
+        parent.map_or_else(HostPid::own, HostPid::from)
     }
 
     /// Opens an adoption: until it is dropped, no unknown child is reaped.

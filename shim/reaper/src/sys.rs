@@ -41,7 +41,7 @@ pub(crate) fn orphan(command: &mut Command, tell_pid: OwnedFd) {
 
 /// Runs the program under this limit on open descriptors.
 pub(crate) fn limit_descriptors(command: &mut Command, limit: Rlimit) {
-    let set = move || Ok(setrlimit(Resource::Nofile, limit.clone())?);
+    let set = move || Ok(setrlimit(Resource::Nofile, limit)?);
     // SAFETY: between fork and exec the closure only copies two numbers and calls prlimit; it neither allocates nor
     // takes a lock.
     unsafe { command.pre_exec(set) };

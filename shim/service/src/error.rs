@@ -93,7 +93,7 @@ pub(crate) enum RestoreError {
     #[error("cannot connect its standard input and output")]
     Stdio(#[source] crate::stdio::StdioError),
     #[error("cannot find its cgroup")]
-    Cgroup(#[source] CgroupError),
+    Cgroup(#[source] RuntimeError),
 }
 
 /// Returns what a container has not got back, for a message.

@@ -17,14 +17,14 @@ use crate::RuntimeError;
 /// No honest note is longer: it holds the container's whole configuration.
 const LIMIT: u64 = 32 << 20;
 
-/// What runc writes down, as far as it is read here.
+/// runc's note, as far as it is read here.
 #[derive(Debug, Deserialize)]
 struct RuncState {
     /// Directories, by controllers; the name of version 2 is empty.
     cgroup_paths: BTreeMap<String, PathBuf>,
 }
 
-/// What crun writes down.
+/// crun's note.
 #[derive(Debug, Deserialize)]
 struct CrunStatus {
     /// Path in the hierarchies.
@@ -33,7 +33,7 @@ struct CrunStatus {
 }
 
 impl Command {
-    /// By the runtime's notes; None if it has none that can be read.
+    /// Returns the cgroup by the runtime's note; None without a note that can be read.
     pub(super) fn noted_cgroup(&self, id: &str) -> Option<Cgroup> {
         noted(&self.inner.root.join(id))
     }
@@ -49,8 +49,8 @@ impl Command {
         }
     }
 
-    /// Removes what the runtime has left of a deleted container's cgroup. Whoever is in it is none of the container's
-    /// any more, and is left alone.
+    /// Removes the rest that the runtime has left of a deleted container's cgroup. Processes that are in it are not the
+    /// container's, and are left alone.
     pub(super) async fn remove_rest(&self, id: &str, cgroup: Cgroup) {
         let removed = tokio::task::spawn_blocking(move || cgroup.remove_empty()).await;
         match removed {
@@ -86,10 +86,10 @@ mod tests {
     #[test]
     fn runcs_note_names_the_directories() {
         let state = tempfile::tempdir().unwrap();
-        let note = r#"{"id":"x","init_process_pid":7,"cgroup_paths":{"memory":"/sys/fs/cgroup/memory/x","cpu,cpuacct":"/sys/fs/cgroup/cpu,cpuacct/x"}}"#;
+        let note = r#"{"id":"x","init_process_pid":7,"cgroup_paths":{"freezer":"/sys/fs/cgroup/freezer/x","cpu,cpuacct":"/sys/fs/cgroup/cpu,cpuacct/x"}}"#;
         std::fs::write(state.path().join("state.json"), note).unwrap();
-        let expected = ["memory", "cpu", "cpuacct"].map(|name| {
-            let folder = if name == "memory" { "memory" } else { "cpu,cpuacct" };
+        let expected = ["freezer", "cpu", "cpuacct"].map(|name| {
+            let folder = if name == "freezer" { "freezer" } else { "cpu,cpuacct" };
             (name.to_owned(), PathBuf::from(format!("/sys/fs/cgroup/{folder}/x")))
         });
         assert_eq!(noted(state.path()), Cgroup::of_directories(expected));

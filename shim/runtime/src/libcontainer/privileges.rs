@@ -1,12 +1,13 @@
-//! What restored processes may do, compared with what their container's specification gives.
+//! Comparison of restored processes with the specification of their container.
 //!
-//! Images decide user, capabilities, seccomp and namespaces of what CRIU makes of them, and whoever has written them
-//! may have written anything. So when everything is there and nothing has run, each thread is looked at: one that may
-//! more than a program that is started in the new container ends the restore. A saved container that was given more
-//! than the new one is refused by this too, unless its owner says otherwise ([`Privileges::Snapshot`]).
+//! Images decide user, capabilities, seccomp filter and namespaces of the processes that CRIU makes of them, and their
+//! author can have written anything. So each thread is looked at when the tree is complete and nothing has run. A
+//! thread with more rights than a program that is started in the new container ends the restore. This refuses a saved
+//! container that was given more than the new one too, unless its owner says otherwise
+//! ([`Privileges::Snapshot`](crate::Privileges::Snapshot)).
 //!
-//! Not compared: the rules of a seccomp filter (that there is one is), and the user. A user of the container's own is
-//! no more than the capabilities that it has.
+//! The rules of a seccomp filter are not compared, only that there is one. The user is not compared either: a user's
+//! power in a container is its capabilities.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,7 +27,7 @@ const ANNOTATION: &str = "gpusnap.dev/restore-privileges: snapshot";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Allowed {
     bounding: u64,
-    /// In the other sets: what it is given, and what it can come to by executing a program.
+    /// The most of the other sets: given by the specification, or gained by executing a program.
     others: u64,
     needs_filter: bool,
     needs_no_new_privileges: bool,
@@ -71,7 +72,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// What one thread has.
+/// The rights of one thread.
 #[derive(Clone, Debug)]
 struct Found {
     capabilities: Capabilities,
@@ -149,7 +150,7 @@ impl Allowed {
         Ok(())
     }
 
-    /// What a thread has that it may not have; None if all is well.
+    /// Returns the right that a thread has too many, as it fits behind "the process"; None if all is well.
     fn excess(&self, found: &Found, host: &BTreeMap<Kind, u64>, is_root: bool) -> Option<String> {
         let Capabilities { inheritable, permitted, effective, bounding, ambient } = found.capabilities;
         let sets = [
@@ -239,7 +240,7 @@ fn namespaces(pid: HostPid) -> io::Result<BTreeMap<Kind, u64>> {
     Kind::ALL.into_iter().filter_map(|kind| of(kind).transpose()).collect()
 }
 
-/// What the threads of a process have in common.
+/// The part that the threads of a process have in common.
 struct Of {
     namespaces: BTreeMap<Kind, u64>,
     maps: [Vec<[u64; 3]>; 2],

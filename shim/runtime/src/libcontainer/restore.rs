@@ -155,7 +155,7 @@ fn log_level() -> i32 {
     asked.unwrap_or(LOG_LEVEL)
 }
 
-/// What `/proc/PID/fd` says of a descriptor of this process.
+/// Returns the link of a descriptor of this process, as `/proc/PID/fd` has it.
 fn link(fd: BorrowedFd<'_>) -> io::Result<String> {
     let link = std::fs::read_link(HostPid::own().path(&format!("fd/{}", fd.as_raw_fd())))?;
     Ok(link.to_string_lossy().into_owned())

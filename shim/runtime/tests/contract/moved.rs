@@ -1,4 +1,4 @@
-//! What a restore has to find again although the container has changed it since its creation, and what it must refuse.
+//! Containers that have changed since their creation, and are restored; and images with more rights than a container.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -17,7 +17,7 @@ use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
 use phase::Phase;
 use reaper::{Child, Reaper};
-use runtime::ProcessIo;
+use runtime::{OciRuntime, ProcessIo, RuntimeError};
 use rustix::process::Signal;
 use session::{Conductor, Failed, RestoreOrder, Stop};
 
@@ -79,6 +79,7 @@ impl Actor {
                 devices: self.config.devices.clone(),
             },
             conductor: Arc::clone(&self.context.conductor),
+            runtime: Arc::clone(&self.runtime),
             reaper: self.context.reaper.clone(),
             owner: self.owner.clone(),
             stdio: self.init.stdio.clone(),
@@ -123,6 +124,7 @@ struct Running {
 struct Restore {
     order: RestoreOrder,
     conductor: Arc<dyn Conductor>,
+    runtime: Arc<dyn OciRuntime>,
     reaper: Reaper,
     owner: Owner,
     stdio: Stdio,
@@ -155,7 +157,7 @@ impl Restore {
                 return Err(stdio(error));
             }
         };
-        let cgroup = join(&child).await;
+        let cgroup = join(&*self.runtime, &container, &child).await;
         match (restored.go_on().await, cgroup) {
             (Ok(()), Ok(cgroup)) => {
                 // It may be large, and nobody waits for it.
@@ -178,11 +180,11 @@ impl Restore {
 
 /// Returns the container's cgroup, or `None` if init has ended by now: the last step of its life may have been all that was
 /// left to do, and that is a restore as good as any.
-async fn join(child: &Child) -> Result<Option<Cgroup>, cgroup::CgroupError> {
+async fn join(runtime: &dyn OciRuntime, id: &str, child: &Child) -> Result<Option<Cgroup>, RuntimeError> {
     if child.exit().is_some() {
         return Ok(None);
     }
-    match Cgroup::of_process(child.pid()) {
+    match runtime.cgroup(id, child.process()) {
         // On version 1 the kernel says of a dead process that it is in no cgroup.
         Err(_) if tokio::time::timeout(ENDING, child.wait()).await.is_ok() => Ok(None),
         found => found.map(Some),

@@ -1,5 +1,5 @@
-//! What libcgroups does of a container's cgroup: it makes it and sets its limits. The rest is the crate `cgroup`'s, the
-//! removal too: that of libcgroups looks at one level, signals by pid and gives up after three short waits.
+//! libcgroups' part of a container's cgroup: making it and setting its limits. The rest is the crate `cgroup`'s, and so is
+//! the removal: that of libcgroups looks at one level, signals by pid and gives up after three short waits.
 
 use cgroup::Place;
 use libcgroups::common::{AnyCgroupManager, CgroupConfig, CgroupManager, create_cgroup_manager};

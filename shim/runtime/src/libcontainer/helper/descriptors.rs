@@ -25,7 +25,8 @@ pub(super) fn note(pid: HostPid, directory: &Path) -> Result<()> {
 }
 
 /// Notes the streams of a restored container: those that it had, with the new ones in place of the pipes that were
-/// replaced. Not what its init has now: init may have closed or redirected them long before, while others use them.
+/// replaced. The descriptors that init has now do not count: init may have closed or redirected them, while other
+/// processes of the container use them.
 pub(super) fn note_restored(old: &[String], new: &[String], directory: &Path) -> Result<()> {
     // Images that say nothing of streams had nothing replaced.
     if old.is_empty() {
@@ -39,7 +40,7 @@ pub(super) fn note_restored(old: &[String], new: &[String], directory: &Path) ->
     write(&links, directory)
 }
 
-/// Whether a stream is one that a restore replaces.
+/// Returns whether a restore replaces a stream.
 pub(in crate::libcontainer) fn is_pipe(link: &str) -> bool {
     link.starts_with("pipe:[")
 }

@@ -1,6 +1,6 @@
 //! Id maps of several ranges. libcontainer leaves those to newuidmap and newgidmap, which serve users who are not root:
 //! they look into /etc/subuid, and may not be installed. Root can write the maps itself, as runc does, so this binary is
-//! what libcontainer finds under these names. It does not look at their exit codes: what went wrong is noted in a file.
+//! what libcontainer finds under these names. It does not look at their exit codes: a failure is noted in a file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -14,7 +14,7 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 use super::adapt;
 use super::error::{Context, Failure, Result};
 
-/// What this binary is called as, each with the map that it writes.
+/// Names that this binary is started by, each with the map that it writes.
 const NAMES: [(&str, &str); 2] = [("newuidmap", "uid_map"), ("newgidmap", "gid_map")];
 /// Beside the links.
 const NOTE: &str = "id-maps.failed";
@@ -24,12 +24,12 @@ pub(super) struct Mappers {
     folder: PathBuf,
 }
 
-/// Whether a map has several ranges.
+/// Returns whether a map has several ranges.
 pub(super) fn has_several(linux: &Linux) -> bool {
     [linux.uid_mappings(), linux.gid_mappings()].into_iter().flatten().any(|maps| maps.len() > 1)
 }
 
-/// What libcontainer is to do about the user namespace of a new container, and what has to be kept until it has.
+/// Returns libcontainer's configuration of a new user namespace, and the links that have to be kept until it is made.
 pub(super) fn config(spec: &Spec, folder: &Path) -> Result<(Option<UserNamespaceConfig>, Option<Mappers>)> {
     let linux = adapt::linux(spec)?;
     if !has_several(linux) || !adapt::has_new(linux, LinuxNamespaceType::User) {
@@ -52,7 +52,7 @@ impl Mappers {
         Ok(mappers)
     }
 
-    /// Why a map could not be written, if one could not.
+    /// Returns the reason why a map could not be written.
     pub(super) fn failure(&self) -> Option<Failure> {
         fs::read_to_string(self.folder.join(NOTE)).ok().map(Failure::new)
     }
@@ -67,7 +67,7 @@ impl Drop for Mappers {
     }
 }
 
-/// Whether a program of this name is to write a map.
+/// Returns whether a program of this name is to write a map.
 #[must_use]
 pub fn is_mapper(name: &OsStr) -> bool {
     map(Path::new(name)).is_some()

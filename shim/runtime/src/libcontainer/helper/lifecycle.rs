@@ -13,7 +13,7 @@ use super::Helper;
 use super::error::{Context, Failure, Result, chain};
 use super::state::StateDirectory;
 
-/// How long a container may take to stand still. The kernel needs a millisecond, but a process that waits for a disk or
+/// Limit for a container to stand still. The kernel needs a millisecond, but a process that waits for a disk or
 /// a network file system stands still only when it has its answer. libcgroups and runc wait as long on version 2.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 

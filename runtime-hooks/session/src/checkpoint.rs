@@ -77,12 +77,7 @@ pub(crate) fn take(
     taken.map_err(|cause| give_up(actions, &cause, stack))
 }
 
-fn dump(
-    actions: &mut dyn Actions,
-    after: After,
-    cancel: &Cancel,
-    stack: &mut UndoStack,
-) -> Result<(), SessionError> {
+fn dump(actions: &mut dyn Actions, after: After, cancel: &Cancel, stack: &mut UndoStack) -> Result<(), SessionError> {
     stack.push(Step::Drafted);
     actions.draft()?;
     cancel.check()?;

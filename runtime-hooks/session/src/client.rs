@@ -240,7 +240,9 @@ impl Conductor for Sessions {
                 session.end().await;
                 Err(*failed)
             }
-            Ok(_) => Err(failed(session.phase, Failure::new("its session says that all is done, and names no process"))),
+            Ok(_) => {
+                Err(failed(session.phase, Failure::new("its session says that all is done, and names no process")))
+            }
             Err(lost) => {
                 let phase = session.phase;
                 remove(&self.reaper, &order, None).await;
@@ -403,7 +405,11 @@ impl Session {
         tokio::spawn(async move {
             let exit = self.process.wait().await;
             if exit.code != 0 {
-                tracing::error!(container = order.subject.id, "the session that was to put it back died ({})", exit.code);
+                tracing::error!(
+                    container = order.subject.id,
+                    "the session that was to put it back died ({})",
+                    exit.code
+                );
                 // In a box: a successor may have to pay as well.
                 let owed = Box::pin(self.sessions.succeed(&order)).await;
                 if let Some(owed) = owed {

@@ -22,11 +22,11 @@
 
 #![deny(unsafe_code)]
 
-mod machine;
 mod checkpoint;
 mod client;
 mod error;
 mod limits;
+mod machine;
 mod memory;
 mod order;
 mod process;

@@ -12,8 +12,8 @@ use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
 use phase::{Cancel, Phase, Timeline};
-use reaper::{Child, Reaper};
 use proc::HostPid;
+use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
 use snapshot::Store;
@@ -147,7 +147,7 @@ impl<'a> Machine<'a> {
         let timeline = self.services.timeline.clone();
         let cgroup = self.cgroup.clone();
         let mut began = |phase| timeline.enter(phase);
-        let remapped = self.keeper().swap(&cgroup, &memory::remap(saved), GPU, &mut began);
+        let remapped = self.keeper().remap(&cgroup, &memory::remap(saved), GPU, &mut began);
         match remapped {
             Ok(remapped) => {
                 let pid = |process| staging.iter().find(|of| of.pid == process).map_or(process, |of| of.namespace_pid);
@@ -454,4 +454,3 @@ impl Machine<'_> {
         put_back.map_err(|error| Failure::of(&error))
     }
 }
-

@@ -14,21 +14,21 @@
 use std::cmp::Reverse;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::sync::Arc;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use bulk::{Node, Restored, Restoring, Saved, Source};
 use cgroup::Cgroup;
 use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
-use gpu::{Keeper, Swap};
+use gpu::{Keeper, Layout};
 use phase::Phase;
 use proc::HostPid;
 use reaper::Child;
 use role::Failure;
-use rustix::process::Signal;
 use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
+use rustix::process::Signal;
 use snapshot::Scope;
 
 use crate::error::{Failed, SessionError};
@@ -326,7 +326,7 @@ struct Filling {
     /// Number of processes with GPU state.
     first: usize,
     /// Staging memory that is mapped from files. Empty if it is filled like the rest.
-    staging: Swap,
+    staging: Layout,
 }
 
 impl Filling {

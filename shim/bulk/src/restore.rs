@@ -1,8 +1,8 @@
 //! A restore's part: packs become memory of processes.
 
 use std::borrow::Cow;
-use std::path::Path;
 use std::io::{self, Read, Seek};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,8 +18,8 @@ use snapshot::{
 };
 
 use crate::inline;
-use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 use crate::save::piece;
+use crate::types::{Node, Restored, Saved, SavedStaging, Source};
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;
@@ -368,7 +368,13 @@ mod tests {
             let path = draft.folder().join("segments");
             std::fs::write(&path, "x").unwrap();
             let layer = NewLayer { media_type: SEGMENTS_TYPE.into(), path, digest: None, annotations: BTreeMap::new() };
-            let host = Host { criu: String::new(), kernel: String::new(), architecture: String::new(), cpu_features: vec![], driver: None };
+            let host = Host {
+                criu: String::new(),
+                kernel: String::new(),
+                architecture: String::new(),
+                cpu_features: vec![],
+                driver: None,
+            };
             let new = NewSnapshot {
                 name: name.map(|name| name.parse().unwrap()),
                 if_taken: IfTaken::Move,

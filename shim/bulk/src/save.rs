@@ -12,8 +12,8 @@ use memory::{Control, FileSource, SegmentTable, Target};
 use phase::Phase;
 use role::{Because, Failure};
 use snapshot::{
-    CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer, NewSnapshot,
-    Pointer, Reference, SEGMENTS_TYPE, SHM_TYPE, Store,
+    CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer,
+    NewSnapshot, Pointer, Reference, SEGMENTS_TYPE, SHM_TYPE, Store,
 };
 
 use crate::inline;

@@ -1,7 +1,7 @@
 //! What a checkpoint says of GPUs, and which of this node take their place.
 
-use std::io;
 use std::ffi::OsStr;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 

@@ -153,7 +153,9 @@ mod tests {
         assert_eq!(registry(&none, None, Some("evil.example/x")), None);
         assert_eq!(registry(&none, Some("node.example/team"), Some("evil.example/x")).unwrap(), "node.example/team");
         assert_eq!(registry(&asked, Some("node.example"), Some("node.example/x")).unwrap(), "asked.example/x");
-        for within in ["node.example/team/vit", "node.example/team", "node.example/team:warm", "node.example/team/vit:warm"] {
+        for within in
+            ["node.example/team/vit", "node.example/team", "node.example/team:warm", "node.example/team/vit:warm"]
+        {
             assert_eq!(registry(&none, Some("node.example/team"), Some(within)).unwrap(), within);
         }
         for out in ["node.example/teams", "node.example/team/../x", "node.example/team:80/x", "node.example"] {

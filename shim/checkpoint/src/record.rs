@@ -304,7 +304,12 @@ mod tests {
     fn write_images(folder: &Path, plugins: &[u8]) {
         let mut inventory = vec![0x16, 0x31, 0x31, 0x58, 0, 0, 0, 0, 8, 2];
         if !plugins.is_empty() {
-            inventory.extend([0x62, u8::try_from(plugins.len() + 2).unwrap(), 0x62, u8::try_from(plugins.len()).unwrap()]);
+            inventory.extend([
+                0x62,
+                u8::try_from(plugins.len() + 2).unwrap(),
+                0x62,
+                u8::try_from(plugins.len()).unwrap(),
+            ]);
             inventory.extend(plugins);
         }
         inventory[4] = u8::try_from(inventory.len() - 8).unwrap();

@@ -110,6 +110,9 @@ mod tests {
         let text = serde_json::to_string(&line).unwrap();
         assert!(!text.contains('\n'));
         let read: Line = serde_json::from_str(&text).unwrap();
-        assert_eq!((read.level, read.role.as_str(), read.pid, read.message.as_str()), (Level::Warn, "session", 7, "a\nb"));
+        assert_eq!(
+            (read.level, read.role.as_str(), read.pid, read.message.as_str()),
+            (Level::Warn, "session", 7, "a\nb")
+        );
     }
 }

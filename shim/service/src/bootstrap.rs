@@ -16,8 +16,8 @@ use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use reaper::Reaper;
 use runtime::Choice;
 use serde::Deserialize;
-use tokio::signal::unix::{SignalKind, signal};
 use session::{NodeStore, Sessions};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::container::Context;
 use crate::error::chain;

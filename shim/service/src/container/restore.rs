@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cgroup::Cgroup;
 use ::checkpoint::{Annotations, remove_if_containerds};
+use cgroup::Cgroup;
 use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::TaskStart;
 use containerd_shim_protos::shim::oci::Options;
@@ -132,12 +132,8 @@ struct Restore {
 impl Restore {
     async fn run(mut self, stop: Stop) -> Result<Running, TaskError> {
         let (container, images) = (self.order.subject.id.clone(), self.order.images.clone());
-        let at = |phase, source| TaskError::Restore {
-            container: container.clone(),
-            images: images.clone(),
-            phase,
-            source,
-        };
+        let at =
+            |phase, source| TaskError::Restore { container: container.clone(), images: images.clone(), phase, source };
         let failed = |failed: Failed| at(failed.phase, RestoreError::Session(failed.cause));
         let stdio = |source| at(Phase::Prepare, RestoreError::Stdio(source));
         let (io, prepared) = self.stdio.prepare(&self.owner, &self.reaper).await.map_err(stdio)?;

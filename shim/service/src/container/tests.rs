@@ -10,9 +10,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use async_trait::async_trait;
 use containerd_shim::{ExitSignal, Task, TtrpcContext};
 use containerd_shim_protos::api::{
-    CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest,
-    PauseRequest, ResumeRequest, ShutdownRequest, StartRequest, StateRequest, StatsRequest, Status as ApiStatus,
-    WaitRequest,
+    CloseIORequest, CreateTaskRequest, DeleteRequest, Empty, ExecProcessRequest, KillRequest, PauseRequest,
+    ResumeRequest, ShutdownRequest, StartRequest, StateRequest, StatsRequest, Status as ApiStatus, WaitRequest,
 };
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;

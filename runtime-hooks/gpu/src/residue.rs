@@ -132,7 +132,7 @@ fn clean_matching_with(
     matches: impl Fn(&Path) -> bool,
 ) -> Result<Cleaned, ResidueError> {
     // What is frozen cannot be let go either: better not to begin.
-    if Cgroup::of_process(pid).and_then(|cgroup| cgroup.is_frozen()).unwrap_or(false) {
+    if Cgroup::of_process(pid).and_then(|cgroup| cgroup.stands_still()).unwrap_or(false) {
         return Err(ResidueError::Frozen { pid });
     }
     let cleaned = clean_held(hold, pid, deadline, matches);

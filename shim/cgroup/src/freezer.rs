@@ -121,6 +121,18 @@ pub(crate) fn is_frozen(cgroup: &Cgroup) -> Result<bool, CgroupError> {
     }
 }
 
+/// Whether a process in this directory stands still, or is about to: it, or a cgroup above it, is frozen.
+pub(crate) fn stands_still(directory: &Path) -> Result<bool, CgroupError> {
+    // On v1 the state is what all above make of it. On v2 each has its own, and the last one is the mount.
+    let above = directory.ancestors().take_while(|above| above.join("cgroup.procs").exists());
+    for file in above.map(|above| above.join("cgroup.freeze")).chain([directory.join("freezer.state")]) {
+        if file::text(&file)?.is_some_and(|state| !matches!(state.trim(), "0" | "THAWED")) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 pub(crate) fn thaw(cgroup: &Cgroup) -> Result<(), CgroupError> {
     match &cgroup.hierarchy {
         Hierarchy::V1(directories) => match directories.get("freezer") {

@@ -247,24 +247,23 @@ impl Cgroup {
         freezer::is_frozen(self)
     }
 
+    /// Whether a process in it stands still, or is about to: it, or a cgroup above it, is frozen.
+    ///
+    /// # Errors
+    /// When the freezer's files cannot be read.
+    pub fn stands_still(&self) -> Result<bool, CgroupError> {
+        match &self.hierarchy {
+            Hierarchy::V1(directories) => directories.get("freezer").map_or(Ok(false), freezer::stands_still),
+            Hierarchy::V2(directory) => freezer::stands_still(directory),
+        }
+    }
+
     /// Thaws it, if it is frozen.
     ///
     /// # Errors
     /// When the freezer's file cannot be written.
     pub fn thaw(&self) -> Result<(), CgroupError> {
         freezer::thaw(self)
-    }
-
-    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
-    /// of SIGKILL, and it stays frozen.
-    ///
-    /// # Errors
-    /// When the freezer's file cannot be written.
-    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
-        match self.hierarchy {
-            Hierarchy::V1(_) => self.thaw(),
-            Hierarchy::V2(_) => Ok(()),
-        }
     }
 
     /// Kills every process in it and removes it, with all below it, in all its hierarchies. Tries until it is gone, a
@@ -288,6 +287,18 @@ impl Cgroup {
         match &self.hierarchy {
             Hierarchy::V1(directories) => remove::remove_empty(&directories.all()),
             Hierarchy::V2(directory) => remove::remove_empty(std::slice::from_ref(directory)),
+        }
+    }
+
+    /// Lets processes die that were killed while it was frozen: on v1 it is thawed for that; on v2 a frozen process dies
+    /// of SIGKILL, and it stays frozen.
+    ///
+    /// # Errors
+    /// When the freezer's file cannot be written.
+    pub fn let_the_killed_die(&self) -> Result<(), CgroupError> {
+        match self.hierarchy {
+            Hierarchy::V1(_) => self.thaw(),
+            Hierarchy::V2(_) => Ok(()),
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 
 use proc::HostPid;
 
-use crate::{Cgroup, CgroupError, Hierarchy, file, locate, process, v1};
+use crate::{Cgroup, CgroupError, Hierarchy, file, freezer, locate, process, v1};
 
 const MOUNT: &str = "/sys/fs/cgroup";
 
@@ -214,12 +214,8 @@ impl Place {
     /// When its files cannot be read.
     pub fn is_frozen(&self) -> Result<bool, CgroupError> {
         for directory in self.directories()? {
-            // On v1 the state is what all above make of it. On v2 each has its own, and the last one is the mount.
-            let above = directory.ancestors().take_while(|above| above.join("cgroup.procs").exists());
-            for file in above.map(|above| above.join("cgroup.freeze")).chain([directory.join("freezer.state")]) {
-                if file::text(&file)?.is_some_and(|state| !matches!(state.trim(), "0" | "THAWED")) {
-                    return Ok(true);
-                }
+            if freezer::stands_still(&directory)? {
+                return Ok(true);
             }
         }
         Ok(false)

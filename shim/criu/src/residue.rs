@@ -6,9 +6,10 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use proc::{HostPid, Identity};
 use reaper::{Adoption, Child};
 use rustix::mount::UnmountFlags;
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 
 /// Environment variable of one run of criu. The programs that it executes have it; criu itself and its forks write their
 /// title over it, where criu was built so.
@@ -48,17 +49,17 @@ impl Residue {
             kill_tree(&root);
             killed.push(root);
         }
-        for pid in children_of(self.adoption.parent_of_orphans()) {
-            if killed.iter().any(|known: &Child| known.pid() == pid) || !self.is_ours(pid) {
+        for pid in proc::children(self.adoption.parent_of_orphans()) {
+            if killed.iter().any(|known: &Child| known.process() == pid) || !self.is_ours(pid) {
                 continue;
             }
-            match self.adoption.adopt(pid) {
+            match self.adoption.adopt(pid.raw()) {
                 Ok(child) => {
-                    tracing::warn!(pid, "criu left a process, which is killed");
+                    tracing::warn!(%pid, "criu left a process, which is killed");
                     kill_tree(&child);
                     killed.push(child);
                 }
-                Err(error) => tracing::debug!(pid, %error, "a process of criu has gone by itself"),
+                Err(error) => tracing::debug!(%pid, %error, "a process of criu has gone by itself"),
             }
         }
         for child in killed {
@@ -66,12 +67,12 @@ impl Residue {
         }
     }
 
-    fn is_ours(&self, pid: i32) -> bool {
-        if Some(pid) == self.dumped_pid {
+    fn is_ours(&self, pid: HostPid) -> bool {
+        if Some(pid.raw()) == self.dumped_pid {
             // Whoever has this pid by chance is older, or CRIU would not have got it.
-            return start_time(pid).is_some_and(|time| time >= self.since);
+            return Identity::of(pid).is_ok_and(|process| process.start_time >= self.since);
         }
-        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let environment = std::fs::read(pid.path("environ")).unwrap_or_default();
         let wanted = format!("{MARKER}={}", self.marker);
         environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
     }
@@ -79,51 +80,11 @@ impl Residue {
 
 /// Kills a process and all its descendants.
 pub(crate) fn kill_tree(root: &Child) {
-    kill_descendants(root.pid());
+    if root.exit().is_none() {
+        proc::kill_descendants(root.process());
+    }
     // Already gone is what is wanted.
     let _ = root.signal(Signal::KILL);
-}
-
-/// Kills all descendants of `pid`, the oldest first.
-fn kill_descendants(pid: i32) {
-    for child in children_of(pid.unsigned_abs()) {
-        let Some(raw) = Pid::from_raw(child) else { continue };
-        let Ok(pidfd) = rustix::process::pidfd_open(raw, PidfdFlags::empty()) else { continue };
-        // Between the list and the pidfd the number may have become another process.
-        if stat(child).is_some_and(|stat| stat.parent == pid) {
-            kill_descendants(child);
-            let _ = rustix::process::pidfd_send_signal(&pidfd, Signal::KILL);
-        }
-    }
-}
-
-/// Children of all threads of a process. Empty when it has gone.
-pub(crate) fn children_of(pid: u32) -> Vec<i32> {
-    let mut children = vec![];
-    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return children };
-    for thread in threads.flatten() {
-        let list = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-        children.extend(list.split_whitespace().filter_map(|pid| pid.parse::<i32>().ok()));
-    }
-    children
-}
-
-struct Stat {
-    parent: i32,
-    /// Clock ticks since boot.
-    started: u64,
-}
-
-fn stat(pid: i32) -> Option<Stat> {
-    let text = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
-    // Fields 3 on; the second is a name in brackets that may hold anything.
-    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-    Some(Stat { parent: fields.get(1)?.parse().ok()?, started: fields.get(19)?.parse().ok()? })
-}
-
-/// When a process was started, in clock ticks since boot.
-pub(crate) fn start_time(pid: i32) -> Option<u64> {
-    stat(pid).map(|stat| stat.started)
 }
 
 /// Removes the mounts that a criu which was killed during a restore has left in its working directory. To be called when

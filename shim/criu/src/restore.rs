@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use images::Unmarked;
+use proc::Identity;
 use reaper::{Child, Reaper};
 use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inherit_fd};
 
@@ -102,7 +103,7 @@ impl Criu {
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
         let swrk = Swrk::start(self, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
         let criu = swrk.child.clone();
-        let since = residue::start_time(criu.pid()).unwrap_or(u64::MAX);
+        let since = Identity::of(criu.process()).map_or(u64::MAX, |criu| criu.start_time);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };
         let mut call = Call::new(
             swrk,

@@ -26,7 +26,8 @@ pub fn kill_tree(root: &ProcessHandle) {
     let _ = root.signal(Signal::KILL);
 }
 
-fn kill_descendants(pid: HostPid) {
+/// Kills all descendants of a process.
+pub fn kill_descendants(pid: HostPid) {
     for child in children(pid) {
         let Ok(handle) = ProcessHandle::open(child) else { continue };
         // Between the list and the handle the number may have become another process.

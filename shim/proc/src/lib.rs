@@ -16,7 +16,7 @@ mod thread;
 
 use std::io;
 
-pub use children::{children, kill_tree};
+pub use children::{children, kill_descendants, kill_tree};
 pub use handle::{Identity, ProcessHandle};
 pub use maps::{Mapping, Range, mappings};
 pub use pid::{ContainerPid, HostPid, ProcessIds};

@@ -150,8 +150,9 @@ impl Reaper {
 
     /// Returns the pid of the process that orphans become children of: this process or its parent.
     #[must_use]
-    pub fn parent_of_orphans(&self) -> u32 {
-        if self.is_guest { std::os::unix::process::parent_id() } else { std::process::id() }
+    pub fn parent_of_orphans(&self) -> HostPid {
+        let parent = || rustix::process::getppid().map(HostPid::from);
+        self.is_guest.then(parent).flatten().unwrap_or_else(HostPid::own)
     }
 
     /// Opens an adoption: until it is dropped, no unknown child is reaped.
@@ -182,7 +183,7 @@ impl Adoption {
 
     /// Returns the pid of the process that orphans become children of.
     #[must_use]
-    pub fn parent_of_orphans(&self) -> u32 {
+    pub fn parent_of_orphans(&self) -> HostPid {
         self.reaper.parent_of_orphans()
     }
 

@@ -43,7 +43,18 @@ async fn every_exit_is_seen_once_and_by_everyone_who_waits() {
     an_orphan_that_nobody_knows_is_reaped(&reaper).await;
     an_orphan_that_died_early_is_adopted_with_its_status(&reaper).await;
     a_dead_child_refuses_signals(&reaper).await;
+    a_child_that_cannot_be_watched_is_killed_and_reaped(&reaper).await;
     children_have_the_limit_on_descriptors_that_this_process_was_started_with(&reaper).await;
+}
+
+async fn a_child_that_cannot_be_watched_is_killed_and_reaped(reaper: &Reaper) {
+    let pid = std::cell::Cell::new(0);
+    let refused = reaper.spawn_opened(&mut sh("exec sleep 1000"), |child| {
+        pid.set(child.as_raw_nonzero().get());
+        Err(rustix::io::Errno::MFILE.into())
+    });
+    assert_eq!(refused.unwrap_err().raw_os_error(), Some(rustix::io::Errno::MFILE.raw_os_error()));
+    until(|| !is_child(pid.get())).await;
 }
 
 async fn exit_codes_and_signals_are_reported(reaper: &Reaper) {

@@ -4,10 +4,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use checkpoint::CheckpointOptions;
+use checkpoint::{CheckpointOptions, MemoryPlace};
 use phase::Phase;
 use reaper::Reaper;
-use runtime::{Choice, Kind};
+use runtime::{Allow, Choice, Kind};
 use tempfile::TempDir;
 
 use crate::client::{Conductor, Sessions, Stop};
@@ -33,7 +33,16 @@ fn order() -> CheckpointOrder {
         runtime: Choice::new(Kind::Libcontainer, "/nowhere".into(), false),
         store,
     };
-    let options = CheckpointOptions { patience: Duration::ZERO, ..CheckpointOptions::to("/nowhere".into()) };
+    let options = CheckpointOptions {
+        folder: "/nowhere".into(),
+        work: None,
+        exit: false,
+        allow: Allow::default(),
+        patience: Duration::ZERO,
+        memory: MemoryPlace::Store,
+        registry: None,
+        pod_namespace: None,
+    };
     CheckpointOrder { subject, init: 1, paused: false, shm: None, devices: vec![], options }
 }
 

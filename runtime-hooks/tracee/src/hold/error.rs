@@ -114,7 +114,7 @@ impl Waits {
         Self {
             state: process::letter(pid, tid).map_or('?', char::from),
             place: if place == "0" { String::new() } else { place },
-            frozen: Cgroup::of_process(pid).and_then(|cgroup| cgroup.is_frozen()).unwrap_or(false),
+            frozen: Cgroup::of_process(pid).and_then(|cgroup| cgroup.stands_still()).unwrap_or(false),
             syscall: read("syscall").split_whitespace().next().and_then(|number| number.parse().ok()),
         }
     }

@@ -162,6 +162,22 @@ fn v2_metrics(cgroup: &Cgroup) -> cgroups_v2::metrics::Metrics {
 }
 
 #[test]
+fn a_process_below_a_frozen_cgroup_stands_still() {
+    let root = tempfile::tempdir().unwrap();
+    let below = root.path().join("below");
+    fs::create_dir(&below).unwrap();
+    for (folder, frozen) in [(root.path(), "0\n"), (below.as_path(), "0\n")] {
+        fs::write(folder.join("cgroup.procs"), "").unwrap();
+        fs::write(folder.join("cgroup.freeze"), frozen).unwrap();
+    }
+    let cgroup = Cgroup { hierarchy: Hierarchy::V2(below) };
+    assert!(!cgroup.stands_still().unwrap());
+    fs::write(root.path().join("cgroup.freeze"), "1\n").unwrap();
+    assert!(cgroup.stands_still().unwrap());
+    assert!(!cgroup.is_frozen().unwrap(), "its own freezer is open");
+}
+
+#[test]
 fn v1_processor_time_is_in_nanoseconds() {
     let directory = fixture(V1);
     let cpu = v1_metrics(&v1(directory.path())).cpu;

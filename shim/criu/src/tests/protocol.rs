@@ -199,7 +199,7 @@ fn a_criu_that_does_not_hear_of_the_cancellation_is_killed() {
 
 /// Whether this process has any child.
 fn criu_runs() -> bool {
-    !residue::children_of(std::process::id()).is_empty()
+    !proc::children(proc::HostPid::own()).is_empty()
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn garbage_for_an_answer_is_an_error() {
         with(part, async |bed| {
             let line = bed.dump_error().await;
             assert!(line.contains(said), "{line}");
-            assert!(residue::children_of(std::process::id()).is_empty());
+            assert!(proc::children(proc::HostPid::own()).is_empty());
         });
     }
 }

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Capability, LinuxDeviceBuilder, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType};
-use proc::HostPid;
 use runtime::{Allow, Privileges};
 
 use crate::bed::{Bed, sentences};
@@ -27,7 +26,7 @@ sentences![
 ];
 
 /// A pause without a program: a shell that waits for its vfork cannot be dumped.
-const PAUSE: &str = "/bin/busybox mkfifo /tmp/pause; exec 9<>/tmp/pause; pause() { read -t 0.02 line <&9; }; ";
+const PAUSE: &str = "/bin/busybox mkfifo /dev/shm/pause; exec 9<>/dev/shm/pause; pause() { read -t 0.02 line <&9; }; ";
 
 async fn an_init_that_has_closed_its_streams_is_restored(bed: &Bed) {
     let script = format!("{PAUSE} exec 0<&- 2>&-; n=0; while :; do n=$((n+1)); echo $n; pause; done");
@@ -37,7 +36,7 @@ async fn an_init_that_has_closed_its_streams_is_restored(bed: &Bed) {
     let (image, _) = bundle.swap_out(running).await;
     let running = bundle.restore(&image).await;
     running.says("\n").await;
-    assert!(!HostPid::new(running.child.pid()).unwrap().path("fd/0").exists());
+    assert!(!running.child.process().path("fd/2").exists());
     bundle.kill(running).await;
 }
 

@@ -37,6 +37,7 @@ use rustix::fs::OFlags;
 
 use super::devices;
 use super::error::{Context, Failure, Result};
+use super::id_maps;
 use super::program::{Program, words};
 use super::rootfs::Root;
 use super::seccomp::Filter;
@@ -65,7 +66,10 @@ pub(super) fn load(bundle: &Path) -> Result<Spec> {
 pub(super) fn validate(spec: &Spec) -> Result<()> {
     Validator::validate_spec(spec)?;
     let syscall = create_syscall();
-    validate_spec_for_new_user_ns(spec, &*syscall)?;
+    // With several ranges it only asks whether newuidmap is there.
+    if !id_maps::has_several(linux(spec)?) {
+        validate_spec_for_new_user_ns(spec, &*syscall)?;
+    }
     validate_spec_for_net_devices(spec, &*syscall)?;
     for mount in spec.mounts().iter().flatten() {
         let destination = mount.destination().display();

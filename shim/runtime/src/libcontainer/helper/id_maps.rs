@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use libcontainer::user_ns::UserNamespaceConfig;
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 
 use super::adapt;
 use super::error::{Context, Failure, Result};
@@ -24,11 +24,15 @@ pub(super) struct Mappers {
     folder: PathBuf,
 }
 
+/// Whether a map has several ranges.
+pub(super) fn has_several(linux: &Linux) -> bool {
+    [linux.uid_mappings(), linux.gid_mappings()].into_iter().flatten().any(|maps| maps.len() > 1)
+}
+
 /// What libcontainer is to do about the user namespace of a new container, and what has to be kept until it has.
 pub(super) fn config(spec: &Spec, folder: &Path) -> Result<(Option<UserNamespaceConfig>, Option<Mappers>)> {
     let linux = adapt::linux(spec)?;
-    let has_several = [linux.uid_mappings(), linux.gid_mappings()].into_iter().flatten().any(|maps| maps.len() > 1);
-    if !has_several || !adapt::has_new(linux, LinuxNamespaceType::User) {
+    if !has_several(linux) || !adapt::has_new(linux, LinuxNamespaceType::User) {
         return Ok((UserNamespaceConfig::new(spec)?, None));
     }
     let mut config = UserNamespaceConfig::try_from(linux)?;

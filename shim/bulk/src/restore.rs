@@ -389,7 +389,8 @@ mod tests {
 
         fn refusal(pointer: &Pointer, node: &Node) -> String {
             let mut pulled = false;
-            let refused = find_or_pull(pointer, node, &mut |_| pulled = true).unwrap_err().to_string();
+            let refused =
+                find_or_pull(pointer, node, &mut |_| pulled = true, &Cancel::default()).unwrap_err().to_string();
             assert!(!pulled, "the registry that only a pointer names is not asked");
             refused
         }
@@ -435,7 +436,7 @@ mod tests {
             let name: Name = "k8s.io/team-a/vit".parse().unwrap();
             Store::open(store.path()).unwrap().tag(&Reference::Digest(digest), &name).unwrap();
             let node = node(store.path(), "k8s.io/team-a");
-            let found = find_or_pull(&pointer(digest, store.path()), &node, &mut |_| ()).unwrap();
+            let found = find_or_pull(&pointer(digest, store.path()), &node, &mut |_| (), &Cancel::default()).unwrap();
             assert_eq!(found.digest(), digest);
             let pulled = super::super::name(&pointer(digest, store.path()), &node).unwrap();
             assert_eq!(pulled.scope(), &Scope::new("k8s.io", Some("team-a")).unwrap());

@@ -208,7 +208,7 @@ mod tests {
 
     fn gpu(minor: u32, uuid: &str, name: &str) -> Gpu {
         let (uuid, name) = (uuid.to_owned(), name.to_owned());
-        Gpu { uuid, name, minor, memory: 80 << 30, mig: false, persistence: true, processes: vec![] }
+        Gpu { uuid, name, minor, memory: 80 << 30, free: None, mig: false, persistence: true, processes: vec![] }
     }
 
     fn node(gpus: Vec<Gpu>) -> Inventory {

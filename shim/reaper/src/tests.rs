@@ -114,7 +114,7 @@ async fn children_have_the_limit_on_descriptors_that_this_process_was_started_wi
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let original = limit.current.unwrap_or(1 << 20) - 1;
-    setrlimit(Resource::Nofile, Rlimit { current: Some(original), ..limit.clone() }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(original), ..limit }).unwrap();
     raise_descriptor_limit().unwrap();
     assert_eq!(getrlimit(Resource::Nofile).current, limit.maximum);
     let script = format!("[ \"$(ulimit -Sn)\" = {original} ]");

@@ -65,7 +65,7 @@ pub(crate) enum TaskError {
         images: PathBuf,
         phase: Phase,
         #[source]
-        source: RestoreError,
+        source: Box<RestoreError>,
     },
     #[error("cannot {action} {process}")]
     Signal {

@@ -22,7 +22,7 @@ use runtime::Operation;
 use session::Stop;
 use tokio::sync::{Notify, oneshot};
 
-use crate::container::{Container, Context, ProcessRef, Status, Target, create};
+use crate::container::{Actor, Container, Context, ProcessRef, Status, Target, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
@@ -184,7 +184,11 @@ impl Task for TaskService {
                 let container = table.get(&request.id).await?;
                 match ProcessRef::of(&request.exec_id) {
                     ProcessRef::Init => {
-                        container.ask(|actor| Ok(actor.stop_restore("the container is being deleted"))).await?;
+                        let stop = |actor: &mut Actor| {
+                            actor.stop_restore("the container is being deleted");
+                            Ok(())
+                        };
+                        container.ask(stop).await?;
                         container.operate(Operation::Delete, |actor| actor.delete_init()).await
                     }
                     ProcessRef::Exec(exec) => container.operate_at_once(move |actor| actor.delete_exec(exec)).await,

@@ -87,6 +87,7 @@ impl Team {
     }
 
     /// How many threads there are.
+    #[expect(clippy::len_without_is_empty, reason = "a team has one thread at least")]
     pub fn len(&self) -> usize {
         1 + self.others.len()
     }

@@ -43,13 +43,13 @@ pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
                 );
                 continue;
             }
-            Err(error) => return Err(because(error, &path)),
+            Err(error) => return Err(because(&error, &path)),
         };
         match make(tree, &folder, name, &mut entry) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 tracing::debug!("{} is in /dev/shm already", path.display());
             }
-            made => made.map_err(|error| because(error, &path))?,
+            made => made.map_err(|error| because(&error, &path))?,
         }
     }
     Ok(())
@@ -71,7 +71,7 @@ fn check_extensions(archive: &File) -> io::Result<()> {
     Ok(())
 }
 
-fn because(error: io::Error, path: &Path) -> io::Error {
+fn because(error: &io::Error, path: &Path) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 

@@ -314,7 +314,10 @@ impl Actor {
             let kills_init = is_init && signal == Signal::KILL.as_raw().unsigned_abs();
             return match self.session.as_ref().filter(|_| kills_init) {
                 // The process to be killed is being restored.
-                Some(restore) => Ok(restore.stop("the container was killed")),
+                Some(restore) => {
+                    restore.stop("the container was killed");
+                    Ok(())
+                }
                 None => Err(self.wrong_state_of("signal", reference, process.status())),
             };
         };

@@ -133,8 +133,10 @@ struct Restore {
 impl Restore {
     async fn run(mut self, stop: Stop) -> Result<Running, TaskError> {
         let (container, images) = (self.order.subject.id.clone(), self.order.images.clone());
-        let at =
-            |phase, source| TaskError::Restore { container: container.clone(), images: images.clone(), phase, source };
+        let at = |phase, source| {
+            let (container, images, source) = (container.clone(), images.clone(), Box::new(source));
+            TaskError::Restore { container, images, phase, source }
+        };
         let failed = |failed: Failed| at(failed.phase, RestoreError::Session(failed.cause));
         let stdio = |source| at(Phase::Prepare, RestoreError::Stdio(source));
         let (io, prepared) = self.stdio.prepare(&self.owner, &self.reaper).await.map_err(stdio)?;

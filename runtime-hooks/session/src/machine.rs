@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulk::{Published, Saving};
 use cgroup::Cgroup;
@@ -17,6 +17,7 @@ use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
 use snapshot::Store;
+use rustix::process::Signal;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
@@ -30,6 +31,10 @@ use crate::undo::{Step, Undo};
 const LOG: &str = "dump.log";
 /// Longest time for a killed init to end. A killed process is gone in milliseconds, unless it has much memory to free.
 const END: Duration = Duration::from_secs(30);
+/// Longest time for the criu of a dead session to undo its work. Its longest stage writes memory, at 1 to 2 GB/s.
+const CRIU_UNDOES: Duration = Duration::from_secs(60);
+/// Pause between two looks for that criu.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Services of the session's process.
 pub(crate) struct Services {
@@ -124,7 +129,35 @@ impl<'a> Machine<'a> {
 
     /// Returns the checkpoint of a session that died, to be undone.
     pub(crate) fn after_death(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
-        Ok(Self { is_successor: true, ..Self::new(services, order)? })
+        let machine = Self { is_successor: true, ..Self::new(services, order)? };
+        machine.wait_for_criu();
+        Ok(machine)
+    }
+
+    /// Waits until no criu traces the container. The criu of a dead session finds its socket closed at its next stage and
+    /// undoes its work; killed before, it would leave code of its own in the processes.
+    fn wait_for_criu(&self) {
+        let deadline = Instant::now() + CRIU_UNDOES;
+        while let Some(criu) = self.tracer() {
+            if Instant::now() >= deadline {
+                tracing::warn!(criu = criu.raw(), "criu of a dead session does not end, and is killed");
+                // It may have ended by itself.
+                let _ = rustix::process::kill_process(criu.as_pid(), Signal::KILL);
+                return;
+            }
+            std::thread::sleep(BETWEEN_LOOKS);
+        }
+    }
+
+    /// Returns the criu that traces a process of the container.
+    fn tracer(&self) -> Option<HostPid> {
+        let pids = self.cgroup.pids().unwrap_or_default();
+        let tracers = pids.into_iter().filter_map(|pid| {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
+            HostPid::new(tracer.trim().parse().ok()?)
+        });
+        tracers.into_iter().find(|pid| proc::name(*pid).is_ok_and(|name| name == "criu"))
     }
 
     /// Returns whether threads of the container are held, so that CRIU cannot seize them.

@@ -21,7 +21,7 @@ use crate::sys;
 use crate::undo::{Step, UndoStack};
 
 /// The role of a session: one checkpoint, one restore, or the undoing of a checkpoint.
-pub const SESSION: Role = Role { name: "session" };
+pub const SESSION: Role = Role { name: "gpusnap-session" };
 
 /// First and longest pause before what is owed to a container is tried again.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);

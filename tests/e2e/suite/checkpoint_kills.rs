@@ -31,10 +31,10 @@ const SHIM: &str = "containerd-shim";
 
 /// What uses the store, and who of it is killed in turns.
 const STEPS: [(Step, &[&str]); 4] = [
-    (Step::Checkpoint, &["memory-worker", "criu", SHIM]),
+    (Step::Checkpoint, &["gpusnap-session", "criu", SHIM]),
     (Step::Push, &["gpusnap"]),
     (Step::Pull, &["gpusnap"]),
-    (Step::Restore, &["memory-worker", "criu", SHIM]),
+    (Step::Restore, &["gpusnap-session", "criu", SHIM]),
 ];
 
 #[derive(Clone, Copy, Debug)]

@@ -16,7 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(big_memory_goes_to_the_node_store_and_comes_back),
         case!(memory_can_be_kept_beside_the_images),
         case!(memory_can_be_left_in_the_images),
-        case!(a_memory_worker_that_is_killed_leaves_the_container_running).alone(),
+        case!(a_session_that_is_killed_leaves_the_container_running).alone(),
         case!(a_checkpoint_whose_snapshot_is_gone_says_so).alone(),
         case!(a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot),
         case!(a_snapshot_that_the_node_lacks_is_pulled),
@@ -87,13 +87,13 @@ fn memory_can_be_left_in_the_images(t: &Test) -> Result<()> {
     survives(t, &id)
 }
 
-fn a_memory_worker_that_is_killed_leaves_the_container_running(t: &Test) -> Result<()> {
+fn a_session_that_is_killed_leaves_the_container_running(t: &Test) -> Result<()> {
     let id = t.id("c");
     let before = hold_memory_with(t, &id, &[], 512)?;
     let client = t.ctr().checkpoint(&id, &t.id("checkpoint")).spawn()?;
-    eventually("a worker to kill", || {
+    eventually("a session to kill", || {
         ensure!(proc::alive(client.pid()), "it is over: {} {}", client.stdout(), client.stderr());
-        proc::kill(*proc::acting_as("memory-worker").first().context("none yet")?)
+        proc::kill(*proc::acting_as("gpusnap-session").first().context("none yet")?)
     })?;
     client.wait()?.expect_failure()?;
     counts_past(t, &id, before + 5)?;

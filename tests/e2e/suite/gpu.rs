@@ -39,7 +39,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_gpu_driver_that_fails_to_restore_once_is_asked_again),
         case!(a_gpu_driver_that_hangs_is_told_and_the_program_computes_on),
         case!(a_gpu_program_that_dies_in_its_checkpoint_is_told),
-        case!(a_guardian_that_is_killed_leaves_the_gpu_working).alone(),
+        case!(a_session_that_is_killed_leaves_the_gpu_working).alone(),
         case!(a_caller_of_the_gpu_driver_that_is_killed_leaves_the_gpu_working).alone(),
         case!(a_criu_that_is_killed_leaves_the_gpu_working).alone(),
     ];
@@ -189,8 +189,8 @@ fn who_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> R
     t.ctr().checkpoint(&id, &image).ok()?;
     t.ctr().remove(&id)?;
     let moments = [
-        ("cuda-guardian", [0, 100, 300, 500]),
-        ("memory-worker", [0, 20, 50, 100]),
+        ("gpusnap-session", [0, 100, 300, 500]),
+        ("gpusnap-session", [700, 800, 900, 1000]),
         ("cuda-caller", [0, 100, 300, 500]),
     ];
     for (role, after) in moments.into_iter().flat_map(|(role, moments)| moments.map(|after| (role, after))) {
@@ -438,8 +438,8 @@ fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
     gpu.computes(&id)
 }
 
-fn a_guardian_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {
-    is_killed(t, "cuda-guardian", &[20, 120, 220, 320, 420, 520, 620, 720, 820, 920])
+fn a_session_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {
+    is_killed(t, "gpusnap-session", &[20, 120, 220, 320, 420, 520, 620, 720, 820, 920])
 }
 
 fn a_caller_of_the_gpu_driver_that_is_killed_leaves_the_gpu_working(t: &Test) -> Result<()> {

@@ -159,7 +159,7 @@ def bulk_killed(suite):
     source.forget("a")
     rounds, killed, taken = (10 if suite.fake else 50), {}, 0
     for _ in range(rounds):
-        name = random.choice(["memory-worker", "cuda-guardian", "criu", "cuda-caller"])
+        name = random.choice(["gpusnap-session", "criu", "cuda-caller"])
         process = source.checkpointing("k")
         time.sleep(random.uniform(0, usual))
         victims = [pid for pid in numbers() if name in cmdline(pid)[:2]]

@@ -1,5 +1,5 @@
 """SIGKILL of each process of ours in each step: the container goes on and its GPU computes right. When to strike is taken from
-the timeline of a checkpoint that nobody disturbs, counted from the moment at which the guardian, or criu, is seen.
+the timeline of a checkpoint that nobody disturbs, counted from the moment at which the session, or criu, is seen.
 """
 import os
 import signal
@@ -10,7 +10,7 @@ from . import containerd
 from .bed import Failed, children, cmdline, descendants, describe, named, numbers, until, wait
 from .core import case
 
-OURS = ("cuda-guardian", "cuda-caller", "memory-worker")
+OURS = ("gpusnap-session", "cuda-caller")
 SLOW = {"FAKE_CUDA": "lock-ms=150,checkpoint-ms=300,restore-ms=300"}
 
 
@@ -28,7 +28,7 @@ def started(suite, number, annotations=()):
 def seen(shim, name, seconds=30):
     """Waits for a process below the shim; gives its pid."""
     def look():
-        found = named(children(shim) if name == "cuda-guardian" else descendants(shim), name)
+        found = named(children(shim) if name == "gpusnap-session" else descendants(shim), name)
         return found[0] if found else None
 
     return until(name, look, seconds, pause=0.001)
@@ -55,7 +55,7 @@ def strike(suite, container, role, step, plan):
         seen(shim, "criu")
         time.sleep(length * 0.5)
     else:
-        seen(shim, "cuda-guardian")
+        seen(shim, "gpusnap-session")
         time.sleep(at + length * 0.5)
     count = kill(shim, role)
     status, text = wait(process, 120)
@@ -97,9 +97,9 @@ def survives(suite, role, steps, annotations=()):
 
 
 @case(75, fake=True)
-def guardian_killed(suite):
-    """SIGKILL of the guardian in each step."""
-    survives(suite, "cuda-guardian", ["discover", "lock", "hold", "cuda-checkpoint", "dump", "cuda-restore"])
+def session_killed(suite):
+    """SIGKILL of the session in each step."""
+    survives(suite, "gpusnap-session", ["discover", "lock", "hold", "cuda-checkpoint", "dump", "cuda-restore"])
 
 
 @case(75, fake=True)
@@ -165,7 +165,7 @@ def restore_killed(suite):
     good.remove()
     plan = begins(about["timeline"], "inspect")
     killed = 0
-    for number, (role, step) in enumerate([("criu", "restore"), ("cuda-guardian", "cuda-restore"), ("shim", "cuda-restore")], 2):
+    for number, (role, step) in enumerate([("criu", "restore"), ("gpusnap-session", "cuda-restore"), ("shim", "cuda-restore")], 2):
         count, told = struck_restore(suite, source, number, role, step, plan)
         killed += count
         new, about = source.restored("a", number + 10)
@@ -199,7 +199,7 @@ def struck_restore(suite, source, number, role, step, plan):
             seen(shim, "criu")
             time.sleep(length * 0.5)
         else:
-            seen(shim, "cuda-guardian")
+            seen(shim, "gpusnap-session")
             time.sleep(at + length * 0.5)
         count = kill(shim, role)
     finally:

@@ -62,13 +62,16 @@ struct Process {
     slices: VecDeque<Range>,
 }
 
+/// Environment variable that switches this off, with the value `off`. Seen with driver 580.159.
+const SWITCH: &str = "GPUSNAP_PREFAULT";
+
 impl Ahead {
     /// Of processes that the driver is about to checkpoint, whose other threads are held.
     pub(crate) fn of(pids: impl Iterator<Item = i32>) -> Self {
         let until = Instant::now() + WATCHED;
         let of =
             |pid| Process { watch: Watch::begin(pid, drivers_of(pid)), until, team: None, slices: VecDeque::new() };
-        let processes: Vec<_> = pids.map(of).collect();
+        let processes: Vec<_> = pids.filter(|_| !crate::is_off(SWITCH)).map(of).collect();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores.min(MOST_THREADS) / processes.len().max(1)).max(1);
         Self { processes, threads }
@@ -167,7 +170,7 @@ impl Process {
 /// The driver's threads of a process. The first of the process is none, whatever its name.
 fn drivers_of(pid: i32) -> Vec<i32> {
     let threads = tracee::process::threads(pid).unwrap_or_default();
-    let drivers = threads.into_iter().filter(|thread| thread.tid != pid && cuda::process::is_drivers(&thread.name));
+    let drivers = threads.into_iter().filter(|thread| thread.tid != pid && cuda::process::is_drivers(pid, thread));
     drivers.map(|thread| thread.tid).collect()
 }
 

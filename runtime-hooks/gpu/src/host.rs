@@ -11,7 +11,7 @@ use crate::refill::Refill;
 use crate::residue;
 use crate::session::{Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
 use crate::swap::{self, Swap, SwapProcess};
-use cuda::process::drivers;
+use cuda::process::{drivers, is_drivers};
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
 use phase::chain;
 use proc::{HostPid, ProcessHandle};
@@ -129,7 +129,7 @@ impl Processes for Machine {
     }
 
     fn has_drivers_threads(&mut self, pid: i32) -> bool {
-        process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| cuda::process::is_drivers(&thread.name)))
+        process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| is_drivers(pid, thread)))
     }
 
     fn left(&mut self, pid: i32) -> Option<String> {
@@ -175,7 +175,7 @@ impl Processes for Machine {
     fn is_stopped(&mut self, pid: i32) -> bool {
         // Its own threads may be held, which is another kind of halt. What matters is the driver's.
         let threads = process::threads(pid).unwrap_or_default();
-        let mut drivers = threads.iter().filter(|thread| cuda::process::is_drivers(&thread.name)).peekable();
+        let mut drivers = threads.iter().filter(|thread| is_drivers(pid, thread)).peekable();
         if drivers.peek().is_none() {
             return process::run_state(pid) == RunState::Stopped;
         }
@@ -232,6 +232,10 @@ impl Freezer for Machine {
 
     fn thaw(&mut self) -> Result<(), SessionError> {
         self.cgroup()?.thaw().map_err(container("thaw"))
+    }
+
+    fn is_frozen(&mut self) -> bool {
+        self.cgroup().is_ok_and(|cgroup| cgroup.is_frozen().unwrap_or(false))
     }
 
     fn memory_left(&mut self) -> Option<MemoryLeft> {

@@ -22,3 +22,8 @@ mod swap;
 pub use keeper::Keeper;
 pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
 pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};
+
+/// Tells whether an environment variable of containerd switches something off.
+fn is_off(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "off")
+}

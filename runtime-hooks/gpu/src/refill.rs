@@ -48,6 +48,10 @@ const HALT: Duration = Duration::from_millis(100);
 /// How often it is looked whether something is ready to be moved.
 const LOOK: Duration = Duration::from_millis(5);
 
+/// Environment variable that switches this off, with the value `off`: memory is filled before the driver reads it. Seen with
+/// driver 580.159.
+const SWITCH: &str = "GPUSNAP_REFILL";
+
 /// Why staging memory could not be mapped, or is not what was saved.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RefillError {
@@ -216,7 +220,11 @@ impl Refill {
         for process in &swap.processes {
             let mut process = process.clone();
             process.pieces.retain(|piece| piece.source.is_some());
-            let left = map_in_empty(hold, &swap.files, &process, deadline)?;
+            let left = if crate::is_off(SWITCH) {
+                process.pieces.iter().map(|piece| piece.range()).collect()
+            } else {
+                map_in_empty(hold, &swap.files, &process, deadline)?
+            };
             let is_left =
                 |piece: &Piece| left.iter().any(|range| range.start <= piece.address && piece.address < range.end);
             let (left, mapped) = process.pieces.into_iter().partition(is_left);

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use cgroup::Cgroup;
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 #[cfg(test)]
 mod tests;
@@ -224,6 +226,9 @@ fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Resul
 
 /// Opens the null device in a process. It is what it ought to be, or an error.
 fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, ResidueError> {
+    if !is_null_at_hand(pid) {
+        return Ok(Err(io::ErrorKind::NotFound.into()));
+    }
     let path = injector.scratch(NULL).map_err(|source| ResidueError::Inject { pid, source })?;
     let arguments = [argument(libc::AT_FDCWD), path, argument(libc::O_RDWR | libc::O_CLOEXEC), 0, 0, 0];
     let fd = match call(injector, pid, libc::SYS_openat, arguments)? {
@@ -237,6 +242,25 @@ fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, R
     }
     let closed = call(injector, pid, libc::SYS_close, [argument(fd), 0, 0, 0, 0, 0])?;
     Ok(closed.and_then(|_| Err(io::ErrorKind::NotFound.into())))
+}
+
+/// Tells whether the null device is where a process sees it, and is found without asking anybody: a link to a file system in
+/// user space, which the container may have put there, would keep the process waiting.
+fn is_null_at_hand(pid: i32) -> bool {
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    let path = OFlags::PATH | OFlags::CLOEXEC;
+    let Ok(root) = rustix::fs::open(format!("/proc/{pid}/root"), path | OFlags::DIRECTORY, Mode::empty()) else {
+        return false;
+    };
+    let open = |resolve| rustix::fs::openat2(&root, "dev/null", path | OFlags::NOFOLLOW, Mode::empty(), resolve);
+    let mut null = open(resolve | ResolveFlags::CACHED);
+    if matches!(null, Err(Errno::INVAL)) {
+        // A kernel before 5.12.
+        null = open(resolve);
+    }
+    null.and_then(rustix::fs::fstat).is_ok_and(|file| {
+        FileType::from_raw_mode(file.st_mode) == FileType::CharacterDevice && file.st_rdev == rustix::fs::makedev(1, 3)
+    })
 }
 
 /// Whether a descriptor of a process is closed when it executes a program.

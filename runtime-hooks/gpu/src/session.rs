@@ -35,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use cuda::{Answer, Call, CallFailure, CudaResult, Inventory, ProcessState, SHORT_CALL};
 use phase::Phase;
+use proc::{HostPid, Stat};
 use serde::{Deserialize, Serialize};
 use tracee::process::Range;
 
@@ -86,6 +87,30 @@ pub struct Suspended {
     pub staging: Vec<Staging>,
 }
 
+impl Suspended {
+    /// Leaves out the processes that no checkpoint saves: those that are not init's descendants, which were started by exec.
+    /// Returns their pids. They have their GPU state in memory like the others, and get it back in a container that goes on.
+    pub fn leave_out_execs(&mut self, init: i32) -> Vec<i32> {
+        let (staging, processes) = (std::mem::take(&mut self.staging), std::mem::take(&mut self.processes));
+        let mut left_out = Vec::new();
+        for (of, process) in staging.into_iter().zip(processes) {
+            if is_descendant(of.pid, init) {
+                self.staging.push(of);
+                self.processes.push(process);
+            } else {
+                left_out.push(of.pid);
+            }
+        }
+        left_out
+    }
+}
+
+/// Tells whether a process is another one, or was forked from that one's descendants and not handed over since.
+fn is_descendant(pid: i32, ancestor: i32) -> bool {
+    let parent = |pid: &HostPid| Stat::of(*pid).ok()?.parent();
+    std::iter::successors(HostPid::new(pid), parent).take(MOST_GENERATIONS).any(|pid| pid.raw() == ancestor)
+}
+
 /// The memory of a process to which the driver has moved what the process had on GPUs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -97,6 +122,9 @@ pub struct Staging {
     /// The mappings, in order of addresses: all that are new and [`LEAST_STAGING`] long at least.
     pub ranges: Vec<Range>,
 }
+
+/// More than any tree of processes has.
+const MOST_GENERATIONS: usize = 10_000;
 
 /// What is shorter than this, in bytes, is not worth a mapping of its own.
 pub const LEAST_STAGING: u64 = 1 << 20;

@@ -89,7 +89,7 @@ pub struct SwappedProcess {
 }
 
 impl Piece {
-    fn range(&self) -> Range {
+    pub(crate) fn range(&self) -> Range {
         Range { start: self.address, end: self.address.saturating_add(self.length) }
     }
 }

@@ -228,6 +228,9 @@ impl Actions for Machine<'_> {
         let cgroup = self.cgroup.clone();
         let mut began = |phase| timeline.enter(phase);
         let mut suspended = self.keeper().suspend(&cgroup, paused, patience, GPU, &mut began)?;
+        for pid in suspended.leave_out_execs(self.order.init) {
+            tracing::warn!("process {pid} was started by an exec and is not saved; it goes on if the container does");
+        }
         self.staging = std::mem::take(&mut suspended.staging);
         self.staging.retain(|of| !of.ranges.is_empty());
         self.gpu = SavedGpus::of(suspended, &self.order.devices, init);

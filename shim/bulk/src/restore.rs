@@ -408,7 +408,8 @@ mod tests {
         #[test]
         fn a_snapshot_in_another_store_is_not_used() {
             let (other, digest) = published(Some("default/vit"));
-            let (store, _) = published(None);
+            let store = tempfile::tempdir().unwrap();
+            Store::open(store.path()).unwrap();
             let refused = refusal(&pointer(digest, other.path()), &node(store.path(), "default"));
             assert!(refused.contains("which this node does not use"), "{refused}");
         }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use proc::{HostPid, Status};
 pub use tracee::process::namespace_pid;
 use tracee::process::{DeviceFd, DeviceMapping, Thread, fds_matching, mappings_matching};
 
@@ -65,24 +66,35 @@ fn is_instance(path: &Path) -> bool {
     number.is_some_and(|number| number > 2)
 }
 
-/// Whether the driver gives its threads such names.
+/// Tells whether a thread is one of the driver's, which works for its checkpoints.
 ///
-/// Seen were `cuda` and 11 hexadecimal digits, the thread that does a checkpoint's work, and `cuda-EvtHandlr`. Those
-/// are what one driver version does: a driver's thread that is held makes its checkpoint hang for ever, a program's
-/// thread that is not held merely goes on, so any name that begins so counts. What a program's own name does to this
-/// is seen to by [`drivers`], which knows the process's other threads.
+/// Seen were `cuda` and 11 hexadecimal digits, the thread that does a checkpoint's work, and `cuda-EvtHandlr` (580.159); they
+/// block all signals. A thread of the driver that is held makes its checkpoint hang for ever. So a thread with another name that
+/// begins so counts too, if it blocks all signals: a program's own `cuda-worker` does not, and is held.
 #[must_use]
-pub fn is_drivers(name: &str) -> bool {
-    name.starts_with("cuda")
+pub fn is_drivers(pid: i32, thread: &Thread) -> bool {
+    is_known_name(&thread.name) || (thread.name.starts_with("cuda") && blocks_all_signals(pid, thread.tid))
 }
 
-/// The driver's threads among those of a process: those with its kind of name ([`is_drivers`]), but never the first of the
-/// process, nor those that are called as it is: a program may itself be named so, and its threads inherit that.
+fn is_known_name(name: &str) -> bool {
+    let Some(rest) = name.strip_prefix("cuda") else { return false };
+    rest == "-EvtHandlr" || (rest.len() == 11 && rest.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// Tells whether a thread blocks all signals that it can block but those that a C library keeps for itself, 32 and 33.
+fn blocks_all_signals(pid: i32, tid: i32) -> bool {
+    const ALL: u64 = !(1 << 8 | 1 << 18 | 1 << 31 | 1 << 32);
+    let status = HostPid::new(pid).and_then(|pid| Status::of_thread(pid, tid).ok());
+    status.and_then(|status| status.blocked_signals()).is_some_and(|blocked| blocked & ALL == ALL)
+}
+
+/// Returns the driver's threads among those of a process: never the first one, nor those that are called as that one is: a
+/// program may itself be named so, and its threads inherit that.
 #[must_use]
 pub fn drivers(pid: i32, threads: &[Thread]) -> Vec<i32> {
     let first = threads.iter().find(|thread| thread.tid == pid).map(|thread| thread.name.as_str());
     let is_drivers =
-        |thread: &&Thread| thread.tid != pid && is_drivers(&thread.name) && first != Some(thread.name.as_str());
+        |thread: &&Thread| thread.tid != pid && first != Some(thread.name.as_str()) && is_drivers(pid, thread);
     threads.iter().filter(is_drivers).map(|thread| thread.tid).collect()
 }
 

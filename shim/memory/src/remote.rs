@@ -5,6 +5,7 @@ use std::io::{IoSlice, IoSliceMut};
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
+use proc::{HostPid, ProcessHandle};
 
 use crate::units;
 
@@ -15,19 +16,54 @@ pub(crate) struct RemoteError {
     pub(crate) errno: Errno,
 }
 
-/// Reads all of the buffer from an address on.
-pub(crate) fn read(pid: i32, address: u64, buffer: &mut [u8]) -> Result<(), RemoteError> {
-    let length = buffer.len();
-    whole(address, length, |done, remote| {
-        process_vm_readv(Pid::from_raw(pid), &mut [IoSliceMut::new(&mut buffer[done..])], &[remote])
-    })
+/// Another process, which is not mistaken for a later one with its pid.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    process: ProcessHandle,
 }
 
-/// Writes all of the bytes from an address on.
-pub(crate) fn write(pid: i32, address: u64, bytes: &[u8]) -> Result<(), RemoteError> {
-    whole(address, bytes.len(), |done, remote| {
-        process_vm_writev(Pid::from_raw(pid), &[IoSlice::new(&bytes[done..])], &[remote])
-    })
+impl Remote {
+    /// Opens the process that has this pid now, of which something at this address is wanted.
+    pub(crate) fn open(pid: i32, address: u64) -> Result<Self, RemoteError> {
+        let gone = RemoteError { address, errno: Errno::ESRCH };
+        let opened = ProcessHandle::open(HostPid::new(pid).ok_or(gone)?);
+        let process = opened.map_err(|error| match error.raw_os_error() {
+            Some(number) => RemoteError { address, errno: Errno::from_raw(number) },
+            None => gone,
+        })?;
+        Ok(Self { process })
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.process.pid().raw()
+    }
+
+    /// Reads all of the buffer from an address on.
+    pub(crate) fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), RemoteError> {
+        self.check(address)?;
+        let length = buffer.len();
+        whole(address, length, |done, remote| {
+            process_vm_readv(self.raw(), &mut [IoSliceMut::new(&mut buffer[done..])], &[remote])
+        })?;
+        // What was read while it ended may be another's.
+        self.check(address)
+    }
+
+    /// Writes all of the bytes from an address on.
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> Result<(), RemoteError> {
+        self.check(address)?;
+        whole(address, bytes.len(), |done, remote| {
+            process_vm_writev(self.raw(), &[IoSlice::new(&bytes[done..])], &[remote])
+        })
+    }
+
+    fn raw(&self) -> Pid {
+        Pid::from_raw(self.pid())
+    }
+
+    fn check(&self, address: u64) -> Result<(), RemoteError> {
+        if self.process.is_alive() { Ok(()) } else { Err(RemoteError { address, errno: Errno::ESRCH }) }
+    }
 }
 
 fn whole(

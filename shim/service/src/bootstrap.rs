@@ -1,4 +1,4 @@
-//! What containerd runs the binary for: `start`, `delete`, `-info`, and serving.
+//! Actions for which containerd runs the binary: `start`, `delete`, `-info`, and serving.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -29,7 +29,7 @@ use crate::{bundle, options, pod, rootfs};
 const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
 /// Exit code that containerd's Go shim reports for a container whose shim died: it was killed.
 const KILLED: u32 = 137;
-/// How long the last events may take at the end; containerd's Go shim allows its shutdown as much.
+/// Longest time for the last events at the end, as in containerd's Go shim.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
 /// Environment variable with the folder of the node's store, where it is not the usual one.
 const STORE: &str = "GPUSNAP_STORE";
@@ -40,7 +40,7 @@ const REGISTRY: &str = "GPUSNAP_REGISTRY";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-/// What is set wrong must not keep containers from starting.
+/// Returns the quota. A wrong setting must not keep containers from starting.
 fn quota() -> Option<u64> {
     let text = std::env::var(QUOTA).ok()?;
     snapshot::parse_size(&text)
@@ -48,7 +48,7 @@ fn quota() -> Option<u64> {
         .ok()
 }
 
-/// One run of the binary.
+/// A run of the binary.
 pub(crate) struct GpusnapShim {
     flags: Arc<Invocation>,
     exit: Arc<ExitSignal>,
@@ -63,7 +63,7 @@ struct Invocation {
     bundle: PathBuf,
 }
 
-/// What of a config.json decides which shim a container gets.
+/// Parts of a config.json by which a container gets its shim.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Grouping {
@@ -230,7 +230,7 @@ async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Re
     deleted
 }
 
-/// Whether the shim that was started in `bundle` still answers.
+/// Returns true if the shim that was started in `bundle` still answers.
 fn is_served(bundle: &Path) -> bool {
     let address = std::fs::read_to_string(bundle.join("address")).unwrap_or_default();
     UnixStream::connect(address.trim_start_matches("unix://")).is_ok()

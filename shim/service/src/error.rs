@@ -1,4 +1,4 @@
-//! What a Task request can fail with, and the one place where that becomes a ttrpc status.
+//! Failures of Task requests, and the one place that turns them into ttrpc statuses.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use runtime::RuntimeError;
 use crate::container::Status;
 use crate::options::OptionsError;
 
-/// Why a request was not served.
+/// Reason for which a request was not served.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TaskError {
     #[error("container {container} is not known to this shim")]
@@ -103,7 +103,7 @@ fn told(owed: Option<&str>) -> String {
     })
 }
 
-/// What was wrong with a bundle.
+/// Fault of a bundle.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum BundleError {
     #[error("cannot {action} {path}")]

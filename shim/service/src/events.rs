@@ -15,15 +15,15 @@ use tokio::sync::{mpsc, oneshot};
 
 /// Events kept while containerd is away, as many as containerd's Go shim keeps.
 const QUEUE: usize = 2048;
-/// One delivery; as in containerd's Go shim.
+/// Time limit of one delivery, as in containerd's Go shim.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the delivery of one event is retried.
+/// Limits of the retries for one event.
 #[derive(Clone, Copy, Debug)]
 struct Patience {
     first_pause: Duration,
     longest_pause: Duration,
-    /// Time after which an event is dropped that containerd keeps refusing, and with it all that wait behind it.
+    /// Time after which a refused event is dropped. The events behind it wait so long.
     refused: Duration,
 }
 
@@ -34,7 +34,7 @@ const PATIENCE: Patience = Patience {
     refused: Duration::from_secs(15),
 };
 
-/// Where events go. Cheap to clone.
+/// Queue of events to containerd. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(crate) struct Events {
     namespace: String,
@@ -142,7 +142,7 @@ enum Obstacle {
     Away,
     /// containerd listens, and is not ready: as good as away.
     Unavailable,
-    /// It may be taken later.
+    /// The event may be taken later.
     Refusal,
     /// No repetition helps.
     Malformed,

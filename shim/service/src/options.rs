@@ -22,7 +22,7 @@ const RUNC_ROOT: &str = "/run/containerd/runc";
 /// State of the embedded runtime.
 const LIBCONTAINER_ROOT: &str = "/run/containerd/gpusnap";
 
-/// Why options were not understood.
+/// Reason for which options were not understood.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OptionsError {
     /// A type that no client of this shim should send.
@@ -142,7 +142,7 @@ fn read_limited(path: &Path) -> Result<String, OptionsError> {
     std::fs::read_to_string(path).map_err(failed)
 }
 
-/// Which runtime a new container gets. `cgroups_path` is the spec's: a path of the form `slice:prefix:name` is made
+/// Returns the runtime that a new container gets. `cgroups_path` is the spec's: a path of the form `slice:prefix:name` is made
 /// through systemd, also when the client dropped the option that says so (nerdctl does for names other than runc's).
 pub(crate) fn choose_runtime(options: &Options, namespace: &str, cgroups_path: Option<&Path>) -> Choice {
     let (kind, default_root) = if options.binary_name.is_empty() {

@@ -1,4 +1,4 @@
-//! Which containers a pod's shim serves, written down where the shim was started.
+//! List of the containers that a pod's shim serves, kept in the bundle of the shim.
 //!
 //! When a shim is killed, containerd runs `delete` in the bundle in which the shim was started: the sandbox's. The
 //! bundles of the pod's other containers may be gone by then. So what `delete` must know of each of them is kept in
@@ -15,9 +15,9 @@ const FOLDER: &str = "pod";
 /// A container that a shim served beside its first one.
 pub(crate) struct Member {
     pub(crate) id: String,
-    /// Where its runtime choice is written down.
+    /// Folder that has its runtime choice.
     pub(crate) folder: PathBuf,
-    /// Its own bundle, which may be gone.
+    /// Bundle of the container, which may be gone.
     pub(crate) bundle: PathBuf,
 }
 

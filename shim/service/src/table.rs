@@ -36,7 +36,7 @@ enum Entry {
 }
 
 impl State {
-    /// Whether no entry is about to come or go.
+    /// Returns true if no entry is about to come or go.
     fn is_at_rest(&self) -> bool {
         self.removals == 0 && self.entries.values().all(|entry| matches!(entry, Entry::Ready(_)))
     }
@@ -91,7 +91,7 @@ impl Table {
         Removal { state: Arc::clone(&self.state) }
     }
 
-    /// Whether nothing is being made or removed.
+    /// Returns true if nothing is being made or removed.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.state.borrow().is_at_rest()
     }

@@ -18,10 +18,11 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::shim::oci::ProcessDetails;
 use containerd_shim_protos::ttrpc;
+use runtime::Operation;
 use session::Stop;
 use tokio::sync::{Notify, oneshot};
 
-use crate::container::{Company, Container, Context, Status, create};
+use crate::container::{Container, Context, ProcessRef, Status, Target, create};
 use crate::error::TaskError;
 use crate::stdio::Stdio;
 use crate::sys;
@@ -35,7 +36,9 @@ pub(crate) struct TaskService {
     started: Arc<Notify>,
 }
 
-/// How long after the last start the shim counts as idle.
+/// Time after which a shim without containers takes it that nobody will tell it to end.
+const FORGOTTEN: Duration = Duration::from_secs(2);
+/// Time after the last start at which the shim counts as idle.
 const IDLE: Duration = Duration::from_secs(1);
 
 /// Keeps the shim small while it only waits: after each start, once no other follows, its code leaves memory.
@@ -61,11 +64,18 @@ impl TaskService {
     }
 }
 
-/// Ends the shim once it serves no container. To be called when the client has gone that would have told it to.
+/// Ends the shim once it serves no container.
 async fn end_if_empty(table: Table, exit: Arc<ExitSignal>) {
     if table.is_empty_at_rest().await {
         exit.signal();
     }
+}
+
+/// Ends a shim that serves no container and is not told to end. containerd sends Shutdown at once after the last Delete,
+/// unless it was restarted, or its client went away, in between; then nobody knows of the shim any more.
+async fn end_if_forgotten(table: Table, exit: Arc<ExitSignal>) {
+    tokio::time::sleep(FORGOTTEN).await;
+    end_if_empty(table, exit).await;
 }
 
 /// A time as the protocol has it.
@@ -95,9 +105,9 @@ impl Task for TaskService {
     async fn state(&self, _ctx: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
         let container = self.container(&request.id).await?;
         let response = container.ask(move |actor| {
-            let process = actor.process(&request.exec_id)?;
-            let exit = *process.exit.borrow();
-            let status = match process.status {
+            let process = actor.process(&ProcessRef::of(&request.exec_id))?;
+            let exit = process.exit();
+            let status = match process.status() {
                 Status::Created => ApiStatus::CREATED,
                 Status::Running => ApiStatus::RUNNING,
                 Status::Paused => ApiStatus::PAUSED,
@@ -133,32 +143,32 @@ impl Task for TaskService {
             let made = create(&context, request, registration).await;
             match &made {
                 Ok(container) => table.ready(container),
-                Err(error) => tracing::error!("cannot create container {id}: {}", crate::error::chain(error)),
+                Err(error) => tracing::error!(container = id, "it cannot be created: {}", phase::chain(error)),
             }
             let Err(unheard) = answer.send(made) else { return };
             if let Ok(container) = unheard {
-                tracing::warn!("container {id} is removed: the client that asked for it has gone");
-                if let Err(error) = container.operate(Company::Alone, |actor| actor.delete_init()).await {
-                    tracing::error!("container {id} is left: {}", crate::error::chain(&error));
+                tracing::warn!(container = id, "it is removed: the client that asked for it has gone");
+                if let Err(error) = container.operate(Operation::Delete, |actor| actor.delete_init()).await {
+                    tracing::error!(container = id, "it is left: {}", phase::chain(&error));
                 }
             }
-            end_if_empty(table, exit).await;
+            end_if_forgotten(table, exit).await;
         });
         let container = created.await.map_err(|_| TaskError::Gone { container: id })??;
-        let pid = container.ask(|actor| Ok(actor.process("")?.pid())).await?;
+        let pid = container.ask(|actor| Ok(actor.process(&ProcessRef::Init)?.pid())).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, _ctx: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id).await?;
-        let pid = if !request.exec_id.is_empty() {
-            container.operate(Company::Any, move |actor| actor.start_exec(request.exec_id)).await?
+        let pid = if let ProcessRef::Exec(exec) = ProcessRef::of(&request.exec_id) {
+            container.operate(Operation::Exec, move |actor| actor.start_exec(exec)).await?
         } else if container.ask(|actor| Ok(actor.is_to_be_restored())).await? {
             let stop = Stop::default();
             let _client = stop.on_drop("the client is gone");
-            container.operate(Company::Alone, move |actor| actor.restore_init(stop)).await?
+            container.operate(Operation::Restore, move |actor| actor.restore_init(stop)).await?
         } else {
-            container.operate(Company::Execs, |actor| actor.start_init()).await?
+            container.operate(Operation::Start, |actor| actor.start_init()).await?
         };
         self.started.notify_one();
         Ok(StartResponse { pid, ..StartResponse::default() })
@@ -172,18 +182,19 @@ impl Task for TaskService {
         tokio::spawn(async move {
             let deletion = async {
                 let container = table.get(&request.id).await?;
-                if request.exec_id.is_empty() {
-                    container.ask(|actor| Ok(actor.stop_restore("the container is being deleted"))).await?;
-                    container.operate(Company::Alone, |actor| actor.delete_init()).await
-                } else {
-                    container.operate_at_once(move |actor| actor.delete_exec(request.exec_id)).await
+                match ProcessRef::of(&request.exec_id) {
+                    ProcessRef::Init => {
+                        container.ask(|actor| Ok(actor.stop_restore("the container is being deleted"))).await?;
+                        container.operate(Operation::Delete, |actor| actor.delete_init()).await
+                    }
+                    ProcessRef::Exec(exec) => container.operate_at_once(move |actor| actor.delete_exec(exec)).await,
                 }
             };
             let deleted = deletion.await;
             drop(removal);
-            if answer.send(deleted).is_err() {
-                end_if_empty(table, exit).await;
-            }
+            // The client may be gone.
+            let _ = answer.send(deleted);
+            end_if_forgotten(table, exit).await;
         });
         let deleted = deleted.await.map_err(|_| TaskError::Gone { container: id })??;
         Ok(DeleteResponse {
@@ -199,8 +210,8 @@ impl Task for TaskService {
         let mut processes = Vec::with_capacity(pids.len());
         for (pid, exec) in pids {
             let details = match exec {
-                Some(exec_id) => {
-                    let details = ProcessDetails { exec_id, ..ProcessDetails::default() };
+                Some(exec) => {
+                    let details = ProcessDetails { exec_id: exec.into(), ..ProcessDetails::default() };
                     Some(convert_to_any(Box::new(details))?)
                 }
                 None => None,
@@ -211,12 +222,12 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _ctx: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.pause()).await?;
+        self.container(&request.id).await?.operate(Operation::Pause, |actor| actor.pause()).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _ctx: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id).await?.operate(Company::Execs, |actor| actor.resume()).await?;
+        self.container(&request.id).await?.operate(Operation::Resume, |actor| actor.resume()).await?;
         Ok(Empty::new())
     }
 
@@ -227,14 +238,18 @@ impl Task for TaskService {
         let stop = Stop::default();
         // ttrpc drops this future when the client hangs up, or its deadline has passed.
         let _client = stop.on_drop("the client is gone");
-        container.operate(Company::Alone, move |actor| actor.checkpoint(options, stop)).await?;
+        container.operate(Operation::Checkpoint, move |actor| actor.checkpoint(options, stop)).await?;
         self.started.notify_one();
         Ok(Empty::new())
     }
 
     async fn kill(&self, _ctx: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id).await?;
-        container.ask(move |actor| actor.kill(&request.exec_id, request.signal, request.all)).await?;
+        let target = match ProcessRef::of(&request.exec_id) {
+            ProcessRef::Init if request.all => Target::Everything,
+            process => Target::Process(process),
+        };
+        container.ask(move |actor| actor.kill(&target, request.signal)).await?;
         Ok(Empty::new())
     }
 
@@ -243,20 +258,26 @@ impl Task for TaskService {
         let mut spec = json(&request.id, "process", request.spec.as_ref(), runtime::process_from_json)?;
         spec.set_terminal(Some(request.terminal));
         let stdio = Stdio::new(request.stdin, request.stdout, request.stderr, request.terminal);
-        container.ask(move |actor| actor.add_exec(request.exec_id, spec, stdio)).await?;
+        let ProcessRef::Exec(exec) = ProcessRef::of(&request.exec_id) else {
+            let (container, message) = (request.id, "it is empty".into());
+            return Err(TaskError::BadRequest { container, field: "exec id", message }.into());
+        };
+        container.ask(move |actor| actor.add_exec(exec, spec, stdio)).await?;
         Ok(Empty::new())
     }
 
     async fn resize_pty(&self, _ctx: &TtrpcContext, request: ResizePtyRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id).await?;
-        container.ask(move |actor| actor.resize(&request.exec_id, request.width, request.height)).await?;
+        container
+            .ask(move |actor| actor.resize(&ProcessRef::of(&request.exec_id), request.width, request.height))
+            .await?;
         Ok(Empty::new())
     }
 
     async fn close_io(&self, _ctx: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id).await?;
         if request.stdin {
-            container.ask(move |actor| actor.close_stdin(&request.exec_id)).await?;
+            container.ask(move |actor| actor.close_stdin(&ProcessRef::of(&request.exec_id))).await?;
         }
         Ok(Empty::new())
     }
@@ -265,14 +286,14 @@ impl Task for TaskService {
         let container = self.container(&request.id).await?;
         let resources =
             json(&request.id, "resources", request.resources.as_ref(), |bytes| serde_json::from_slice(bytes))?;
-        container.operate(Company::Execs, move |actor| actor.update(resources)).await?;
+        container.operate(Operation::Update, move |actor| actor.update(resources)).await?;
         Ok(Empty::new())
     }
 
     async fn wait(&self, _ctx: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let container = self.container(&request.id).await?;
-        let exec = request.exec_id.clone();
-        let mut exit = container.ask(move |actor| actor.exit_of(&exec)).await?;
+        let process = ProcessRef::of(&request.exec_id);
+        let mut exit = container.ask(move |actor| actor.exit_of(&process)).await?;
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         // The process was deleted before it was ever started.
         let gone = || TaskError::NoProcess { container: request.id, exec: request.exec_id };
@@ -290,7 +311,8 @@ impl Task for TaskService {
     }
 
     async fn connect(&self, _ctx: &TtrpcContext, request: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
-        let task_pid = self.container(&request.id).await?.ask(|actor| Ok(actor.process("")?.pid())).await?;
+        let task_pid =
+            self.container(&request.id).await?.ask(|actor| Ok(actor.process(&ProcessRef::Init)?.pid())).await?;
         Ok(ConnectResponse { shim_pid: std::process::id(), task_pid, ..ConnectResponse::default() })
     }
 

@@ -162,9 +162,14 @@ impl<'a> Gpu<'a> {
 
     /// Waits until the program in the container has done two more rounds, each of which it has checked.
     pub fn computes(&self, id: &str) -> Result<()> {
-        let from = self.rounds(id)?;
+        self.computes_in(id, "log")
+    }
+
+    /// Waits for the same of the program with this log.
+    pub fn computes_in(&self, id: &str, log: &str) -> Result<()> {
+        let from = rounds(&self.said(id, log)?);
         eventually(&format!("{id} to compute past round {from}"), || {
-            let log = self.log(id)?;
+            let log = self.said(id, log)?;
             anyhow::ensure!(!log.contains("FAILED"), "{}", log.lines().last().unwrap_or_default());
             let now = rounds(&log);
             anyhow::ensure!(now > from + 1, "still at round {now}");
@@ -179,8 +184,12 @@ impl<'a> Gpu<'a> {
 
     /// What it has said.
     pub fn log(&self, id: &str) -> Result<String> {
+        self.said(id, "log")
+    }
+
+    fn said(&self, id: &str, log: &str) -> Result<String> {
         let pid = self.test.ctr().pid(id)?;
-        Ok(std::fs::read_to_string(format!("/proc/{pid}/root/dev/shm/log")).unwrap_or_default())
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/root/dev/shm/{log}")).unwrap_or_default())
     }
 }
 

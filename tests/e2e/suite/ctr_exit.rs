@@ -27,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(task_ps_lists_init_and_execs),
         case!(task_metrics_show_limits_memory_and_growing_processor_time),
         case!(a_paused_task_stands_still_and_goes_on),
+        case!(a_killed_exec_of_a_paused_task_does_not_wake_the_others),
         case!(a_task_that_is_never_at_rest_is_paused_and_killed),
         case!(a_container_can_be_started_again_after_its_task_ended),
         case!(a_short_lived_init_exits_before_anyone_asks),
@@ -262,6 +263,21 @@ fn a_paused_task_stands_still_and_goes_on(t: &Test) -> Result<()> {
     t.ctr().task(&["resume", &id]).ok()?;
     ensure_eq!(t.ctr().status(&id)?, "RUNNING");
     grows(before)
+}
+
+fn a_killed_exec_of_a_paused_task_does_not_wake_the_others(t: &Test) -> Result<()> {
+    let (id, exec) = (t.id("c"), t.id("x"));
+    t.ctr().start_sh(&id, IDLE)?;
+    let client = t.ctr().exec_as(&id, &exec, &["sh", "-c", "echo up; read line"]).spawn()?;
+    client.sees("up")?;
+    t.ctr().task(&["pause", &id]).ok()?;
+    t.ctr().task(&["kill", "--signal", "SIGKILL", "--exec-id", &exec, &id]).ok()?;
+    ensure_eq!(t.ctr().status(&id)?, "PAUSED");
+    ensure!(e2e::cgroup::frozen(t.ctr().pid(&id)?)?, "its cgroup is not frozen any more");
+    t.ctr().task(&["resume", &id]).ok()?;
+    client.wait()?.expect_code(137)?;
+    ensure_eq!(t.ctr().status(&id)?, "RUNNING");
+    Ok(())
 }
 
 fn a_task_that_is_never_at_rest_is_paused_and_killed(t: &Test) -> Result<()> {

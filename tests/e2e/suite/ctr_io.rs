@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use e2e::pty::Pty;
+use e2e::target::Shim;
 use e2e::{Case, Test, case, ensure_eq, ensure_has, eventually, sha256};
 
 use crate::ctr_exit::IDLE;
@@ -17,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(stderr_and_stdout_stay_apart),
         case!(stdin_of_10_megabytes_arrives_and_ends),
         case!(stdin_of_an_exec_arrives_and_ends),
+        case!(stdin_of_an_exec_that_ends_at_once_arrives_and_ends),
         case!(stdin_is_answered_line_by_line),
         case!(a_slow_reader_loses_nothing),
         case!(a_terminal_has_the_clients_size_and_follows_it),
@@ -24,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(ctrl_c_on_the_terminal_interrupts_the_container),
         case!(a_client_that_vanishes_leaves_the_container_running),
         case!(a_file_log_has_everything),
+        case!(a_file_log_has_the_end_of_a_terminal).except(Shim::Stock, "it has no terminals in file logs"),
         case!(a_binary_logger_gets_everything_and_knows_the_container),
         case!(a_binary_logger_that_does_not_start_is_an_error),
         case!(output_that_nobody_reads_does_not_block_deletion),
@@ -114,6 +117,18 @@ fn stdin_of_an_exec_arrives_and_ends(t: &Test) -> Result<()> {
     let data = stream(10 << 20);
     let out = t.ctr().exec(&id, &["sh", "-c", "cat | sha256sum"]).stdin_bytes(data.clone()).ok()?;
     ensure_eq!(out.trimmed(), format!("{}  -", sha256(&data)));
+    Ok(())
+}
+
+fn stdin_of_an_exec_that_ends_at_once_arrives_and_ends(t: &Test) -> Result<()> {
+    let id = t.id("c");
+    t.ctr().start_sh(&id, IDLE)?;
+    // The client closes the input while the exec is being started.
+    for round in 0..20 {
+        let word = format!("word {round}");
+        ensure_eq!(t.ctr().exec(&id, &["cat"]).stdin_bytes(word.clone().into_bytes()).ok()?.text(), word);
+    }
+    ensure_eq!(t.ctr().exec(&id, &["cat"]).stdin_bytes(Vec::new()).ok()?.text(), "");
     Ok(())
 }
 
@@ -209,6 +224,22 @@ fn a_file_log_has_everything(t: &Test) -> Result<()> {
     t.ctr().run(&id, &options, &["cat", "/shared/data"]).ok()?;
     t.ctr().becomes(&id, "STOPPED")?;
     eventually("the log to be complete", || same_bytes(&fs::read(&log)?, &data))
+}
+
+fn a_file_log_has_the_end_of_a_terminal(t: &Test) -> Result<()> {
+    // Short outputs of many lengths: the end of each comes while the one before it is being written.
+    for last in [200, 2000, 5000, 10000, 20000] {
+        for round in 0..4 {
+            let (id, log) = (t.id("c"), t.folder()?.join(format!("{last}-{round}.log")));
+            let uri = format!("file://{}", log.display());
+            let argv = ["seq", "-s", " ", &last.to_string()];
+            t.ctr().run(&id, &["--detach", "--tty", "--log-uri", &uri], &argv).ok()?;
+            t.ctr().becomes(&id, "STOPPED")?;
+            t.ctr().delete_task(&id)?;
+            ensure_has!(fs::read_to_string(&log)?, format!(" {last}\r\n"));
+        }
+    }
+    Ok(())
 }
 
 /// A logger as containerd's documentation defines it: stdout on 3, stderr on 4, ready by closing 5.

@@ -8,7 +8,7 @@ use e2e::gpu::Gpu;
 use e2e::target::Shim;
 use e2e::{Case, Test, case, cgroup, ensure_eq, ensure_has, eventually, proc};
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub(crate) fn cases() -> Vec<Case> {
     let cases = vec![
@@ -32,6 +32,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_long_gpu_kernel_is_waited_for),
         case!(a_gpu_kernel_that_outlasts_the_patience_is_told_and_computed_to_its_end),
         case!(managed_gpu_memory_is_told_and_the_program_computes_on),
+        case!(a_gpu_program_that_was_started_by_exec_goes_on_and_what_is_saved_is_restored),
+        case!(a_filter_that_kills_for_calls_of_a_checkpoint_kills_nobody),
         case!(gpu_memory_that_does_not_fit_into_the_limit_is_told_before_it_kills),
         case!(a_gpu_driver_that_refuses_is_told_and_the_program_computes_on),
         case!(a_gpu_driver_that_fails_to_restore_once_is_asked_again),
@@ -316,6 +318,36 @@ fn managed_gpu_memory_is_told_and_the_program_computes_on(t: &Test) -> Result<()
     let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
     ensure_has!(out.stderr, "managed memory");
     gpu.computes(&id)
+}
+
+fn a_gpu_program_that_was_started_by_exec_goes_on_and_what_is_saved_is_restored(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start(&id, &["--size", "64"])?;
+    let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/exec"];
+    t.ctr().task(&["exec", "--detach", "--exec-id", "gpu", &id]).args(&program).ok()?;
+    gpu.computes_in(&id, "exec")?;
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    gpu.computes(&id)?;
+    gpu.computes_in(&id, "exec")?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)
+}
+
+fn a_filter_that_kills_for_calls_of_a_checkpoint_kills_nobody(t: &Test) -> Result<()> {
+    // What puts files in the place of memory, what frees forked processes of the GPU: the program makes none of these calls.
+    for call in ["socketpair", "recvmsg", "dup3"] {
+        let (gpu, id) = (Gpu::one(t)?, t.id("g"));
+        let rule = json!({ "names": [call], "action": "SCMP_ACT_KILL_PROCESS" });
+        let profile =
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [rule] });
+        let path = std::env::temp_dir().join(t.id("profile"));
+        fs::write(&path, profile.to_string())?;
+        let gpu = gpu.with(&["--seccomp", "--seccomp-profile", &path.to_string_lossy()]);
+        gpu.start(&id, &["--size", "64", "--fork", "2"])?;
+        t.ctr().checkpoint(&id, &t.id("checkpoint")).ok().with_context(|| format!("with {call}"))?;
+        gpu.computes(&id).with_context(|| format!("after a checkpoint with {call}"))?;
+    }
+    Ok(())
 }
 
 fn gpu_memory_that_does_not_fit_into_the_limit_is_told_before_it_kills(t: &Test) -> Result<()> {

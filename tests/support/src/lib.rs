@@ -470,6 +470,30 @@ fn play() {
                 sys::sleep_once(1);
             }
         }
+        // Threads with names of the driver's kind: the driver's own, one of a later driver's, and one of the program's.
+        "cuda-threads" => {
+            drivers_thread();
+            let (started, is_started) = std::sync::mpsc::channel();
+            for name in ["cuda-new-kind", "cuda-worker"] {
+                let started = started.clone();
+                thread(name, move || {
+                    if name == "cuda-new-kind" {
+                        SigSet::all().thread_block().unwrap();
+                    }
+                    started.send(()).unwrap();
+                    loop {
+                        count(1);
+                        sys::sleep_once(1);
+                    }
+                });
+                is_started.recv().unwrap();
+            }
+            ready();
+            loop {
+                count(3);
+                sys::sleep_once(1);
+            }
+        }
         // One thread in one long system call after the other.
         "sleeper" => {
             let alternate = sys::set_alternate_stack();

@@ -63,6 +63,8 @@ pub(crate) trait Freezer {
     /// Freezes at a moment when what is there can be dumped.
     fn freeze_at_rest(&mut self) -> Result<(), SessionError>;
     fn thaw(&mut self) -> Result<(), SessionError>;
+    /// Tells whether somebody has frozen it.
+    fn is_frozen(&mut self) -> bool;
     /// Returns the memory that the container may still use.
     fn memory_left(&mut self) -> Option<MemoryLeft>;
 }

@@ -30,7 +30,7 @@ impl Faults {
     }
 
     fn lose(&mut self, fault: SessionError) {
-        tracing::error!("GPU state is lost: {fault}");
+        tracing::error!("not put back: {fault}");
         self.lost.get_or_insert(fault);
     }
 }
@@ -158,7 +158,11 @@ impl<H: Host> Session<'_, H> {
         // At risk is a thread that reads what is away. Worse is a process that never gets its state back.
         let held = self.hold_all(&checkpointed, H::hold);
         faults.note(held);
-        self.undo.push(Step::Freezer);
+        if !self.undo.has(Step::Freezer) {
+            // It was left as it had to be, and somebody may have frozen or thawed it since.
+            self.undo.frozen = self.host.is_frozen();
+            self.undo.push(Step::Freezer);
+        }
         let thawed = self.host.thaw();
         let is_open = thawed.is_ok();
         faults.note(thawed);
@@ -333,16 +337,27 @@ impl<H: Host> Session<'_, H> {
         }
     }
 
-    /// Leaves the container frozen or running, and lets go of all whose state is back or that cannot run.
+    /// Leaves the container frozen or running, as it is to be left, and lets go of all whose state is back or that cannot run.
     fn leave(&mut self, faults: &mut Faults) {
+        if self.undo.has(Step::Unseen) {
+            // Nobody knows what would run without its GPU state.
+            return;
+        }
         let mut is_frozen = false;
         if self.undo.has(Step::Freezer) {
             let left = if self.undo.frozen { self.host.freeze() } else { self.host.thaw() };
-            if left.is_ok() {
-                self.undo.done(Step::Freezer);
-                is_frozen = self.undo.frozen;
+            match left {
+                Ok(()) => {
+                    is_frozen = self.undo.frozen;
+                    self.undo.done(Step::Freezer);
+                }
+                // Whoever paused it is told. Later it may have been resumed, and is not to be frozen behind their back.
+                Err(fault) if self.undo.frozen => {
+                    self.undo.done(Step::Freezer);
+                    faults.lose(fault);
+                }
+                Err(fault) => faults.note(Err(fault)),
             }
-            faults.note(left);
         }
         let keep = if is_frozen { Vec::new() } else { self.undo.pids(Step::Checkpointed) };
         let let_go = self.let_go(&keep);

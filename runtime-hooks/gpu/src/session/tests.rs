@@ -318,3 +318,46 @@ fn a_guardian_that_takes_over_finds_what_is_to_be_undone() {
     assert_eq!(host.resume(true).unwrap(), Resumed { restored: 1 });
     assert!(host.is_untouched());
 }
+
+#[test]
+fn processes_that_are_not_inits_descendants_are_left_out_of_what_is_saved() {
+    let child = support::Program::play("sleeper");
+    let init = i32::try_from(std::process::id()).unwrap();
+    let staging = |pid| Staging { pid, namespace_pid: 7, ranges: Vec::new() };
+    let process = SuspendedProcess { pid: 7, staged: 0, gpus: Vec::new() };
+    let mut suspended = Suspended {
+        staging: vec![staging(1), staging(child.pid), staging(init)],
+        processes: vec![SuspendedProcess { pid: 3, ..process.clone() }, process.clone(), process.clone()],
+        ..Suspended::default()
+    };
+    assert_eq!(suspended.leave_out_execs(init), [1]);
+    assert_eq!(suspended.staging, [staging(child.pid), staging(init)]);
+    assert_eq!(suspended.processes, [process.clone(), process]);
+}
+
+#[test]
+fn what_is_owed_is_paid_without_a_change_of_who_is_frozen() {
+    for is_resumed in [true, false] {
+        let mut host = Bed::of([(101, Process { restore_fails: 9, ..process(CHECKPOINTED) })]);
+        host.resume(true).unwrap_err();
+        assert!(host.frozen && !host.owes().is_paid());
+        // Somebody resumes the container, or does not.
+        host.frozen = !is_resumed;
+        while !host.pay().is_paid() {
+            assert_eq!(host.frozen, !is_resumed);
+        }
+        assert_eq!((host.frozen, host.cuda(101)), (!is_resumed, RUNNING));
+    }
+}
+
+#[test]
+fn a_container_that_could_not_be_frozen_again_is_told_and_not_frozen_later() {
+    let mut host = Bed::of([(101, process(RUNNING))]);
+    host.memory_left = Some(MemoryLeft { bytes: 1, is_limited: true });
+    host.fault = Some(Fault { action: "freeze", after: 0, times: 1, is_done: false });
+    let error = host.suspend().unwrap_err().to_string();
+    assert!(error.contains("give it more memory") && error.contains("cannot freeze the container"), "{error}");
+    assert!(host.owes().is_paid() && host.cuda(101) == RUNNING && !host.frozen);
+    host.pay();
+    assert!(!host.frozen);
+}

@@ -1,6 +1,7 @@
 use std::path::Path;
 
-use super::{device_fds, is_device, is_drivers, is_instance, touches_gpu};
+use super::{device_fds, drivers, is_device, is_instance, is_known_name, touches_gpu};
+use support::Program;
 
 #[test]
 fn devices_of_the_driver_are_known_by_their_names() {
@@ -16,8 +17,19 @@ fn devices_of_the_driver_are_known_by_their_names() {
 
 #[test]
 fn threads_of_the_driver_are_known_by_their_names() {
-    assert!(is_drivers("cuda00001400006") && is_drivers("cuda-EvtHandlr"));
-    assert!(!is_drivers("python3") && !is_drivers("CUDA") && !is_drivers(""));
+    assert!(is_known_name("cuda00001400006") && is_known_name("cuda-EvtHandlr"));
+    for other in ["python3", "CUDA", "", "cuda", "cuda-worker", "cuda0000140000x", "cuda000014000060"] {
+        assert!(!is_known_name(other), "{other}");
+    }
+}
+
+#[test]
+fn a_programs_thread_with_a_name_like_the_drivers_is_known_by_the_signals_that_it_takes() {
+    let program = Program::play("cuda-threads");
+    let threads = tracee::process::threads(program.pid).unwrap();
+    let name = |tid: i32| threads.iter().find(|thread| thread.tid == tid).map(|thread| thread.name.as_str());
+    let drivers: Vec<_> = drivers(program.pid, &threads).into_iter().map(name).collect();
+    assert_eq!(drivers, [Some("cuda0123456789a"), Some("cuda-new-kind")]);
 }
 
 #[test]

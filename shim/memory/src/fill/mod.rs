@@ -3,14 +3,16 @@
 mod prefetch;
 mod source;
 
+use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::buffer::{Buffer, SIZE};
 use crate::control::Control;
 use crate::error::FillError;
 use crate::pack::{CHUNK, CHUNK_BYTES, Pack};
-use crate::remote;
+use crate::remote::Remote;
 use crate::table::{Place, Process, Segment, SegmentTable};
 use crate::units;
 pub use prefetch::prefetch;
@@ -37,8 +39,8 @@ pub struct Destination<'a> {
 struct Progress {
     /// In the table.
     pid: i32,
-    /// On this host.
-    host: i32,
+    /// On this host; none if nothing of it is filled.
+    host: Option<Arc<Remote>>,
     /// Bytes that are not in place yet.
     left: AtomicU64,
 }
@@ -90,7 +92,9 @@ pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, contro
     control.each(threads, plan.portions, Buffer::new, |buffer, index| {
         let portion = plan.portion(index);
         let progress = &progress[portion.process];
-        copy(&portion, &sources[portion.pack], progress.host, buffer, control)?;
+        if let Some(host) = &progress.host {
+            copy(&portion, &sources[portion.pack], host, buffer, control)?;
+        }
         progress.landed(portion.length, into.ready);
         Ok(())
     })
@@ -154,8 +158,18 @@ fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Pl
     }
     let mut plan = Plan::default();
     let mut progress = Vec::new();
+    let mut hosts: BTreeMap<i32, Arc<Remote>> = BTreeMap::new();
     for (pid, host) in order.iter().copied() {
-        let left = table.segments(pid).iter().map(|segment| plan.add(progress.len(), segment)).sum();
+        let left: u64 = table.segments(pid).iter().map(|segment| plan.add(progress.len(), segment)).sum();
+        let first = table.segments(pid).first().filter(|_| left > 0);
+        let host = match (first, hosts.get(&host)) {
+            (None, _) => None,
+            (Some(_), Some(opened)) => Some(Arc::clone(opened)),
+            (Some(first), None) => {
+                let opened = Remote::open(host, first.address).map_err(|error| FillError::process(host, error))?;
+                Some(Arc::clone(hosts.entry(host).or_insert(Arc::new(opened))))
+            }
+        };
         progress.push(Progress { pid, host, left: AtomicU64::new(left) });
     }
     Ok((progress, plan))
@@ -164,7 +178,7 @@ fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Pl
 fn copy(
     portion: &Portion,
     source: &Source<'_>,
-    host: i32,
+    host: &Remote,
     buffer: &mut Buffer,
     control: &Control,
 ) -> Result<(), FillError> {
@@ -182,8 +196,8 @@ fn copy(
         let from = portion.offset.max(begin);
         let to = end.min(begin + length);
         let wanted = &bytes[units::bytes(from - begin)..units::bytes(to - begin)];
-        remote::write(host, portion.address + (from - portion.offset), wanted)
-            .map_err(|error| FillError::process(host, error))?;
+        host.write(portion.address + (from - portion.offset), wanted)
+            .map_err(|error| FillError::process(host.pid(), error))?;
         control.add(to - from);
         begin += length;
     }

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::{Draft, Saved, check_range};
 use crate::buffer::{Buffer, SIZE};
@@ -10,7 +11,7 @@ use crate::checksum::{Checksum, is_zero};
 use crate::control::Control;
 use crate::error::SaveError;
 use crate::pack::{CHUNK_BYTES, MAX_PACK_DATA, PackWriter};
-use crate::remote;
+use crate::remote::Remote;
 use crate::table::{Place, Process, Segment, SegmentTable, push};
 use crate::units;
 
@@ -27,7 +28,7 @@ pub struct Target {
 
 /// What becomes one pack at most.
 struct Window {
-    process: i32,
+    process: Arc<Remote>,
     pid: i32,
     address: u64,
     length: u64,
@@ -84,13 +85,16 @@ pub fn save_processes(targets: &[Target], zero_run: u64, draft: &Draft, control:
 fn windows(targets: &[Target]) -> Result<Vec<Window>, SaveError> {
     let mut windows = Vec::new();
     for Target { process, pid, ranges } in targets {
+        let Some(first) = ranges.first() else { continue };
+        let remote = Remote::open(*process, first.start).map_err(|error| SaveError::process(*process, error))?;
+        let remote = Arc::new(remote);
         for range in ranges {
             let length = range.end.saturating_sub(range.start);
             let end = check_range(*process, range.start, length)?;
             let mut address = range.start;
             while address < end {
                 let length = MAX_PACK_DATA.min(end - address);
-                windows.push(Window { process: *process, pid: *pid, address, length });
+                windows.push(Window { process: Arc::clone(&remote), pid: *pid, address, length });
                 address += length;
             }
         }
@@ -119,13 +123,14 @@ impl<'a> Copy<'a> {
     }
 
     fn run(mut self, buffer: &mut Buffer, control: &Control) -> Result<Copied, SaveError> {
-        let Window { process, address, length, .. } = *self.window;
-        let length = units::bytes(length);
+        let Window { process, address, .. } = self.window;
+        let length = units::bytes(self.window.length);
         for begin in (0..length).step_by(SIZE) {
             control.check()?;
             let bytes = &mut buffer[..SIZE.min(length - begin)];
-            remote::read(process, address + units::wide(begin), bytes)
-                .map_err(|error| SaveError::process(process, error))?;
+            process
+                .read(address + units::wide(begin), bytes)
+                .map_err(|error| SaveError::process(process.pid(), error))?;
             self.take(bytes)?;
             control.add(units::wide(bytes.len()));
         }

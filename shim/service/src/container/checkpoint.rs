@@ -40,24 +40,23 @@ impl Actor {
         options: CheckpointOptions,
         stop: Stop,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
-        let paused = match self.init.status {
-            Status::Running if self.init_ended.is_none() => false,
+        let paused = match self.init.true_status() {
+            Status::Running => false,
             Status::Paused => true,
-            Status::Running => return Err(self.wrong_state("checkpoint", "", Status::Stopped)),
-            status => return Err(self.wrong_state("checkpoint", "", status)),
+            Status::Created | Status::Stopped => return Err(self.wrong_state("checkpoint")),
         };
         let Some(child) = self.init.child.clone() else {
-            return Err(self.wrong_state("checkpoint", "", self.init.status));
+            return Err(self.wrong_state("checkpoint"));
         };
-        let paused_for_it = paused && self.paused_at.is_some_and(|at| at.elapsed() < PAUSED_FOR_IT);
+        let paused_for_it = self.init.paused_since().is_some_and(|since| since.elapsed() < PAUSED_FOR_IT);
         let resume = self.resume();
         let (folder, exit) = (options.folder.to_string_lossy().into_owned(), options.exit);
         let order = CheckpointOrder {
             subject: self.subject(),
             init: child.pid(),
             paused,
-            shm: self.shm.clone(),
-            devices: self.devices.clone(),
+            shm: self.config.shm.clone(),
+            devices: self.config.devices.clone(),
             options,
         };
         let conductor = Arc::clone(&self.context.conductor);

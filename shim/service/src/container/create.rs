@@ -14,14 +14,14 @@ use serde::Deserialize;
 use super::freezer::Freezer;
 use super::operations::end;
 use super::restore::FromCheckpoint;
-use super::{Actor, Container, Context, Process};
+use super::{Accounts, Actor, Config, Container, Context, PidNamespace, Process, ProcessRef};
 use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::table::Registration;
 use crate::{options, pod, rootfs};
 use checkpoint::{Annotations, DeviceNode, Shm};
 
-/// What of a config.json the shim itself needs; the runtime reads the rest.
+/// Parts of a config.json that the shim itself needs; the runtime reads the rest.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Spec {
@@ -74,10 +74,20 @@ impl Spec {
         Shm::find(binds.map(|mount| (mount.destination.as_path(), mount.source.as_path())))
     }
 
-    /// A pid namespace that the runtime makes, not one that it joins.
-    fn has_private_pids(&self) -> bool {
-        let namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
-        namespaces.into_iter().any(|namespace| namespace.kind == "pid" && namespace.path.is_empty())
+    fn pids(&self) -> PidNamespace {
+        let mut namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
+        // One without a path is made by the runtime, not joined.
+        let is_own = namespaces.any(|namespace| namespace.kind == "pid" && namespace.path.is_empty());
+        if is_own { PidNamespace::Own } else { PidNamespace::Shared }
+    }
+
+    fn into_config(self) -> Config {
+        Config {
+            shm: self.shm(),
+            annotations: Annotations::of(&self.annotations),
+            pids: self.pids(),
+            devices: self.linux.unwrap_or_default().devices,
+        }
     }
 }
 
@@ -113,16 +123,12 @@ pub(crate) async fn create(
             return Err(error);
         }
     };
-    let private_pids = spec.has_private_pids();
     let NewContainer { bundle, options, .. } = new;
     let container = Container::start(|mailbox| {
-        let mut init = Process::new(stdio);
         let (child, copies, cgroup) = match made {
             Some(Made { child, copies, cgroup }) => (Some(child), Some(copies), Some(cgroup)),
             None => (None, None, None),
         };
-        init.child.clone_from(&child);
-        init.copies = copies;
         let actor = Actor {
             id: request.id.clone(),
             bundle,
@@ -130,18 +136,12 @@ pub(crate) async fn create(
             runtime,
             owner: owner(context, &request.id, &options),
             choice,
-            oom_kills: cgroup.as_ref().map_or(0, Cgroup::oom_kills),
-            cgroup,
+            config: spec.into_config(),
+            accounts: cgroup.map(Accounts::new),
             checkpoint: FromCheckpoint::of(&request, &options),
-            shm: spec.shm(),
-            annotations: Annotations::of(&spec.annotations),
-            devices: spec.linux.unwrap_or_default().devices,
-            paused_at: None,
             freezer: Freezer::default(),
             session: None,
-            private_pids,
-            init,
-            init_ended: None,
+            init: Process::init(stdio, child.clone(), copies),
             execs: BTreeMap::new(),
             mailbox,
             operations: VecDeque::new(),
@@ -150,7 +150,7 @@ pub(crate) async fn create(
         // Before the watch: nothing of a container may be told before its creation.
         tell_created(context, request, actor.init.pid());
         if let Some(child) = child {
-            actor.watch("", child);
+            actor.watch(ProcessRef::Init, child);
             actor.watch_oom();
         }
         actor
@@ -229,7 +229,7 @@ impl NewContainer<'_> {
     }
 
     fn stdio(&self, source: crate::stdio::StdioError) -> TaskError {
-        TaskError::Stdio { process: super::process_name(&self.request.id, ""), source }
+        TaskError::Stdio { process: ProcessRef::Init.name(&self.request.id), source }
     }
 
     async fn create(&self, io: ProcessIo) -> Result<Child, TaskError> {
@@ -271,7 +271,7 @@ impl NewContainer<'_> {
 /// Removes a container that its runtime has made, and that cannot be used.
 pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
     if let Err(error) = runtime.delete(id).await {
-        tracing::error!("container {id} may be left behind: {}", crate::error::chain(&error));
+        tracing::error!(container = id, "it may be left behind: {}", phase::chain(&error));
     }
-    end(child, &super::process_name(id, "")).await;
+    end(child, &ProcessRef::Init.name(id)).await;
 }

@@ -8,7 +8,7 @@
 //! An operation that freezes or thaws has the freezer to itself. A kill of init that comes meanwhile takes effect when the
 //! operation gives the freezer back: until then the container may have no GPU state, or its files may be being saved.
 
-/// Which of the container's operations has the freezer.
+/// The freezer, lent to an operation or not.
 #[derive(Debug, Default)]
 pub(super) struct Freezer {
     lent: bool,
@@ -16,7 +16,7 @@ pub(super) struct Freezer {
     init_was_killed: bool,
 }
 
-/// Whether the dead are let go now.
+/// Time at which killed processes are let die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(super) enum LetDie {

@@ -14,7 +14,7 @@
 //! A container that is created from a checkpoint has no process until it is started. A checkpoint leaves the state as it
 //! is, or ends init like any other death.
 //!
-//! What takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one
+//! Work that takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one
 //! container begin in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered
 //! at once whatever runs. An operation's future never touches the state; its completion does, in the actor.
 //!
@@ -30,45 +30,48 @@ mod checkpoint;
 mod create;
 mod freezer;
 mod operations;
+mod process;
 mod restore;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt;
 use std::future::{Future, pending};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
-use oci_spec::runtime::Process as ProcessSpec;
 use reaper::{Child, Exit, Reaper};
-use runtime::{Choice, OciRuntime};
+use runtime::{Choice, OciRuntime, Operation};
 use rustix::process::Signal;
 use session::{Conductor, NodeStore, Stop};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tracing::Instrument as _;
 
 pub(crate) use self::create::create;
 use self::freezer::Freezer;
+pub(crate) use self::operations::Target;
+pub(crate) use self::process::ExecId;
+use self::process::Process;
+pub(crate) use self::process::{ProcessRef, Status};
 use self::restore::FromCheckpoint;
 use crate::error::TaskError;
 use crate::events::Events;
-use crate::stdio::{Copies, Owner, Stdio};
+use crate::stdio::Owner;
 use crate::table::Registration;
 use crate::task::timestamp;
 use ::checkpoint::{Annotations, DeviceNode, Shm};
 
-/// What all containers of one shim share.
+/// Things that all containers of one shim share.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) namespace: String,
     /// Bundle of the container that the shim was started for.
     pub(crate) bundle: PathBuf,
-    /// Where logs of failed checkpoints and restores go.
+    /// Folder for logs of failed checkpoints and restores.
     pub(crate) logs: PathBuf,
     pub(crate) store: NodeStore,
     pub(crate) reaper: Reaper,
@@ -79,36 +82,22 @@ pub(crate) struct Context {
     pub(crate) conductor: Arc<dyn Conductor>,
 }
 
-/// How a choice becomes a runtime; tests put a fake one in.
+/// Maker of the runtime that was chosen; tests put a fake one in.
 pub(crate) type RuntimeOf = Arc<dyn Fn(&Choice, &Reaper) -> Arc<dyn OciRuntime> + Send + Sync>;
-
-/// Where a process is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Status {
-    Created,
-    Running,
-    Paused,
-    Stopped,
-}
-
-impl fmt::Display for Status {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Stopped => "stopped",
-        })
-    }
-}
 
 type Job = Box<dyn FnOnce(&mut Actor) + Send>;
 type Work = Pin<Box<dyn Future<Output = Job> + Send>>;
 type Begin = Box<dyn FnOnce(&mut Actor) -> Option<Work> + Send>;
 
-/// Which other operations may run beside one.
+/// An operation that waits for its turn.
+struct Queued {
+    operation: Operation,
+    begin: Begin,
+}
+
+/// Other operations that may run beside one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Company {
+enum Company {
     /// None.
     Alone,
     /// Starts of execs that began before.
@@ -117,9 +106,14 @@ pub(crate) enum Company {
     Any,
 }
 
-struct Operation {
-    company: Company,
-    begin: Begin,
+impl Company {
+    fn of(operation: Operation) -> Self {
+        match operation {
+            Operation::Exec => Self::Any,
+            Operation::Checkpoint | Operation::Restore | Operation::Delete => Self::Alone,
+            _ => Self::Execs,
+        }
+    }
 }
 
 /// A handle to a container's actor.
@@ -160,7 +154,7 @@ impl Container {
     /// Queues an operation: `begin` checks the state and returns what to wait for, whose result is a completion.
     pub(crate) async fn operate<T, F, C>(
         &self,
-        company: Company,
+        operation: Operation,
         begin: impl FnOnce(&mut Actor) -> Result<F, TaskError> + Send + 'static,
     ) -> Result<T, TaskError>
     where
@@ -170,18 +164,23 @@ impl Container {
     {
         self.send(|reply| {
             let begin: Begin = Box::new(move |actor| match actor.check_exists().and_then(|()| begin(actor)) {
-                Ok(work) => Some(Box::pin(async move {
-                    let complete = work.await;
-                    Box::new(move |actor: &mut Actor| {
-                        let _ = reply.send(complete(actor));
-                    }) as Job
-                })),
+                Ok(work) => {
+                    let (container, namespace) = (&actor.id, &actor.context.namespace);
+                    let span = tracing::debug_span!("operation", %operation, container, namespace);
+                    let work = async move {
+                        let complete = work.await;
+                        Box::new(move |actor: &mut Actor| {
+                            let _ = reply.send(complete(actor));
+                        }) as Job
+                    };
+                    Some(Box::pin(work.instrument(span)))
+                }
                 Err(error) => {
                     let _ = reply.send(Err(error));
                     None
                 }
             });
-            Box::new(move |actor| actor.operations.push_back(Operation { company, begin }))
+            Box::new(move |actor| actor.operations.push_back(Queued { operation, begin }))
         })
         .await
     }
@@ -212,40 +211,41 @@ impl Container {
     }
 }
 
-/// One process of a container: its init, or an exec.
-pub(crate) struct Process {
-    pub(crate) status: Status,
-    pub(crate) stdio: Stdio,
-    /// None for an exec that was added and not started, and for an init that is yet to be restored.
-    pub(crate) child: Option<Child>,
-    pub(crate) exit: watch::Sender<Option<Exit>>,
-    copies: Option<Copies>,
-    /// Its start is under way: an exit must not be told before it.
-    starting: bool,
-    /// What an exec is to run.
-    spec: Option<ProcessSpec>,
+/// Parts of a container's specification that the shim itself needs.
+struct Config {
+    /// Source of /dev/shm, if that comes from outside.
+    shm: Option<Shm>,
+    annotations: Annotations,
+    /// Devices that it is given.
+    devices: Vec<DeviceNode>,
+    pids: PidNamespace,
 }
 
-impl Process {
-    fn new(stdio: Stdio) -> Self {
-        Self {
-            status: Status::Created,
-            stdio,
-            child: None,
-            exit: watch::Sender::new(None),
-            copies: None,
-            starting: false,
-            spec: None,
-        }
+/// Pid namespace of init.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PidNamespace {
+    /// A namespace of the container's: the kernel kills the other processes in it when init ends.
+    Own,
+    /// The host's, or another container's.
+    Shared,
+}
+
+/// The container's cgroup, and what was told of it.
+struct Accounts {
+    cgroup: Cgroup,
+    /// Out-of-memory kills that were told, or came before the container.
+    oom_kills: u64,
+}
+
+impl Accounts {
+    fn new(cgroup: Cgroup) -> Self {
+        Self { oom_kills: cgroup.oom_kills(), cgroup }
     }
 
-    /// Pid as containerd counts, 0 for none.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.as_ref().map_or(0, |child| child.pid().unsigned_abs())
-    }
-
-    fn is_alive(&self) -> bool {
-        self.starting || matches!(self.status, Status::Running | Status::Paused)
+    fn has_new_oom_kills(&mut self) -> bool {
+        let before = self.oom_kills;
+        self.oom_kills = self.cgroup.oom_kills().max(before);
+        self.oom_kills > before
     }
 }
 
@@ -257,28 +257,18 @@ pub(crate) struct Actor {
     runtime: Arc<dyn OciRuntime>,
     choice: Choice,
     owner: Owner,
-    /// None before the start of a container that is made from a checkpoint.
-    cgroup: Option<Cgroup>,
-    /// What it is made from.
+    config: Config,
+    /// `None` before the start of a container that is made from a checkpoint.
+    accounts: Option<Accounts>,
+    /// Checkpoint from which it is made.
     checkpoint: Option<FromCheckpoint>,
-    /// Its /dev/shm, if that comes from outside.
-    shm: Option<Shm>,
-    annotations: Annotations,
-    /// Devices that it is given.
-    devices: Vec<DeviceNode>,
-    paused_at: Option<Instant>,
     freezer: Freezer,
     /// Stops the checkpoint or restore that is under way.
     session: Option<Stop>,
-    /// Init has a pid namespace of its own, whose processes the kernel kills when it ends.
-    private_pids: bool,
     init: Process,
-    /// How init ended, while that cannot be told yet.
-    init_ended: Option<Exit>,
-    execs: BTreeMap<String, Process>,
-    oom_kills: u64,
+    execs: BTreeMap<ExecId, Process>,
     mailbox: mpsc::WeakUnboundedSender<Job>,
-    operations: VecDeque<Operation>,
+    operations: VecDeque<Queued>,
     /// None once the container is deleted.
     registration: Option<Registration>,
 }
@@ -288,11 +278,11 @@ impl Actor {
         let mut work: Option<Work> = None;
         let mut execs = JoinSet::new();
         while self.registration.is_some() {
-            let may_begin = |next: &mut Operation| next.company != Company::Alone || execs.is_empty();
+            let may_begin = |next: &mut Queued| Company::of(next.operation) != Company::Alone || execs.is_empty();
             if work.is_none()
-                && let Some(Operation { company, begin }) = self.operations.pop_front_if(may_begin)
+                && let Some(Queued { operation, begin }) = self.operations.pop_front_if(may_begin)
             {
-                match (company, begin(&mut self)) {
+                match (Company::of(operation), begin(&mut self)) {
                     (Company::Any, Some(start)) => drop(execs.spawn(start)),
                     (_, begun) => work = begun,
                 }
@@ -324,8 +314,8 @@ impl Actor {
         while let Ok(job) = jobs.try_recv() {
             job(&mut self);
         }
-        while let Some(operation) = self.operations.pop_front() {
-            (operation.begin)(&mut self);
+        while let Some(Queued { begin, .. }) = self.operations.pop_front() {
+            begin(&mut self);
         }
     }
 
@@ -337,43 +327,41 @@ impl Actor {
         }
     }
 
-    /// The process that requests name: init when `exec` is empty.
-    pub(crate) fn process(&self, exec: &str) -> Result<&Process, TaskError> {
-        if exec.is_empty() { Ok(&self.init) } else { self.execs.get(exec).ok_or_else(|| self.no_process(exec)) }
+    pub(crate) fn process(&self, process: &ProcessRef) -> Result<&Process, TaskError> {
+        match process {
+            ProcessRef::Init => Ok(&self.init),
+            ProcessRef::Exec(exec) => self.execs.get(exec).ok_or_else(|| self.no_exec(exec)),
+        }
     }
 
-    fn process_mut(&mut self, exec: &str) -> Result<&mut Process, TaskError> {
-        if exec.is_empty() {
-            return Ok(&mut self.init);
-        }
-        let missing = self.no_process(exec);
+    fn exec_mut(&mut self, exec: &ExecId) -> Result<&mut Process, TaskError> {
+        let missing = self.no_exec(exec);
         self.execs.get_mut(exec).ok_or(missing)
     }
 
-    fn no_process(&self, exec: &str) -> TaskError {
-        TaskError::NoProcess { container: self.id.clone(), exec: exec.to_owned() }
+    fn no_exec(&self, exec: &ExecId) -> TaskError {
+        TaskError::NoProcess { container: self.id.clone(), exec: exec.as_str().to_owned() }
     }
 
-    /// A process's name in messages.
-    fn name(&self, exec: &str) -> String {
-        process_name(&self.id, exec)
+    /// Returns the refusal of what init's state does not allow.
+    fn wrong_state(&self, action: &'static str) -> TaskError {
+        self.wrong_state_of(action, &ProcessRef::Init, self.init.true_status())
     }
 
-    fn wrong_state(&self, action: &'static str, exec: &str, status: Status) -> TaskError {
-        TaskError::WrongState { action, process: self.name(exec), status }
+    fn wrong_state_of(&self, action: &'static str, process: &ProcessRef, status: Status) -> TaskError {
+        TaskError::WrongState { action, process: process.name(&self.id), status }
     }
 
     /// Reports the exit of `child` to the mailbox.
-    fn watch(&self, exec: &str, child: Child) {
+    fn watch(&self, process: ProcessRef, child: Child) {
         // Held until the process has ended: its exit is never lost, whoever else has let go of the container.
         let Some(mailbox) = self.mailbox.upgrade() else { return };
-        let exec = exec.to_owned();
         tokio::spawn(async move {
             let exit = child.wait().await;
             // The container may have been deleted meanwhile, with this exit in its answer.
             let _ = mailbox.send(Box::new(move |actor| {
                 if actor.check_exists().is_ok() {
-                    actor.ended(&exec, exit);
+                    actor.ended(&process, exit);
                 }
             }));
         });
@@ -381,8 +369,8 @@ impl Actor {
 
     /// Reports out-of-memory kills to the mailbox.
     fn watch_oom(&self) {
-        let (mailbox, Some(cgroup)) = (self.mailbox.clone(), &self.cgroup) else { return };
-        match cgroup.watch_oom() {
+        let (mailbox, Some(accounts)) = (self.mailbox.clone(), &self.accounts) else { return };
+        match accounts.cgroup.watch_oom() {
             Ok(mut watch) => {
                 tokio::spawn(async move {
                     while watch.next().await.is_some() {
@@ -393,50 +381,48 @@ impl Actor {
                     }
                 });
             }
-            Err(error) => {
-                tracing::warn!("container {}: no out-of-memory events: {}", self.id, crate::error::chain(&error));
-            }
+            Err(error) => tracing::warn!(container = self.id, "no out-of-memory events: {}", phase::chain(&error)),
         }
     }
 
     fn tell_oom(&mut self) {
-        let kills = self.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
-        if kills > self.oom_kills {
-            self.oom_kills = kills;
+        if self.accounts.as_mut().is_some_and(Accounts::has_new_oom_kills) {
             self.context.events.publish(TaskOOM { container_id: self.id.clone(), ..TaskOOM::default() });
         }
     }
 
-    fn ended(&mut self, exec: &str, exit: Exit) {
-        if exec.is_empty() {
-            // The cgroup forgets its counters when it is removed, and CRI wants the reason before the exit.
-            self.tell_oom();
-            self.init_ended = Some(exit);
-            if !self.private_pids
-                && let Some(Err(error)) = self.cgroup.as_ref().map(|cgroup| cgroup.signal_all(Signal::KILL))
-            {
-                tracing::warn!("container {}: processes may be left: {}", self.id, crate::error::chain(&error));
+    fn ended(&mut self, process: &ProcessRef, exit: Exit) {
+        match process {
+            ProcessRef::Init => {
+                // The cgroup forgets its counters when it is removed, and CRI wants the reason before the exit.
+                self.tell_oom();
+                self.init.ended(exit);
+                let accounts = self.accounts.as_ref().filter(|_| self.config.pids == PidNamespace::Shared);
+                if let Some(Err(error)) = accounts.map(|accounts| accounts.cgroup.signal_all(Signal::KILL)) {
+                    tracing::warn!(container = self.id, "processes may be left: {}", phase::chain(&error));
+                }
             }
-        } else if let Some(process) = self.execs.get_mut(exec) {
-            process.status = Status::Stopped;
-            let pid = process.pid();
-            process.exit.send_replace(Some(exit));
-            self.tell_exit(exec, pid, exit);
+            ProcessRef::Exec(exec) => {
+                if let Some(process) = self.execs.get_mut(exec) {
+                    process.ended(exit);
+                    let (pid, told) = (process.pid(), process.tell_end());
+                    if let Some(exit) = told {
+                        self.tell_exit(exec.as_str(), pid, exit);
+                    }
+                }
+            }
         }
         self.settle_init();
     }
 
     /// Tells init's exit, once nothing that must be told before it is left.
     fn settle_init(&mut self) {
-        let Some(exit) = self.init_ended else { return };
-        if self.init.starting || self.execs.values().any(Process::is_alive) {
+        if self.execs.values().any(Process::is_alive) {
             return;
         }
-        self.init_ended = None;
-        self.init.status = Status::Stopped;
-        self.init.exit.send_replace(Some(exit));
-        let (id, pid) = (self.id.clone(), self.init.pid());
-        self.tell_exit(&id, pid, exit);
+        if let Some(exit) = self.init.tell_end() {
+            self.tell_exit(&self.id, self.init.pid(), exit);
+        }
     }
 
     fn tell_exit(&self, process: &str, pid: u32, exit: Exit) {
@@ -449,9 +435,4 @@ impl Actor {
             ..TaskExit::default()
         });
     }
-}
-
-/// A process's name in messages.
-pub(crate) fn process_name(container: &str, exec: &str) -> String {
-    if exec.is_empty() { format!("container {container}") } else { format!("exec {exec} of container {container}") }
 }

@@ -1,7 +1,7 @@
-//! What is done with a container once it is there.
+//! Operations on a container, and requests that its actor answers at once.
 
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{
@@ -15,20 +15,36 @@ use rustix::process::Signal;
 use tokio::sync::watch;
 
 use super::freezer::LetDie;
-use super::{Actor, Process, Status};
+use super::{Actor, ExecId, Process, ProcessRef, Status};
 use crate::error::TaskError;
 use crate::stdio::{Copies, Stdio};
 use crate::task::timestamp;
 use crate::{pod, rootfs};
 
-/// How long a killed process may take to end: one in an uninterruptible wait does not, nor one that is frozen on v1.
+/// Longest time for a killed process to end. A process in an uninterruptible wait does not end, nor one frozen on v1.
 const END: Duration = Duration::from_secs(10);
 
-/// What deleting a process tells about it.
+/// End of a deleted process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deleted {
     pub(crate) pid: u32,
     pub(crate) exit: Exit,
+}
+
+impl Deleted {
+    fn of(process: &Process) -> Self {
+        // An exec that was never started has no end: containerd's Go shim answers with zeros as well.
+        let exit = process.exit().unwrap_or(Exit { code: 0, at: std::time::SystemTime::UNIX_EPOCH });
+        Self { pid: process.pid(), exit }
+    }
+}
+
+/// Receivers of a signal.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    Process(ProcessRef),
+    /// Every process of the container.
+    Everything,
 }
 
 impl Actor {
@@ -36,20 +52,21 @@ impl Actor {
     pub(crate) fn start_init(
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
-        if self.init.status != Status::Created {
-            return Err(self.wrong_state("start", "", self.init.status));
+        if self.init.status() != Status::Created {
+            return Err(self.wrong_state("start"));
         }
-        self.init.starting = true;
+        self.init.starting();
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
         Ok(async move {
             let started = runtime.start(&id).await;
             move |actor: &mut Self| {
-                actor.init.starting = false;
                 let pid = actor.init.pid();
                 if started.is_ok() {
-                    actor.init.status = Status::Running;
+                    actor.init.started();
                     let container_id = actor.id.clone();
                     actor.context.events.publish(TaskStart { container_id, pid, ..TaskStart::default() });
+                } else {
+                    actor.init.not_started();
                 }
                 actor.settle_init();
                 Ok(started.map(|()| pid)?)
@@ -58,54 +75,49 @@ impl Actor {
     }
 
     /// Adds an exec process, to be started later.
-    pub(crate) fn add_exec(&mut self, exec: String, spec: ProcessSpec, stdio: Stdio) -> Result<(), TaskError> {
+    pub(crate) fn add_exec(&mut self, exec: ExecId, spec: ProcessSpec, stdio: Stdio) -> Result<(), TaskError> {
         if self.execs.contains_key(&exec) {
-            return Err(TaskError::ExecExists { container: self.id.clone(), exec });
+            return Err(TaskError::ExecExists { container: self.id.clone(), exec: exec.into() });
         }
         self.check_takes_execs()?;
-        let mut process = Process::new(stdio);
-        process.spec = Some(spec);
-        self.execs.insert(exec.clone(), process);
-        let container_id = self.id.clone();
-        self.context.events.publish(TaskExecAdded { container_id, exec_id: exec, ..TaskExecAdded::default() });
+        self.execs.insert(exec.clone(), Process::exec(stdio, spec));
+        let (container_id, exec_id) = (self.id.clone(), exec.into());
+        self.context.events.publish(TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() });
         Ok(())
     }
 
     /// Fails unless there is an init, which need not run yet, and which is not paused.
     fn check_takes_execs(&self) -> Result<(), TaskError> {
-        match self.init.status {
-            Status::Created if self.init_ended.is_none() && !self.is_to_be_restored() => Ok(()),
+        match self.init.true_status() {
+            Status::Created if self.init.child.is_some() => Ok(()),
             _ => self.check_runs("exec in"),
         }
     }
 
     fn check_runs(&self, action: &'static str) -> Result<(), TaskError> {
-        match self.init.status {
-            Status::Running if self.init_ended.is_none() => Ok(()),
-            Status::Running => Err(self.wrong_state(action, "", Status::Stopped)),
-            status => Err(self.wrong_state(action, "", status)),
-        }
+        if self.init.true_status() == Status::Running { Ok(()) } else { Err(self.wrong_state(action)) }
     }
 
     /// Starts an exec process.
     pub(crate) fn start_exec(
         &mut self,
-        exec: String,
+        exec: ExecId,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
         self.check_takes_execs()?;
-        let process = self.process(&exec)?;
-        let Some(spec) = process.spec.clone().filter(|_| process.status == Status::Created) else {
-            return Err(self.wrong_state("start", &exec, process.status));
+        let reference = ProcessRef::Exec(exec.clone());
+        let process = self.process(&reference)?;
+        let Some(spec) = process.program() else {
+            return Err(self.wrong_state_of("start", &reference, process.status()));
         };
         let stdio = process.stdio.clone();
-        self.process_mut(&exec)?.starting = true;
+        self.exec_mut(&exec)?.starting();
         let (runtime, reaper, owner) = (self.runtime.clone(), self.context.reaper.clone(), self.owner.clone());
-        let (id, bundle, name) = (self.id.clone(), self.bundle.clone(), self.name(&exec));
+        let (id, bundle, name) = (self.id.clone(), self.bundle.clone(), reference.name(&self.id));
         Ok(async move {
             let failed = |source| TaskError::Stdio { process: name.clone(), source };
             let started: Result<(Child, Copies), TaskError> = async {
                 let (io, prepared) = stdio.prepare(&owner, &reaper).await.map_err(failed)?;
-                let request = ExecRequest { id, exec_id: exec.clone(), bundle, process: spec, io };
+                let request = ExecRequest { id, exec_id: exec.clone().into(), bundle, process: spec, io };
                 let child = match runtime.exec(request).await {
                     Ok(child) => child,
                     Err(error) => {
@@ -130,17 +142,16 @@ impl Actor {
         })
     }
 
-    fn exec_started(&mut self, exec: &str, started: Result<(Child, Copies), TaskError>) -> Result<u32, TaskError> {
-        let process = self.process_mut(exec)?;
-        process.starting = false;
-        let (child, copies) = started?;
-        process.status = Status::Running;
+    fn exec_started(&mut self, exec: &ExecId, started: Result<(Child, Copies), TaskError>) -> Result<u32, TaskError> {
+        let process = self.exec_mut(exec)?;
+        let (child, copies) = started.inspect_err(|_| process.not_started())?;
+        process.started();
         process.copies = Some(copies);
         process.child = Some(child.clone());
         let pid = process.pid();
-        let (container_id, exec_id) = (self.id.clone(), exec.to_owned());
+        let (container_id, exec_id) = (self.id.clone(), exec.clone().into());
         self.context.events.publish(TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() });
-        self.watch(exec, child);
+        self.watch(ProcessRef::Exec(exec.clone()), child);
         Ok(pid)
     }
 
@@ -149,7 +160,8 @@ impl Actor {
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
         self.check_runs("pause")?;
-        let (runtime, id, cgroup) = (self.runtime.clone(), self.id.clone(), self.cgroup.clone());
+        let (runtime, id) = (self.runtime.clone(), self.id.clone());
+        let cgroup = self.accounts.as_ref().map(|accounts| accounts.cgroup.clone());
         self.freezer.lend();
         Ok(async move {
             let mut paused = runtime.pause(&id).await.map_err(TaskError::from);
@@ -160,8 +172,8 @@ impl Actor {
             }
             |actor: &mut Self| {
                 actor.take_freezer_back();
-                actor.change_status(paused, Status::Paused)?;
-                actor.paused_at = Some(Instant::now());
+                paused?;
+                actor.init.paused();
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskPaused { container_id, ..TaskPaused::default() });
                 Ok(())
@@ -173,8 +185,8 @@ impl Actor {
     pub(crate) fn resume(
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
-        if self.init.status != Status::Paused {
-            return Err(self.wrong_state("resume", "", self.init.status));
+        if self.init.status() != Status::Paused {
+            return Err(self.wrong_state("resume"));
         }
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
         self.freezer.lend();
@@ -182,7 +194,8 @@ impl Actor {
             let resumed = runtime.resume(&id).await;
             |actor: &mut Self| {
                 actor.take_freezer_back();
-                actor.change_status(resumed.map_err(TaskError::from), Status::Running)?;
+                resumed?;
+                actor.init.resumed();
                 let container_id = actor.id.clone();
                 actor.context.events.publish(TaskResumed { container_id, ..TaskResumed::default() });
                 Ok(())
@@ -190,22 +203,13 @@ impl Actor {
         })
     }
 
-    /// Init may have ended while the runtime was at work: stopped is final.
-    fn change_status(&mut self, done: Result<(), TaskError>, status: Status) -> Result<(), TaskError> {
-        done?;
-        if self.init.status != Status::Stopped {
-            self.init.status = status;
-        }
-        Ok(())
-    }
-
     /// Changes the limits.
     pub(crate) fn update(
         &mut self,
         resources: LinuxResources,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
-        if self.init.status == Status::Stopped {
-            return Err(self.wrong_state("update", "", Status::Stopped));
+        if self.init.status() == Status::Stopped {
+            return Err(self.wrong_state("update"));
         }
         let (runtime, id) = (self.runtime.clone(), self.id.clone());
         Ok(async move {
@@ -219,8 +223,8 @@ impl Actor {
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<Deleted, TaskError> + use<>> + use<>, TaskError>
     {
-        if !matches!(self.init.status, Status::Created | Status::Stopped) {
-            return Err(self.wrong_state("delete", "", self.init.status));
+        if !matches!(self.init.status(), Status::Created | Status::Stopped) {
+            return Err(self.wrong_state_of("delete", &ProcessRef::Init, self.init.status()));
         }
         let (runtime, id, target) = (self.runtime.clone(), self.id.clone(), self.bundle.join("rootfs"));
         let (child, copies) = (self.init.child.clone(), self.init.copies.take());
@@ -253,16 +257,16 @@ impl Actor {
 
     fn deleted(&mut self, exit: Option<Exit>) -> Deleted {
         // The exit of a container that was never started may still be in the mailbox.
-        if self.init.status != Status::Stopped
+        if self.init.status() != Status::Stopped
             && let Some(exit) = exit
         {
-            self.ended("", exit);
+            self.ended(&ProcessRef::Init, exit);
         }
         // Before the answer: whoever has it may use the id again, or ask whether a container is left.
         self.registration = None;
         self.forget_checkpoint();
         pod::leave(&self.context.bundle, &self.bundle);
-        let deleted = self.deleted_process(&self.init);
+        let deleted = Deleted::of(&self.init);
         self.context.events.publish(TaskDelete {
             container_id: self.id.clone(),
             pid: deleted.pid,
@@ -273,23 +277,16 @@ impl Actor {
         deleted
     }
 
-    fn deleted_process(&self, process: &Process) -> Deleted {
-        let exit = *process.exit.borrow();
-        // An exec that was never started has neither: containerd's Go shim answers with zeros as well.
-        let exit = exit.unwrap_or(Exit { code: 0, at: std::time::SystemTime::UNIX_EPOCH });
-        Deleted { pid: process.pid(), exit }
-    }
-
     /// Removes an exec process.
     pub(crate) fn delete_exec(
         &mut self,
-        exec: String,
+        exec: ExecId,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<Deleted, TaskError> + use<>> + use<>, TaskError>
     {
-        let process = self.process_mut(&exec)?;
+        let process = self.exec_mut(&exec)?;
         if process.is_alive() {
-            let status = process.status;
-            return Err(self.wrong_state("delete", &exec, status));
+            let status = process.status();
+            return Err(self.wrong_state_of("delete", &ProcessRef::Exec(exec), status));
         }
         let copies = process.copies.take();
         Ok(async move {
@@ -297,44 +294,53 @@ impl Actor {
                 copies.shut_down().await;
             }
             move |actor: &mut Self| {
-                let missing = actor.no_process(&exec);
+                let missing = actor.no_exec(&exec);
                 let process = actor.execs.remove(&exec).ok_or(missing)?;
-                Ok(actor.deleted_process(&process))
+                Ok(Deleted::of(&process))
             }
         })
     }
 
-    /// Sends a signal to one process, or with `all` to everything in the container. Signal 0 only asks.
-    pub(crate) fn kill(&mut self, exec: &str, signal: u32, all: bool) -> Result<(), TaskError> {
-        let process = self.process(exec)?;
-        let finished = TaskError::Finished { process: self.name(exec) };
+    /// Sends a signal. Signal 0 only asks whether there is a process.
+    pub(crate) fn kill(&mut self, target: &Target, signal: u32) -> Result<(), TaskError> {
+        let reference = match target {
+            Target::Process(process) => process,
+            Target::Everything => &ProcessRef::Init,
+        };
+        let process = self.process(reference)?;
+        let finished = TaskError::Finished { process: reference.name(&self.id) };
+        let is_init = *reference == ProcessRef::Init;
         let Some(child) = process.child.clone() else {
-            let is_restored = exec.is_empty() && signal == Signal::KILL.as_raw().unsigned_abs();
-            return match &self.session {
+            let kills_init = is_init && signal == Signal::KILL.as_raw().unsigned_abs();
+            return match self.session.as_ref().filter(|_| kills_init) {
                 // The process to be killed is being restored.
-                Some(restore) if is_restored => Ok(restore.stop("the container was killed")),
-                _ => Err(self.wrong_state("signal", exec, process.status)),
+                Some(restore) => Ok(restore.stop("the container was killed")),
+                None => Err(self.wrong_state_of("signal", reference, process.status())),
             };
         };
         if child.exit().is_some() {
             return Err(finished);
         }
-        let Some(number) = crate::sys::signal(signal) else {
+        let Some(signal) = crate::sys::signal(signal) else {
             return if signal == 0 { Ok(()) } else { Err(self.bad_request("signal", &signal)) };
         };
-        if all && exec.is_empty() {
-            let failed =
-                |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
-            return self.cgroup()?.signal_all(number).map_err(failed);
-        }
-        match child.signal(number) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
-                return Err(finished);
+        match target {
+            Target::Everything => {
+                let failed =
+                    |source| TaskError::Cgroup { action: "signal everything in", container: self.id.clone(), source };
+                self.cgroup()?.signal_all(signal).map_err(failed)?;
             }
-            Err(source) => return Err(TaskError::Signal { action: "signal", process: self.name(exec), source }),
+            Target::Process(_) => match child.signal(signal) {
+                Ok(()) => {}
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+                    return Err(finished);
+                }
+                Err(source) => {
+                    return Err(TaskError::Signal { action: "signal", process: reference.name(&self.id), source });
+                }
+            },
         }
-        if number == Signal::KILL && exec.is_empty() {
+        if signal == Signal::KILL && is_init {
             // A checkpoint of a container that is being killed gives the freezer back sooner.
             if let Some(checkpoint) = &self.session {
                 checkpoint.stop("the container was killed");
@@ -361,8 +367,9 @@ impl Actor {
     }
 
     fn let_the_killed_die(&self) {
-        if let Some(Err(error)) = self.cgroup.as_ref().map(Cgroup::let_the_killed_die) {
-            tracing::error!("container {}: init is killed, and stays frozen: {}", self.id, crate::error::chain(&error));
+        let accounts = self.accounts.as_ref();
+        if let Some(Err(error)) = accounts.map(|accounts| accounts.cgroup.let_the_killed_die()) {
+            tracing::error!(container = self.id, "init is killed, and stays frozen: {}", phase::chain(&error));
         }
     }
 
@@ -371,46 +378,53 @@ impl Actor {
     }
 
     /// Sets the size of a process's terminal.
-    pub(crate) fn resize(&mut self, exec: &str, columns: u32, rows: u32) -> Result<(), TaskError> {
+    pub(crate) fn resize(&mut self, process: &ProcessRef, columns: u32, rows: u32) -> Result<(), TaskError> {
         let columns = u16::try_from(columns).map_err(|_| self.bad_request("width", &columns))?;
         let rows = u16::try_from(rows).map_err(|_| self.bad_request("height", &rows))?;
-        let Some(copies) = &self.process(exec)?.copies else { return Ok(()) };
-        let failed = |source| TaskError::Signal { action: "resize the terminal of", process: self.name(exec), source };
+        let Some(copies) = &self.process(process)?.copies else { return Ok(()) };
+        let failed = |source| {
+            let process = process.name(&self.id);
+            TaskError::Signal { action: "resize the terminal of", process, source }
+        };
         copies.resize(columns, rows).map_err(failed)
     }
 
     /// Ends a process's standard input, once what was written to it is delivered.
-    pub(crate) fn close_stdin(&mut self, exec: &str) -> Result<(), TaskError> {
-        self.process(exec)?.stdio.close_input();
+    pub(crate) fn close_stdin(&mut self, process: &ProcessRef) -> Result<(), TaskError> {
+        self.process(process)?.stdio.close_input();
         Ok(())
     }
 
-    /// Tells when a process has ended.
-    pub(crate) fn exit_of(&mut self, exec: &str) -> Result<watch::Receiver<Option<Exit>>, TaskError> {
-        Ok(self.process(exec)?.exit.subscribe())
+    /// Returns what tells a process's end.
+    pub(crate) fn exit_of(&mut self, process: &ProcessRef) -> Result<watch::Receiver<Option<Exit>>, TaskError> {
+        Ok(self.process(process)?.watch_exit())
     }
 
-    /// Every process of the container, with the id of those that were started by exec.
-    pub(crate) fn pids(&mut self) -> Result<Vec<(u32, Option<String>)>, TaskError> {
+    /// Returns every process of the container, with the id of those that were started by exec.
+    pub(crate) fn pids(&mut self) -> Result<Vec<(u32, Option<ExecId>)>, TaskError> {
         let failed = |source| TaskError::Cgroup { action: "list", container: self.id.clone(), source };
-        let Some(cgroup) = &self.cgroup else { return Ok(Vec::new()) };
-        let pids = cgroup.pids().map_err(failed)?;
+        let Some(accounts) = &self.accounts else { return Ok(Vec::new()) };
+        let pids = accounts.cgroup.pids().map_err(failed)?;
         let exec_of = |pid| self.execs.iter().find(|(_, process)| process.pid() == pid).map(|(exec, _)| exec.clone());
         Ok(pids.into_iter().map(i32::unsigned_abs).map(|pid| (pid, exec_of(pid))).collect())
     }
 
-    /// The cgroup's statistics, until the container is deleted: containerd looks for out-of-memory kills after the end.
+    /// Returns the cgroup's statistics, until the container is deleted: containerd looks for out-of-memory kills after
+    /// the end.
     pub(crate) fn metrics(&mut self) -> Result<Any, TaskError> {
         match self.cgroup()?.metrics() {
             Ok(metrics) => Ok(metrics),
             // systemd removes the cgroup with its last process.
-            Err(_) if self.init.status == Status::Stopped => Err(TaskError::Finished { process: self.name("") }),
+            Err(_) if self.init.status() == Status::Stopped => {
+                Err(TaskError::Finished { process: ProcessRef::Init.name(&self.id) })
+            }
             Err(source) => Err(TaskError::Cgroup { action: "read", container: self.id.clone(), source }),
         }
     }
 
     fn cgroup(&self) -> Result<&Cgroup, TaskError> {
-        self.cgroup.as_ref().ok_or_else(|| self.wrong_state("ask the cgroup of", "", self.init.status))
+        let accounts = self.accounts.as_ref().ok_or_else(|| self.wrong_state("ask the cgroup of"))?;
+        Ok(&accounts.cgroup)
     }
 }
 
@@ -419,7 +433,7 @@ pub(super) async fn end(child: &Child, name: &str) {
     // It may have ended by itself.
     let _ = child.signal(Signal::KILL);
     if tokio::time::timeout(END, child.wait()).await.is_err() {
-        tracing::error!("{name}: process {} is killed, and does not end", child.pid());
+        tracing::error!(pid = child.pid(), "{name}: a process is killed, and does not end");
     }
 }
 
@@ -433,11 +447,11 @@ async fn bring_to_rest(runtime: &dyn OciRuntime, id: String, cgroup: Cgroup) -> 
     let rested = tokio::task::spawn_blocking(move || resting.freeze_at_rest(true)).await;
     let Ok(Err(source)) = rested else { return Ok(()) };
     if cgroup.is_frozen().is_ok_and(|is_frozen| is_frozen) {
-        tracing::info!("container {id} is paused, but not at rest: {}", crate::error::chain(&source));
+        tracing::info!(container = id, "it is paused, but not at rest: {}", phase::chain(&source));
         return Ok(());
     }
     if let Err(error) = runtime.resume(&id).await {
-        tracing::error!("container {id} runs, and counts as paused: {}", crate::error::chain(&error));
+        tracing::error!(container = id, "it runs, and counts as paused: {}", phase::chain(&error));
     }
     Err(TaskError::Cgroup { action: "freeze", container: id, source })
 }

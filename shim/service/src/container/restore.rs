@@ -21,7 +21,7 @@ use runtime::{OciRuntime, ProcessIo, RuntimeError};
 use rustix::process::Signal;
 use session::{Conductor, Failed, RestoreOrder, Stop};
 
-use super::{Actor, Status};
+use super::{Accounts, Actor, ProcessRef};
 use crate::error::{RestoreError, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
 
@@ -56,7 +56,7 @@ impl Actor {
 
     /// The container's annotations about checkpoints.
     pub(crate) fn annotations(&self) -> Annotations {
-        self.annotations.clone()
+        self.config.annotations.clone()
     }
 
     /// Makes the processes of a container that was created from a checkpoint. `stop` cancels that.
@@ -65,7 +65,7 @@ impl Actor {
         stop: Stop,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
         let Some(checkpoint) = self.checkpoint.clone().filter(|_| self.is_to_be_restored()) else {
-            return Err(self.wrong_state("restore", "", self.init.status));
+            return Err(self.wrong_state("restore"));
         };
         let restore = Restore {
             order: RestoreOrder {
@@ -74,9 +74,9 @@ impl Actor {
                 work: checkpoint.work,
                 no_pivot_root: checkpoint.no_pivot_root,
                 console_socket: None,
-                shm: self.shm.clone(),
-                annotations: self.annotations.clone(),
-                devices: self.devices.clone(),
+                shm: self.config.shm.clone(),
+                annotations: self.config.annotations.clone(),
+                devices: self.config.devices.clone(),
             },
             conductor: Arc::clone(&self.context.conductor),
             runtime: Arc::clone(&self.runtime),
@@ -84,21 +84,20 @@ impl Actor {
             owner: self.owner.clone(),
             stdio: self.init.stdio.clone(),
         };
-        self.init.starting = true;
+        self.init.starting();
         self.session = Some(stop.clone());
         Ok(async move {
             let restored = restore.run(stop).await;
             move |actor: &mut Self| {
-                (actor.init.starting, actor.session) = (false, None);
-                let restored = restored?;
-                actor.init.status = Status::Running;
+                actor.session = None;
+                let restored = restored.inspect_err(|_| actor.init.not_started())?;
+                actor.init.started();
                 actor.init.copies = Some(restored.copies);
                 actor.init.child = Some(restored.child.clone());
-                actor.oom_kills = restored.cgroup.as_ref().map_or(0, Cgroup::oom_kills);
-                actor.cgroup = restored.cgroup;
+                actor.accounts = restored.cgroup.map(Accounts::new);
                 let (container_id, pid) = (actor.id.clone(), actor.init.pid());
                 actor.context.events.publish(TaskStart { container_id, pid, ..TaskStart::default() });
-                actor.watch("", restored.child);
+                actor.watch(ProcessRef::Init, restored.child);
                 actor.watch_oom();
                 Ok(pid)
             }

@@ -14,7 +14,7 @@ mod id_map;
 /// Forced, lazy unmount: nothing that still holds the filesystem may keep the mount (MNT_DETACH).
 const DETACH: i32 = 2;
 
-/// Why a root filesystem was not mounted.
+/// Reason for which a root filesystem was not mounted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RootfsError {
     #[error(transparent)]

@@ -17,11 +17,11 @@ use tokio::net::unix::pipe;
 use super::target::LoggerUri;
 use super::{Owner, StdioError};
 
-/// How long a logger may take to get ready, as containerd's Go shim allows.
+/// Longest time for a logger to get ready, as in containerd's Go shim.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a logger may take to finish by itself once all output has ended.
+/// Longest time for a logger to finish by itself once all output has ended.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long it may take after SIGTERM, as containerd's Go shim allows.
+/// Longest time for a logger to end after SIGTERM, as in containerd's Go shim.
 const TERM_TIMEOUT: Duration = Duration::from_secs(12);
 
 /// A running logger.
@@ -29,7 +29,7 @@ pub(super) struct Logger {
     child: Child,
 }
 
-/// What a logger reads.
+/// Pipes that a logger reads.
 pub(super) struct LoggerPipes {
     pub(super) stdout: OwnedFd,
     /// None with a terminal, which has one output.

@@ -39,10 +39,10 @@ use self::console::{ConsoleSocket, TerminalOutput};
 use self::logger::{Logger, LoggerPipes};
 pub(crate) use self::target::Target;
 
-/// How long a deleted process's output may still be copied to files, as [`IoTasks`] allows for fifos.
+/// Longest time for copying a deleted process's output to files, as [`IoTasks`] has it for fifos.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why a process could not be given its standard input and output.
+/// Failure to give a process its standard input and output.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StdioError {
     #[error("{uri} is not a place for output: use a fifo's path, file://, binary:// or nothing")]
@@ -120,7 +120,7 @@ impl fmt::Debug for Input {
     }
 }
 
-/// Who the process is, for loggers, and who owns its pipes.
+/// Identity of the process, for loggers, and owner of its pipes.
 #[derive(Clone, Debug)]
 pub(crate) struct Owner {
     pub(crate) namespace: String,

@@ -1,4 +1,4 @@
-//! Where output goes, as containerd names it.
+//! Destinations of output, as containerd names them.
 
 use std::fmt;
 use std::path::PathBuf;

@@ -17,7 +17,7 @@ use crate::container::tests::reaper;
 
 /// Capacity of a pipe or fifo.
 const PIPE: usize = 65536;
-/// What fits into the copy's own buffer: less than 8 KiB, so that it reads on while it cannot write.
+/// Bytes that fit into the copy's own buffer: less than 8 KiB, so that it reads on while it cannot write.
 const MORE: usize = 4000;
 
 fn owner() -> Owner {

@@ -1,7 +1,7 @@
 use std::os::unix::fs::symlink;
 
 use super::*;
-use crate::{IfInUse, SnapshotError};
+use crate::{IfInUse, OpenError, SnapshotError};
 
 /// A store with one snapshot, something done to it, and what a verification says.
 fn after(damage: impl Fn(&World, Digest)) -> (World, Vec<String>) {
@@ -198,4 +198,33 @@ fn checksums_inside_of_layers_can_be_checked_too() {
     assert_eq!((report.snapshots, report.blobs, report.bytes, report.problems.len()), (1, 2, 7, 1));
     assert!(report.problems[0].to_string().contains("chunk 0 is wrong"));
     assert!(matches!(world.store.verify(Some(&reference("default/b")), None, &|_| {}), Err(SnapshotError::Resolve(_))));
+}
+
+#[test]
+fn who_only_reads_makes_no_store_and_changes_no_permissions() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    std::fs::set_permissions(&empty, PermissionsExt::from_mode(0o755)).unwrap();
+    for path in [empty.clone(), folder.path().join("none")] {
+        assert!(matches!(Store::open_to_read(&path), Err(OpenError::Missing { .. })));
+    }
+    assert_eq!(std::fs::read_dir(&empty).unwrap().count(), 0);
+    assert_eq!(std::fs::metadata(&empty).unwrap().permissions().mode() & 0o777, 0o755);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    let root = folder.path().join("store");
+    drop(Store::open(&root).unwrap());
+    std::fs::remove_file(root.join("reserve")).unwrap();
+    std::fs::set_permissions(&root, PermissionsExt::from_mode(0o755)).unwrap();
+    let store = Store::open_to_read(&root).unwrap();
+    assert!(store.list().unwrap().is_empty());
+    assert!(!root.join("reserve").exists());
+    assert_eq!(std::fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o755);
+
+    std::fs::remove_file(root.join("index.json")).unwrap();
+    assert!(matches!(Store::open_to_read(&root), Err(OpenError::Damaged { .. })));
+    std::fs::write(root.join("oci-layout"), r#"{"imageLayoutVersion":"9.0.0"}"#).unwrap();
+    assert!(matches!(Store::open_to_read(&root), Err(OpenError::Layout { .. })));
 }

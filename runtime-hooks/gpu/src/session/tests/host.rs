@@ -344,6 +344,10 @@ impl Freezer for FakeHost {
         Ok(())
     }
 
+    fn is_frozen(&mut self) -> bool {
+        self.frozen
+    }
+
     fn memory_left(&mut self) -> Option<MemoryLeft> {
         self.memory_left
     }

@@ -262,3 +262,22 @@ async fn a_client_that_goes_away_stops_its_restore() {
     bench.start("").await.unwrap();
     assert_eq!(bench.status().await, ApiStatus::RUNNING);
 }
+
+#[tokio::test]
+async fn a_checkpoint_waits_for_execs_that_are_being_started() {
+    let bench = Bench::started("sleep 1000").await;
+    let hanging = bench.hanging_exec("h").await;
+    let images = tempfile::tempdir().unwrap();
+    let service = Arc::clone(&bench.service);
+    let request = checkpoint_request(images.path(), None);
+    let checkpoint = tokio::spawn(async move { service.checkpoint(&ctx(), request).await });
+    tokio::task::yield_now().await;
+    bench.status().await;
+    for _ in 0..100 {
+        bench.status().await;
+    }
+    assert!(!checkpoint.is_finished());
+    bench.runtime.execs.add_permits(1);
+    hanging.await.unwrap().unwrap();
+    checkpoint.await.unwrap().unwrap();
+}

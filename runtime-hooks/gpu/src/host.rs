@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use cgroup::Cgroup;
 
-use crate::ahead::Ahead;
-use crate::refill::Refill;
+use crate::backfill::Backfill;
+use crate::prefault::Prefault;
+use crate::remap::{self, Layout, ProcessLayout};
 use crate::residue;
 use crate::session::{Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
-use crate::swap::{self, Swap, SwapProcess};
 use cuda::process::{drivers, is_drivers};
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
 use phase::chain;
@@ -18,6 +18,9 @@ use proc::{HostPid, ProcessHandle};
 use rustix::process::Signal;
 use tracee::hold::{self, Hold, Scope};
 use tracee::process::{self, Range, RunState};
+
+#[cfg(test)]
+mod tests;
 
 /// NVML answers in some ten milliseconds, unless it has to wake a GPU.
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
@@ -38,13 +41,13 @@ pub(crate) struct Machine {
     /// Anonymous memory of processes before a checkpoint.
     anonymous: HashMap<i32, Vec<Range>>,
     /// Staging memory that is not all in place yet.
-    refill: Option<Refill>,
+    backfill: Option<Backfill>,
 }
 
 impl Machine {
     pub(crate) fn new(callers: Callers) -> Self {
         let (handles, anonymous) = (HashMap::new(), HashMap::new());
-        Self { cgroup: None, callers, hold: Hold::new(drivers), handles, anonymous, refill: None }
+        Self { cgroup: None, callers, hold: Hold::new(drivers), handles, anonymous, backfill: None }
     }
 
     /// Reaches the processes of this cgroup from now on.
@@ -197,19 +200,19 @@ impl Driver for Machine {
         let (gone, there): (Vec<_>, Vec<_>) =
             calls.iter().cloned().enumerate().partition(|(_, (pid, _))| self.check("call", *pid).is_err());
         let (at, calls): (Vec<usize>, Vec<(i32, Call)>) = there.into_iter().unzip();
-        let Self { cgroup, callers, hold, refill, .. } = self;
+        let Self { cgroup, callers, hold, backfill, .. } = self;
         let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
-        let mut ahead = Ahead::of(checkpoints.map(|(pid, _)| *pid));
+        let mut prefault = Prefault::of(checkpoints.map(|(pid, _)| *pid));
         let results = callers.make(&calls, limit, &mut || {
             // A thread that cannot be held now is held in the next round, or the session fails by its deadline.
             if let Err(error) = hold.watch() {
                 tracing::debug!("{}", chain(&error));
             }
-            let moving = refill.as_mut().map_or(TICK, |refill| refill.tick(hold));
+            let moving = backfill.as_mut().map_or(TICK, |backfill| backfill.tick(hold));
             let left = || cgroup.as_ref().and_then(memory_left).map(|left| left.bytes);
-            ahead.tick(hold, left).min(moving)
+            prefault.tick(hold, left).min(moving)
         });
-        ahead.finish(hold);
+        prefault.finish(hold);
         let mut all: Vec<_> = at.into_iter().zip(results).collect();
         all.extend(gone.into_iter().map(|(index, _)| (index, Err(CallFailure::Gone))));
         all.sort_by_key(|(index, _)| *index);
@@ -294,24 +297,29 @@ impl Tracer for Machine {
         cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
     }
 
-    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError> {
+    fn remap(
+        &mut self,
+        files: &[PathBuf],
+        process: &ProcessLayout,
+        limit: Duration,
+    ) -> Result<Vec<Range>, SessionError> {
         self.check("put files in the place of memory of", process.pid)?;
-        let swapped = swap::swap_in(&mut self.hold, files, process, Instant::now() + limit);
-        swapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
+        let remapped = remap::remap_in(&mut self.hold, files, process, Instant::now() + limit);
+        remapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
     }
 
-    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError> {
+    fn map_staging(&mut self, staging: &Layout, limit: Duration) -> Result<(), SessionError> {
         for process in &staging.processes {
             self.check("map the saved GPU state in", process.pid)?;
         }
-        let begun = Refill::begin(&mut self.hold, staging, Instant::now() + limit);
-        self.refill = Some(begun.map_err(container("map the saved GPU state in"))?);
+        let begun = Backfill::begin(&mut self.hold, staging, Instant::now() + limit);
+        self.backfill = Some(begun.map_err(container("map the saved GPU state in"))?);
         Ok(())
     }
 
     fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError> {
-        let Some(refill) = self.refill.take() else { return Ok(()) };
-        refill.finish(&mut self.hold, Instant::now() + limit).map_err(container("fill the saved GPU state of"))
+        let Some(backfill) = self.backfill.take() else { return Ok(()) };
+        backfill.finish(&mut self.hold, Instant::now() + limit).map_err(container("fill the saved GPU state of"))
     }
 }
 

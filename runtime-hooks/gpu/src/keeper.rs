@@ -18,8 +18,8 @@ use cuda::{Callers, Inventory, Pair};
 use phase::Phase;
 
 use crate::host::Machine;
+use crate::remap::{Layout, Remapped};
 use crate::session::{Driver, Owed, Resumed, Session, SessionError, Suspended, Undo};
-use crate::swap::{Swap, Swapped};
 
 type Job = Box<dyn FnOnce(&mut Machine, &mut Undo) + Send>;
 
@@ -104,15 +104,15 @@ impl Keeper {
     /// # Errors
     /// When that was not done, or not wholly. The container has its data, in memory or in files: it can be resumed, or saved as
     /// it is unless processes of it are held.
-    pub fn swap(
+    pub fn remap(
         &mut self,
         cgroup: &Cgroup,
-        swap: &Swap,
+        layout: &Layout,
         limit: Duration,
         began: &mut dyn FnMut(Phase),
-    ) -> Result<Swapped, SessionError> {
-        let swap = swap.clone();
-        self.run(Some(cgroup), began, &mut || false, move |session, _| session.swap(&swap, limit))
+    ) -> Result<Remapped, SessionError> {
+        let layout = layout.clone();
+        self.run(Some(cgroup), began, &mut || false, move |session, _| session.remap(&layout, limit))
     }
 
     /// Gives the container its GPU state back, whatever state its processes are in, and leaves it frozen or running.
@@ -141,7 +141,7 @@ impl Keeper {
     pub fn resume_unfilled(
         &mut self,
         cgroup: &Cgroup,
-        staging: &Swap,
+        staging: &Layout,
         pairs: &[Pair],
         limit: Duration,
         began: &mut dyn FnMut(Phase),

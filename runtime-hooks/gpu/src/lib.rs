@@ -11,17 +11,17 @@
 
 #![deny(unsafe_code)]
 
-mod ahead;
+mod backfill;
 mod host;
 mod keeper;
-mod refill;
+mod prefault;
+mod remap;
 mod residue;
 mod session;
-mod swap;
 
 pub use keeper::Keeper;
+pub use remap::{Layout, Piece, ProcessLayout, Remapped, RemappedProcess, Source};
 pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
-pub use swap::{Piece, Source, Swap, SwapProcess, Swapped, SwappedProcess};
 
 /// Tells whether an environment variable of containerd switches something off.
 fn is_off(variable: &str) -> bool {

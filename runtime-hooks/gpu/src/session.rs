@@ -14,7 +14,7 @@
 //!                 └── let go ◄── (Freeze) ◄── Unlock ◄── CudaRestore ◄── thaw ◄── Hold ◄────┘
 //! ```
 //!
-//! While it is suspended, files may take the place of memory (`swap`): it is held as a whole, thawed, and frozen again, and
+//! While it is suspended, files may take the place of memory (`remap`): it is held as a whole, thawed, and frozen again, and
 //! is suspended before and after.
 //!
 //! A restored container whose memory is not all in place yet (`resume_unfilled`) is held as a whole as well, from before the
@@ -39,7 +39,7 @@ use proc::{HostPid, Stat};
 use serde::{Deserialize, Serialize};
 use tracee::process::Range;
 
-use crate::swap::{Swap, Swapped, SwappedProcess};
+use crate::remap::{Layout, Remapped, RemappedProcess};
 
 mod error;
 mod host;
@@ -536,24 +536,24 @@ impl<'a, H: Host> Session<'a, H> {
 
     /// Puts files in the place of memory of a container that is suspended, and leaves it so. What came of a failure is
     /// left as it is: each process has its data.
-    pub(crate) fn swap(mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
-        self.enter(Phase::Swap);
-        let swapped = self.swap_held(swap, limit);
+    pub(crate) fn remap(mut self, layout: &Layout, limit: Duration) -> Result<Remapped, SessionError> {
+        self.enter(Phase::Remap);
+        let remapped = self.remap_held(layout, limit);
         // Whatever came of it, nothing may run on: what cannot be frozen stays held.
         self.host.freeze_at_rest()?;
         self.let_go(&[])?;
-        swapped
+        remapped
     }
 
     /// The files have what was in the memory while the container was frozen. It still is: the container is thawed only
     /// when all threads of all its processes, those of the driver too, have been told to halt, which they do before they
     /// execute anything. And what could write to it without a thread, a device, was closed by the driver's checkpoint.
-    fn swap_held(&mut self, swap: &Swap, limit: Duration) -> Result<Swapped, SessionError> {
-        let is_swapped = |pid: &i32| swap.processes.iter().any(|process| process.pid == *pid);
+    fn remap_held(&mut self, layout: &Layout, limit: Duration) -> Result<Remapped, SessionError> {
+        let is_remapped = |pid: &i32| layout.processes.iter().any(|process| process.pid == *pid);
         let (stopped, mut pids): (Vec<i32>, Vec<i32>) =
             self.host.pids()?.into_iter().partition(|pid| self.host.is_stopping(*pid));
         // Of those that are stopped the others need no hold, and CRIU finds them as it likes them.
-        let stopped: Vec<i32> = stopped.into_iter().filter(is_swapped).collect();
+        let stopped: Vec<i32> = stopped.into_iter().filter(is_remapped).collect();
         pids.extend(&stopped);
         self.hold_all(&pids, H::hold_whole)?;
         self.undo.push(Step::Freezer);
@@ -562,11 +562,11 @@ impl<'a, H: Host> Session<'a, H> {
         for pid in &stopped {
             self.cont(*pid)?;
         }
-        let mut swapped = Swapped::default();
+        let mut remapped = Remapped::default();
         let mut failure = None;
-        for process in &swap.processes {
-            match self.host.swap(&swap.files, process, limit) {
-                Ok(left) => swapped.processes.push(SwappedProcess { pid: process.pid, left }),
+        for process in &layout.processes {
+            match self.host.remap(&layout.files, process, limit) {
+                Ok(left) => remapped.processes.push(RemappedProcess { pid: process.pid, left }),
                 Err(error) => {
                     failure = Some(error);
                     break;
@@ -579,7 +579,7 @@ impl<'a, H: Host> Session<'a, H> {
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
-        failure.map_or(Ok(swapped), Err)
+        failure.map_or(Ok(remapped), Err)
     }
 }
 

@@ -26,7 +26,7 @@ pub(crate) fn of(phase: Phase, patience: Duration) -> Duration {
         Phase::CudaCheckpoint | Phase::CudaRestore => 3 * GPU + SHORT,
         Phase::Lock => patience + SHORT,
         // A thread in the middle of a disk read, and residue in hundreds of processes.
-        Phase::Hold | Phase::CleanResidue | Phase::Swap => GPU + SHORT,
+        Phase::Hold | Phase::CleanResidue | Phase::Remap => GPU + SHORT,
         Phase::SaveShm
         | Phase::SaveMemory
         | Phase::Dump

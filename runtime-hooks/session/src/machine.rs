@@ -147,7 +147,7 @@ impl<'a> Machine<'a> {
         let timeline = self.services.timeline.clone();
         let cgroup = self.cgroup.clone();
         let mut began = |phase| timeline.enter(phase);
-        let remapped = self.keeper().swap(&cgroup, &memory::remap(saved), GPU, &mut began);
+        let remapped = self.keeper().remap(&cgroup, &memory::remap(saved), GPU, &mut began);
         match remapped {
             Ok(remapped) => {
                 let pid = |process| staging.iter().find(|of| of.pid == process).map_or(process, |of| of.namespace_pid);

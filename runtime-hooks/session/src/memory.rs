@@ -1,7 +1,7 @@
 //! The big memory of a checkpoint, which goes to the node's store instead of into CRIU's images.
 //!
 //! ```text
-//!   (GPU state is in staging memory) ─► SaveMemory ─► Swap ─► Dump: the images are whole ─► MoveMemory ─► Publish
+//!   (GPU state is in staging memory) ─► SaveMemory ─► Remap ─► Dump: the images are whole ─► MoveMemory ─► Publish
 //! ```
 //!
 //! Staging memory is saved first. Files with the same contents take its place, so that CRIU has nothing to dump there.
@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulk::{Place, Publish, Published, Saved, SavedStaging, Saving};
 use cgroup::Cgroup;
 use checkpoint::{MemoryPlace, SavedGpus};
-use gpu::{Piece, Source, Swap, SwapProcess};
+use gpu::{Layout, Piece, ProcessLayout, Source};
 use phase::{Phase, Timeline};
 use snapshot::{Config, Host, Name, Scope};
 
@@ -112,16 +112,16 @@ fn would_not_fit_apart(cgroup: &Cgroup) -> Result<bool, SessionError> {
 }
 
 /// Returns saved staging memory as the order to put its files in its place.
-pub(crate) fn remap(saved: Saved) -> Swap {
+pub(crate) fn remap(saved: Saved) -> Layout {
     let piece = |piece: bulk::Piece| {
         let source = piece.source.map(|(file, offset)| Source { file, offset });
         Piece { address: piece.address, length: piece.length, source }
     };
-    let process = |SavedStaging { process, pieces }| SwapProcess {
+    let process = |SavedStaging { process, pieces }| ProcessLayout {
         pid: process,
         pieces: pieces.into_iter().map(piece).collect(),
     };
-    Swap { files: saved.files, processes: saved.processes.into_iter().map(process).collect() }
+    Layout { files: saved.files, processes: saved.processes.into_iter().map(process).collect() }
 }
 
 /// Returns a name unlike any other of the container: no snapshot takes the place of one that a folder points to.

@@ -22,7 +22,7 @@ use bulk::{Node, Restored, Restoring, Saved, Source};
 use cgroup::Cgroup;
 use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
-use gpu::{Keeper, Swap};
+use gpu::{Keeper, Layout};
 use phase::Phase;
 use proc::HostPid;
 use reaper::Child;
@@ -326,7 +326,7 @@ struct Filling {
     /// Number of processes with GPU state.
     first: usize,
     /// Staging memory that is mapped from files. Empty if it is filled like the rest.
-    staging: Swap,
+    staging: Layout,
 }
 
 impl Filling {

@@ -36,7 +36,7 @@ pub enum Phase {
     /// Checkpoint: the memory to which the driver has moved the state on the GPUs is copied to the node store.
     SaveMemory,
     /// Both: files take the place of the memory to which the driver has moved the state on the GPUs.
-    Swap,
+    Remap,
     /// Checkpoint: CRIU writes the processes to images.
     Dump,
     /// Checkpoint: big memory is moved from the images to the node store.
@@ -84,7 +84,7 @@ impl Phase {
             Self::Freeze => "freeze",
             Self::SaveShm => "save-shm",
             Self::SaveMemory => "save-memory",
-            Self::Swap => "swap",
+            Self::Remap => "remap",
             Self::Dump => "dump",
             Self::MoveMemory => "move-memory",
             Self::Publish => "publish",
@@ -116,7 +116,7 @@ impl fmt::Display for Phase {
             Self::Freeze => "freezing it",
             Self::SaveShm => "saving its /dev/shm",
             Self::SaveMemory => "saving its GPU memory",
-            Self::Swap => "putting files in the place of its GPU state in memory",
+            Self::Remap => "putting files in the place of its GPU state in memory",
             Self::Dump => "dumping its processes",
             Self::MoveMemory => "moving its memory out of the images",
             Self::Publish => "publishing the images",

@@ -7,7 +7,7 @@ use cuda::{Answer, Call, CallFailure, Inventory};
 use tracee::process::Range;
 
 use super::SessionError;
-use crate::swap::{Swap, SwapProcess};
+use crate::remap::{Layout, ProcessLayout};
 
 /// The processes of the container, as the kernel shows them. A pid always means the process that had it when the container's
 /// cgroup listed it first.
@@ -96,10 +96,15 @@ pub(crate) trait Tracer {
     /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
     fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
     /// Puts files in the place of memory of a process that is held; what was left as it is.
-    fn swap(&mut self, files: &[PathBuf], process: &SwapProcess, limit: Duration) -> Result<Vec<Range>, SessionError>;
+    fn remap(
+        &mut self,
+        files: &[PathBuf],
+        process: &ProcessLayout,
+        limit: Duration,
+    ) -> Result<Vec<Range>, SessionError>;
     /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the
     /// next.
-    fn map_staging(&mut self, staging: &Swap, limit: Duration) -> Result<(), SessionError>;
+    fn map_staging(&mut self, staging: &Layout, limit: Duration) -> Result<(), SessionError>;
     /// Waits until all of it is there, and what was saved.
     fn finish_staging(&mut self, limit: Duration) -> Result<(), SessionError>;
 }

@@ -6,7 +6,7 @@ use cuda::{Call, Pair, ProcessState, SHORT_CALL};
 use phase::Phase;
 
 use super::{BETWEEN_TRIES, HALT, Host, Owed, Resumed, STOPPING, Session, SessionError, Step};
-use crate::swap::Swap;
+use crate::remap::Layout;
 
 /// How long other tracers, such as a criu that is being killed, may keep a process from being held, all together.
 const TRACED: Duration = Duration::from_secs(30);
@@ -60,7 +60,7 @@ impl<H: Host> Session<'_, H> {
     /// says that there will be none, the container is frozen for good. The host has to be one whose end ends what it holds.
     pub(crate) fn resume_unfilled(
         mut self,
-        staging: &Swap,
+        staging: &Layout,
         pairs: &[Pair],
         limit: Duration,
         is_whole: &mut dyn FnMut() -> bool,
@@ -82,7 +82,7 @@ impl<H: Host> Session<'_, H> {
 
     fn resume_held(
         &mut self,
-        staging: &Swap,
+        staging: &Layout,
         limit: Duration,
         is_whole: &mut dyn FnMut() -> bool,
     ) -> Result<Resumed, SessionError> {
@@ -95,7 +95,7 @@ impl<H: Host> Session<'_, H> {
         let resumed = if staging.processes.is_empty() {
             self.call_back(&mut faults)
         } else {
-            self.enter(Phase::Swap);
+            self.enter(Phase::Remap);
             self.host.map_staging(staging, limit)?;
             let resumed = self.call_back(&mut faults);
             // What is wrong with the memory is what the driver failed for.

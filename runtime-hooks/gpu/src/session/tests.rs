@@ -27,9 +27,9 @@ fn memory_is_swapped_while_nothing_of_the_container_runs() {
     let staging = |pid| Staging { pid, namespace_pid: pid - 100, ranges: vec![Range { start: 1 << 20, end: 3 << 20 }] };
     assert_eq!(suspended.staging, [staging(101), staging(103)]);
     host.done.clear();
-    let left = |pid| SwappedProcess { pid, left: vec![Range { start: 4096, end: 8192 }] };
-    assert_eq!(host.swap_all().unwrap().processes, [left(101), left(103)]);
-    assert_eq!(host.done, ["held 101", "held 102", "held 103", "swapped 101", "swapped 103"]);
+    let left = |pid| RemappedProcess { pid, left: vec![Range { start: 4096, end: 8192 }] };
+    assert_eq!(host.remap_all().unwrap().processes, [left(101), left(103)]);
+    assert_eq!(host.done, ["held 101", "held 102", "held 103", "remapped 101", "remapped 103"]);
     assert!(host.frozen && host.processes.values().all(|process| !process.held));
     assert_eq!((host.cuda(101), host.cuda(103)), (CHECKPOINTED, CHECKPOINTED));
     assert_eq!(host.resume(true).unwrap(), Resumed { restored: 2 });
@@ -40,8 +40,8 @@ fn memory_is_swapped_while_nothing_of_the_container_runs() {
 fn a_swap_that_fails_leaves_the_container_suspended() {
     let mut host = Bed::of([(101, process(RUNNING)), (102, process(Cuda::No)), (103, process(RUNNING))]);
     host.suspend().unwrap();
-    host.unswappable = Some(103);
-    assert!(host.swap_all().unwrap_err().to_string().contains("cannot swap process 103"));
+    host.unremappable = Some(103);
+    assert!(host.remap_all().unwrap_err().to_string().contains("cannot remap process 103"));
     assert!(host.frozen && host.processes.values().all(|process| !process.held));
     assert_eq!(host.resume(true).unwrap(), Resumed { restored: 2 });
     assert!(host.is_untouched());

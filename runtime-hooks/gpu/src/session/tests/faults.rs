@@ -16,7 +16,7 @@ const ACTIONS: [&str; 15] = [
     "cont unheld",
     "stop",
     "clean",
-    "swap",
+    "remap",
     "inventory",
     "map",
     "finish",
@@ -159,11 +159,11 @@ fn a_remapping_of_which_anything_fails_lets_nothing_run_and_can_be_resumed() {
         let mut bed = container();
         bed.suspend().unwrap();
         (bed.fault, bed.begun, bed.failed) = (Some(fault), 0, 0);
-        let swapped = bed.swap_all();
+        let remapped = bed.remap_all();
         for (pid, process) in &bed.processes {
             assert!(bed.frozen || process.held || process.stopped, "{fault:?}: {pid} runs");
         }
-        if swapped.is_ok() {
+        if remapped.is_ok() {
             assert!(bed.frozen && bed.processes.values().all(|process| !process.held), "{fault:?}");
         }
         let failed = bed.failed;

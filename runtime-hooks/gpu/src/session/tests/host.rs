@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use cuda::{Gpu, GpuProcess};
 
 use super::super::*;
-use crate::swap::{Swap, SwapProcess};
+use crate::remap::{Layout, ProcessLayout};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Cuda {
@@ -69,7 +69,7 @@ pub(super) struct FakeHost {
     /// Processes that start when process 101 is checkpointed, one each time.
     pub(super) latecomers: Vec<(i32, Process)>,
     pub(super) uncleanable: bool,
-    pub(super) unswappable: Option<i32>,
+    pub(super) unremappable: Option<i32>,
     pub(super) is_damaged: bool,
     pub(super) slept: Duration,
     pub(super) fault: Option<Fault>,
@@ -133,8 +133,8 @@ impl Bed {
     /// With processes 102 and above to be filled, which succeeds or not.
     pub(super) fn resume_unfilled(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
         let mut is_asked = false;
-        let processes = vec![SwapProcess { pid: 101, pieces: Vec::new() }];
-        let staging = Swap { files: Vec::new(), processes };
+        let processes = vec![ProcessLayout { pid: 101, pieces: Vec::new() }];
+        let staging = Layout { files: Vec::new(), processes };
         let resumed = self.with(|session| {
             session.resume_unfilled(&staging, &[], SHORT_CALL, &mut || {
                 is_asked = true;
@@ -145,10 +145,10 @@ impl Bed {
         resumed
     }
 
-    pub(super) fn swap_all(&mut self) -> Result<Swapped, SessionError> {
-        let processes = [101, 103].map(|pid| SwapProcess { pid, pieces: Vec::new() });
-        let swap = Swap { files: Vec::new(), processes: processes.into() };
-        self.with(|session| session.swap(&swap, SHORT_CALL))
+    pub(super) fn remap_all(&mut self) -> Result<Remapped, SessionError> {
+        let processes = [101, 103].map(|pid| ProcessLayout { pid, pieces: Vec::new() });
+        let layout = Layout { files: Vec::new(), processes: processes.into() };
+        self.with(|session| session.remap(&layout, SHORT_CALL))
     }
 }
 
@@ -422,19 +422,19 @@ impl Tracer for FakeHost {
         Ok(3)
     }
 
-    fn swap(&mut self, _: &[PathBuf], process: &SwapProcess, _: Duration) -> Result<Vec<Range>, SessionError> {
-        self.act("swap")?;
+    fn remap(&mut self, _: &[PathBuf], process: &ProcessLayout, _: Duration) -> Result<Vec<Range>, SessionError> {
+        self.act("remap")?;
         assert!(!self.frozen, "a call in a frozen process never returns");
         assert!(self.processes.values().all(|process| process.held), "something runs");
-        self.done.push(format!("swapped {}", process.pid));
-        if self.unswappable == Some(process.pid) {
-            let (action, process) = ("swap".to_owned(), self.describe(process.pid));
+        self.done.push(format!("remapped {}", process.pid));
+        if self.unremappable == Some(process.pid) {
+            let (action, process) = ("remap".to_owned(), self.describe(process.pid));
             return Err(SessionError::Process { action, process, why: "no".into() });
         }
         Ok(vec![Range { start: 4096, end: 8192 }])
     }
 
-    fn map_staging(&mut self, staging: &Swap, _: Duration) -> Result<(), SessionError> {
+    fn map_staging(&mut self, staging: &Layout, _: Duration) -> Result<(), SessionError> {
         self.act("map")?;
         assert!(!self.frozen, "a call in a frozen process never returns");
         self.done.extend(staging.processes.iter().map(|process| format!("mapped {}", process.pid)));

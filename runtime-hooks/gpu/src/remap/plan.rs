@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::fs;
 
-use super::{Piece, SwapError, SwapProcess};
+use super::{Piece, ProcessLayout, RemapError};
 use tracee::process::{self, Range};
 
 pub(super) const PAGE: u64 = 4096;
@@ -23,17 +23,17 @@ pub(super) struct Plan {
 
 impl Plan {
     /// For a process that does not run. `files` is how many there are.
-    pub(super) fn of(files: usize, process: &SwapProcess) -> Result<Self, SwapError> {
+    pub(super) fn of(files: usize, process: &ProcessLayout) -> Result<Self, RemapError> {
         let pid = process.pid;
         let mut pieces = process.pieces.clone();
         pieces.sort_unstable_by_key(|piece| piece.address);
         check(pid, files, &pieces)?;
-        let memory = process::anonymous_mappings(pid).map_err(SwapError::memory(pid))?;
+        let memory = process::anonymous_mappings(pid).map_err(RemapError::memory(pid))?;
         let is_memory = |piece: &&Piece| process::gained(&memory, &[piece.range()]).is_empty();
         if let Some(piece) = pieces.iter().find(|piece| !is_memory(piece)) {
-            return Err(SwapError::Piece { pid, range: piece.range(), why: "it is not private anonymous memory" });
+            return Err(RemapError::Piece { pid, range: piece.range(), why: "it is not private anonymous memory" });
         }
-        let mappings = process::mappings(pid).map_err(SwapError::memory(pid))?.len();
+        let mappings = process::mappings(pid).map_err(RemapError::memory(pid))?.len();
         Ok(Self::with_room(pieces, room(mappings)))
     }
 
@@ -54,7 +54,7 @@ impl Plan {
     }
 }
 
-fn check(pid: i32, files: usize, pieces: &[Piece]) -> Result<(), SwapError> {
+fn check(pid: i32, files: usize, pieces: &[Piece]) -> Result<(), RemapError> {
     let mut end = 0;
     for piece in pieces {
         let offset = piece.source.map_or(0, |source| source.offset);
@@ -71,7 +71,7 @@ fn check(pid: i32, files: usize, pieces: &[Piece]) -> Result<(), SwapError> {
             None
         };
         if let Some(why) = why {
-            return Err(SwapError::Piece { pid, range: piece.range(), why });
+            return Err(RemapError::Piece { pid, range: piece.range(), why });
         }
         end = piece.range().end;
     }

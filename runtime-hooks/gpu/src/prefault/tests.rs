@@ -51,17 +51,17 @@ fn held(program: &Program) -> Hold {
     hold
 }
 
-fn ahead_of(program: &Program) -> Ahead {
-    Ahead::of([program.pid].into_iter())
+fn prefault_of(program: &Program) -> Prefault {
+    Prefault::of([program.pid].into_iter())
 }
 
 /// Lets the driver's thread make its mapping, and runs until nothing happens any more. Where the mapping is.
-fn run(program: &Program, ahead: &mut Ahead, hold: &mut Hold, left: u64) -> u64 {
+fn run(program: &Program, prefault: &mut Prefault, hold: &mut Hold, left: u64) -> u64 {
     support::tell_driver(program.pid);
     let deadline = soon();
-    while (program.value(5) == 0 || !ahead.is_done()) && Instant::now() < deadline {
+    while (program.value(5) == 0 || !prefault.is_done()) && Instant::now() < deadline {
         hold.watch().unwrap();
-        std::thread::sleep(ahead.tick(hold, || Some(left)));
+        std::thread::sleep(prefault.tick(hold, || Some(left)));
     }
     program.value(5)
 }
@@ -71,11 +71,11 @@ fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
     let program = mapper();
     let mut hold = held(&program);
     let before = process::mappings(program.pid).unwrap().len();
-    let mut ahead = ahead_of(&program);
-    ahead.threads = 3;
-    let start = run(&program, &mut ahead, &mut hold, u64::MAX);
-    assert_eq!(ahead.processes[0].team.as_ref().map(Team::len), Some(3));
-    ahead.finish(&mut hold);
+    let mut prefault = prefault_of(&program);
+    prefault.threads = 3;
+    let start = run(&program, &mut prefault, &mut hold, u64::MAX);
+    assert_eq!(prefault.processes[0].team.as_ref().map(Team::len), Some(3));
+    prefault.finish(&mut hold);
     assert!(smaps(program.pid, start, "Rss") << 10 >= LENGTH);
     if has_huge_pages() {
         assert!(smaps(program.pid, start, "AnonHugePages") << 10 >= LENGTH - (4 << 20));
@@ -91,9 +91,9 @@ fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
 fn nothing_is_touched_that_there_is_no_memory_for() {
     let program = mapper();
     let mut hold = held(&program);
-    let mut ahead = ahead_of(&program);
-    let start = run(&program, &mut ahead, &mut hold, SLICE);
-    ahead.finish(&mut hold);
+    let mut prefault = prefault_of(&program);
+    let start = run(&program, &mut prefault, &mut hold, SLICE);
+    prefault.finish(&mut hold);
     assert!(smaps(program.pid, start, "Rss") << 10 < SLICE);
     hold.let_go().unwrap();
     assert_unhurt(&program);
@@ -103,10 +103,10 @@ fn nothing_is_touched_that_there_is_no_memory_for() {
 fn a_small_mapping_is_populated_as_the_driver_asks() {
     let program = Program::play("maps 2");
     let mut hold = held(&program);
-    let mut ahead = ahead_of(&program);
-    let start = run(&program, &mut ahead, &mut hold, u64::MAX);
-    assert!(ahead.processes[0].team.is_none());
-    ahead.finish(&mut hold);
+    let mut prefault = prefault_of(&program);
+    let start = run(&program, &mut prefault, &mut hold, u64::MAX);
+    assert!(prefault.processes[0].team.is_none());
+    prefault.finish(&mut hold);
     assert!(smaps(program.pid, start, "Rss") << 10 >= 2 << 20);
     hold.let_go().unwrap();
     assert_unhurt(&program);
@@ -116,12 +116,12 @@ fn a_small_mapping_is_populated_as_the_driver_asks() {
 fn a_driver_that_maps_nothing_is_traced_no_longer_than_a_while() {
     let program = mapper();
     let mut hold = held(&program);
-    let mut ahead = ahead_of(&program);
+    let mut prefault = prefault_of(&program);
     await_that("it is left", || {
-        ahead.tick(&mut hold, || None);
-        ahead.is_done()
+        prefault.tick(&mut hold, || None);
+        prefault.is_done()
     });
-    ahead.finish(&mut hold);
+    prefault.finish(&mut hold);
     hold.let_go().unwrap();
     assert_unhurt(&program);
 }
@@ -130,9 +130,9 @@ fn a_driver_that_maps_nothing_is_traced_no_longer_than_a_while() {
 fn a_driver_that_has_not_mapped_at_the_end_is_let_go() {
     let program = mapper();
     let mut hold = held(&program);
-    let mut ahead = ahead_of(&program);
-    ahead.tick(&mut hold, || None);
-    ahead.finish(&mut hold);
+    let mut prefault = prefault_of(&program);
+    prefault.tick(&mut hold, || None);
+    prefault.finish(&mut hold);
     hold.let_go().unwrap();
     assert_unhurt(&program);
 }
@@ -150,7 +150,7 @@ fn a_process_whose_first_thread_has_ended_is_left_alone() {
 /// Is ahead of a driver that makes a mapping, and dies before the step of this number.
 #[test]
 #[ignore = "a role in another test"]
-fn is_ahead() {
+fn prefaults() {
     let Some(argument) = support::role() else { return };
     let (pid, step) = argument.split_once(' ').unwrap();
     let pid = pid.parse().unwrap();
@@ -158,14 +158,14 @@ fn is_ahead() {
     hold.take(pid).unwrap();
     hold.settle(soon()).unwrap();
     tracee::steps::die_at(step.parse().unwrap());
-    let mut ahead = Ahead::of([pid].into_iter());
+    let mut prefault = Prefault::of([pid].into_iter());
     support::tell_driver(pid);
     let end = soon();
-    while !ahead.is_done() && Instant::now() < end {
+    while !prefault.is_done() && Instant::now() < end {
         hold.watch().unwrap();
-        std::thread::sleep(ahead.tick(&mut hold, || None));
+        std::thread::sleep(prefault.tick(&mut hold, || None));
     }
-    ahead.finish(&mut hold);
+    prefault.finish(&mut hold);
     hold.let_go().unwrap();
     support::exit(0);
 }
@@ -174,7 +174,7 @@ fn is_ahead() {
 fn one_that_dies_at_any_step_does_not_hurt() {
     for step in 1.. {
         let program = mapper();
-        let code = wait(&mut support::spawn_role("ahead::tests::is_ahead", &format!("{} {step}", program.pid)));
+        let code = wait(&mut support::spawn_role("prefault::tests::prefaults", &format!("{} {step}", program.pid)));
         await_that("it is let go", || !matches!(process::run_state(program.pid), RunState::Traced(_)));
         assert_unhurt(&program);
         if code == Some(0) {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use memory::{Draft, Target, save_processes};
 
 use super::*;
-use crate::swap::Source;
+use crate::remap::Source;
 use cuda::process::drivers;
 use support::{Program, soon};
 use tracee::inject::Injector;
@@ -22,7 +22,7 @@ struct Emptied {
     range: Range,
     contents: Vec<u8>,
     directory: tempfile::TempDir,
-    swap: Swap,
+    layout: Layout,
 }
 
 impl Emptied {
@@ -46,8 +46,8 @@ impl Emptied {
             Piece { address: segment.address, length: segment.length, source }
         };
         let pieces = saved.table.segments(1).iter().map(piece).collect();
-        let swap = Swap { files: saved.packs, processes: vec![SwapProcess { pid, pieces }] };
-        let mut emptied = Self { hold, program, range, contents, directory, swap };
+        let layout = Layout { files: saved.packs, processes: vec![ProcessLayout { pid, pieces }] };
+        let mut emptied = Self { hold, program, range, contents, directory, layout };
         let arguments = [range.start, range.len(), argument(libc::MADV_DONTNEED), 0, 0, 0];
         assert_eq!(emptied.inject(libc::SYS_madvise, arguments), 0);
         emptied
@@ -60,18 +60,18 @@ impl Emptied {
         returned
     }
 
-    fn begin(&mut self) -> Refill {
-        Refill::begin(&mut self.hold, &self.swap, soon()).unwrap()
+    fn begin(&mut self) -> Backfill {
+        Backfill::begin(&mut self.hold, &self.layout, soon()).unwrap()
     }
 
     /// Until all is moved that will be.
-    fn tick(&mut self, refill: &mut Refill) {
+    fn tick(&mut self, backfill: &mut Backfill) {
         let deadline = soon();
-        while !refill.filling.is_finished() || !(refill.is_over || refill.waiting.is_empty()) {
-            std::thread::sleep(refill.tick(&mut self.hold));
+        while !backfill.filling.is_finished() || !(backfill.is_over || backfill.waiting.is_empty()) {
+            std::thread::sleep(backfill.tick(&mut self.hold));
             assert!(Instant::now() < deadline, "it does not end");
         }
-        refill.tick(&mut self.hold);
+        backfill.tick(&mut self.hold);
     }
 
     fn mappings(&self) -> Vec<Mapping> {
@@ -103,15 +103,15 @@ impl Emptied {
 fn memory_takes_the_place_of_files_and_the_program_sees_no_difference() {
     let mut emptied = Emptied::play();
     let before = emptied.writable();
-    let mut refill = emptied.begin();
+    let mut backfill = emptied.begin();
     assert_eq!(emptied.in_files(), emptied.range.len() / 4 * 3);
     assert_eq!(emptied.program.bytes(emptied.range.start, emptied.contents.len()), emptied.contents);
     emptied.program.await_progress(4);
-    emptied.tick(&mut refill);
+    emptied.tick(&mut backfill);
     assert_eq!(emptied.in_files(), 0);
     // The driver's threads run again.
     emptied.program.await_progress(4);
-    refill.finish(&mut emptied.hold, soon()).unwrap();
+    backfill.finish(&mut emptied.hold, soon()).unwrap();
     assert_eq!(emptied.program.bytes(emptied.range.start, emptied.contents.len()), emptied.contents);
     assert_eq!(emptied.writable(), before, "something is left");
     emptied.assert_goes_on();
@@ -120,15 +120,15 @@ fn memory_takes_the_place_of_files_and_the_program_sees_no_difference() {
 #[test]
 fn memory_that_the_driver_has_taken_back_is_left_alone() {
     let mut emptied = Emptied::play();
-    let mut refill = emptied.begin();
+    let mut backfill = emptied.begin();
     let (start, length) = (emptied.range.start + (3 << 20), 1 << 20);
     let access = argument(libc::PROT_READ | libc::PROT_WRITE);
     let flags = argument(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED);
     let mapped = emptied.inject(libc::SYS_mmap, [start, length, access, flags, argument(-1), 0]);
     assert_eq!(mapped.cast_unsigned(), start);
-    emptied.tick(&mut refill);
-    assert!(refill.is_over);
-    refill.finish(&mut emptied.hold, soon()).unwrap();
+    emptied.tick(&mut backfill);
+    assert!(backfill.is_over);
+    backfill.finish(&mut emptied.hold, soon()).unwrap();
     let new = emptied.program.bytes(start, usize::try_from(length).unwrap());
     assert!(new.iter().all(|byte| *byte == 0), "what the driver has mapped is gone");
 }
@@ -136,11 +136,11 @@ fn memory_that_the_driver_has_taken_back_is_left_alone() {
 #[test]
 fn a_damaged_file_is_found_in_the_end() {
     let mut emptied = Emptied::play();
-    let pack = File::options().write(true).open(&emptied.swap.files[0]).unwrap();
+    let pack = File::options().write(true).open(&emptied.layout.files[0]).unwrap();
     pack.write_all_at(b"?", 300_000).unwrap();
-    let mut refill = emptied.begin();
-    emptied.tick(&mut refill);
-    let error = refill.finish(&mut emptied.hold, soon()).unwrap_err();
+    let mut backfill = emptied.begin();
+    emptied.tick(&mut backfill);
+    let error = backfill.finish(&mut emptied.hold, soon()).unwrap_err();
     assert!(phase::chain(&error).contains("is damaged"), "{error}");
     emptied.hold.let_go().unwrap();
 }
@@ -153,7 +153,7 @@ fn pieces_lie_in_windows_and_runs() {
     };
     let zeros = Piece { address: 0x5000, length: 0x1000, source: None };
     let pieces = vec![piece(WINDOW - 0x2000, 0x4000), piece(WINDOW + 0x2000, 0x1000), piece(0x1000, 0x1000), zeros];
-    let windows = Window::of(&SwapProcess { pid: 7, pieces });
+    let windows = Window::of(&ProcessLayout { pid: 7, pieces });
     let runs = |window: &Window| window.runs.iter().map(|run| (run.range.start, run.range.end)).collect::<Vec<_>>();
     assert_eq!(
         windows.iter().map(runs).collect::<Vec<_>>(),

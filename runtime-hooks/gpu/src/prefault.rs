@@ -49,7 +49,7 @@ const LAST_CALL: Duration = Duration::from_secs(30);
 
 /// What goes on while the driver makes checkpoints.
 #[derive(Debug)]
-pub(crate) struct Ahead {
+pub(crate) struct Prefault {
     processes: Vec<Process>,
     threads: usize,
 }
@@ -65,7 +65,7 @@ struct Process {
 /// Environment variable that switches this off, with the value `off`. Seen with driver 580.159.
 const SWITCH: &str = "GPUSNAP_PREFAULT";
 
-impl Ahead {
+impl Prefault {
     /// Of processes that the driver is about to checkpoint, whose other threads are held.
     pub(crate) fn of(pids: impl Iterator<Item = i32>) -> Self {
         let until = Instant::now() + WATCHED;

@@ -8,7 +8,7 @@ use tracee::process::Range;
 
 /// Why files did not, or not wholly, take the place of a process's memory. It has its data in any case.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum SwapError {
+pub(crate) enum RemapError {
     /// A piece is not what it has to be.
     #[error("cannot replace {range} of process {pid}: {why}")]
     Piece { pid: i32, range: Range, why: &'static str },
@@ -54,7 +54,7 @@ pub(crate) enum SwapError {
     },
 }
 
-impl SwapError {
+impl RemapError {
     pub(super) fn memory(pid: i32) -> impl Fn(io::Error) -> Self {
         move |source| Self::Memory { pid, source }
     }

@@ -13,7 +13,7 @@
 //! all, it unmaps the memory, and may map something else there: so its threads stand still for each move, and what is not
 //! the mapping any more that was made here is left alone.
 //!
-//! To be in time is a matter of speed. To be checked is not: [`Refill::finish`] waits until every chunk was.
+//! To be in time is a matter of speed. To be checked is not: [`Backfill::finish`] waits until every chunk was.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -30,7 +30,7 @@ use memory::{
 #[cfg(test)]
 mod tests;
 
-use crate::swap::{Piece, Swap, SwapError, SwapProcess, map_in_empty};
+use crate::remap::{Layout, Piece, ProcessLayout, RemapError, map_in_empty};
 use tracee::hold::{Hold, HoldError, Scope};
 use tracee::inject::{InjectError, Team, argument};
 use tracee::process::{self, Mapping, Range};
@@ -50,13 +50,13 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// Environment variable that switches this off, with the value `off`: memory is filled before the driver reads it. Seen with
 /// driver 580.159.
-const SWITCH: &str = "GPUSNAP_REFILL";
+const SWITCH: &str = "GPUSNAP_BACKFILL";
 
 /// Why staging memory could not be mapped, or is not what was saved.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum RefillError {
+pub(crate) enum BackfillError {
     #[error(transparent)]
-    Map(#[from] SwapError),
+    Map(#[from] RemapError),
     #[error("cannot use a file of the snapshot")]
     Pack(#[from] PackError),
     #[error("the snapshot's files are not what they should be")]
@@ -77,13 +77,13 @@ pub(crate) enum RefillError {
 
 /// What goes on while the driver restores.
 #[derive(Debug)]
-pub(crate) struct Refill {
+pub(crate) struct Backfill {
     windows: Vec<Window>,
     /// The threads that make calls, one of each process.
     teams: BTreeMap<i32, Team>,
     /// Inodes of the files.
     inodes: BTreeSet<u64>,
-    filling: JoinHandle<Result<(), RefillError>>,
+    filling: JoinHandle<Result<(), BackfillError>>,
     /// Windows that are filled.
     filled: Receiver<usize>,
     /// Of them those that are not moved yet.
@@ -116,7 +116,7 @@ struct Run {
 
 impl Window {
     /// The memory that a process has in files, in windows.
-    fn of(process: &SwapProcess) -> Vec<Self> {
+    fn of(process: &ProcessLayout) -> Vec<Self> {
         let mut pieces: Vec<Piece> = process.pieces.iter().filter(|piece| piece.source.is_some()).copied().collect();
         pieces.sort_unstable_by_key(|piece| piece.address);
         let mut windows: Vec<Self> = Vec::new();
@@ -207,33 +207,33 @@ impl Run {
     }
 }
 
-impl Refill {
+impl Backfill {
     /// Maps files over the empty staging memory of processes whose program is held, and begins to fill what is to take
     /// their place.
-    pub(crate) fn begin(hold: &mut Hold, swap: &Swap, deadline: Instant) -> Result<Self, RefillError> {
-        let packs = swap.files.iter().map(|path| Pack::open(path)).collect::<Result<Vec<_>, _>>()?;
+    pub(crate) fn begin(hold: &mut Hold, layout: &Layout, deadline: Instant) -> Result<Self, BackfillError> {
+        let packs = layout.files.iter().map(|path| Pack::open(path)).collect::<Result<Vec<_>, _>>()?;
         let mut inodes = BTreeSet::new();
         for pack in &packs {
-            inodes.insert(pack.file().metadata().map_err(RefillError::File)?.ino());
+            inodes.insert(pack.file().metadata().map_err(BackfillError::File)?.ino());
         }
         let mut windows = Vec::new();
-        for process in &swap.processes {
+        for process in &layout.processes {
             let mut process = process.clone();
             process.pieces.retain(|piece| piece.source.is_some());
             let left = if crate::is_off(SWITCH) {
                 process.pieces.iter().map(|piece| piece.range()).collect()
             } else {
-                map_in_empty(hold, &swap.files, &process, deadline)?
+                map_in_empty(hold, &layout.files, &process, deadline)?
             };
             let is_left =
                 |piece: &Piece| left.iter().any(|range| range.start <= piece.address && piece.address < range.end);
             let (left, mapped) = process.pieces.into_iter().partition(is_left);
             // What has to be small memory is there before the driver asks for it.
-            fill_in_place(&packs, &SwapProcess { pid: process.pid, pieces: left })?;
-            windows.extend(Window::of(&SwapProcess { pid: process.pid, pieces: mapped }));
+            fill_in_place(&packs, &ProcessLayout { pid: process.pid, pieces: left })?;
+            windows.extend(Window::of(&ProcessLayout { pid: process.pid, pieces: mapped }));
         }
         let mut teams = BTreeMap::new();
-        for process in &swap.processes {
+        for process in &layout.processes {
             match Team::gather(hold, process.pid, 1) {
                 Ok(mut team) => {
                     let of_it = windows.iter_mut().filter(|window| window.pid == process.pid);
@@ -324,7 +324,7 @@ impl Refill {
     }
 
     /// Waits until everything is filled and checked, and puts all back that was made for it.
-    pub(crate) fn finish(mut self, hold: &mut Hold, deadline: Instant) -> Result<(), RefillError> {
+    pub(crate) fn finish(mut self, hold: &mut Hold, deadline: Instant) -> Result<(), BackfillError> {
         while !self.filling.is_finished() || (!self.stopped.is_empty() && Instant::now() < deadline) {
             std::thread::sleep(LOOK);
             self.release(hold);
@@ -344,7 +344,7 @@ impl Refill {
         for team in self.teams.into_values() {
             team.disband(hold, deadline);
         }
-        self.filling.join().map_err(|_| RefillError::Died)?
+        self.filling.join().map_err(|_| BackfillError::Died)?
     }
 }
 
@@ -389,20 +389,20 @@ fn make_room<'w>(team: &mut Team, windows: impl Iterator<Item = &'w mut Window>)
 fn segments<'p>(
     pieces: impl Iterator<Item = &'p Piece>,
     place: impl Fn(u64) -> u64,
-) -> Result<Vec<Segment>, RefillError> {
+) -> Result<Vec<Segment>, BackfillError> {
     let stored = pieces.filter_map(|piece| Some((piece, piece.source?)));
-    let segment = |(piece, source): (&Piece, crate::swap::Source)| {
+    let segment = |(piece, source): (&Piece, crate::remap::Source)| {
         let at = Place::Pack { index: u32::try_from(source.file)?, offset: source.offset };
         Ok(Segment { address: place(piece.address), length: piece.length, place: at })
     };
     stored.map(segment).collect()
 }
 
-fn table(packs: &[Pack], processes: Vec<Process>) -> Result<SegmentTable, RefillError> {
+fn table(packs: &[Pack], processes: Vec<Process>) -> Result<SegmentTable, BackfillError> {
     Ok(SegmentTable::new(packs.iter().map(Pack::data_length).collect(), processes)?)
 }
 
-fn fill_in_place(packs: &[Pack], process: &SwapProcess) -> Result<(), RefillError> {
+fn fill_in_place(packs: &[Pack], process: &ProcessLayout) -> Result<(), BackfillError> {
     if process.pieces.is_empty() {
         return Ok(());
     }
@@ -412,11 +412,11 @@ fn fill_in_place(packs: &[Pack], process: &SwapProcess) -> Result<(), RefillErro
     Ok(memory::fill(&table, packs, &into, &Control::new())?)
 }
 
-type Filling = (Receiver<usize>, JoinHandle<Result<(), RefillError>>);
+type Filling = (Receiver<usize>, JoinHandle<Result<(), BackfillError>>);
 
 /// Fills windows, in their order, by threads of their own. Each stands for a process of the table, so that it is told when
 /// one is filled. What has no memory elsewhere is read and checked all the same.
-fn fill(packs: Vec<Pack>, windows: &[Window]) -> Result<Filling, RefillError> {
+fn fill(packs: Vec<Pack>, windows: &[Window]) -> Result<Filling, BackfillError> {
     let mut processes = Vec::new();
     let mut order = Vec::new();
     for (window, pid) in windows.iter().zip(1..).filter(|(window, _)| !window.elsewhere.is_empty()) {
@@ -436,6 +436,6 @@ fn fill(packs: Vec<Pack>, windows: &[Window]) -> Result<Filling, RefillError> {
         memory::fill(&table, &packs, &Destination { processes: &order, ready: &ready }, &control)?;
         if is_all { Ok(()) } else { Ok(memory::verify(&packs, &control)?) }
     };
-    let filling = std::thread::Builder::new().name("refill".into()).spawn(work).map_err(RefillError::Thread)?;
+    let filling = std::thread::Builder::new().name("backfill".into()).spawn(work).map_err(BackfillError::Thread)?;
     Ok((filled, filling))
 }

@@ -26,7 +26,7 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use error::SwapError;
+pub(crate) use error::RemapError;
 use plan::{PAGE, Plan};
 use tracee::hold::Hold;
 use tracee::inject::{Injector, answer, argument};
@@ -34,17 +34,17 @@ use tracee::process::{self, Range};
 
 /// What is to take the place of memory in the processes of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Swap {
+pub struct Layout {
     /// The files, as the guardian finds them. They must never change or become shorter while a process lives that has one
     /// mapped.
     pub files: Vec<PathBuf>,
     /// The processes.
-    pub processes: Vec<SwapProcess>,
+    pub processes: Vec<ProcessLayout>,
 }
 
 /// What is to take the place of one process's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SwapProcess {
+pub struct ProcessLayout {
     /// In the pid namespace of the guardian, as [`crate::Staging`] has it.
     pub pid: i32,
     /// In any order. They need not be all of its memory, nor be adjacent.
@@ -65,23 +65,23 @@ pub struct Piece {
 /// A place in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
-    /// Its index in [`Swap::files`].
+    /// Its index in [`Layout::files`].
     pub file: usize,
     /// In bytes, whole pages.
     pub offset: u64,
 }
 
-/// What a swap did.
+/// What a remapping did.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Swapped {
+pub struct Remapped {
     /// By process, in the order of the order.
-    pub processes: Vec<SwappedProcess>,
+    pub processes: Vec<RemappedProcess>,
 }
 
-/// What a swap did in one process.
+/// What a remapping did in one process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SwappedProcess {
-    /// As in [`SwapProcess::pid`].
+pub struct RemappedProcess {
+    /// As in [`ProcessLayout::pid`].
     pub pid: i32,
     /// What is in memory as before, because the process cannot have so many mappings: the smallest pieces, in order of
     /// addresses.
@@ -104,12 +104,12 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 /// # Errors
 /// When something is not as it has to be; nothing has changed then. Or when a call in the process fails: then some pieces
 /// are in memory and others in files.
-pub(crate) fn swap_in(
+pub(crate) fn remap_in(
     hold: &mut Hold,
     files: &[PathBuf],
-    process: &SwapProcess,
+    process: &ProcessLayout,
     deadline: Instant,
-) -> Result<Vec<Range>, SwapError> {
+) -> Result<Vec<Range>, RemapError> {
     let plan = Plan::of(files.len(), process)?;
     for pieces in by_file(&plan.pieces) {
         compare(process.pid, files, pieces)?;
@@ -117,16 +117,16 @@ pub(crate) fn swap_in(
     map_in(hold, files, process.pid, plan, deadline)
 }
 
-/// As [`swap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
+/// As [`remap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
 ///
 /// # Errors
-/// As for [`swap_in`].
+/// As for [`remap_in`].
 pub(crate) fn map_in_empty(
     hold: &mut Hold,
     files: &[PathBuf],
-    process: &SwapProcess,
+    process: &ProcessLayout,
     deadline: Instant,
-) -> Result<Vec<Range>, SwapError> {
+) -> Result<Vec<Range>, RemapError> {
     map_in(hold, files, process.pid, Plan::of(files.len(), process)?, deadline)
 }
 
@@ -136,20 +136,20 @@ fn map_in(
     pid: i32,
     Plan { pieces, left }: Plan,
     deadline: Instant,
-) -> Result<Vec<Range>, SwapError> {
+) -> Result<Vec<Range>, RemapError> {
     if pieces.is_empty() {
         return Ok(left);
     }
-    let mut injector = Injector::attach(hold, pid, deadline).map_err(SwapError::inject(pid))?;
+    let mut injector = Injector::attach(hold, pid, deadline).map_err(RemapError::inject(pid))?;
     // Zeros first: it gives memory back that the others may need a little of.
     for pieces in by_file(&pieces) {
-        let swapped = match pieces.first().and_then(|piece| piece.source) {
-            Some(Source { file, .. }) => swap_file(&mut injector, pid, &files[file], pieces),
+        let remapped = match pieces.first().and_then(|piece| piece.source) {
+            Some(Source { file, .. }) => remap_file(&mut injector, pid, &files[file], pieces),
             None => map_pieces(&mut injector, pid, None, pieces),
         };
-        swapped?;
+        remapped?;
     }
-    injector.finish().map_err(SwapError::inject(pid))?;
+    injector.finish().map_err(RemapError::inject(pid))?;
     check(pid, &pieces)?;
     Ok(left)
 }
@@ -161,31 +161,31 @@ fn by_file(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
 
 /// Compares the first and the last page of each piece with its source. That does not find every difference, but pieces that
 /// are somewhere else than they ought to be, or of another process.
-fn compare(pid: i32, files: &[PathBuf], pieces: &[Piece]) -> Result<(), SwapError> {
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(SwapError::memory(pid))?;
+fn compare(pid: i32, files: &[PathBuf], pieces: &[Piece]) -> Result<(), RemapError> {
+    let memory = File::open(format!("/proc/{pid}/mem")).map_err(RemapError::memory(pid))?;
     let mut file = None;
     for piece in pieces {
         if let (Some(source), None) = (piece.source, &file) {
             let path = &files[source.file];
             let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
-            let (length, opened) = opened.map_err(SwapError::file(path))?;
+            let (length, opened) = opened.map_err(RemapError::file(path))?;
             let is_short =
                 |piece: &&Piece| piece.source.is_some_and(|at| length.saturating_sub(at.offset) < piece.length);
             if let Some(piece) = pieces.iter().find(is_short) {
-                return Err(SwapError::Piece { pid, range: piece.range(), why: "its file is too short" });
+                return Err(RemapError::Piece { pid, range: piece.range(), why: "its file is too short" });
             }
             file = Some(opened);
         }
         for at in [0, piece.length - PAGE] {
             let mut there = [0; 4096];
             let mut ours = [0; 4096];
-            memory.read_exact_at(&mut there, piece.address + at).map_err(SwapError::memory(pid))?;
+            memory.read_exact_at(&mut there, piece.address + at).map_err(RemapError::memory(pid))?;
             if let (Some(source), Some(file)) = (piece.source, &file) {
                 let read = file.read_exact_at(&mut ours, source.offset + at);
-                read.map_err(SwapError::file(&files[source.file]))?;
+                read.map_err(RemapError::file(&files[source.file]))?;
             }
             if there != ours {
-                return Err(SwapError::Differs { pid, address: piece.address + at });
+                return Err(RemapError::Differs { pid, address: piece.address + at });
             }
         }
     }
@@ -193,15 +193,15 @@ fn compare(pid: i32, files: &[PathBuf], pieces: &[Piece]) -> Result<(), SwapErro
 }
 
 /// Maps a file over pieces. The process has a descriptor of it meanwhile.
-fn swap_file(injector: &mut Injector<'_>, pid: i32, path: &PathBuf, pieces: &[Piece]) -> Result<(), SwapError> {
-    let file = File::open(path).map_err(SwapError::file(path))?;
+fn remap_file(injector: &mut Injector<'_>, pid: i32, path: &PathBuf, pieces: &[Piece]) -> Result<(), RemapError> {
+    let file = File::open(path).map_err(RemapError::file(path))?;
     let fd = hand_over(injector, pid, &file)?;
     let mapped = map_pieces(injector, pid, Some(fd), pieces);
     let closed = close(injector, pid, fd);
     mapped.and(closed)
 }
 
-fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[Piece]) -> Result<(), SwapError> {
+fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[Piece]) -> Result<(), RemapError> {
     let access = argument(libc::PROT_READ | libc::PROT_WRITE);
     let anonymous = if fd.is_none() { libc::MAP_ANONYMOUS } else { 0 };
     let flags = argument(libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE | anonymous);
@@ -216,7 +216,7 @@ fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[
                     tries += 1;
                     std::thread::sleep(BETWEEN_TRIES);
                 }
-                Err(source) => return Err(SwapError::Map { pid, range: piece.range(), source }),
+                Err(source) => return Err(RemapError::Map { pid, range: piece.range(), source }),
             }
         }
     }
@@ -225,19 +225,19 @@ fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[
 
 /// Gives a process a descriptor of a file, by way of a pair of sockets that it makes: its end of it is taken from it, the
 /// file goes in there and comes out at the other end.
-fn hand_over(injector: &mut Injector<'_>, pid: i32, file: &File) -> Result<i32, SwapError> {
-    let failed = |action| move |source| SwapError::Call { action, pid, source };
-    let pair = injector.scratch(&[0; 8]).map_err(SwapError::inject(pid))?;
+fn hand_over(injector: &mut Injector<'_>, pid: i32, file: &File) -> Result<i32, RemapError> {
+    let failed = |action| move |source| RemapError::Call { action, pid, source };
+    let pair = injector.scratch(&[0; 8]).map_err(RemapError::inject(pid))?;
     let kind = argument(libc::SOCK_DGRAM | libc::SOCK_CLOEXEC);
     call(injector, pid, libc::SYS_socketpair, [argument(libc::AF_UNIX), kind, 0, pair, 0, 0])?
         .map_err(failed("make a pair of sockets in"))?;
     let mut ends = [0; 8];
-    injector.read_scratch(0, &mut ends).map_err(SwapError::inject(pid))?;
+    injector.read_scratch(0, &mut ends).map_err(RemapError::inject(pid))?;
     let [ours, theirs] = [number(&ends[..4]), number(&ends[4..])];
     let sent = take(pid, injector.tid(), ours).and_then(|socket| send(&socket, file));
     let received = match sent {
         Ok(()) => receive(injector, pid, theirs),
-        Err(source) => Err(SwapError::Call { action: "hand a file over to", pid, source }),
+        Err(source) => Err(RemapError::Call { action: "hand a file over to", pid, source }),
     };
     let closed = close(injector, pid, ours).and(close(injector, pid, theirs));
     match (received, closed) {
@@ -270,24 +270,24 @@ fn send(socket: &OwnedFd, file: &File) -> io::Result<()> {
 }
 
 /// Lets a process take a descriptor from a socket.
-fn receive(injector: &mut Injector<'_>, pid: i32, socket: i32) -> Result<i32, SwapError> {
+fn receive(injector: &mut Injector<'_>, pid: i32, socket: i32) -> Result<i32, RemapError> {
     /// Where in the scratch memory the vector, the byte and the control message are, behind a `struct msghdr`.
     const VECTOR: u64 = 56;
     const BYTE: u64 = 72;
     const CONTROL: u64 = 80;
     /// `CMSG_SPACE(sizeof(int))`
     const SPACE: u64 = 24;
-    let at = injector.scratch(&[]).map_err(SwapError::inject(pid))?;
+    let at = injector.scratch(&[]).map_err(RemapError::inject(pid))?;
     let header = [0, 0, at + VECTOR, 1, at + CONTROL, SPACE, 0];
     let vector = [at + BYTE, 1];
     let words = header.into_iter().chain(vector).chain([0; 4]);
     let bytes: Vec<u8> = words.flat_map(u64::to_ne_bytes).collect();
-    injector.scratch(&bytes).map_err(SwapError::inject(pid))?;
+    injector.scratch(&bytes).map_err(RemapError::inject(pid))?;
     let flags = argument(libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT);
-    let failed = |source| SwapError::Call { action: "receive a file in", pid, source };
+    let failed = |source| RemapError::Call { action: "receive a file in", pid, source };
     call(injector, pid, libc::SYS_recvmsg, [argument(socket), at, flags, 0, 0, 0])?.map_err(failed)?;
     let mut message = [0; 24];
-    injector.read_scratch(CONTROL, &mut message).map_err(SwapError::inject(pid))?;
+    injector.read_scratch(CONTROL, &mut message).map_err(RemapError::inject(pid))?;
     // A `struct cmsghdr`: its length, the level and the type; then the descriptor.
     let is_file = number(&message[..4]) == 20
         && number(&message[8..12]) == libc::SOL_SOCKET
@@ -300,19 +300,24 @@ fn number(bytes: &[u8]) -> i32 {
     bytes.try_into().map_or(-1, i32::from_ne_bytes)
 }
 
-fn close(injector: &mut Injector<'_>, pid: i32, fd: i32) -> Result<(), SwapError> {
+fn close(injector: &mut Injector<'_>, pid: i32, fd: i32) -> Result<(), RemapError> {
     let closed = call(injector, pid, libc::SYS_close, [argument(fd), 0, 0, 0, 0, 0])?;
-    closed.map_err(|source| SwapError::Call { action: "close a descriptor of", pid, source })?;
+    closed.map_err(|source| RemapError::Call { action: "close a descriptor of", pid, source })?;
     Ok(())
 }
 
-fn call(injector: &mut Injector<'_>, pid: i32, number: i64, arguments: [u64; 6]) -> Result<io::Result<i64>, SwapError> {
-    injector.call(number, arguments).map(answer).map_err(SwapError::inject(pid))
+fn call(
+    injector: &mut Injector<'_>,
+    pid: i32,
+    number: i64,
+    arguments: [u64; 6],
+) -> Result<io::Result<i64>, RemapError> {
+    injector.call(number, arguments).map(answer).map_err(RemapError::inject(pid))
 }
 
 /// Whether all pieces are mapped as they should be.
-fn check(pid: i32, pieces: &[Piece]) -> Result<(), SwapError> {
-    let mappings = process::mappings(pid).map_err(SwapError::memory(pid))?;
+fn check(pid: i32, pieces: &[Piece]) -> Result<(), RemapError> {
+    let mappings = process::mappings(pid).map_err(RemapError::memory(pid))?;
     let by_end: BTreeMap<u64, &process::Mapping> =
         mappings.iter().map(|mapping| (mapping.range.end, mapping)).collect();
     for piece in pieces {
@@ -324,7 +329,7 @@ fn check(pid: i32, pieces: &[Piece]) -> Result<(), SwapError> {
                 && (mapping.inode != 0) == piece.source.is_some()
         });
         if !is_there {
-            return Err(SwapError::Piece { pid, range: piece.range(), why: "it is not mapped as it should be" });
+            return Err(RemapError::Piece { pid, range: piece.range(), why: "it is not mapped as it should be" });
         }
     }
     Ok(())

@@ -18,7 +18,7 @@ struct Staged {
     program: Program,
     range: Range,
     directory: tempfile::TempDir,
-    swap: Swap,
+    layout: Layout,
     contents: Vec<u8>,
 }
 
@@ -40,8 +40,8 @@ fn staged(program: Program) -> Staged {
         }
         pieces.push(Piece { address, length: CHUNK as u64, source });
     }
-    let swap = Swap { files, processes: vec![SwapProcess { pid: program.pid, pieces }] };
-    Staged { program, range, directory, swap, contents }
+    let layout = Layout { files, processes: vec![ProcessLayout { pid: program.pid, pieces }] };
+    Staged { program, range, directory, layout, contents }
 }
 
 impl Staged {
@@ -49,12 +49,12 @@ impl Staged {
         staged(Program::play(&format!("staging {MEBIBYTES}")))
     }
 
-    fn swap(&self) -> Result<Vec<Range>, SwapError> {
+    fn remap(&self) -> Result<Vec<Range>, RemapError> {
         let mut hold = Hold::new(drivers);
         hold.take_scope(self.program.pid, Scope::All).unwrap();
-        let swapped = swap_in(&mut hold, &self.swap.files, &self.swap.processes[0], soon());
+        let remapped = remap_in(&mut hold, &self.layout.files, &self.layout.processes[0], soon());
         hold.let_go().unwrap();
-        swapped
+        remapped
     }
 
     fn descriptors(&self) -> Vec<PathBuf> {
@@ -89,15 +89,15 @@ impl Staged {
 
 fn files_take_the_place(mut staged: Staged) {
     let before = staged.descriptors();
-    assert_eq!(staged.swap().unwrap(), []);
+    assert_eq!(staged.remap().unwrap(), []);
     assert_eq!(staged.in_files(), staged.range.len() / 4 * 3);
     assert_eq!(staged.descriptors(), before);
     staged.assert_unhurt();
-    let files: Vec<_> = staged.swap.files.iter().map(|file| fs::read(file).unwrap()).collect();
+    let files: Vec<_> = staged.layout.files.iter().map(|file| fs::read(file).unwrap()).collect();
     staged.program.write_line();
     await_that("it has written to each page", || staged.program.value(2) == 1);
     staged.program.await_progress(0);
-    let now: Vec<_> = staged.swap.files.iter().map(|file| fs::read(file).unwrap()).collect();
+    let now: Vec<_> = staged.layout.files.iter().map(|file| fs::read(file).unwrap()).collect();
     assert_eq!(now, files, "what it wrote is its own");
     for page in staged.contents.chunks_mut(4096) {
         let word = u64::from_ne_bytes(page[8..16].try_into().unwrap());
@@ -119,8 +119,8 @@ fn files_take_the_place_of_memory_of_a_process_that_cannot_see_them() {
 #[test]
 fn what_is_in_files_already_is_refused() {
     let staged = Staged::play();
-    staged.swap().unwrap();
-    let error = staged.swap().unwrap_err();
+    staged.remap().unwrap();
+    let error = staged.remap().unwrap_err();
     assert!(error.to_string().contains("it is not private anonymous memory"), "{error}");
     staged.assert_unhurt();
 }
@@ -128,53 +128,56 @@ fn what_is_in_files_already_is_refused() {
 #[test]
 fn files_with_something_else_are_refused_and_nothing_changes() {
     let mut staged = Staged::play();
-    let [first, second] = [0, 1].map(|file| staged.swap.files[file].clone());
-    staged.swap.files.reverse();
-    assert!(matches!(staged.swap().unwrap_err(), SwapError::Differs { .. }));
+    let [first, second] = [0, 1].map(|file| staged.layout.files[file].clone());
+    staged.layout.files.reverse();
+    assert!(matches!(staged.remap().unwrap_err(), RemapError::Differs { .. }));
     staged.assert_untouched();
-    staged.swap.files = vec![first.clone(), second];
+    staged.layout.files = vec![first.clone(), second];
     File::options().write(true).open(&first).unwrap().set_len(CHUNK as u64).unwrap();
-    assert!(staged.swap().unwrap_err().to_string().contains("its file is too short"));
+    assert!(staged.remap().unwrap_err().to_string().contains("its file is too short"));
     staged.assert_untouched();
     fs::remove_file(first).unwrap();
-    assert!(matches!(staged.swap().unwrap_err(), SwapError::File { .. }));
+    assert!(matches!(staged.remap().unwrap_err(), RemapError::File { .. }));
     staged.assert_untouched();
 }
 
 #[test]
 fn memory_with_something_else_than_zeros_is_refused() {
     let mut staged = Staged::play();
-    staged.swap.processes[0].pieces[0].source = None;
-    assert!(matches!(staged.swap().unwrap_err(), SwapError::Differs { address, .. } if address == staged.range.start));
+    staged.layout.processes[0].pieces[0].source = None;
+    assert!(
+        matches!(staged.remap().unwrap_err(), RemapError::Differs { address, .. } if address == staged.range.start)
+    );
     staged.assert_untouched();
 }
 
 #[test]
 fn a_process_without_a_free_descriptor_keeps_its_memory() {
     let staged = staged(Program::play(&format!("staging-full {MEBIBYTES}")));
-    assert!(matches!(staged.swap().unwrap_err(), SwapError::Call { .. }));
+    assert!(matches!(staged.remap().unwrap_err(), RemapError::Call { .. }));
     staged.assert_untouched();
 }
 
 #[test]
 fn a_process_that_is_not_held_is_refused() {
     let staged = Staged::play();
-    let error = swap_in(&mut Hold::new(drivers), &staged.swap.files, &staged.swap.processes[0], soon()).unwrap_err();
-    assert!(matches!(error, SwapError::Inject { .. }), "{error}");
+    let error =
+        remap_in(&mut Hold::new(drivers), &staged.layout.files, &staged.layout.processes[0], soon()).unwrap_err();
+    assert!(matches!(error, RemapError::Inject { .. }), "{error}");
     staged.assert_untouched();
 }
 
 /// Swaps as a file says, and dies before the step of this number.
 #[test]
 #[ignore = "a role in another test"]
-fn swaps() {
+fn remaps() {
     let Some(argument) = support::role() else { return };
     let (step, file) = argument.split_once(' ').unwrap();
-    let swap: Swap = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    let layout: Layout = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     tracee::steps::die_at(step.parse().unwrap());
     let mut hold = Hold::new(drivers);
-    hold.take_scope(swap.processes[0].pid, Scope::All).unwrap();
-    assert_eq!(swap_in(&mut hold, &swap.files, &swap.processes[0], soon()).unwrap(), []);
+    hold.take_scope(layout.processes[0].pid, Scope::All).unwrap();
+    assert_eq!(remap_in(&mut hold, &layout.files, &layout.processes[0], soon()).unwrap(), []);
     hold.let_go().unwrap();
     support::exit(0);
 }
@@ -183,13 +186,13 @@ fn swaps() {
 #[test]
 fn one_that_dies_at_any_step_leaves_the_process_its_data() {
     let mut staged = Staged::play();
-    let pieces = std::mem::take(&mut staged.swap.processes[0].pieces);
+    let pieces = std::mem::take(&mut staged.layout.processes[0].pieces);
     // One of zeros, and two of each file.
-    staged.swap.processes[0].pieces = [0, 1, 3, 40, 41].map(|piece| pieces[piece]).to_vec();
+    staged.layout.processes[0].pieces = [0, 1, 3, 40, 41].map(|piece| pieces[piece]).to_vec();
     let plan = staged.directory.path().join("plan");
     for step in 1.. {
-        fs::write(&plan, serde_json::to_vec(&staged.swap).unwrap()).unwrap();
-        let code = wait(&mut support::spawn_role("swap::tests::swaps", &format!("{step} {}", plan.display())));
+        fs::write(&plan, serde_json::to_vec(&staged.layout).unwrap()).unwrap();
+        let code = wait(&mut support::spawn_role("remap::tests::remaps", &format!("{step} {}", plan.display())));
         let pid = staged.program.pid;
         await_that("it is let go", || !matches!(process::run_state(pid), RunState::Traced(_)));
         staged.assert_unhurt();
@@ -202,7 +205,7 @@ fn one_that_dies_at_any_step_leaves_the_process_its_data() {
         if staged.in_files() > 0 {
             let again = Staged::play();
             let old = std::mem::replace(&mut staged.range, again.range);
-            let process = &mut staged.swap.processes[0];
+            let process = &mut staged.layout.processes[0];
             process.pid = again.program.pid;
             for piece in &mut process.pieces {
                 piece.address = piece.address - old.start + again.range.start;

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 
+#[cfg(test)]
+mod architecture;
 #[allow(unsafe_code)]
 pub mod sys;
 

@@ -16,8 +16,8 @@ use proc::HostPid;
 use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
-use snapshot::Store;
 use rustix::process::Signal;
+use snapshot::Store;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};

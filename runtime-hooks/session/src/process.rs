@@ -123,7 +123,7 @@ fn checkpoint(services: &Services, order: &CheckpointOrder, reports: &Reports) -
     });
     match taken {
         Ok(()) => {
-            tracing::info!("checkpointed: {}", services.timeline);
+            tracing::info!("container {} is checkpointed: {}", order.subject.id, services.timeline);
             reports.send(&Report::Done);
         }
         Err(failed) => {

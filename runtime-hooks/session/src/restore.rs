@@ -162,7 +162,7 @@ impl<'a> Restore<'a> {
             shim.wait_for_go_on()?;
         }
         let resident = resident_words(cgroup.as_ref(), resident);
-        tracing::info!("restored: {}{resident}", services.timeline);
+        tracing::info!("container {} is restored: {}{resident}", subject.id, services.timeline);
         log.remove();
         Ok(())
     }

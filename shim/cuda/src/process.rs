@@ -44,11 +44,11 @@ pub struct Uses {
     pub mig: bool,
     /// It is told to be a client of the multi-process service (MPS).
     pub mps: bool,
-    /// It shares GPU memory with another process by CUDA IPC.
+    /// It has opened what another process shares by CUDA IPC.
     pub ipc: bool,
 }
 
-/// Returns what a process uses that the driver does not checkpoint, as far as it shows. CUDA IPC does not.
+/// Returns what a process uses that the driver does not checkpoint, as far as it shows. CUDA IPC shows where an event is shared.
 #[must_use]
 pub fn uses(pid: i32) -> Uses {
     let is_cupti = |path: &Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"libcupti"));
@@ -56,7 +56,18 @@ pub fn uses(pid: i32) -> Uses {
     let mig = device_fds(pid).is_ok_and(|fds| fds.iter().any(|fd| is_instance(&fd.path)));
     let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     let mps = environment.split(|byte| *byte == 0).any(|variable| variable.starts_with(b"CUDA_MPS_PIPE_DIRECTORY="));
-    Uses { cupti, mig, mps, ipc: false }
+    let own = namespace_pid(pid).unwrap_or(pid);
+    let ipc = mappings_matching(pid, |path| is_others_event(path, own)).is_ok_and(|mappings| !mappings.is_empty());
+    Uses { cupti, mig, mps, ipc }
+}
+
+/// Returns whether a file holds CUDA events that another process than `own` shares: `/dev/shm/cuda.shm.UID.PID.NUMBER`, in
+/// hexadecimal digits (580.159, tests/gpu/probes/ipc.py). The process that shares them maps the file as well, and comes back
+/// from a checkpoint; a process that has opened them does not.
+fn is_others_event(path: &Path, own: i32) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix("cuda.shm."));
+    let sharer = name.and_then(|name| i32::from_str_radix(name.split('.').nth(1)?, 16).ok());
+    sharer.is_some_and(|sharer| sharer != own)
 }
 
 /// Whether a device node gives access to an instance of a GPU. The first two are for making and watching instances.

@@ -26,7 +26,6 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(ctrl_c_on_the_terminal_interrupts_the_container),
         case!(a_client_that_vanishes_leaves_the_container_running),
         case!(a_file_log_has_everything),
-        case!(a_file_log_has_the_end_of_a_terminal).except(Shim::Stock, "it has no terminals in file logs"),
         case!(a_binary_logger_gets_everything_and_knows_the_container),
         case!(a_binary_logger_that_does_not_start_is_an_error),
         case!(output_that_nobody_reads_does_not_block_deletion),
@@ -224,22 +223,6 @@ fn a_file_log_has_everything(t: &Test) -> Result<()> {
     t.ctr().run(&id, &options, &["cat", "/shared/data"]).ok()?;
     t.ctr().becomes(&id, "STOPPED")?;
     eventually("the log to be complete", || same_bytes(&fs::read(&log)?, &data))
-}
-
-fn a_file_log_has_the_end_of_a_terminal(t: &Test) -> Result<()> {
-    // Short outputs of many lengths: the end of each comes while the one before it is being written.
-    for last in [200, 2000, 5000, 10000, 20000] {
-        for round in 0..4 {
-            let (id, log) = (t.id("c"), t.folder()?.join(format!("{last}-{round}.log")));
-            let uri = format!("file://{}", log.display());
-            let argv = ["seq", "-s", " ", &last.to_string()];
-            t.ctr().run(&id, &["--detach", "--tty", "--log-uri", &uri], &argv).ok()?;
-            t.ctr().becomes(&id, "STOPPED")?;
-            t.ctr().delete_task(&id)?;
-            ensure_has!(fs::read_to_string(&log)?, format!(" {last}\r\n"));
-        }
-    }
-    Ok(())
 }
 
 /// A logger as containerd's documentation defines it: stdout on 3, stderr on 4, ready by closing 5.

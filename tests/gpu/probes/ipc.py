@@ -10,6 +10,8 @@ Restore are tried on each of them, if the driver has them, and each answer is pr
 import ctypes, json, os, re, struct, subprocess, sys, time
 
 SIZE = 64 << 20
+# IPC_ONLY=memory: no event is shared.
+ONLY_MEMORY = os.environ.get("IPC_ONLY") == "memory"
 
 
 class Cuda:
@@ -60,6 +62,9 @@ def child(role, inbox, outbox):
             elif order == "export":
                 memory, event, at = Handle(), Handle(), ctypes.c_void_p()
                 cuda("cuIpcGetMemHandle", ctypes.byref(memory), kept[0])
+                if ONLY_MEMORY:
+                    print(bytes(memory).hex() + " " + bytes(event).hex(), file=outbox, flush=True)
+                    continue
                 # CU_EVENT_INTERPROCESS | CU_EVENT_DISABLE_TIMING
                 cuda("cuEventCreate", ctypes.byref(at), 6)
                 kept.append(at)
@@ -71,6 +76,9 @@ def child(role, inbox, outbox):
                 opener = getattr(cuda.lib, "cuIpcOpenMemHandle_v2", None) or cuda.lib.cuIpcOpenMemHandle
                 opener.argtypes = [ctypes.c_void_p, Handle, ctypes.c_uint]
                 code = opener(ctypes.byref(pointer), memory, 1)
+                if ONLY_MEMORY:
+                    print(f"memory {code}", file=outbox, flush=True)
+                    continue
                 cuda.lib.cuIpcOpenEventHandle.argtypes = [ctypes.c_void_p, Handle]
                 other = cuda.lib.cuIpcOpenEventHandle(ctypes.byref(at), event)
                 kept += [pointer, at]

@@ -46,3 +46,12 @@ fn instances_of_a_divided_gpu_are_known_by_their_nodes() {
         assert!(!is_instance(Path::new(other)), "{other}");
     }
 }
+
+#[test]
+fn events_that_another_process_shares_are_told_from_own_ones() {
+    let is_others = |path: &str| super::is_others_event(std::path::Path::new(path), 0x1b4);
+    assert!(is_others("/dev/shm/cuda.shm.0.1b3.1"));
+    assert!(!is_others("/dev/shm/cuda.shm.0.1b4.1"));
+    assert!(!is_others("/dev/shm/nccl-1b3"));
+    assert!(!is_others("/dev/shm/cuda.shm"));
+}

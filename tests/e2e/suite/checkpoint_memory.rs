@@ -58,7 +58,7 @@ fn big_memory_goes_to_the_node_store_and_comes_back(t: &Test) -> Result<()> {
     let id = t.id("c");
     hold_memory_with(t, &id, &[], MEGABYTES)?;
     let (manifest, bytes) = checkpointed(t, &id)?;
-    ensure_eq!(manifest["version"], 2);
+    ensure_eq!(manifest["version"], 3);
     let digest = manifest["memory"]["source"]["snapshot"]["digest"].as_str().context("no digest")?;
     let blob = Path::new("/var/lib/gpusnap/blobs/sha256").join(digest.trim_start_matches("sha256:"));
     ensure!(blob.is_file(), "{} is not there", blob.display());
@@ -82,7 +82,7 @@ fn memory_can_be_left_in_the_images(t: &Test) -> Result<()> {
     let id = t.id("c");
     hold_memory_with(t, &id, &["--annotation", "gpusnap.dev/memory=images"], MEGABYTES)?;
     let (manifest, bytes) = checkpointed(t, &id)?;
-    ensure_eq!(manifest["version"], 1);
+    ensure_eq!(manifest["version"], 3);
     ensure!(bytes > u64::from(MEGABYTES) << 20, "{bytes} bytes are in the folder");
     survives(t, &id)
 }

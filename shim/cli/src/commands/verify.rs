@@ -34,7 +34,8 @@ struct Problem {
 pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool) -> Result<(), CliError> {
     let references = snapshots.iter().map(|given| context.reference(given)).collect::<Result<Vec<_>, _>>()?;
     let mut interrupt = Interrupt::listen();
-    let store = context.open_to_read()?;
+    // Another program's layout becomes a store here: to verify is to prepare for use.
+    let store = context.open()?;
     let done = Arc::new(AtomicU64::new(0));
     let total = total(&store, &references);
     let counted = Arc::clone(&done);

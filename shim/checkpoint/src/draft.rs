@@ -105,10 +105,8 @@ impl Draft {
             for name in names(&beside)?.iter().filter(|name| *name != INVENTORY) {
                 std::fs::rename(beside.join(name), self.target.join(name))?;
             }
-            File::open(&self.target)?.sync_all()?;
             std::fs::rename(beside.join(INVENTORY), self.target.join(INVENTORY))?;
             std::fs::remove_dir(&beside)?;
-            File::open(&self.target)?.sync_all()?;
         }
         remove_stale(&self.target, &|_| true)
     }

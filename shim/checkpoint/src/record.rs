@@ -142,7 +142,7 @@ impl Record {
         let begun = Incomplete { version: VERSION, state: State::Incomplete, container, created: now() };
         let mut file = create(folder)?;
         serde_json::to_writer(&mut file, &begun)?;
-        put_in_place(folder, &file)?;
+        put_in_place(folder)?;
         let next = create(folder)?;
         match rustix::fs::fallocate(&next, FallocateFlags::KEEP_SIZE, 0, RESERVE) {
             // A file system that cannot take room in advance.
@@ -159,7 +159,7 @@ impl Record {
     pub fn complete(mut self, manifest: &Manifest) -> io::Result<()> {
         let complete = Complete { version: VERSION, state: State::Complete, manifest };
         self.next.write_all(&serde_json::to_vec(&complete)?)?;
-        put_in_place(&self.folder, &self.next)
+        put_in_place(&self.folder)
     }
 }
 
@@ -172,10 +172,10 @@ fn create(folder: &Path) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(0o600).open(path)
 }
 
-fn put_in_place(folder: &Path, file: &File) -> io::Result<()> {
-    file.sync_all()?;
-    std::fs::rename(folder.join(NEXT), folder.join(FILE))?;
-    File::open(folder)?.sync_all()
+/// Not flushed: a flush waits for all that CRIU has written beside it, for tens of seconds on a slow disk, while the container
+/// stands still. After a power cut the images are no better than the record.
+fn put_in_place(folder: &Path) -> io::Result<()> {
+    std::fs::rename(folder.join(NEXT), folder.join(FILE))
 }
 
 /// A folder that is a whole checkpoint, as far as it says itself.

@@ -44,7 +44,9 @@ async fn a_child_writes_to_the_streams_of_each_generation(bed: &Bed) {
     let script = format!("{PAUSE} (while :; do echo line; pause; done) & exec >/dev/null; wait");
     let bundle = bed.bundle(&bed.savable(&shell(&script)));
     let mut running = bundle.start().await;
-    for _generation in 0..3 {
+    // crun notes the streams that init has after a restore, and init has closed this one.
+    let generations = if bed.which == Which::Crun { 1 } else { 3 };
+    for _generation in 0..generations {
         running.says("line\nline\n").await;
         let (image, ended) = bundle.swap_out(running).await;
         assert_eq!(ended.stderr, "");

@@ -25,6 +25,7 @@
 mod checkpoint;
 mod client;
 mod error;
+mod halt;
 mod limits;
 mod machine;
 mod memory;

@@ -91,6 +91,17 @@ pub(crate) enum Order {
     Undo(Box<UndoOrder>),
 }
 
+impl Order {
+    /// Returns the id of the container.
+    pub(crate) fn id(&self) -> &str {
+        match self {
+            Self::Checkpoint(order) => &order.subject.id,
+            Self::Restore(order) => &order.subject.id,
+            Self::Undo(order) => &order.checkpoint.subject.id,
+        }
+    }
+}
+
 /// Later lines to a session.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -14,6 +14,7 @@ use rustix::io::FdFlags;
 
 use crate::checkpoint::{owed, take};
 use crate::error::{Failed, SessionError};
+use crate::halt::Halts;
 use crate::machine::{Machine, Services};
 use crate::order::{CheckpointOrder, Instruction, Order, Report, RestoreOrder, UndoOrder};
 use crate::restore::{Restore, Shim};
@@ -67,8 +68,12 @@ fn serve(order: Order, wire: Wire) -> io::Result<()> {
         Order::Restore(_) => Phase::Inspect,
         Order::Undo(_) => Phase::Release,
     };
-    let observer = reports.clone();
-    let timeline = Timeline::start(first).observed(Arc::new(move |phase| observer.send(&Report::Began(phase))));
+    let (observer, halts) = (reports.clone(), Halts::of(order.id()));
+    halts.at(first);
+    let timeline = Timeline::start(first).observed(Arc::new(move |phase| {
+        observer.send(&Report::Began(phase));
+        halts.at(phase);
+    }));
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let services = Services { tokio, reaper: Reaper::guest(), timeline, cancel: Cancel::default() };
     let go_on = listen(wire, services.cancel.clone())?;

@@ -67,7 +67,7 @@ impl Bed {
         }
         let environment = gpu::environment();
         args.extend(environment.iter().flat_map(|variable| ["--env", variable]));
-        fs::create_dir_all("/run/e2e")?;
+        fs::create_dir_all(gpu::HALTS)?;
         fs::write(self.runc_options(), "BinaryName = \"runc\"\n")?;
         self.testbed(&args).map(drop)
     }

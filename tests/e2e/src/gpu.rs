@@ -17,10 +17,15 @@ const REAL: &str = "/usr/local/nvidia";
 /// The program that computes on GPUs and checks itself.
 const PROGRAM: &str = "tests/programs";
 
-/// What containerd's environment says of the driver, for its shims.
+/// Folder of the halts of sessions: a session that enters a phase stops itself if there is a file `ID.PHASE`.
+pub const HALTS: &str = "/run/e2e/halts";
+
+/// Returns containerd's environment: the halts of sessions, and the simulated driver for its shims.
 pub(crate) fn environment() -> Vec<String> {
-    let Some(folder) = simulated() else { return Vec::new() };
+    let halts = format!("GPUSNAP_TEST_HALTS={HALTS}");
+    let Some(folder) = simulated() else { return vec![halts] };
     vec![
+        halts,
         format!("GPUSNAP_LIBCUDA={}", folder.join("libcuda.so.1").display()),
         format!("GPUSNAP_NVML={}", folder.join("libnvidia-ml.so.1").display()),
     ]
@@ -158,6 +163,20 @@ impl<'a> Gpu<'a> {
         let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
         self.test.ctr().run_image(PYTHON, id, &options, &[&program, arguments].concat()).ok()?;
         self.computes(id)
+    }
+
+    /// Starts the program in a container of nerdctl's, with these further options. Returns the id.
+    pub fn start_by_nerdctl(&self, name: &str, options: &[&str], arguments: &[&str]) -> Result<String> {
+        // The same options but for the mounts' own.
+        let own = self.options.iter().map(|option| option.replace(",options=rbind:ro", ",readonly"));
+        let all: Vec<String> = ["--detach"].iter().chain(options).map(|&option| option.to_owned()).chain(own).collect();
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
+        let started = self.test.nerdctl().run_image(PYTHON, name, &all, &[&program, arguments].concat());
+        let id = started.ok()?.trimmed();
+        self.test.note_id(&id);
+        self.computes(&id)?;
+        Ok(id)
     }
 
     /// Waits until the program in the container has done two more rounds, each of which it has checked.

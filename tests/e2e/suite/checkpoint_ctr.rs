@@ -1,7 +1,7 @@
 //! Checkpoint and restore by `ctr`: what becomes of the container, its files, its streams, its limits.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::events::{Events, position, topics};
@@ -394,19 +394,14 @@ fn the_state_can_be_asked_during_a_dump(t: &Test) -> Result<()> {
     hold_memory(t, &id, 512)?;
     let folder = t.folder()?.join("image").to_string_lossy().into_owned();
     let dump = t.ctr().checkpoint_task(&id, &["--image-path", &folder]).spawn()?;
-    let (mut asked, mut longest) = (0, Duration::ZERO);
+    let mut asked = 0;
     while proc::alive(dump.pid()) {
-        let begin = Instant::now();
         t.ctr().status(&id)?;
-        if proc::alive(dump.pid()) {
-            asked += 1;
-            longest = longest.max(begin.elapsed());
-        }
+        asked += usize::from(proc::alive(dump.pid()));
     }
     dump.wait()?.expect_code(0)?;
-    ensure!(asked > 0, "the dump was over before a single answer");
-    // The goal is 0.1 s; this is generous, for a loaded machine. It is two seconds where nothing answers.
-    ensure!(longest < Duration::from_secs(1), "one of {asked} questions took {longest:?}");
+    // A shim that answers after the dump only gives a single answer, which comes too late.
+    ensure!(asked > 3, "{asked} answers came during the dump");
     Ok(())
 }
 

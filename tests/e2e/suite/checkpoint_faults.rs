@@ -95,7 +95,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Waits until no process is in the cgroup of this container (of containerd's default namespace).
-fn nothing_runs(id: &str) -> Result<()> {
+pub(crate) fn nothing_runs(id: &str) -> Result<()> {
     eventually(&format!("no process of {id}"), || {
         let own = format!("/{id}");
         let left: Vec<_> = proc::all()
@@ -172,19 +172,22 @@ while True:
     t.nerdctl().becomes(name, "exited")
 }
 
+/// The shim that serves a container of this id, if there is one now.
+pub(crate) fn shim_now(id: &str) -> Option<u32> {
+    let fits = |pid: &u32| {
+        let line = proc::cmdline(*pid);
+        line.contains("containerd-shim") && line.contains(id) && proc::parent(*pid).is_ok_and(|parent| parent == 1)
+    };
+    proc::all().into_iter().find(fits)
+}
+
 /// The shim that serves a container of this id, from its start on.
-fn shim_of(id: &str) -> Result<u32> {
-    eventually(&format!("the shim of {id}"), || {
-        let fits = |pid: &u32| {
-            let line = proc::cmdline(*pid);
-            line.contains("containerd-shim") && line.contains(id) && proc::parent(*pid).is_ok_and(|parent| parent == 1)
-        };
-        proc::all().into_iter().find(fits).context("none yet")
-    })
+pub(crate) fn shim_of(id: &str) -> Result<u32> {
+    eventually(&format!("the shim of {id}"), || shim_now(id).context("none yet"))
 }
 
 /// The oldest process below this one whose name begins so.
-fn below(ancestor: u32, name: &str) -> Result<u32> {
+pub(crate) fn below(ancestor: u32, name: &str) -> Result<u32> {
     let named = |pid: &u32| proc::read(*pid, "comm").is_ok_and(|comm| comm.starts_with(name));
     proc::descendants(ancestor).into_iter().find(named).with_context(|| format!("no {name} below {ancestor}"))
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
 use e2e::{Case, Cmd, Test, case, eventually, proc};
+use serde_json::Value;
 
 use crate::checkpoint_cri::registry;
 use crate::checkpoint_ctr::{counts_past, hold_memory_with};
@@ -58,6 +59,8 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
     let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
     let target = format!("{}/{id}:kept", registry()?);
     let scene = Scene { t, id, to, image, target };
+    // The store is verified after each kill: without what other tests have left, which nobody uses now.
+    remove_all_snapshots(t)?;
     let mut usual = Vec::new();
     for (step, _) in STEPS {
         scene.prepare(step)?;
@@ -79,6 +82,15 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
     eprintln!("e2e: {}: {killed} programs killed", t.target());
     ensure!(killed > 0, "there was nothing to kill");
     scene.remove_snapshots()
+}
+
+fn remove_all_snapshots(t: &Test) -> Result<()> {
+    let listed: Value = serde_json::from_slice(&gpusnap(t, &["ls", "--json"])?.ok()?.stdout)?;
+    let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["names"].as_array()).flatten();
+    for name in names.filter_map(Value::as_str) {
+        gpusnap(t, &["rm", "--wait", name])?.ok()?;
+    }
+    Ok(())
 }
 
 impl Scene<'_> {

@@ -25,6 +25,7 @@ mod ctr_events;
 mod ctr_exit;
 mod ctr_io;
 mod ctr_reaping;
+mod fault_matrix;
 mod gpu;
 mod nerdctl_life;
 mod nerdctl_run;
@@ -68,6 +69,7 @@ fn checkpoint_cases() -> Vec<Case> {
         checkpoint_faults::cases(),
         checkpoint_memory::cases(),
         checkpoint_kills::cases(),
+        fault_matrix::cases(),
         gpu::cases(),
     ]
     .into_iter()

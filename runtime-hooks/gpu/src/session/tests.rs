@@ -4,6 +4,7 @@ use super::*;
 
 mod faults;
 mod host;
+mod still;
 
 use host::{Bed, CHECKPOINTED, Cuda, Fault, Process, RUNNING, process};
 
@@ -167,7 +168,7 @@ fn a_restore_that_fails_is_tried_again() {
 #[test]
 fn what_is_only_locked_is_unlocked_though_its_threads_do_not_halt() {
     let mut host = Bed::of([(101, process(RUNNING)), (102, process(RUNNING))]);
-    host.fault = Some(Fault { action: "settle", after: 0, times: u32::MAX, is_done: false });
+    host.fault = Some(Fault { action: "settle", after: 1, times: u32::MAX, is_done: false });
     let error = host.suspend().unwrap_err().to_string();
     assert_eq!(error, "cannot settle the container: as told");
     assert!(host.is_untouched() && host.owes().is_paid());

@@ -52,7 +52,7 @@ fn a_swap_that_fails_leaves_the_container_suspended() {
 fn a_container_without_cuda_is_only_frozen() {
     let mut host = Bed::of([(101, process(Cuda::No))]);
     assert_eq!(host.suspend().unwrap(), Suspended::default());
-    assert!(host.frozen && host.done.is_empty());
+    assert!(host.frozen && host.ran.is_empty() && !host.processes[&101].held);
 }
 
 #[test]

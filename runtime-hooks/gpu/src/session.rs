@@ -272,6 +272,7 @@ impl<'a, H: Host> Session<'a, H> {
         }
         if self.members.is_empty() && residue.is_empty() {
             self.host.freeze_at_rest()?;
+            self.let_go(&[])?;
             return Ok(Suspended::default());
         }
         self.wait_for_beginners(&residue)?;

@@ -17,7 +17,7 @@
 //! While it is suspended, files may take the place of memory (`remap`): it is held as a whole, thawed, and frozen again, and
 //! is suspended before and after.
 //!
-//! A restored container whose memory is not all in place yet (`resume_unfilled`) is held as a whole as well, from before the
+//! A restored container whose memory is not all in place yet (`resume_restored`) is held as a whole as well, from before the
 //! thaw until the rest is there. What goes wrong on the way freezes it, for somebody to end it.
 //!
 //! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again

@@ -130,6 +130,12 @@ impl<'a> Machine<'a> {
     pub(crate) fn after_death(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
         let machine = Self { is_successor: true, ..Self::new(services, order)? };
         machine.wait_for_criu();
+        if order.paused
+            && let Err(error) = machine.cgroup.freeze()
+        {
+            // Each step of the undoing freezes it as well.
+            tracing::warn!("a paused container runs after the death of its session: {}", phase::chain(&error));
+        }
         Ok(machine)
     }
 

@@ -58,7 +58,7 @@ impl<H: Host> Session<'_, H> {
     /// As [`Self::resume`] for a frozen container in which not all memory is in place yet: not that of processes without a GPU,
     /// nor this staging memory. Nothing of it runs but what the driver needs, until `is_whole` has waited for the rest. If that
     /// says that there will be none, the container is frozen for good. The host has to be one whose end ends what it holds.
-    pub(crate) fn resume_unfilled(
+    pub(crate) fn resume_restored(
         mut self,
         staging: &Layout,
         pairs: &[Pair],

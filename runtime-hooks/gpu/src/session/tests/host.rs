@@ -145,12 +145,12 @@ impl Bed {
     }
 
     /// With processes 102 and above to be filled, which succeeds or not.
-    pub(super) fn resume_unfilled(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
+    pub(super) fn resume_restored(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
         let mut is_asked = false;
         let processes = vec![ProcessLayout { pid: 101, pieces: Vec::new() }];
         let staging = Layout { files: Vec::new(), processes };
         let resumed = self.with(|session| {
-            session.resume_unfilled(&staging, &[], SHORT_CALL, &mut || {
+            session.resume_restored(&staging, &[], SHORT_CALL, &mut || {
                 is_asked = true;
                 succeeds
             })

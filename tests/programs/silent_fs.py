@@ -1,5 +1,6 @@
 """silent_fs.py FOLDER SILENT: a file system in FOLDER that answers no lookup while the file SILENT exists. A thread that
-looks up a name waits uninterruptibly meanwhile. Every name is missing. Says `ready`; ends with its mount."""
+looks up a name waits meanwhile, uninterruptibly once it gets a signal. Every name is missing. Says `ready`, and
+`silent` when the first one waits; ends with its mount."""
 import ctypes
 import errno
 import os
@@ -20,7 +21,7 @@ def main(folder, silent):
     if libc.mount(b"silent", folder.encode(), b"fuse", 0, options):
         sys.exit("mount: " + os.strerror(ctypes.get_errno()))
     print("ready", flush=True)
-    waiting = []
+    waiting, told = [], False
 
     def answer(unique, error, body=b""):
         try:
@@ -34,6 +35,9 @@ def main(folder, silent):
             for unique in waiting:
                 answer(unique, errno.ENOENT)
             waiting.clear()
+        elif waiting and not told:
+            told = True
+            print("silent", flush=True)
         try:
             request = os.read(device, 1 << 17)
         except (BlockingIOError, FileNotFoundError):

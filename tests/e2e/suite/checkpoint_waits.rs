@@ -31,7 +31,7 @@ while True:
 struct SilentFs {
     folder: PathBuf,
     silent: PathBuf,
-    _server: Running,
+    server: Running,
 }
 
 impl SilentFs {
@@ -46,7 +46,7 @@ impl SilentFs {
         t.at_end(Cmd::new("umount").args(&["--lazy", &arguments[1]]));
         let server = Cmd::new("python3").args(&arguments).spawn()?;
         server.sees("ready")?;
-        Ok(Self { folder, silent, _server: server })
+        Ok(Self { folder, silent, server })
     }
 }
 
@@ -79,11 +79,8 @@ fn a_thread_in_an_uninterruptible_wait_is_named_and_the_container_goes_on(t: &Te
     t.ctr().run_image(PYTHON, &id, &options, &["python3", "-c", PROGRAM]).ok()?;
     counts(t, &id)?;
     fs::write(&silent_fs.silent, "")?;
+    silent_fs.server.sees("silent")?;
     let init = t.ctr().pid(&id)?;
-    eventually("the thread to wait", || {
-        ensure_eq!(state_of_looker(init)?, 'D');
-        Ok(())
-    })?;
     let out = t.ctr().checkpoint(&id, &image).run()?.expect_failure()?;
     ensure_has!(out.stderr, "waits uninterruptibly");
     ensure_has!(out.stderr, &format!("of process {init}"));

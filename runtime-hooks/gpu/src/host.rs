@@ -135,6 +135,14 @@ impl Processes for Machine {
         process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| is_drivers(pid, thread)))
     }
 
+    fn has_drivers_library(&mut self, pid: i32) -> bool {
+        cuda::process::has_library(pid)
+    }
+
+    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError> {
+        self.hold.refuse_traced(pid).map_err(|error| process("hold", pid)(&error))
+    }
+
     fn left(&mut self, pid: i32) -> Option<String> {
         if let Some(mapping) = cuda::process::device_mappings(pid).unwrap_or_default().into_iter().next() {
             return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));

@@ -138,7 +138,7 @@ impl Keeper {
     ///
     /// # Errors
     /// When the state cannot be moved, or the memory has not come. The container is frozen or dead then, and of no use.
-    pub fn resume_unfilled(
+    pub fn resume_restored(
         &mut self,
         cgroup: &Cgroup,
         staging: &Layout,
@@ -150,7 +150,7 @@ impl Keeper {
         let (staging, pairs) = (staging.clone(), pairs.to_vec());
         self.run(Some(cgroup), began, is_whole, move |mut session, mut asker| {
             session.host().hold_to_the_death();
-            session.resume_unfilled(&staging, &pairs, limit, &mut asker.ask)
+            session.resume_restored(&staging, &pairs, limit, &mut asker.ask)
         })
     }
 

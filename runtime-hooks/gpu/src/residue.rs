@@ -110,7 +110,7 @@ pub(crate) enum ResidueError {
 }
 
 /// Replaces the mappings and descriptors of the driver's devices in a process that uses none of them. All its threads
-/// are held meanwhile, for some milliseconds, and let go. If it could not be let go, it is still in `hold`, and can be let
+/// are held meanwhile, for some milliseconds, and let go, unless the process was held before. If it could not be let go, it is still in `hold`, and can be let
 /// go of later. The process does this itself, so it must not be frozen.
 ///
 /// # Errors
@@ -135,7 +135,11 @@ fn clean_matching_with(
     if Cgroup::of_process(pid).and_then(|cgroup| cgroup.stands_still()).unwrap_or(false) {
         return Err(ResidueError::Frozen { pid });
     }
+    let was_held = hold.pids().any(|held| held == pid);
     let cleaned = clean_held(hold, pid, deadline, matches);
+    if was_held {
+        return cleaned;
+    }
     let let_go = hold.let_go_of(pid).map_err(|source| ResidueError::Release { pid, source });
     let cleaned = cleaned?;
     let_go?;

@@ -17,7 +17,7 @@
 //! While it is suspended, files may take the place of memory (`remap`): it is held as a whole, thawed, and frozen again, and
 //! is suspended before and after.
 //!
-//! A restored container whose memory is not all in place yet (`resume_unfilled`) is held as a whole as well, from before the
+//! A restored container whose memory is not all in place yet (`resume_restored`) is held as a whole as well, from before the
 //! thaw until the rest is there. What goes wrong on the way freezes it, for somebody to end it.
 //!
 //! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again
@@ -27,6 +27,11 @@
 //! others, and what could not be undone stays noted ([`Owed`]), to be tried again. Whether a noted step was made at all is
 //! asked from the driver, process by process. So a session that takes the place of one that died does the same as one that has
 //! seen it all, and there is no journal that could be wrong.
+//!
+//! While a paused container is thawed, nothing of it runs that need not (`still`): processes without CUDA are held whole from
+//! before the thaw until the freeze, CUDA processes but for the driver's threads. What the client saved of a paused container,
+//! its writable layer, stays what the processes know. A CUDA process that cannot be locked so, because a thread of it stands
+//! in the middle of a call of the driver, runs until it is locked.
 //!
 //! Why processes are held: a locked process cannot call the driver, but its threads may read what the driver gave them,
 //! and the checkpoint takes that away. JAX has such a thread.
@@ -45,6 +50,7 @@ mod error;
 mod host;
 mod put_back;
 mod room;
+mod still;
 mod undo;
 
 pub use error::SessionError;
@@ -168,6 +174,8 @@ pub(crate) struct Session<'a, H: Host> {
     is_undoing: bool,
     /// Processes that use CUDA, in the order in which they were found.
     members: Vec<Member>,
+    /// The threads of CUDA processes are held since before the thaw.
+    are_still: bool,
 }
 
 struct Member {
@@ -180,7 +188,7 @@ struct Member {
 
 impl<'a, H: Host> Session<'a, H> {
     pub(crate) fn new(host: &'a mut H, undo: &'a mut Undo, progress: &'a mut dyn FnMut(Phase)) -> Self {
-        Self { host, undo, progress, is_undoing: false, members: Vec::new() }
+        Self { host, undo, progress, is_undoing: false, members: Vec::new(), are_still: false }
     }
 
     pub(crate) fn host(&mut self) -> &mut H {
@@ -208,6 +216,7 @@ impl<'a, H: Host> Session<'a, H> {
             };
             self.is_undoing = true;
             self.members.clear();
+            self.are_still = false;
             if let Err(undoing) = self.put_back() {
                 return Err(SessionError::NotUndone { failure: failure.into(), undoing: undoing.into() });
             }
@@ -234,8 +243,14 @@ impl<'a, H: Host> Session<'a, H> {
         limit: Duration,
     ) -> Result<Suspended, SessionError> {
         self.enter(Phase::Discover);
+        if self.undo.frozen {
+            self.hold_still()?;
+        }
         self.undo.push(Step::Freezer);
         self.host.thaw()?;
+        if self.are_still {
+            self.host.settle(HALT)?;
+        }
         self.host.sleep(settling_in);
         let mut residue = Vec::new();
         for pass in 0.. {
@@ -257,9 +272,13 @@ impl<'a, H: Host> Session<'a, H> {
         }
         if self.members.is_empty() && residue.is_empty() {
             self.host.freeze_at_rest()?;
+            self.let_go(&[])?;
             return Ok(Suspended::default());
         }
         self.wait_for_beginners(&residue)?;
+        if self.undo.frozen {
+            self.hold_residue(&residue)?;
+        }
         self.enter(Phase::CudaCheckpoint);
         let inventory = self.host.inventory();
         self.check_memory(&inventory)?;
@@ -314,10 +333,11 @@ impl<'a, H: Host> Session<'a, H> {
                 continue;
             }
             let is_stopped = self.host.is_stopped(pid);
-            if is_stopped && self.host.has_drivers_threads(pid) {
+            let has_drivers_threads = self.host.has_drivers_threads(pid);
+            if is_stopped && has_drivers_threads {
                 self.cont(pid)?;
-            } else if is_stopped {
-                // Without a thread of the driver's there is nobody to answer, nor a context.
+            } else if is_stopped || (!has_drivers_threads && self.undo.has(Step::Held(pid))) {
+                // A process that stands still without a thread of the driver has no context, and answers nothing.
                 residue.push(pid);
                 continue;
             }
@@ -364,8 +384,7 @@ impl<'a, H: Host> Session<'a, H> {
         }
         let mut unsure = Vec::new();
         for pid in residue {
-            let mappings = self.host.mappings(*pid);
-            if mappings.is_empty() || !mappings.iter().all(|mapping| inherited.contains(mapping)) {
+            if !self.undo.has(Step::Held(*pid)) && !self.has_inherited(*pid, &inherited) {
                 unsure.push(*pid);
             }
         }
@@ -450,6 +469,10 @@ impl<'a, H: Host> Session<'a, H> {
             }
             let Some(late) = late else { return Ok(()) };
             self.unlock_members()?;
+            if std::mem::take(&mut self.are_still) {
+                // A thread that is held in the middle of a call keeps the driver from its lock. The next try lets it run.
+                continue;
+            }
             if patience <= begin.elapsed() {
                 let process = self.host.describe(late);
                 return Err(SessionError::Busy { process, seconds: begin.elapsed().as_secs_f64() });
@@ -482,7 +505,9 @@ impl<'a, H: Host> Session<'a, H> {
         for pid in &stopped {
             self.host.stop(*pid)?;
         }
-        self.let_go(&[])?;
+        let mut others = self.undo.pids(Step::Held);
+        others.retain(|pid| !self.members.iter().any(|member| member.pid == *pid));
+        self.let_go(&others)?;
         for pid in stopped {
             self.cont(pid)?;
         }

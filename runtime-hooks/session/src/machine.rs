@@ -17,7 +17,6 @@ use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
 use rustix::process::Signal;
-use snapshot::Store;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
@@ -67,8 +66,8 @@ pub(crate) struct Machine<'a> {
     gpu: Option<SavedGpus>,
     staging: Vec<gpu::Staging>,
     memory: Option<BigMemory>,
-    /// The store that something is published in, to be withdrawn from.
-    store: Option<Store>,
+    /// Memory goes to the node store, or beside the images.
+    is_saving: bool,
     publication: Option<Publication>,
     publishing: Option<JoinHandle<Result<Option<Published>, SessionError>>>,
     published: Option<Published>,
@@ -109,7 +108,7 @@ impl<'a> Machine<'a> {
             gpu: None,
             staging: Vec::new(),
             memory: None,
-            store: None,
+            is_saving: false,
             publication: None,
             publishing: None,
             published: None,
@@ -131,6 +130,12 @@ impl<'a> Machine<'a> {
     pub(crate) fn after_death(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
         let machine = Self { is_successor: true, ..Self::new(services, order)? };
         machine.wait_for_criu();
+        if order.paused
+            && let Err(error) = machine.cgroup.freeze()
+        {
+            // Each step of the undoing freezes it as well.
+            tracing::warn!("a paused container runs after the death of its session: {}", phase::chain(&error));
+        }
         Ok(machine)
     }
 
@@ -279,7 +284,7 @@ impl Actions for Machine<'_> {
         }
         let store = &self.order.subject.store;
         let saving = Saving::begin(&store.root, store.quota)?;
-        self.store = Some(saving.store());
+        self.is_saving = true;
         let mut memory = BigMemory { saving, files: Vec::new(), left: Vec::new() };
         if !self.staging.is_empty() {
             self.remap(&mut memory)?;
@@ -436,28 +441,44 @@ impl Undo for Machine<'_> {
     }
 }
 
+/// Removes what a dead session has written of a checkpoint, unless the checkpoint is complete.
+pub(crate) fn discard_remains(order: &CheckpointOrder) -> Result<(), Failure> {
+    // A new draft removes what a dead one has left, and then itself.
+    let discarded = Draft::begin(&order.options.folder, &order.subject.id);
+    discarded.map(drop).because("cannot remove what was written of a checkpoint")
+}
+
+/// Removes the snapshot that a dead session has published of a checkpoint, unless the checkpoint is complete.
+pub(crate) fn withdraw_remains(order: &CheckpointOrder) -> Result<(), Failure> {
+    let name = memory::name(order).map_err(|error| Failure::of(&error))?;
+    if checkpoint::needs(&order.options.folder, &name) {
+        return Ok(());
+    }
+    bulk::withdraw(&order.subject.store.root, &name)
+}
+
 impl Machine<'_> {
     /// Removes what was written of the checkpoint.
     fn discard(&mut self) -> Result<(), Failure> {
         // Dropped, a draft removes what it has written.
         drop(lock(&self.draft).take());
-        if !self.is_successor {
-            return Ok(());
-        }
-        // A new draft removes what a dead one has left, and then itself.
-        let discarded = Draft::begin(&self.order.options.folder, &self.order.subject.id);
-        discarded.map(drop).because("cannot remove what was written of a checkpoint")
+        if self.is_successor { discard_remains(self.order) } else { Ok(()) }
     }
 
     fn withdraw(&mut self) -> Result<(), Failure> {
+        if self.is_successor {
+            return withdraw_remains(self.order);
+        }
         // A publication that still runs is waited for.
         if let Err(error) = self.finish_publication() {
             tracing::debug!("nothing was published: {}", phase::chain(&error));
         }
-        match (self.published.take().map(|published| published.source), &self.store) {
-            (Some(bulk::Source::Snapshot(pointer)), Some(store)) => bulk::withdraw(store, &pointer),
-            _ => Ok(()),
+        self.published = None;
+        if !self.is_saving {
+            return Ok(());
         }
+        let name = memory::name(self.order).map_err(|error| Failure::of(&error))?;
+        bulk::withdraw(&self.order.subject.store.root, &name)
     }
 
     fn resume_gpu(&mut self) -> Result<(), Failure> {

@@ -53,7 +53,7 @@ impl Publication {
             MemoryPlace::Inline => Place::Inline,
             _ => {
                 let registry = order.options.registry.clone().or_else(|| order.subject.store.registry.clone());
-                Place::Store(name(order, config.created)?, registry)
+                Place::Store(name(order)?, registry)
             }
         };
         let keep_shared = would_not_fit_apart(machine.cgroup)?;
@@ -124,10 +124,11 @@ pub(crate) fn remap(saved: Saved) -> Layout {
     Layout { files: saved.files, processes: saved.processes.into_iter().map(process).collect() }
 }
 
-/// Returns a name unlike any other of the container: no snapshot takes the place of one that a folder points to.
-fn name(order: &CheckpointOrder, created: u64) -> Result<Name, SessionError> {
+/// Returns a name unlike any other of the container: no snapshot takes the place of one that a folder points to. A session
+/// and its successors name the same.
+pub(crate) fn name(order: &CheckpointOrder) -> Result<Name, SessionError> {
     let scope = Scope::new(&order.subject.namespace, order.options.pod_namespace.as_deref())?;
-    Ok(Name::new(scope, &format!("{}.{created}", order.subject.id))?)
+    Ok(Name::new(scope, &format!("{}.{}", order.subject.id, order.began))?)
 }
 
 fn config(order: &CheckpointOrder, machine: &Described<'_>) -> Result<Config, SessionError> {

@@ -1,6 +1,7 @@
 //! The words between a shim and its sessions: one JSON value a line.
 
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use checkpoint::{Annotations, CheckpointOptions, DeviceNode, Shm};
 use phase::Phase;
@@ -44,6 +45,8 @@ pub struct CheckpointOrder {
     pub subject: Subject,
     /// Pid of init, in the pid namespace of the shim.
     pub init: i32,
+    /// Milliseconds since 1970. The name of the snapshot has them, so a successor knows the name.
+    pub began: u64,
     /// The container was paused before, and is to be left so.
     pub paused: bool,
     /// The container's /dev/shm, if that comes from outside.
@@ -52,6 +55,15 @@ pub struct CheckpointOrder {
     pub devices: Vec<DeviceNode>,
     /// Options of the client, and the container's annotations where the client says nothing.
     pub options: CheckpointOptions,
+}
+
+impl CheckpointOrder {
+    /// Returns the time as orders tell it.
+    #[must_use]
+    pub fn now() -> u64 {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
 }
 
 /// A restore. Standard streams without a terminal come as descriptors 3, 4 and 5.

@@ -15,7 +15,7 @@ use rustix::io::FdFlags;
 use crate::checkpoint::{owed, take};
 use crate::error::{Failed, SessionError};
 use crate::halt::Halts;
-use crate::machine::{Machine, Services};
+use crate::machine::{Machine, Services, discard_remains, withdraw_remains};
 use crate::order::{CheckpointOrder, Instruction, Order, Report, RestoreOrder, UndoOrder};
 use crate::restore::{Restore, Shim};
 use crate::sys;
@@ -51,9 +51,13 @@ pub fn session_main() -> ExitCode {
 
 /// The way to the shim. Reports of several threads do not mix.
 #[derive(Clone)]
-struct Reports(Arc<Mutex<UnixStream>>);
+pub(crate) struct Reports(Arc<Mutex<UnixStream>>);
 
 impl Reports {
+    pub(crate) fn to(socket: UnixStream) -> Self {
+        Self(Arc::new(Mutex::new(socket)))
+    }
+
     fn send(&self, report: &Report) {
         let mut socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // A shim that is dead hears nothing: the reader of the socket cancels.
@@ -62,7 +66,7 @@ impl Reports {
 }
 
 fn serve(order: Order, wire: Wire) -> io::Result<()> {
-    let reports = Reports(Arc::new(Mutex::new(wire.writer()?)));
+    let reports = Reports::to(wire.writer()?);
     let first = match &order {
         Order::Checkpoint(_) => Phase::Freeze,
         Order::Restore(_) => Phase::Inspect,
@@ -154,13 +158,18 @@ fn pay(machine: &mut Machine<'_>, stack: &mut UndoStack) {
 }
 
 /// Undoes what a session has left that died.
-fn undo(services: &Services, order: &UndoOrder, reports: &Reports) -> io::Result<()> {
+pub(crate) fn undo(services: &Services, order: &UndoOrder, reports: &Reports) -> io::Result<()> {
     let order = &order.checkpoint;
     let mut machine = match Machine::after_death(services, order) {
         Ok(machine) => machine,
-        // There is no container any more.
+        // There is no container any more. A checkpoint that has ended it is complete, and stays.
         Err(error) => {
-            tracing::warn!("nothing is left to undo: {}", phase::chain(&error));
+            tracing::warn!("nothing is left to undo in the container: {}", phase::chain(&error));
+            for undone in [withdraw_remains(order), discard_remains(order)] {
+                if let Err(failure) = undone {
+                    tracing::error!("cannot undo the checkpoint of a dead session: {}", phase::chain(&failure));
+                }
+            }
             reports.send(&Report::Done);
             return Ok(());
         }

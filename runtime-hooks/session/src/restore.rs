@@ -252,7 +252,8 @@ impl<'a> Restore<'a> {
             shim.wait_for_go_on()?;
             self.services.cancel.check()?;
             let timeline = self.services.timeline.clone();
-            keeper.resume(cgroup, false, &pairs, GPU, &mut |phase| timeline.enter(phase))?;
+            let mut began = |phase| timeline.enter(phase);
+            keeper.resume_restored(cgroup, &Layout::default(), &pairs, GPU, &mut began, &mut || true)?;
             return Ok(());
         };
         self.resume_beside_fill(&mut keeper, filling, cgroup, &pairs, shim)
@@ -295,9 +296,9 @@ impl<'a> Restore<'a> {
             };
             let mut began = |phase| timeline.enter(phase);
             let resumed = if is_early || is_apart {
-                keeper.resume_unfilled(cgroup, &staging, pairs, GPU, &mut began, &mut is_whole).map(drop)
+                keeper.resume_restored(cgroup, &staging, pairs, GPU, &mut began, &mut is_whole).map(drop)
             } else if is_whole() {
-                keeper.resume(cgroup, false, pairs, GPU, &mut began).map(drop)
+                keeper.resume_restored(cgroup, &staging, pairs, GPU, &mut began, &mut || true).map(drop)
             } else {
                 Ok(())
             };

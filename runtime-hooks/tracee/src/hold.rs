@@ -134,6 +134,21 @@ impl Hold {
         Ok(())
     }
 
+    /// Fails if another process traces a thread of a process that is not held here.
+    ///
+    /// # Errors
+    /// [`HoldError::Traced`] names the thread and the tracer.
+    pub fn refuse_traced(&self, pid: i32) -> Result<(), HoldError> {
+        if self.processes.contains_key(&pid) {
+            return Ok(());
+        }
+        // A process that has ended is traced by none.
+        for process::Thread { tid, .. } in process::threads(pid).unwrap_or_default() {
+            refuse_traced(pid, tid)?;
+        }
+        Ok(())
+    }
+
     /// Waits until all that were taken stand still, and takes threads that have appeared meanwhile, until there are
     /// none. What is frozen by the v1 freezer does not get there before it is thawed. Processes that have ended are
     /// not held any more.
@@ -424,10 +439,7 @@ fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
         Err(Errno::ESRCH) => return Ok(Called::Ended),
         Err(errno) => {
             let Ok(status) = std::fs::read(format!("/proc/{pid}/task/{tid}/status")) else { return Ok(Called::Ended) };
-            if let Some(tracer) = process::status_number(&status, "TracerPid").filter(|tracer| *tracer != 0) {
-                let name = process::thread_name(tracer, tracer).unwrap_or_default();
-                return Err(HoldError::Traced { pid, tid, tracer, name });
-            }
+            refuse_tracer(pid, tid, &status)?;
             if matches!(process::letter(pid, tid), Err(_) | Ok(b'Z' | b'X')) {
                 return Ok(Called::Ended);
             }
@@ -439,6 +451,18 @@ fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
         Ok(()) | Err(Errno::ESRCH) => Ok(Called::Yes),
         Err(errno) => Err(HoldError::Refused { action: "interrupt", pid, tid, source: errno.into() }),
     }
+}
+
+fn refuse_traced(pid: i32, tid: i32) -> Result<(), HoldError> {
+    // A thread that has ended is traced by none.
+    let status = std::fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    refuse_tracer(pid, tid, &status)
+}
+
+fn refuse_tracer(pid: i32, tid: i32, status: &[u8]) -> Result<(), HoldError> {
+    let Some(tracer) = process::status_number(status, "TracerPid").filter(|tracer| *tracer != 0) else { return Ok(()) };
+    let name = process::thread_name(tracer, tracer).unwrap_or_default();
+    Err(HoldError::Traced { pid, tid, tracer, name })
 }
 
 /// Whether a thread is stopped by a signal and has been frozen by the v1 freezer after that. Seizing such a one blocks

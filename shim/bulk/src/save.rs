@@ -13,7 +13,7 @@ use phase::Phase;
 use role::{Because, Failure};
 use snapshot::{
     CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer,
-    NewSnapshot, Pointer, Reference, SEGMENTS_TYPE, SHM_TYPE, Store,
+    NewSnapshot, Pointer, Reference, RemoveError, ResolveError, SEGMENTS_TYPE, SHM_TYPE, Store,
 };
 
 use crate::inline;
@@ -59,12 +59,6 @@ impl Saving {
         let draft = store.draft().because("cannot use the node store")?;
         let (gpu, staging) = (memory::Saved::default(), Vec::new());
         Ok(Self { draft, quota, control: Control::new(), gpu, hashes: None, staging })
-    }
-
-    /// Returns the store of the snapshot.
-    #[must_use]
-    pub fn store(&self) -> Store {
-        self.draft.store().clone()
     }
 
     /// Saves memory of processes that stand still, and says which parts of which files hold it. The files do not change
@@ -233,13 +227,19 @@ impl Saving {
     }
 }
 
-/// Removes a snapshot that was published for a checkpoint that came to nothing.
+/// Removes the snapshot that may have been published, under a name of its own, for a checkpoint that came to nothing.
 ///
 /// # Errors
-/// When the snapshot stays.
-pub fn withdraw(store: &Store, pointer: &Pointer) -> Result<(), Failure> {
-    let removed = store.remove(&Reference::Digest(pointer.digest()), IfInUse::Refuse);
-    removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store")
+/// When the snapshot stays, or the store cannot be read.
+pub fn withdraw(store: &Path, name: &Name) -> Result<(), Failure> {
+    if !store.exists() {
+        return Ok(());
+    }
+    let store = Store::open(store).because("cannot use the node store")?;
+    match store.remove(&Reference::Name(name.clone()), IfInUse::Refuse) {
+        Err(RemoveError::Resolve(ResolveError::Missing { .. })) => Ok(()),
+        removed => removed.map(drop).because("a snapshot of a failed checkpoint stays in the node store"),
+    }
 }
 
 fn hashes(packs: Vec<PathBuf>) -> Hashes {

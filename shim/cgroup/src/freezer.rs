@@ -3,7 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::{Cgroup, CgroupError, Hierarchy, file, process, vfork};
+use proc::{HostPid, Stat};
+
+use crate::{Cgroup, CgroupError, Hierarchy, Wait, file, process, vfork};
 
 /// Limit of a freeze. The kernel needs less than a millisecond, but a process in an uninterruptible wait,
 /// for a dead network file system say, is frozen only when that ends.
@@ -15,6 +17,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 /// The v1 freezer can miss a process that is born while it freezes, and then waits for it for ever; asking it again
 /// helps. runc and the kernel's own tests do the same.
 const ASK_AGAIN: u32 = 20;
+
+/// Pause before a thread that seems to wait uninterruptibly is looked at again.
+const SECOND_LOOK: Duration = Duration::from_millis(20);
 
 /// How long a container runs that was frozen at a bad moment. A child that was vforked executes its program within a
 /// millisecond, unless it has to wait for a processor.
@@ -67,7 +72,30 @@ pub(crate) fn freeze_within(cgroup: &Cgroup, limit: Duration) -> Result<(), Cgro
         return Ok(());
     }
     thaw(cgroup)?;
-    Err(CgroupError::Unfinished { action: "freeze", path: directory.to_owned() })
+    Err(match uninterruptible(&process::pids(directory)?) {
+        Some(wait) => CgroupError::Uninterruptible { wait, path: directory.to_owned() },
+        None => CgroupError::Unfinished { action: "freeze", path: directory.to_owned() },
+    })
+}
+
+/// Returns the first thread of these processes, which are thawed, that stays in an uninterruptible wait: no freezer stops
+/// that thread. A wait for a disk is over at the second look, and so is the freeze on version 1, which shows as such a wait.
+fn uninterruptible(pids: &[i32]) -> Option<Wait> {
+    let looks = |pid: i32, tid: i32| {
+        let pid = HostPid::new(pid)?;
+        let state = Stat::of_thread(pid, tid).ok()?.state();
+        (state == b'D').then_some(())
+    };
+    let tids = |pid: i32| HostPid::new(pid).and_then(|pid| proc::tids(pid).ok()).unwrap_or_default();
+    let all = pids.iter().flat_map(|pid| tids(*pid).into_iter().map(|tid| (*pid, tid)));
+    std::thread::sleep(SECOND_LOOK);
+    let mut waiting: Vec<(i32, i32)> = all.filter(|(pid, tid)| looks(*pid, *tid).is_some()).collect();
+    std::thread::sleep(SECOND_LOOK);
+    waiting.retain(|(pid, tid)| looks(*pid, *tid).is_some());
+    let (pid, tid) = waiting.first().copied()?;
+    let host = HostPid::new(pid)?;
+    let place = std::fs::read_to_string(host.path(&format!("task/{tid}/wchan"))).unwrap_or_default();
+    Some(Wait { pid, tid, name: proc::thread_name(host, tid).unwrap_or_default(), place })
 }
 
 fn freeze_v1(freezer: &Path, limit: Duration) -> Result<bool, CgroupError> {

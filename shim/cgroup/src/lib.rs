@@ -23,6 +23,7 @@ mod v1;
 mod v2;
 mod vfork;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,6 +71,14 @@ pub enum CgroupError {
         /// The cgroup's directory.
         path: PathBuf,
     },
+    /// A thread waits uninterruptibly, for a dead file system say, so that the cgroup could not be frozen.
+    #[error("cannot freeze every process in {path}: {wait}: try again when that wait is over")]
+    Uninterruptible {
+        /// The thread.
+        wait: Wait,
+        /// The cgroup's directory.
+        path: PathBuf,
+    },
     /// A process stands in the middle of a `vfork`, whenever it is looked at.
     #[error("process {pid} waits for a child that it has vforked, and is never at rest")]
     Vfork {
@@ -113,6 +122,27 @@ pub enum CgroupError {
         #[source]
         source: containerd_shim_protos::protobuf::Error,
     },
+}
+
+/// A thread in an uninterruptible wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wait {
+    /// Process of the thread.
+    pub pid: i32,
+    /// Id of the thread.
+    pub tid: i32,
+    /// Name of the thread.
+    pub name: String,
+    /// Function of the kernel in which it waits; empty where the kernel does not tell.
+    pub place: String,
+}
+
+impl fmt::Display for Wait {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { pid, tid, name, place } = self;
+        write!(f, "thread {tid} ({name}) of process {pid} waits uninterruptibly")?;
+        if place.is_empty() || place == "0" { Ok(()) } else { write!(f, " in {place}") }
+    }
 }
 
 /// The cgroup of one container. The value stays valid when the processes end, and while the cgroup's

@@ -120,7 +120,7 @@ pub(crate) fn kill(cgroup: &Cgroup) -> Result<(), CgroupError> {
     for _ in 0..PASSES {
         match freezer::freeze(cgroup) {
             Ok(()) => {}
-            Err(CgroupError::Unfinished { .. }) => {
+            Err(CgroupError::Unfinished { .. } | CgroupError::Uninterruptible { .. }) => {
                 tracing::warn!(cgroup = %directory.display(), "cannot freeze a cgroup to kill what is in it");
             }
             Err(error) => return Err(error),

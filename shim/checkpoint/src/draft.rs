@@ -12,6 +12,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use images::INVENTORY;
+use snapshot::Name;
 
 use crate::manifest::Manifest;
 use crate::record::{self, Record};
@@ -117,6 +118,19 @@ impl Draft {
         self.done = true;
         self.beside.take().map_or_else(|| self.target.clone(), tempfile::TempDir::keep)
     }
+}
+
+/// Returns whether a complete checkpoint in a folder, or in a draft there, has memory in the snapshot of this name.
+#[must_use]
+pub fn needs(target: &Path, snapshot: &Name) -> bool {
+    let beside = names(target).unwrap_or_default();
+    let beside = beside.iter().filter(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes()));
+    let mut folders = std::iter::once(target.to_owned()).chain(beside.map(|name| target.join(name)));
+    folders.any(|folder| {
+        let Ok(Some(manifest)) = record::read(&folder) else { return false };
+        let Some(bulk::Source::Snapshot(pointer)) = manifest.memory().map(|memory| &memory.source) else { return false };
+        pointer.name() == Some(snapshot)
+    })
 }
 
 impl Drop for Draft {

@@ -157,11 +157,20 @@ impl<'a> Gpu<'a> {
 
     /// Starts a container with the GPU program and waits until it computes.
     pub fn start(&self, id: &str, arguments: &[&str]) -> Result<()> {
+        // In memory that belongs to the container: its size is no matter of the writable layer.
+        self.run(id, &[&["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"], arguments].concat())
+    }
+
+    /// Starts a container with this Python program as init and the GPU program beside it, and waits until that computes.
+    pub fn start_beside(&self, id: &str, program: &str) -> Result<()> {
+        let line = "python3 /opt/programs/gpu.py --log /dev/shm/log & exec python3 -c \"$0\"";
+        self.run(id, &["sh", "-c", line, program])
+    }
+
+    fn run(&self, id: &str, argv: &[&str]) -> Result<()> {
         let options: Vec<&str> =
             ["--detach", "--null-io"].into_iter().chain(self.options.iter().map(String::as_str)).collect();
-        // In memory that belongs to the container: a file of the writable layer would go on after that was saved.
-        let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
-        self.test.ctr().run_image(PYTHON, id, &options, &[&program, arguments].concat()).ok()?;
+        self.test.ctr().run_image(PYTHON, id, &options, argv).ok()?;
         self.computes(id)
     }
 

@@ -18,6 +18,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(a_restored_gpu_program_can_be_checkpointed_again),
         case!(a_gpu_checkpoint_that_exits_ends_the_task),
         case!(a_paused_gpu_container_stays_paused_after_its_checkpoint),
+        case!(what_a_process_beside_a_gpu_program_writes_is_saved_as_the_process_knows_it),
+        case!(nothing_runs_of_a_restored_container_whose_gpu_state_cannot_be_given_back),
         case!(a_checkpoint_of_a_gpu_program_says_what_it_had),
         case!(processes_forked_from_a_gpu_program_are_saved_with_it),
         case!(processes_with_much_memory_beside_a_gpu_program_are_restored_whole),
@@ -118,6 +120,74 @@ fn a_paused_gpu_container_stays_paused_after_its_checkpoint(t: &Test) -> Result<
         t.ctr().task(&["resume", &id]).ok()?;
     }
     gpu.computes(&id)
+}
+
+/// Appends numbers to a file of the writable layer, without a pause and without a gap.
+const APPENDER: &str = "
+with open('/numbers', 'a', buffering=1) as file:
+    n = 0
+    while True:
+        n += 1
+        print(n, file=file)
+";
+
+fn what_a_process_beside_a_gpu_program_writes_is_saved_as_the_process_knows_it(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start_beside(&id, APPENDER)?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)?;
+    let init = t.ctr().pid(&to)?;
+    let numbers = || -> Result<Vec<u64>> {
+        let text = fs::read_to_string(format!("/proc/{init}/root/numbers"))?;
+        // The last line may be in the making.
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        Ok(whole.lines().map(str::parse).collect::<Result<_, _>>()?)
+    };
+    let from = numbers()?.len();
+    eventually("the process to append on", || {
+        let now = numbers()?;
+        ensure!(now.len() > from, "still {from} numbers");
+        ensure!(now.iter().zip(1..).all(|(number, expected)| *number == expected), "a number is missing or twice there");
+        Ok(())
+    })
+}
+
+/// Makes directories in a folder of the host: no file is open whose size a restore compares.
+const MARKER: &str = "
+import os, time
+n = 0
+while True:
+    n += 1
+    os.mkdir('/marks/%d' % n)
+    time.sleep(.001)
+";
+
+fn nothing_runs_of_a_restored_container_whose_gpu_state_cannot_be_given_back(t: &Test) -> Result<()> {
+    let (marks, control) = (t.folder()?.join("marks"), t.folder()?.join("control"));
+    fs::create_dir_all(&marks)?;
+    fs::create_dir_all(&control)?;
+    let bind = |source: &std::path::Path, to: &str| format!("type=bind,src={},dst={to},options=rbind", source.display());
+    let mounts = [bind(&marks, "/marks"), bind(&control, "/control")];
+    let gpu = Gpu::one(t)?.fails("")?;
+    let gpu = gpu.with(&["--mount", &mounts[0], "--mount", &mounts[1], "--env", "FAKE_CUDA_FILE=/control/options"]);
+    let (id, to, image) = (t.id("g"), t.id("g"), t.id("checkpoint"));
+    gpu.start_beside(&id, MARKER)?;
+    t.ctr().checkpoint(&id, &image).ok()?;
+    t.ctr().remove(&id)?;
+    let marked = || -> Result<usize> { Ok(fs::read_dir(&marks)?.count()) };
+    // Empty, it shows whether a restored process ran.
+    fs::remove_dir_all(&marks)?;
+    fs::create_dir_all(&marks)?;
+    fs::write(control.join("options"), "restore-fails=999:always")?;
+    let out = t.ctr().restore(&to, &image).run()?.expect_failure()?;
+    ensure_has!(out.stderr, "cannot restore process");
+    ensure_eq!(marked()?, 0);
+    t.ctr().remove(&to)?;
+    fs::remove_file(control.join("options"))?;
+    t.ctr().restore(&to, &image).ok()?;
+    gpu.computes(&to)?;
+    ensure!(marked()? > 0, "it does not run");
+    Ok(())
 }
 
 fn a_checkpoint_of_a_gpu_program_says_what_it_had(t: &Test) -> Result<()> {

@@ -18,6 +18,7 @@ mod checkpoint_faults;
 mod checkpoint_kills;
 mod checkpoint_memory;
 mod checkpoint_nerdctl;
+mod checkpoint_waits;
 mod checkpoint_workloads;
 mod cost;
 mod cri_pods;
@@ -67,6 +68,7 @@ fn checkpoint_cases() -> Vec<Case> {
         checkpoint_workloads::cases(),
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),
+        checkpoint_waits::cases(),
         checkpoint_memory::cases(),
         checkpoint_kills::cases(),
         fault_matrix::cases(),

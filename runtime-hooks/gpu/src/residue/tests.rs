@@ -4,10 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{Cleaned, ResidueError, clean, clean_held, clean_matching, closes_on_exec};
+use super::{Cleaned, ResidueError, clean, clean_held, clean_matching, clean_matching_with, closes_on_exec};
 use cuda::process::drivers;
 use support::{Freezer, Program, await_that, soon};
-use tracee::hold::{Hold, HoldError};
+use tracee::hold::{Hold, HoldError, Scope};
 use tracee::process;
 
 /// A program that has files of a folder mapped and open.
@@ -63,6 +63,20 @@ fn mappings_become_inaccessible_and_descriptors_the_null_device() {
     assert_eq!(descriptors(program.pid), expected);
     assert_unhurt(&program);
     assert_eq!(clean_matching(program.pid, soon(), matches).unwrap(), Cleaned { mappings: 0, fds: 0 });
+}
+
+#[test]
+fn a_process_that_was_held_before_stays_held() {
+    let (directory, program) = with_residue("residue");
+    let matches = |path: &Path| path.starts_with(directory.path());
+    let mut hold = Hold::new(drivers);
+    hold.take_scope(program.pid, Scope::All).unwrap();
+    hold.settle(soon()).unwrap();
+    let held = hold.held();
+    assert_eq!(clean_matching_with(&mut hold, program.pid, soon(), matches).unwrap(), Cleaned { mappings: 3, fds: 5 });
+    assert_eq!((hold.held(), hold.still(program.pid).len()), (held, held));
+    hold.let_go().unwrap();
+    assert_unhurt(&program);
 }
 
 #[test]

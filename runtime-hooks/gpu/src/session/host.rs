@@ -20,6 +20,10 @@ pub(crate) trait Processes {
     fn touches_gpu(&mut self, pid: i32) -> bool;
     /// Tells whether the process has threads of the driver's.
     fn has_drivers_threads(&mut self, pid: i32) -> bool;
+    /// Tells whether the process has loaded the driver's library, so that it may begin to use CUDA.
+    fn has_drivers_library(&mut self, pid: i32) -> bool;
+    /// Fails if a thread of the process is traced by another process, so that nothing here can hold it.
+    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError>;
     /// Returns the first mapping or descriptor that is left of the driver in the process.
     fn left(&mut self, pid: i32) -> Option<String>;
     /// Returns who a process is, and what keeps it from answering, in words.

@@ -15,14 +15,14 @@ const RESTORE_TRIES: u32 = 3;
 
 /// What went wrong on the way back, of which nothing keeps the rest from being done.
 #[derive(Debug, Default)]
-struct Faults {
+pub(super) struct Faults {
     first: Option<SessionError>,
     /// What no later try will bring back.
     lost: Option<SessionError>,
 }
 
 impl Faults {
-    fn note(&mut self, result: Result<(), SessionError>) {
+    pub(super) fn note(&mut self, result: Result<(), SessionError>) {
         if let Err(fault) = result {
             tracing::warn!("on the way back: {fault}");
             self.first.get_or_insert(fault);
@@ -58,7 +58,7 @@ impl<H: Host> Session<'_, H> {
     /// As [`Self::resume`] for a frozen container in which not all memory is in place yet: not that of processes without a GPU,
     /// nor this staging memory. Nothing of it runs but what the driver needs, until `is_whole` has waited for the rest. If that
     /// says that there will be none, the container is frozen for good. The host has to be one whose end ends what it holds.
-    pub(crate) fn resume_unfilled(
+    pub(crate) fn resume_restored(
         mut self,
         staging: &Layout,
         pairs: &[Pair],
@@ -152,20 +152,31 @@ impl<H: Host> Session<'_, H> {
         let host = &mut *self.host;
         self.undo.forget(|pid| host.is_gone(pid));
         let checkpointed = self.undo.pids(Step::Checkpointed);
-        if checkpointed.is_empty() && self.undo.pids(Step::Locked).is_empty() {
+        let is_frozen = self.host.is_frozen();
+        // What was taken while the v1 freezer had frozen it is let go only after a thaw.
+        let is_stuck = is_frozen && !self.undo.pids(Step::Held).is_empty();
+        if checkpointed.is_empty() && self.undo.pids(Step::Locked).is_empty() && !is_stuck {
             return true;
+        }
+        if !self.undo.has(Step::Freezer) {
+            // It was left as it had to be, and somebody may have frozen or thawed it since.
+            self.undo.frozen = is_frozen;
+            self.undo.push(Step::Freezer);
         }
         // At risk is a thread that reads what is away. Worse is a process that never gets its state back.
         let held = self.hold_all(&checkpointed, H::hold);
         faults.note(held);
-        if !self.undo.has(Step::Freezer) {
-            // It was left as it had to be, and somebody may have frozen or thawed it since.
-            self.undo.frozen = self.host.is_frozen();
-            self.undo.push(Step::Freezer);
+        if self.undo.frozen {
+            self.hold_rest_still(faults);
         }
+        let was_frozen = self.host.is_frozen();
         let thawed = self.host.thaw();
         let is_open = thawed.is_ok();
         faults.note(thawed);
+        if is_open && was_frozen && self.undo.frozen {
+            let settled = self.host.settle(HALT);
+            faults.note(settled);
+        }
         is_open
     }
 

@@ -4,6 +4,7 @@ use super::*;
 
 mod faults;
 mod host;
+mod still;
 
 use host::{Bed, CHECKPOINTED, Cuda, Fault, Process, RUNNING, process};
 
@@ -51,7 +52,7 @@ fn a_swap_that_fails_leaves_the_container_suspended() {
 fn a_container_without_cuda_is_only_frozen() {
     let mut host = Bed::of([(101, process(Cuda::No))]);
     assert_eq!(host.suspend().unwrap(), Suspended::default());
-    assert!(host.frozen && host.done.is_empty());
+    assert!(host.frozen && host.ran.is_empty() && !host.processes[&101].held);
 }
 
 #[test]
@@ -167,7 +168,7 @@ fn a_restore_that_fails_is_tried_again() {
 #[test]
 fn what_is_only_locked_is_unlocked_though_its_threads_do_not_halt() {
     let mut host = Bed::of([(101, process(RUNNING)), (102, process(RUNNING))]);
-    host.fault = Some(Fault { action: "settle", after: 0, times: u32::MAX, is_done: false });
+    host.fault = Some(Fault { action: "settle", after: 1, times: u32::MAX, is_done: false });
     let error = host.suspend().unwrap_err().to_string();
     assert_eq!(error, "cannot settle the container: as told");
     assert!(host.is_untouched() && host.owes().is_paid());
@@ -284,13 +285,13 @@ fn what_can_never_work_is_refused_before_anything_is_locked() {
 fn a_container_that_is_not_filled_yet_is_held_until_it_is() {
     let processes = [(101, process(CHECKPOINTED)), (102, process(Cuda::No)), (103, process(CHECKPOINTED))];
     let mut host = Bed::of(processes.clone());
-    assert_eq!(host.resume_unfilled(true).unwrap(), Resumed { restored: 2 });
+    assert_eq!(host.resume_restored(true).unwrap(), Resumed { restored: 2 });
     assert_eq!(host.done[..3], ["held 102", "mapped 101", "locked 101"], "the first before anything is thawed");
     assert_eq!(host.done.last().unwrap(), "staging is checked");
     assert_eq!((host.cuda(101), host.cuda(103), host.frozen), (RUNNING, RUNNING, false));
     assert!(host.processes.values().all(|process| !process.held));
     let mut host = Bed::of(processes);
-    assert_eq!(host.resume_unfilled(false), Err(SessionError::Unfilled));
+    assert_eq!(host.resume_restored(false), Err(SessionError::Unfilled));
     assert!(host.frozen && host.processes.values().all(|process| !process.held));
 }
 
@@ -298,7 +299,7 @@ fn a_container_that_is_not_filled_yet_is_held_until_it_is() {
 fn a_container_whose_saved_gpu_state_is_damaged_does_not_run() {
     let mut host = Bed::of([(101, process(CHECKPOINTED)), (102, process(Cuda::No))]);
     host.is_damaged = true;
-    host.resume_unfilled(true).unwrap_err();
+    host.resume_restored(true).unwrap_err();
     assert!(host.frozen && host.processes.values().all(|process| !process.held));
 }
 
@@ -306,7 +307,7 @@ fn a_container_whose_saved_gpu_state_is_damaged_does_not_run() {
 fn a_container_that_is_not_filled_and_whose_restore_fails_stays_frozen() {
     let failing = Process { restore_fails: 9, ..process(CHECKPOINTED) };
     let mut host = Bed::of([(101, failing), (102, process(Cuda::No))]);
-    let error = host.resume_unfilled(true).unwrap_err().to_string();
+    let error = host.resume_restored(true).unwrap_err().to_string();
     assert!(error.contains("cannot restore process 101"), "{error}");
     assert!(host.frozen && host.processes.values().all(|process| !process.held));
 }

@@ -23,7 +23,7 @@ fn program(script: &str) -> (TempDir, PathBuf) {
     (folder, path)
 }
 
-fn order() -> CheckpointOrder {
+pub(super) fn order() -> CheckpointOrder {
     let store = NodeStore { root: "/nowhere".into(), quota: None, registry: None };
     let subject = Subject {
         id: "c".into(),
@@ -43,7 +43,7 @@ fn order() -> CheckpointOrder {
         registry: None,
         pod_namespace: None,
     };
-    CheckpointOrder { subject, init: 1, paused: false, shm: None, devices: vec![], options }
+    CheckpointOrder { subject, init: 1, began: 7, paused: false, shm: None, devices: vec![], options }
 }
 
 fn sessions(program: PathBuf) -> Sessions {

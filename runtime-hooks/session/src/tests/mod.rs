@@ -1,2 +1,3 @@
 mod client;
 mod faults;
+mod successor;

@@ -350,10 +350,20 @@ fn another_tracer_is_named() {
     let program = Program::play("sleeper");
     let holder = Program::play_role("hold::tests::holds", &program.pid.to_string());
     assert_eq!(process::run_state(program.pid), RunState::Traced(holder.thread));
-    let error = Hold::new(spared).take(program.pid).unwrap_err();
-    let HoldError::Traced { tracer, name, .. } = &error else { panic!("{error}") };
-    assert_eq!(*tracer, holder.thread);
-    assert_eq!(*name, process::thread_name(holder.pid, holder.thread).unwrap());
+    let taken = Hold::new(spared).take(program.pid);
+    let refused = Hold::new(spared).refuse_traced(program.pid);
+    for error in [taken.unwrap_err(), refused.unwrap_err()] {
+        let HoldError::Traced { tracer, name, .. } = &error else { panic!("{error}") };
+        assert_eq!(*tracer, holder.thread);
+        assert_eq!(*name, process::thread_name(holder.pid, holder.thread).unwrap());
+    }
+}
+
+#[test]
+fn a_process_that_is_held_here_is_not_refused() {
+    let program = Program::play("sleeper");
+    assert!(Hold::new(spared).refuse_traced(program.pid).is_ok());
+    assert!(held(&program).refuse_traced(program.pid).is_ok());
 }
 
 #[test]

@@ -54,6 +54,7 @@ impl Actor {
         let order = CheckpointOrder {
             subject: self.subject(),
             init: child.pid(),
+            began: CheckpointOrder::now(),
             paused,
             shm: self.config.shm.clone(),
             devices: self.config.devices.clone(),

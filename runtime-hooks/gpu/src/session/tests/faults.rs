@@ -180,7 +180,7 @@ fn a_restore_beside_a_fill_of_which_anything_fails_runs_nothing() {
     let met = with_each_fault(|fault, succeeds| {
         let mut bed = Bed::of([(101, process(CHECKPOINTED)), (102, process(Cuda::No)), (103, process(CHECKPOINTED))]);
         bed.fault = Some(fault);
-        let resumed = bed.resume_unfilled(succeeds);
+        let resumed = bed.resume_restored(succeeds);
         if resumed.is_ok() {
             assert!(succeeds && !bed.frozen && bed.processes.values().all(|process| !process.held), "{fault:?}");
             assert_eq!((bed.cuda(101), bed.cuda(103)), (RUNNING, RUNNING), "{fault:?}");

@@ -1,6 +1,6 @@
 //! A machine whose driver, freezer and tracer are a few variables, each action of which can fail.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 
@@ -16,6 +16,8 @@ pub(super) enum Cuda {
     Residue,
     /// In the middle of cuInit.
     Beginner,
+    /// With a device open for NVML.
+    Nvml,
     State(ProcessState),
 }
 
@@ -24,6 +26,10 @@ pub(super) struct Process {
     pub(super) cuda: Cuda,
     pub(super) stopped: bool,
     pub(super) held: bool,
+    /// A thread of it is in the middle of a call: no lock succeeds while that is held.
+    pub(super) calling: bool,
+    /// Another process traces it.
+    pub(super) traced: bool,
     /// Locks that time out before one succeeds.
     pub(super) busy: u32,
     /// What Checkpoint answers.
@@ -33,7 +39,8 @@ pub(super) struct Process {
 }
 
 pub(super) fn process(cuda: Cuda) -> Process {
-    Process { cuda, stopped: false, held: false, busy: 0, checkpoint: None, restore_fails: 0 }
+    let (stopped, held, calling, traced) = (false, false, false, false);
+    Process { cuda, stopped, held, calling, traced, busy: 0, checkpoint: None, restore_fails: 0 }
 }
 
 pub(super) const RUNNING: Cuda = Cuda::State(ProcessState::Running);
@@ -72,6 +79,8 @@ pub(super) struct FakeHost {
     pub(super) unremappable: Option<i32>,
     pub(super) is_damaged: bool,
     pub(super) slept: Duration,
+    /// Processes that ran at some moment, but for the driver's threads of those with CUDA.
+    pub(super) ran: BTreeSet<i32>,
     pub(super) fault: Option<Fault>,
     /// How often the action of the fault was begun, and how often it failed.
     pub(super) begun: u32,
@@ -109,6 +118,11 @@ impl Bed {
         run(Session::new(&mut self.host, &mut self.undo, &mut |_| {}))
     }
 
+    /// Suspends a container that runs.
+    pub(super) fn suspend_running(&mut self) -> Result<Suspended, SessionError> {
+        self.with(|session| session.suspend(false, Duration::from_millis(200), SHORT_CALL))
+    }
+
     pub(super) fn suspend(&mut self) -> Result<Suspended, SessionError> {
         self.with(|session| session.suspend(true, Duration::from_millis(200), SHORT_CALL))
     }
@@ -131,12 +145,12 @@ impl Bed {
     }
 
     /// With processes 102 and above to be filled, which succeeds or not.
-    pub(super) fn resume_unfilled(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
+    pub(super) fn resume_restored(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
         let mut is_asked = false;
         let processes = vec![ProcessLayout { pid: 101, pieces: Vec::new() }];
         let staging = Layout { files: Vec::new(), processes };
         let resumed = self.with(|session| {
-            session.resume_unfilled(&staging, &[], SHORT_CALL, &mut || {
+            session.resume_restored(&staging, &[], SHORT_CALL, &mut || {
                 is_asked = true;
                 succeeds
             })
@@ -153,6 +167,14 @@ impl Bed {
 }
 
 impl FakeHost {
+    /// Notes who runs now.
+    fn note_running(&mut self) {
+        if !self.frozen {
+            let loose = self.processes.iter().filter(|(_, process)| !process.held && !process.stopped);
+            self.ran.extend(loose.map(|(pid, _)| *pid));
+        }
+    }
+
     /// Begins an action, which fails if it is to.
     fn begin(&mut self, action: &'static str) -> bool {
         let Some(fault) = self.fault.filter(|fault| fault.action == action) else { return true };
@@ -190,6 +212,7 @@ impl FakeHost {
     }
 
     fn called(&mut self, pid: i32, call: &Call) -> Result<Answer, CallFailure> {
+        self.note_running();
         assert!(!self.frozen, "a call on a frozen process never returns");
         let Some(process) = self.processes.get_mut(&pid) else {
             return Err(CallFailure::Refused(CudaResult::OPERATING_SYSTEM));
@@ -203,6 +226,9 @@ impl FakeHost {
             (Call::State, state) => return Ok(Answer::State(state)),
             (Call::Lock { timeout_ms }, ProcessState::Running) => {
                 assert!(*timeout_ms > 0, "no timeout is for ever");
+                if process.calling && process.held {
+                    return Err(CallFailure::Refused(CudaResult::NOT_READY));
+                }
                 if process.busy > 0 {
                     process.busy -= 1;
                     return Err(CallFailure::Refused(CudaResult::NOT_READY));
@@ -239,7 +265,7 @@ impl FakeHost {
 
     /// It is as it was before.
     pub(super) fn is_untouched(&self) -> bool {
-        self.frozen && self.processes.values().all(|p| !p.held && matches!(p.cuda, RUNNING | Cuda::No | Cuda::Residue))
+        self.frozen && self.processes.values().all(|p| !p.held && matches!(p.cuda, RUNNING | Cuda::No | Cuda::Residue | Cuda::Nvml))
     }
 }
 
@@ -261,8 +287,18 @@ impl Processes for FakeHost {
         matches!(self.processes[&pid].cuda, Cuda::State(_))
     }
 
+    fn has_drivers_library(&mut self, pid: i32) -> bool {
+        !matches!(self.processes[&pid].cuda, Cuda::No | Cuda::Nvml)
+    }
+
+    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError> {
+        let (action, process) = ("hold".to_owned(), self.describe(pid));
+        let refused = SessionError::Process { action, process, why: "process 7 (strace) traces it".into() };
+        if self.processes[&pid].traced { Err(refused) } else { Ok(()) }
+    }
+
     fn left(&mut self, pid: i32) -> Option<String> {
-        let of_driver = matches!(self.processes[&pid].cuda, Cuda::Residue | RUNNING);
+        let of_driver = matches!(self.processes[&pid].cuda, Cuda::Residue | Cuda::Nvml | RUNNING);
         of_driver.then(|| "descriptor 7 of /dev/nvidia0".to_owned())
     }
 
@@ -282,6 +318,7 @@ impl Processes for FakeHost {
     fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
         match self.processes[&pid].cuda {
             Cuda::Beginner => vec![(3, 4)],
+            Cuda::Nvml => Vec::new(),
             _ => vec![(1, 2)],
         }
     }
@@ -341,6 +378,7 @@ impl Freezer for FakeHost {
     fn thaw(&mut self) -> Result<(), SessionError> {
         self.act("thaw")?;
         self.frozen = false;
+        self.note_running();
         Ok(())
     }
 
@@ -363,7 +401,8 @@ impl Tracer for FakeHost {
     }
 
     fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
-        assert!(self.frozen, "it would run until it is held");
+        let touches_gpu = self.touches_gpu(pid);
+        assert!(self.frozen || touches_gpu || self.fault.is_some(), "it would run until it is held");
         self.done.push(format!("held {pid}"));
         self.hold(pid)
     }
@@ -382,6 +421,7 @@ impl Tracer for FakeHost {
             assert!(!(process.held && off_gpu) || self.frozen, "{pid} runs without its GPU state");
             process.held = false;
         }
+        self.note_running();
         Ok(())
     }
 

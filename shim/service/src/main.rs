@@ -60,8 +60,8 @@ usage: containerd-shim-gpusnap-v2 [flags] [start | delete]
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    if runtime::command::is_front(&name) {
-        return runtime::command::front_main(arguments);
+    if criu_wrapper::is_wrapper(&name) {
+        return criu_wrapper::wrapper_main(arguments);
     }
     if runtime::libcontainer::is_mapper(&name) {
         return runtime::libcontainer::mapper_main(&name, arguments);

@@ -12,7 +12,7 @@ use reaper::{Child, Exit, Reaper};
 use serde::Serialize;
 use tempfile::TempDir;
 
-use super::{front, log, sys};
+use super::{log, sys};
 use crate::{Operation, ProcessIo, RuntimeError};
 
 /// Variables by which systemd speaks to the service it started. A runtime that finds them takes them for a wish of the
@@ -89,14 +89,14 @@ impl Call<'_> {
         self.finish(scratch, command).await
     }
 
-    /// Runs the program for something that leaves a process behind, and adopts that process. With `front`, the folder in which
-    /// criu will work, a tree that it restores is frozen.
+    /// Runs the program for an operation that leaves a process behind, and adopts that process. With a criu wrapper, which
+    /// works in the folder of that name, a tree that the program restores is frozen.
     pub(super) async fn process(
         &self,
         scratch: &Scratch,
         mut arguments: Vec<OsString>,
         io: ProcessIo,
-        front: Option<&Path>,
+        criu_wrapper: Option<&Path>,
     ) -> Result<Child, RuntimeError> {
         let pid_file = scratch.path(PID);
         arguments.extend(["--pid-file".into(), pid_file.clone().into()]);
@@ -105,9 +105,9 @@ impl Call<'_> {
         }
         arguments.push(self.container.into());
         let mut command = self.command(scratch, arguments);
-        if let Some(work) = front {
-            let put = front::put_before(&mut command, scratch.folder.path(), work);
-            put.map_err(|source| self.file("make a link in", scratch.folder.path().to_owned(), source))?;
+        if let Some(work) = criu_wrapper {
+            let inserted = criu_wrapper::insert(&mut command, scratch.folder.path(), work);
+            inserted.map_err(|source| self.file("make a link in", scratch.folder.path().to_owned(), source))?;
         }
         match io {
             ProcessIo::Fds { stdin, stdout, stderr } => command.stdin(stdin).stdout(stdout).stderr(stderr),

@@ -52,8 +52,8 @@ impl Command {
         arguments.extend(flags(allow).map(OsString::from));
         // crun keeps a process of its own in the container's cgroup until criu is done. It would be frozen, and crun wait for it.
         let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
-        let front = (frozen && !is_crun).then_some(work.as_path());
-        let restored = match call.process(&scratch, arguments, io, front).await {
+        let criu_wrapper = (frozen && !is_crun).then_some(work.as_path());
+        let restored = match call.process(&scratch, arguments, io, criu_wrapper).await {
             // One that is frozen already stays so.
             Ok(child) if frozen => {
                 let frozen = self

@@ -17,7 +17,6 @@
 mod call;
 mod cgroup;
 mod checkpoint;
-mod front;
 mod log;
 #[allow(unsafe_code)]
 mod sys;
@@ -41,7 +40,6 @@ use crate::{
     CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RestoreRequest, RuntimeError,
 };
 use call::Call;
-pub use front::{front_main, is_front};
 
 /// A program with runc's command line.
 ///

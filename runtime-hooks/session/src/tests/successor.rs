@@ -1,4 +1,4 @@
-//! What a successor does with the files of a session that died.
+//! A successor and the files of the session that died.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;

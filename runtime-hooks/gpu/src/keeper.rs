@@ -131,13 +131,13 @@ impl Keeper {
         self.run(Some(cgroup), began, &mut || false, move |session, _| session.resume(frozen, &pairs, limit))
     }
 
-    /// As [`Self::resume`], which leaves it running, for a frozen container whose CUDA processes have their memory, but for
-    /// this staging memory, which is empty. The others get theirs meanwhile: nothing of the container runs on before
-    /// `is_whole` has returned true; if this process ends before that, so does the container. The files of the staging memory
-    /// must be packs of the crate `memory`.
+    /// Gives a restored, frozen container its GPU state back and lets the container run. CUDA processes have their memory but
+    /// for this staging memory, whose files must be packs of the crate `memory`. Other processes get theirs meanwhile.
+    /// Nothing of the container runs before the GPU state is back and `is_whole` has returned true. The end of this
+    /// process before that ends the container.
     ///
     /// # Errors
-    /// When the state cannot be moved, or the memory has not come. The container is frozen or dead then, and of no use.
+    /// State that cannot be moved, or memory that has not come. The container is frozen or dead then, and of no use.
     pub fn resume_restored(
         &mut self,
         cgroup: &Cgroup,

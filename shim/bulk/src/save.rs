@@ -230,7 +230,7 @@ impl Saving {
 /// Removes the snapshot that may have been published, under a name of its own, for a checkpoint that came to nothing.
 ///
 /// # Errors
-/// When the snapshot stays, or the store cannot be read.
+/// A snapshot that cannot be removed, or a store that cannot be read.
 pub fn withdraw(store: &Path, name: &Name) -> Result<(), Failure> {
     if !store.exists() {
         return Ok(());

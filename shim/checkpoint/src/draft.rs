@@ -128,7 +128,9 @@ pub fn needs(target: &Path, snapshot: &Name) -> bool {
     let mut folders = std::iter::once(target.to_owned()).chain(beside.map(|name| target.join(name)));
     folders.any(|folder| {
         let Ok(Some(manifest)) = record::read(&folder) else { return false };
-        let Some(bulk::Source::Snapshot(pointer)) = manifest.memory().map(|memory| &memory.source) else { return false };
+        let Some(bulk::Source::Snapshot(pointer)) = manifest.memory().map(|memory| &memory.source) else {
+            return false;
+        };
         pointer.name() == Some(snapshot)
     })
 }

@@ -8,8 +8,9 @@ use e2e::target::Shim;
 use e2e::{Case, Cmd, PYTHON, Running, Skip, Test, case, ensure_eq, ensure_has, eventually, proc};
 
 pub(crate) fn cases() -> Vec<Case> {
-    let words = "runc tells neither process nor reason";
-    vec![case!(a_thread_in_an_uninterruptible_wait_is_named_and_the_container_goes_on).except(Shim::Stock, words)]
+    let words = "runc pauses, and tells neither process nor reason";
+    let case = case!(a_thread_in_an_uninterruptible_wait_is_named_and_the_container_goes_on);
+    vec![case.except(Shim::Stock, words).except(Shim::GpusnapRunc, words)]
 }
 
 /// Counts, and looks up a name in a file system all the time.

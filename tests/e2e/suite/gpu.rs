@@ -147,7 +147,10 @@ fn what_a_process_beside_a_gpu_program_writes_is_saved_as_the_process_knows_it(t
     eventually("the process to append on", || {
         let now = numbers()?;
         ensure!(now.len() > from, "still {from} numbers");
-        ensure!(now.iter().zip(1..).all(|(number, expected)| *number == expected), "a number is missing or twice there");
+        ensure!(
+            now.iter().zip(1..).all(|(number, expected)| *number == expected),
+            "a number is missing or twice there"
+        );
         Ok(())
     })
 }
@@ -166,7 +169,8 @@ fn nothing_runs_of_a_restored_container_whose_gpu_state_cannot_be_given_back(t: 
     let (marks, control) = (t.folder()?.join("marks"), t.folder()?.join("control"));
     fs::create_dir_all(&marks)?;
     fs::create_dir_all(&control)?;
-    let bind = |source: &std::path::Path, to: &str| format!("type=bind,src={},dst={to},options=rbind", source.display());
+    let bind =
+        |source: &std::path::Path, to: &str| format!("type=bind,src={},dst={to},options=rbind", source.display());
     let mounts = [bind(&marks, "/marks"), bind(&control, "/control")];
     let gpu = Gpu::one(t)?.fails("")?;
     let gpu = gpu.with(&["--mount", &mounts[0], "--mount", &mounts[1], "--env", "FAKE_CUDA_FILE=/control/options"]);

@@ -9,8 +9,8 @@ use super::{HALT, Host, Session, SessionError, Step};
 
 impl<H: Host> Session<'_, H> {
     /// Holds what is not to run while a frozen container is thawed: processes without CUDA, and of CUDA processes all
-    /// threads but the driver's. Left alone are stopped processes, which run nothing, and processes that may be
-    /// in the middle of cuInit, which are neither saved nor freed of the GPU before its end.
+    /// threads but the driver's. Stopped processes run nothing and are left alone. A process that may be in the middle
+    /// of cuInit runs on: before the end of cuInit the process is neither saved nor freed of the GPU.
     pub(super) fn hold_still(&mut self) -> Result<(), SessionError> {
         let pids = self.host.pids()?;
         // Before the first hold: a thread that the v1 freezer has frozen can be taken, and not be let go before a thaw.

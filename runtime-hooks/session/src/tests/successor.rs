@@ -1,4 +1,4 @@
-//! What a successor does with the files of a session that died.
+//! A successor and the files of the session that died.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -36,7 +36,8 @@ fn publish(order: &CheckpointOrder) -> Pointer {
     let draft = store.draft().unwrap();
     let path = draft.folder().join("criu");
     std::fs::write(&path, "images").unwrap();
-    let host = Host { criu: "4".into(), kernel: "6".into(), architecture: "x".into(), cpu_features: vec![], driver: None };
+    let host =
+        Host { criu: "4".into(), kernel: "6".into(), architecture: "x".into(), cpu_features: vec![], driver: None };
     let name = memory::name(order).unwrap();
     let new = NewSnapshot {
         name: Some(name.clone()),

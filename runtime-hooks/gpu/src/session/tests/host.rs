@@ -265,7 +265,11 @@ impl FakeHost {
 
     /// It is as it was before.
     pub(super) fn is_untouched(&self) -> bool {
-        self.frozen && self.processes.values().all(|p| !p.held && matches!(p.cuda, RUNNING | Cuda::No | Cuda::Residue | Cuda::Nvml))
+        self.frozen
+            && self
+                .processes
+                .values()
+                .all(|p| !p.held && matches!(p.cuda, RUNNING | Cuda::No | Cuda::Residue | Cuda::Nvml))
     }
 }
 

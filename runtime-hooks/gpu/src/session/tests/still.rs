@@ -1,4 +1,4 @@
-//! What of a paused container runs while it is thawed for the driver.
+//! Processes of a paused container that run, or do not, while the container is thawed for the driver.
 
 use super::super::*;
 use super::host::{Bed, CHECKPOINTED, Cuda, Process, RUNNING, process};

@@ -76,7 +76,9 @@ impl LeftOut {
     pub(super) fn warning(&self) -> Option<String> {
         let first = self.first.as_ref()?.display();
         let others = if self.others == 0 { String::new() } else { format!(" and {} more", self.others) };
-        Some(format!("{first}{others} not restored in /dev/shm: a file of another container is in the place of the folder"))
+        Some(format!(
+            "{first}{others} not restored in /dev/shm: a file of another container is in the place of the folder"
+        ))
     }
 }
 

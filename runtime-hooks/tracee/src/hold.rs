@@ -344,7 +344,7 @@ impl Held {
     fn call_new(&mut self, pid: i32, spares: Spares) -> Result<Option<i32>, HoldError> {
         let threads = match process::threads(pid) {
             Ok(threads) => threads,
-            Err(error) if process::is_gone(&error) => return Ok(None),
+            Err(error) if proc::is_gone(&error) => return Ok(None),
             Err(source) => return Err(HoldError::List { pid, source }),
         };
         let spared = spares(pid, &threads);

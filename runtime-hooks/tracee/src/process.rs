@@ -1,45 +1,16 @@
-//! What /proc says about a process.
+//! State of a process by /proc: mappings, descriptors, threads, and whether the process runs.
 //!
-//! Everything here is a look at one moment: the process may end, or its pid may be another's, right after. Whoever
-//! keeps a pid over time keeps a `proc::ProcessHandle`.
+//! All functions look at one moment: the process can end, and its pid can be another's, right after. Code that keeps a
+//! pid over time keeps a `proc::ProcessHandle`.
 
-use std::ffi::{OsStr, OsString};
-use std::fmt;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
-/// A stretch of a process's address space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Range {
-    /// The first address.
-    pub start: u64,
-    /// The address after the last one.
-    pub end: u64,
-}
-
-impl Range {
-    /// Its size in bytes.
-    #[must_use]
-    pub fn len(&self) -> u64 {
-        self.end.saturating_sub(self.start)
-    }
-
-    /// Whether there is nothing in it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-impl fmt::Display for Range {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}-{:#x}", self.start, self.end)
-    }
-}
+use proc::{HostPid, ProcessIds};
+pub use proc::{Mapping, Range, Thread};
 
 /// A mapping of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,42 +32,6 @@ pub struct DeviceFd {
     pub path: PathBuf,
 }
 
-/// A line of /proc/PID/maps.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// The addresses.
-    pub range: Range,
-    /// `r-xp` and the like.
-    pub access: [u8; 4],
-    /// The file's inode; 0 for none.
-    pub inode: u64,
-    /// A path, a name in brackets, or nothing.
-    pub path: PathBuf,
-}
-
-impl Mapping {
-    /// Tells whether code in it can run.
-    #[must_use]
-    pub fn is_executable(&self) -> bool {
-        self.access[2] == b'x'
-    }
-
-    /// Tells whether the process can write to it.
-    #[must_use]
-    pub fn is_writable(&self) -> bool {
-        self.access[1] == b'w'
-    }
-}
-
-/// A thread.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Thread {
-    /// Its id.
-    pub tid: i32,
-    /// Its name, at most 15 bytes; what is not UTF-8 in it is replaced.
-    pub name: String,
-}
-
 /// Whether a process can do anything at all. That it is in a frozen cgroup does not show here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -110,24 +45,12 @@ pub enum RunState {
     Dead,
 }
 
-/// Tells whether an error of /proc says that the process has gone.
-pub(crate) fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
-}
-
-/// The threads of a process, those that have ended but were not waited for included.
+/// Returns the threads of a process, those that have ended but were not waited for included.
 ///
 /// # Errors
 /// When there is no such process.
 pub fn threads(pid: i32) -> io::Result<Vec<Thread>> {
-    let mut threads = vec![];
-    for tid in tids(pid)? {
-        // A thread may end while the others are listed.
-        if let Ok(name) = thread_name(pid, tid) {
-            threads.push(Thread { tid, name });
-        }
-    }
-    Ok(threads)
+    proc::threads(HostPid::try_from(pid)?)
 }
 
 /// Whether a process can do anything.
@@ -160,10 +83,7 @@ pub fn thread_state(pid: i32, tid: i32) -> Option<u8> {
 /// # Errors
 /// When there is no such process.
 pub fn namespace_pid(pid: i32) -> io::Result<i32> {
-    let status = fs::read(format!("/proc/{pid}/status"))?;
-    let innermost = status_field(&status, "NSpid").and_then(|pids| pids.split_whitespace().next_back()?.parse().ok());
-    // Kernels without pid namespaces do not have the line.
-    Ok(innermost.unwrap_or(pid))
+    Ok(ProcessIds::of(HostPid::try_from(pid)?)?.container.raw())
 }
 
 /// The anonymous, private, writable memory of a process: every mapping of it that has no file and is not special to
@@ -218,7 +138,7 @@ pub fn mappings_matching(pid: i32, matches: impl Fn(&Path) -> bool) -> io::Resul
 /// When there is no such process.
 pub fn fds_matching(pid: i32, matches: impl Fn(&Path) -> bool) -> io::Result<Vec<DeviceFd>> {
     let mut found = vec![];
-    for entry in fs::read_dir(living(pid)?.join("fd"))? {
+    for entry in fs::read_dir(proc::living(HostPid::try_from(pid)?)?.join("fd"))? {
         let entry = entry?;
         let fd = entry.file_name().to_str().and_then(|name| name.parse().ok());
         // A descriptor may be closed while the others are listed.
@@ -237,36 +157,7 @@ pub fn fds_matching(pid: i32, matches: impl Fn(&Path) -> bool) -> io::Result<Vec
 /// # Errors
 /// When there is no such process.
 pub fn mappings(pid: i32) -> io::Result<Vec<Mapping>> {
-    let maps = fs::read(living(pid)?.join("maps"))?;
-    maps.split(|byte| *byte == b'\n')
-        .filter(|line| !line.is_empty())
-        .map(|line| mapping(line).ok_or_else(|| malformed(pid, "maps")))
-        .collect()
-}
-
-/// A line like `7f00-7f10 r-xp 00000000 08:01 42      /usr/lib/x y.so`. What is not UTF-8 may be in its path only.
-fn mapping(line: &[u8]) -> Option<Mapping> {
-    let mut fields = line.splitn(6, |byte| *byte == b' ');
-    let range = std::str::from_utf8(fields.next()?).ok()?;
-    let (start, end) = range.split_once('-')?;
-    let range = Range { start: u64::from_str_radix(start, 16).ok()?, end: u64::from_str_radix(end, 16).ok()? };
-    let access = fields.next()?.try_into().ok()?;
-    let inode = std::str::from_utf8(fields.nth(2)?).ok()?.parse().ok()?;
-    let path = fields.next().unwrap_or_default();
-    let blanks = path.iter().take_while(|byte| **byte == b' ').count();
-    let path = PathBuf::from(OsString::from_vec(path.get(blanks..)?.to_vec()));
-    Some(Mapping { range, access, inode, path })
-}
-
-/// Where in /proc memory and descriptors of a process show. Not under its pid, if its first thread has ended before
-/// the others.
-fn living(pid: i32) -> io::Result<PathBuf> {
-    let process = PathBuf::from(format!("/proc/{pid}"));
-    if letter(pid, pid)? != b'Z' {
-        return Ok(process);
-    }
-    let alive = |tid: &i32| letter(pid, *tid).is_ok_and(|state| state != b'Z' && state != b'X');
-    Ok(tids(pid)?.into_iter().find(alive).map_or(process, |tid| PathBuf::from(format!("/proc/{pid}/task/{tid}"))))
+    proc::mappings(HostPid::try_from(pid)?)
 }
 
 /// Returns the ids of all threads.
@@ -274,11 +165,7 @@ fn living(pid: i32) -> io::Result<PathBuf> {
 /// # Errors
 /// When there is no such process.
 pub fn tids(pid: i32) -> io::Result<Vec<i32>> {
-    let mut tids = vec![];
-    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
-        tids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
-    }
-    Ok(tids)
+    proc::tids(HostPid::try_from(pid)?)
 }
 
 /// Returns the name of a thread.
@@ -286,11 +173,7 @@ pub fn tids(pid: i32) -> io::Result<Vec<i32>> {
 /// # Errors
 /// When there is no such thread.
 pub fn thread_name(pid: i32, tid: i32) -> io::Result<String> {
-    let mut name = fs::read(format!("/proc/{pid}/task/{tid}/comm"))?;
-    if name.last() == Some(&b'\n') {
-        name.pop();
-    }
-    Ok(String::from_utf8_lossy(&name).into_owned())
+    proc::thread_name(HostPid::try_from(pid)?, tid)
 }
 
 /// The state of a thread, as proc_pid_stat(5) has it: `b'R'`, `b'S'`, `b'D'`, ...

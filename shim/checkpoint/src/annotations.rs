@@ -74,9 +74,8 @@ pub enum MemoryPlace {
 }
 
 impl Annotations {
-    /// Picks them out of all annotations, and believes that they are right: who uses one is told if it is not.
-    #[must_use]
-    pub fn of(all: &HashMap<String, String>) -> Self {
+    /// Picks them out of all annotations, unchecked: each is checked when it is used.
+    pub(crate) fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
         Self {
             on_checkpoint: of(ON_CHECKPOINT),
@@ -89,11 +88,11 @@ impl Annotations {
         }
     }
 
-    /// Picks them out of all annotations and checks each, as is done when a container is created.
+    /// Picks them out of all annotations and checks each. Called when a container is created: a typing error must not
+    /// surface at the checkpoint, days later.
     ///
     /// # Errors
-    /// An annotation of ours that there is not, or a value that it cannot have: a typing error must not surface at the
-    /// checkpoint, days later.
+    /// An annotation with our prefix that gpusnap does not know, or a value that the annotation cannot have.
     pub fn parse(all: &HashMap<String, String>) -> Result<Self, AnnotationError> {
         let ours = all.keys().filter(|name| name.starts_with(PREFIX));
         if let Some(name) = ours.into_iter().find(|name| !KNOWN.contains(&name.as_str())) {

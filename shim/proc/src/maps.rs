@@ -114,6 +114,8 @@ mod tests {
         assert_eq!(Mapping::parse(b"1000-2000 r-xp 00000000 00:00 7 /a b  c").unwrap().path, Path::new("/a b  c"));
         assert_eq!(Mapping::parse(b"1000-2000 rw-p"), None);
         assert_eq!(Mapping::parse(b"x-2000 rw-p 00000000 00:00 0 "), None);
+        assert_eq!(Mapping::parse(b"1000-2000 rw-p 00000000 00:00 0").unwrap().path, Path::new(""));
+        assert!(Mapping::parse(b"1000-2000 r-xp 00000000 08:01 42    /a \xff b").unwrap().is_executable());
     }
 
     #[test]

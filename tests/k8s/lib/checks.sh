@@ -26,7 +26,7 @@ served_by() { # POD SHIM
 has_annotation() {
   local spec
   spec=/run/k8s/io.containerd.runtime.v2.task/k8s.io/$(container_id "$1" "$2")/config.json
-  jq -e '.annotations["gpusnap.dev/test"] == "reached"' "$spec" || { jq .annotations "$spec"; false; }
+  jq -e '.annotations["gpusnap.dev/gpu-patience"] == "61"' "$spec" || { jq .annotations "$spec"; false; }
 }
 
 exec_works() {

@@ -5,7 +5,7 @@ runtime_class() { sed "s/gpusnap\$/$1/" "$root/examples/kubernetes/runtimeclass.
 
 pod_counter() {
   sed -e "s/^\( *runtimeClassName:\).*/\1 $1/" -e "s|^\( *image:\).*|\1 $image|" \
-    -e 's|^  name: counter$|&\n  annotations: {gpusnap.dev/test: "reached"}|' "$root/examples/kubernetes/pod.yaml"
+    -e 's|^  name: counter$|&\n  annotations: {gpusnap.dev/gpu-patience: "61"}|' "$root/examples/kubernetes/pod.yaml"
 }
 
 annotated() { sed "s|^metadata: {name: [^}]*|&, annotations: {$1}|"; } # ANNOTATION: of the pod on standard input

@@ -1,29 +1,11 @@
-use std::path::{Path, PathBuf};
-
 use super::{
-    Mapping, Range, RunState, anonymous_mappings, fds_matching, gained, mapping, namespace_pid, run_state, stat_field,
-    status_field, threads,
+    Range, RunState, anonymous_mappings, fds_matching, gained, namespace_pid, run_state, stat_field, status_field,
+    threads,
 };
 use support::{Program, await_that};
 
 fn range(start: u64, end: u64) -> Range {
     Range { start, end }
-}
-
-#[test]
-fn a_line_of_maps_is_read_with_whatever_is_in_its_path() {
-    let line = b"7f2b40000000-7f2b40200000 rw-s 00000000 00:05 381                        /dev/nvidia-uvm (deleted)";
-    let expected = Mapping {
-        range: range(0x7f2b_4000_0000, 0x7f2b_4020_0000),
-        access: *b"rw-s",
-        inode: 381,
-        path: PathBuf::from("/dev/nvidia-uvm (deleted)"),
-    };
-    assert_eq!(mapping(line), Some(expected));
-    assert_eq!(mapping(b"1000-2000 rw-p 00000000 00:00 0 ").unwrap().path, Path::new(""));
-    assert_eq!(mapping(b"1000-2000 rw-p 00000000 00:00 0").unwrap().path, Path::new(""));
-    assert!(mapping(b"1000-2000 r-xp 00000000 08:01 42    /a \xff b").unwrap().is_executable());
-    assert_eq!(mapping(b"nonsense"), None);
 }
 
 #[test]
@@ -75,17 +57,6 @@ fn the_states_of_a_process_are_told() {
     await_that("it runs", || run_state(program.pid) == RunState::Running);
     program.signal(libc::SIGKILL);
     await_that("it is dead", || run_state(program.pid) == RunState::Dead);
-}
-
-#[test]
-fn threads_are_listed_by_name() {
-    let program = Program::play("many");
-    // A thread gives itself its name.
-    let expected = ["cuda0123456789a", "computes", "sleeps", "reads"];
-    await_that("all have names", || {
-        let threads = threads(program.pid).unwrap();
-        threads[0].tid == program.pid && threads[1..].iter().map(|thread| thread.name.as_str()).eq(expected)
-    });
 }
 
 #[test]

@@ -30,6 +30,7 @@ const PAGE: usize = 4096;
 pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
     check_extensions(archive)?;
     archive.rewind()?;
+    let mut left_out = LeftOut::default();
     for entry in tar::Archive::new(io::BufReader::with_capacity(1 << 20, archive)).entries()? {
         let mut entry = entry?;
         let path = entry.path()?.into_owned();
@@ -37,10 +38,7 @@ pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
         let folder = match tree.folder(parent) {
             Ok(folder) => folder,
             Err(error) if is_gone(&error) => {
-                tracing::warn!(
-                    "{} is not restored in /dev/shm: another container's file is in its way",
-                    path.display()
-                );
+                left_out.add(path);
                 continue;
             }
             Err(error) => return Err(because(&error, &path)),
@@ -52,7 +50,36 @@ pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
             made => made.map_err(|error| because(&error, &path))?,
         }
     }
+    if let Some(warning) = left_out.warning() {
+        tracing::warn!("{warning}");
+    }
     Ok(())
+}
+
+/// Entries of the archive that are not restored. One warning tells of all: an archive has as many entries as its maker
+/// likes.
+#[derive(Debug, Default)]
+pub(super) struct LeftOut {
+    first: Option<PathBuf>,
+    others: u64,
+}
+
+impl LeftOut {
+    pub(super) fn add(&mut self, path: PathBuf) {
+        match self.first {
+            Some(_) => self.others += 1,
+            None => self.first = Some(path),
+        }
+    }
+
+    /// Returns the warning; None if everything is restored.
+    pub(super) fn warning(&self) -> Option<String> {
+        let first = self.first.as_ref()?.display();
+        let others = if self.others == 0 { String::new() } else { format!(" and {} more", self.others) };
+        Some(format!(
+            "{first}{others} not restored in /dev/shm: a file of another container is in the place of the folder"
+        ))
+    }
 }
 
 /// Checks what says names of the entries after it: all of that is read into memory.

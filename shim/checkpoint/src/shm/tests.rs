@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags};
 use tempfile::TempDir;
 
+use super::load::LeftOut;
 use super::save::{Padded, append_file};
 use super::tree::{Entry, Tree};
 use super::*;
@@ -285,4 +286,29 @@ fn an_entry_stays_the_same_when_its_name_is_anothers() {
     symlink("/etc/passwd", place.path().join("a")).unwrap();
     assert_eq!(io::read_to_string(entry.file().unwrap()).unwrap(), "first");
     assert_eq!(Entry::at(&opened, "a".as_ref()).unwrap().target().unwrap(), "/etc/passwd");
+}
+
+#[test]
+fn entries_that_are_not_restored_are_told_in_one_warning() {
+    let mut left_out = LeftOut::default();
+    assert_eq!(left_out.warning(), None);
+    left_out.add("torch/a".into());
+    let said = left_out.warning().unwrap();
+    assert!(said.starts_with("torch/a not restored"), "{said}");
+    for name in ["torch/b", "torch/c"] {
+        left_out.add(name.into());
+    }
+    let said = left_out.warning().unwrap();
+    assert!(said.starts_with("torch/a and 2 more not restored"), "{said}");
+}
+
+#[test]
+fn a_file_in_the_place_of_a_folder_stays_and_keeps_nothing_else_from_coming_back() {
+    let (images, to) = (folder(), folder());
+    let file = tar::EntryType::Regular;
+    archive(images.path(), &[(file, "taken/a", "a"), (file, "taken/b", "b"), (file, "free", "c")]);
+    fs::write(to.path().join("taken"), "of another container").unwrap();
+    load(images.path(), to.path()).unwrap();
+    assert_eq!(fs::read(to.path().join("taken")).unwrap(), b"of another container");
+    assert_eq!(fs::read(to.path().join("free")).unwrap(), b"c");
 }

@@ -81,13 +81,17 @@ impl Spec {
         if is_own { PidNamespace::Own } else { PidNamespace::Shared }
     }
 
-    fn into_config(self) -> Config {
-        Config {
-            shm: self.shm(),
-            annotations: Annotations::of(&self.annotations),
-            pids: self.pids(),
-            devices: self.linux.unwrap_or_default().devices,
-        }
+    /// Returns the container's annotations about checkpoints. A typing error is told now, not at the checkpoint days later.
+    fn annotations(&self, container: &str) -> Result<Annotations, TaskError> {
+        Annotations::parse(&self.annotations).map_err(|error| TaskError::BadRequest {
+            container: container.to_owned(),
+            field: "annotation",
+            message: error.to_string(),
+        })
+    }
+
+    fn into_config(self, annotations: Annotations) -> Config {
+        Config { shm: self.shm(), annotations, pids: self.pids(), devices: self.linux.unwrap_or_default().devices }
     }
 }
 
@@ -100,6 +104,7 @@ pub(crate) async fn create(
     let bundle = PathBuf::from(&request.bundle);
     let options = options::decode(request.options.as_ref())?;
     let spec = Spec::read(&request.id, &bundle)?;
+    let annotations = spec.annotations(&request.id)?;
     let cgroups_path = spec.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref());
     let choice = options::choose_runtime(&options, &context.namespace, cgroups_path);
     let saved = choice.save(&bundle).and_then(|()| pod::join(&context.bundle, &bundle, &choice));
@@ -136,7 +141,7 @@ pub(crate) async fn create(
             runtime,
             owner: owner(context, &request.id, &options),
             choice,
-            config: spec.into_config(),
+            config: spec.into_config(annotations),
             accounts: cgroup.map(Accounts::new),
             checkpoint: FromCheckpoint::of(&request, &options),
             freezer: Freezer::default(),
@@ -274,4 +279,26 @@ pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
         tracing::error!(container = id, "it may be left behind: {}", phase::chain(&error));
     }
     end(child, &ProcessRef::Init.name(id)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn annotations(name: &str, value: &str) -> Result<Annotations, String> {
+        let spec = serde_json::json!({ "annotations": { name: value, "example.com/checkpont": "exit" } });
+        let spec: Spec = serde_json::from_value(spec).unwrap();
+        spec.annotations("web").map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_container_with_a_misspelt_annotation_is_refused_with_those_that_there_are() {
+        let refused = annotations("gpusnap.dev/on-checkpont", "exit").unwrap_err();
+        for said in ["container web", "gpusnap.dev/on-checkpont", "gpusnap.dev/on-checkpoint,"] {
+            assert!(refused.contains(said), "{refused}");
+        }
+        let refused = annotations("gpusnap.dev/on-checkpoint", "stop").unwrap_err();
+        assert!(refused.contains("neither \"exit\" nor \"continue\""), "{refused}");
+        annotations("gpusnap.dev/on-checkpoint", "exit").unwrap();
+    }
 }

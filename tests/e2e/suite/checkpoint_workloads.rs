@@ -427,7 +427,7 @@ fn two_gigabytes_of_memory_survive(t: &Test) -> Result<()> {
     let free = fs::read_to_string("/proc/meminfo")?;
     let free: u64 = proc::status_line(&free, "MemAvailable")?.trim_end_matches(" kB").parse()?;
     if free < 9 << 20 {
-        return Err(e2e::Skip::because(format!("{free} kB of memory are too few")));
+        return Err(e2e::Skip::because(format!("there is too little memory: {free} kB")));
     }
     let (old, new) = (t.id("old"), t.id("new"));
     forget_unpacked(t);

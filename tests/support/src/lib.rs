@@ -19,6 +19,7 @@ use nix::sys::signal::SigSet;
 
 #[cfg(test)]
 mod architecture;
+pub mod skips;
 #[allow(unsafe_code)]
 pub mod sys;
 

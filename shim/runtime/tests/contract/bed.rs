@@ -8,9 +8,10 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use libtest_mimic::Failed;
+use libtest_mimic::{Completion, Failed};
 use oci_spec::runtime::Spec;
 use runtime::OciRuntime;
+use support::skips::is_listed;
 use tempfile::TempDir;
 
 use crate::container::Bundle;
@@ -49,11 +50,13 @@ pub(crate) struct Bed {
     pub(crate) root: PathBuf,
     folder: TempDir,
     ids: Mutex<Vec<String>>,
+    /// Reason for which something of the sentence is not tried.
+    not_tried: Mutex<Option<String>>,
 }
 
 impl Bed {
     /// Tries a sentence out, and looks for what it left.
-    pub(crate) fn try_out(world: &Arc<World>, which: Which, sentence: &Sentence) -> Result<(), Failed> {
+    pub(crate) fn try_out(world: &Arc<World>, which: Which, sentence: &Sentence) -> Result<Completion, Failed> {
         let _context = world.handle.enter();
         let bed = Self::new(world, which);
         // The embedded runtime opens its executable once, and keeps it. Sentences may use it beside another one.
@@ -71,7 +74,7 @@ impl Bed {
             Err(panic) => std::panic::resume_unwind(panic),
             Ok(Err(_elapsed)) => Err(format!("it takes longer than {LIMIT:?}").into()),
             Ok(Ok(())) if !left.is_empty() => Err(format!("it leaves behind:\n{}", left.join("\n")).into()),
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => bed.completion(sentence.name),
         }
     }
 
@@ -80,7 +83,28 @@ impl Bed {
         fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let root = folder.path().join("state");
         let runtime = world.runtime(which, root.clone());
-        Self { which, world: Arc::clone(world), runtime, root, folder, ids: Mutex::default() }
+        Self {
+            which,
+            world: Arc::clone(world),
+            runtime,
+            root,
+            folder,
+            ids: Mutex::default(),
+            not_tried: Mutex::default(),
+        }
+    }
+
+    /// Notes that the sentence, or a part of the sentence, is not tried on this runtime or machine.
+    pub(crate) fn not_tried(&self, reason: &str) {
+        *self.not_tried.lock().unwrap() = Some(reason.to_owned());
+    }
+
+    fn completion(&self, sentence: &str) -> Result<Completion, Failed> {
+        match self.not_tried.lock().unwrap().take() {
+            None => Ok(Completion::Completed),
+            Some(reason) if is_listed("contract", sentence, &reason) => Ok(Completion::ignored_with(reason)),
+            Some(reason) => Err(format!("this skip is not in tests/skips.txt: {reason}").into()),
+        }
     }
 
     /// The same place with another runtime.

@@ -208,7 +208,7 @@ pub(crate) async fn want_is_told(bundle: &Bundle<'_>, running: Running) {
     let mut watch = match cgroup.watch_oom() {
         Ok(watch) => watch,
         Err(error) => {
-            eprintln!("not tried: {error}");
+            bundle.bed.not_tried(&format!("no word of a lack of memory: {error}"));
             return bundle.kill(running).await;
         }
     };

@@ -77,7 +77,7 @@ fn move_below(hierarchies: &[PathBuf], cgroup: &Path, name: &str, pid: i32) {
 
 async fn processes_in_cgroups_below_are_restored_there(bed: &Bed) {
     if !bed.runtime.drives_criu() {
-        return eprintln!("not tried: {} is told its cgroups by its own criu", bed.which);
+        return bed.not_tried("the runtime tells its own criu the cgroups");
     }
     for with_namespace in [true, false] {
         let kind = LinuxNamespaceType::Cgroup;
@@ -120,7 +120,7 @@ async fn an_exec_has_the_clocks_of_a_restored_init(bed: &Bed) {
     let (image, _) = bundle.swap_out(running).await;
     let running = bundle.restore(&image).await;
     if bed.which == Which::Crun {
-        eprintln!("not tried: crun is tried for its images");
+        bed.not_tried("crun is tried for its images");
     } else {
         let said = bundle.ask("readlink /proc/1/ns/time; readlink /proc/self/ns/time").await;
         let links: Vec<&str> = said.lines().collect();
@@ -131,7 +131,7 @@ async fn an_exec_has_the_clocks_of_a_restored_init(bed: &Bed) {
 
 async fn a_restore_with_more_rights_than_the_container_gives_is_refused(bed: &Bed) {
     if !bed.runtime.drives_criu() {
-        return eprintln!("not tried: {} lets what it restores run at once", bed.which);
+        return bed.not_tried("the runtime lets what it restores run at once");
     }
     let more = |capability| {
         shell(COUNTER).with_process(|process| _ = process.set_capabilities(Some(capabilities(&[capability]))))
@@ -159,7 +159,7 @@ async fn a_restore_with_more_rights_than_the_container_gives_is_refused(bed: &Be
 
 async fn a_restore_can_be_allowed_the_rights_that_were_saved(bed: &Bed) {
     if !bed.runtime.drives_criu() {
-        return eprintln!("not tried: {} compares nothing", bed.which);
+        return bed.not_tried("the runtime compares nothing");
     }
     let spec = shell(COUNTER).with_linux(|linux| _ = linux.set_seccomp(None));
     let (bundle, running) = counter_as(bed, &spec).await;
@@ -200,7 +200,7 @@ async fn a_container_can_have_several_ranges_of_ids(bed: &Bed) {
 
 async fn an_exec_under_a_frozen_cgroup_is_refused(bed: &Bed) {
     if bed.which != Which::Libcontainer {
-        return eprintln!("not tried: {} may wait for the thaw", bed.which);
+        return bed.not_tried("the runtime may wait for the thaw");
     }
     let bundle = bed.bundle(&shell("echo up; sleep 600"));
     let running = bundle.start().await;

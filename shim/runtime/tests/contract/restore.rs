@@ -333,7 +333,7 @@ fn others(bed: &Bed) -> Vec<Bed> {
     let possible = |which: &Which| (bed.which, *which) != (Which::Crun, Which::Runc);
     let others = Which::ALL.into_iter().filter(|which| *which != bed.which).filter(possible);
     let (here, missing): (Vec<_>, Vec<_>) = others.partition(|which| bed.world.missing(*which).is_none());
-    missing.iter().for_each(|which| eprintln!("not tried: {which} is not here"));
+    missing.iter().for_each(|which| bed.not_tried(&format!("{which} is not here")));
     here.into_iter().map(|which| bed.beside(which)).collect()
 }
 
@@ -446,7 +446,7 @@ async fn a_restore_that_fails_leaves_nothing_and_can_be_tried_again(bed: &Bed) {
 
 async fn a_checkpoint_is_restored_with_a_terminal_only_where_it_has_one(bed: &Bed) {
     if bed.which != Which::Libcontainer {
-        return eprintln!("not tried: {} takes it as it comes", bed.which);
+        return bed.not_tried("the command line takes it as it comes");
     }
     let with_terminal = bed.savable(&shell(COUNTER)).with_process(|process| {
         process.set_terminal(Some(true));

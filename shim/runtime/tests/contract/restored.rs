@@ -317,11 +317,10 @@ async fn a_restored_process_is_who_it_was(bed: &Bed) {
     let user = user.build().unwrap();
     let forbidden = "read line; hostname other 2>&1; read line; ";
     // CRIU asks for the limits of every process.
-    let (may, cannot) =
-        (has_capability(SYS_RESOURCE), "not tried: CRIU needs CAP_SYS_RESOURCE for processes of another user");
+    let (may, cannot) = (has_capability(SYS_RESOURCE), "CRIU needs CAP_SYS_RESOURCE for processes of another user");
     for (user, no_new_privileges) in [(None, true), (Some(user), true), (None, false)] {
         if user.is_some() && !may {
-            eprintln!("{cannot}");
+            bed.not_tried(cannot);
             continue;
         }
         let spec = shell(&format!("{COUNTER_HEAD}{forbidden}{COUNTER_LOOP}")).with_process(|process| {
@@ -435,7 +434,7 @@ async fn device_rules_hold_after_a_restore(bed: &Bed) {
 
 async fn a_cgroup_mount_shows_the_new_cgroup(bed: &Bed) {
     if bed.which == Which::Runc && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        return eprintln!("not tried: on version 1 runc restores it as the cgroup that it runs in itself");
+        return bed.not_tried("on version 1 runc restores the mount as its own cgroup");
     }
     for with_namespace in [true, false] {
         let kind = LinuxNamespaceType::Cgroup;
@@ -470,7 +469,7 @@ async fn loopback_is_up_after_a_restore(bed: &Bed) {
     let spec = shell(COUNTER);
     let (bundle, running) = moved(bed, &spec, &spec).await;
     if bed.which != Which::Libcontainer {
-        eprintln!("not tried: {} leaves it down", bed.which);
+        bed.not_tried("the runtime leaves the loopback down");
         return counts_on(&bundle, running, 2).await;
     }
     assert_eq!(

@@ -265,6 +265,13 @@ impl Tracer for Machine {
         self.hold.take_scope(pid, Scope::All).map_err(|error| process("hold", pid)(&error))
     }
 
+    fn is_in_driver(&mut self, pid: i32) -> bool {
+        let threads = process::threads(pid).unwrap_or_default();
+        let mut own = threads.iter().filter(|thread| !is_drivers(pid, thread));
+        // A thread of which nothing is known may be anywhere.
+        own.any(|thread| tracee::stack::is_in(pid, thread.tid, cuda::process::is_library).unwrap_or(true))
+    }
+
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {
         self.hold.settle(Instant::now() + limit).map_err(container("hold all threads of"))
     }

@@ -262,6 +262,7 @@ impl<'a, H: Host> Session<'a, H> {
                 break;
             }
             self.enter(Phase::Lock);
+            self.let_callers_run()?;
             self.lock(begin, patience)?;
             self.enter(Phase::Hold);
             for member in &self.members {

@@ -5,6 +5,7 @@
 pub mod hold;
 pub mod inject;
 pub mod process;
+pub mod stack;
 #[cfg(any(test, feature = "steps"))]
 pub mod steps;
 pub mod watch;

@@ -35,10 +35,15 @@ pub fn touches_gpu(pid: i32) -> bool {
     device_fds(pid).is_ok_and(|fds| !fds.is_empty()) || device_mappings(pid).is_ok_and(|mappings| !mappings.is_empty())
 }
 
+/// Returns whether a file is the driver's library, by its name.
+#[must_use]
+pub fn is_library(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"libcuda.so"))
+}
+
 /// Returns whether a process has loaded the driver's library. NVML alone is another library.
 #[must_use]
 pub fn has_library(pid: i32) -> bool {
-    let is_library = |path: &Path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"libcuda.so"));
     mappings_matching(pid, is_library).is_ok_and(|mappings| !mappings.is_empty())
 }
 

@@ -2,6 +2,7 @@
 the timeline of a checkpoint that nobody disturbs, counted from the moment at which the session, or criu, is seen.
 """
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -211,3 +212,58 @@ def struck_restore(suite, source, number, role, step, plan):
     for words in (["task", "rm", "--force"], ["container", "rm"]):
         suite.bed.tries("ctr", "--address", "/run/gpu/containerd.sock", *words, new.id, timeout=40)
     return count, told[0] if told else "no answer"
+
+
+HALTS = "/run/gpu-halts"
+
+
+def halted(suite, container, phase, is_paused):
+    """Kills a session that has halted at a phase; gives what the client was told."""
+    mark = pathlib.Path(f"/proc/{container.shim()}/root{HALTS}/{container.id}.{phase}")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    told = []
+    if is_paused:
+        process = container.checkpointing("halted")
+        finish = lambda: told.append(" ".join(wait(process, 60)[1].split())[-200:])
+    else:
+        def checkpoint():
+            try:
+                containerd.call(suite.bed.socket, "Checkpoint", containerd.field(1, container.id), 60)
+            except (containerd.Refused, OSError) as error:
+                told.append(str(error)[-200:])
+        thread = threading.Thread(target=checkpoint)
+        thread.start()
+        finish = thread.join
+    until("the halt", lambda: not mark.exists(), 30, pause=0.001)
+    session = seen(container.shim(), "gpusnap-session")
+    until("the stop", lambda: open(f"/proc/{session}/stat").read().rsplit(")", 1)[1].split()[0] == "T", 10, pause=0.001)
+    os.kill(session, signal.SIGKILL)
+    finish()
+    return told
+
+
+@case(240, alone=True, fake=True, default=False)
+def session_released(suite):
+    """SIGKILL of a session that holds a thawed container whose GPU state is in memory."""
+    for is_paused in (True, False):
+        died, container, number = {}, None, 0 if is_paused else 100
+        for phase in ("cuda-checkpoint", "clean-residue"):
+            for _ in range(8):
+                if container is None:
+                    number += 1
+                    container = started(suite, number)
+                told = halted(suite, container, phase, is_paused)
+                time.sleep(0.3)
+                if container.status() == "RUNNING":
+                    container.ask("answer", seconds=90)
+                    container.ask("go")
+                    time.sleep(0.2)
+                else:
+                    died[phase] = died.get(phase, 0) + 1
+                    suite.step("died", phase=phase, paused=is_paused, told=told, log=container.output()[-300:])
+                    container.remove()
+                    container = None
+        suite.step("session killed", paused=is_paused, died=died)
+        if container is not None:
+            container.remove()

@@ -134,7 +134,7 @@ class Machine:
         return passed | {"PATH": path, "HOME": "/tmp/home", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def shim_environment(self):
-        store = [f"GPUSNAP_STORE={self.store}", f"GPUSNAP_QUOTA={memory() // 3}"]
+        store = [f"GPUSNAP_STORE={self.store}", f"GPUSNAP_QUOTA={memory() // 3}", "GPUSNAP_TEST_HALTS=/run/gpu-halts"]
         if not self.fake:
             return store
         return [*store, f"GPUSNAP_LIBCUDA={self.fake}/libcuda.so.1", f"GPUSNAP_NVML={self.fake}/libnvidia-ml.so.1"]

@@ -87,6 +87,8 @@ pub(crate) trait Tracer {
     fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
     /// As [`Self::hold`], the driver's too.
     fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError>;
+    /// Returns whether a thread of a process, all whose threads but the driver's are held, stands in a call of the driver.
+    fn is_in_driver(&mut self, pid: i32) -> bool;
     /// Waits until those that are held stand still.
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
     /// Lets all processes go but these.

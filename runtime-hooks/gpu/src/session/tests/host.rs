@@ -28,6 +28,8 @@ pub(super) struct Process {
     pub(super) held: bool,
     /// A thread of it is in the middle of a call: no lock succeeds while that is held.
     pub(super) calling: bool,
+    /// In a call that waits without the driver's lock.
+    pub(super) waiting: bool,
     /// Another process traces it.
     pub(super) traced: bool,
     /// Locks that time out before one succeeds.
@@ -39,8 +41,8 @@ pub(super) struct Process {
 }
 
 pub(super) fn process(cuda: Cuda) -> Process {
-    let (stopped, held, calling, traced) = (false, false, false, false);
-    Process { cuda, stopped, held, calling, traced, busy: 0, checkpoint: None, restore_fails: 0 }
+    let (stopped, held, calling, waiting, traced) = (false, false, false, false, false);
+    Process { cuda, stopped, held, calling, waiting, traced, busy: 0, checkpoint: None, restore_fails: 0 }
 }
 
 pub(super) const RUNNING: Cuda = Cuda::State(ProcessState::Running);
@@ -409,6 +411,10 @@ impl Tracer for FakeHost {
         assert!(self.frozen || touches_gpu || self.fault.is_some(), "it would run until it is held");
         self.done.push(format!("held {pid}"));
         self.hold(pid)
+    }
+
+    fn is_in_driver(&mut self, pid: i32) -> bool {
+        self.processes.get(&pid).is_some_and(|process| process.calling || process.waiting)
     }
 
     fn settle(&mut self, _limit: Duration) -> Result<(), SessionError> {

@@ -44,6 +44,15 @@ fn a_process_in_the_middle_of_a_call_of_the_driver_runs_until_it_is_locked_and_n
 }
 
 #[test]
+fn a_process_that_waits_in_the_driver_runs_until_it_is_locked_though_it_could_be_locked_before() {
+    let mut bed = container();
+    bed.processes.insert(102, Process { waiting: true, ..process(RUNNING) });
+    bed.suspend().unwrap();
+    assert_eq!((ran(&bed), bed.cuda(102)), (vec![101, 102], CHECKPOINTED));
+    assert!(bed.frozen && bed.processes.values().all(|process| !process.held));
+}
+
+#[test]
 fn a_process_in_the_middle_of_a_call_is_let_run_though_there_is_no_patience() {
     let mut bed = Bed::of([(101, Process { calling: true, ..process(RUNNING) })]);
     bed.with(|session| session.suspend(true, Duration::ZERO, SHORT_CALL)).unwrap();

@@ -215,6 +215,7 @@ def struck_restore(suite, source, number, role, step, plan):
 
 
 HALTS = "/run/gpu-halts"
+KILLS = 12
 
 
 def halted(suite, container, phase, is_paused):
@@ -223,47 +224,37 @@ def halted(suite, container, phase, is_paused):
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
     told = []
-    if is_paused:
-        process = container.checkpointing("halted")
-        finish = lambda: told.append(" ".join(wait(process, 60)[1].split())[-200:])
-    else:
-        def checkpoint():
-            try:
-                containerd.call(suite.bed.socket, "Checkpoint", containerd.field(1, container.id), 60)
-            except (containerd.Refused, OSError) as error:
-                told.append(str(error)[-200:])
-        thread = threading.Thread(target=checkpoint)
-        thread.start()
-        finish = thread.join
+
+    def checkpoint():
+        try:
+            containerd.call(suite.bed.socket, "Checkpoint", containerd.field(1, container.id), 60)
+        except (containerd.Refused, OSError) as error:
+            told.append(str(error)[-200:])
+
+    def paused_first():
+        told.append(" ".join(wait(container.checkpointing("halted"), 60)[1].split())[-200:])
+
+    client = threading.Thread(target=paused_first if is_paused else checkpoint)
+    client.start()
     until("the halt", lambda: not mark.exists(), 30, pause=0.001)
     session = seen(container.shim(), "gpusnap-session")
-    until("the stop", lambda: open(f"/proc/{session}/stat").read().rsplit(")", 1)[1].split()[0] == "T", 10, pause=0.001)
+    stat = pathlib.Path(f"/proc/{session}/stat")
+    until("the stop", lambda: stat.read_text().rsplit(")", 1)[1].split()[0] == "T", 10, pause=0.001)
     os.kill(session, signal.SIGKILL)
-    finish()
+    client.join()
     return told
 
 
-@case(240, alone=True, fake=True, default=False)
+@case(120, fake=True)
 def session_released(suite):
-    """SIGKILL of a session that holds a thawed container whose GPU state is in memory."""
-    for is_paused in (True, False):
-        died, container, number = {}, None, 0 if is_paused else 100
+    """SIGKILL of the session while it holds a thawed container whose GPU state is on its way to memory, or there."""
+    for number, is_paused in enumerate((True, False)):
+        container = started(suite, number)
         for phase in ("cuda-checkpoint", "clean-residue"):
-            for _ in range(8):
-                if container is None:
-                    number += 1
-                    container = started(suite, number)
+            for kill_number in range(KILLS):
                 told = halted(suite, container, phase, is_paused)
-                time.sleep(0.3)
-                if container.status() == "RUNNING":
-                    container.ask("answer", seconds=90)
-                    container.ask("go")
-                    time.sleep(0.2)
-                else:
-                    died[phase] = died.get(phase, 0) + 1
-                    suite.step("died", phase=phase, paused=is_paused, told=told, log=container.output()[-300:])
-                    container.remove()
-                    container = None
-        suite.step("session killed", paused=is_paused, died=died)
-        if container is not None:
-            container.remove()
+                if container.status() != "RUNNING":
+                    raise Failed(f"{container.id} is {container.status()} after kill {kill_number} in {phase}, paused {is_paused}: {told}")
+                container.ask("answer", seconds=90)
+                container.ask("go")
+        suite.step("the session was killed", paused=is_paused, times=2 * KILLS)

@@ -35,7 +35,7 @@ use tracee::hold::{Hold, HoldError, Scope};
 use tracee::inject::{InjectError, Team, argument};
 use tracee::process::{self, Mapping, Range};
 
-/// What is moved at once lies in one part of the address space that is so long. Of whole huge pages.
+/// Length of the parts of the address space, in bytes, of whole huge pages. A move stays in one part.
 const WINDOW: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
 /// The size of huge pages, in bytes, as x86-64 and most of arm64 have them.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -43,9 +43,9 @@ const HUGE_PAGE: u64 = 2 << 20;
 const LEAST_RUN: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
 /// The driver's threads are stopped about as often as this.
 const BATCHES: u64 = 8;
-/// How long they may take to stop; most are waiting, and one copies. If one does not, it is tried again.
+/// Longest time for the threads to stop. Most wait, and one copies. A thread that does not stop is tried again.
 const HALT: Duration = Duration::from_millis(100);
-/// How often it is looked whether something is ready to be moved.
+/// Pause between two looks for memory that is ready to be moved.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Environment variable that switches this off, with the value `off`: memory is filled before the driver reads it. Seen with
@@ -75,7 +75,7 @@ pub(crate) enum BackfillError {
     Died,
 }
 
-/// What goes on while the driver restores.
+/// Work beside the driver's restore.
 #[derive(Debug)]
 pub(crate) struct Backfill {
     windows: Vec<Window>,
@@ -90,13 +90,13 @@ pub(crate) struct Backfill {
     waiting: Vec<usize>,
     /// Processes whose driver's threads were told to stop and are not all let go.
     stopped: BTreeSet<i32>,
-    /// How many bytes are worth a stop.
+    /// Bytes that are worth a stop.
     batch: u64,
     /// The driver has taken the memory back, or something does not work: what is not moved by now stays where it is.
     is_over: bool,
 }
 
-/// What is moved at once: memory of one process.
+/// Memory of one process that is moved at once.
 #[derive(Debug)]
 struct Window {
     pid: i32,
@@ -147,12 +147,12 @@ impl Window {
         self.runs.iter().map(|run| run.range.len()).sum()
     }
 
-    /// Where something is filled that belongs to an address.
+    /// Place that is filled for an address.
     fn elsewhere_of(&self, address: u64) -> u64 {
         self.elsewhere.start + (address - self.start())
     }
 
-    /// What there is still of the memory elsewhere.
+    /// Memory elsewhere that is still there.
     fn rest(&self) -> Vec<Range> {
         let mut rest = Vec::new();
         let mut start = self.elsewhere.start;

@@ -1,4 +1,4 @@
-//! What a session does to the machine that it runs on.
+//! Actions of a session on its machine.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ mod tests;
 pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
 /// Continuing a stopped process takes milliseconds, unless a thread of it waits for a disk.
 const CONTINUING: Duration = Duration::from_secs(10);
-/// How often it is tried to let processes go, half a second each time, whose program this process would take with it.
+/// Tries, of half a second each, to let processes go that would die with this one.
 const MOST_RELEASES: u32 = 20;
 /// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
 const CLEANING: Duration = Duration::from_secs(10);

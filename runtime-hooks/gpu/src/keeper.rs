@@ -6,7 +6,7 @@
 //! ```
 //!
 //! ptrace binds held threads to the thread that holds them, so a keeper has a thread of its own and may be used from any.
-//! What could not be put back stays held by that thread from one operation to the next.
+//! State that could not be put back stays held by that thread from one operation to the next.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -23,7 +23,7 @@ use crate::session::{Driver, Owed, Resumed, Session, SessionError, Suspended, Un
 
 type Job = Box<dyn FnOnce(&mut Machine, &mut Undo) + Send>;
 
-/// What the keeper's thread says while a job is under way.
+/// Words of the keeper's thread while a job is under way.
 enum Event<T> {
     Began(Phase),
     IsWhole,
@@ -35,7 +35,7 @@ struct Asker {
     ask: Box<dyn FnMut() -> bool>,
 }
 
-/// What moves the GPU state of one container and keeps what is to be put back.
+/// Mover of the GPU state of one container, and keeper of all that is to be put back.
 ///
 /// The end of a keeper, or of this process, lets go of what is held; the driver's locks stay. So whoever has a keeper that owes
 /// something calls [`Self::pay`] until the keeper does not.

@@ -28,26 +28,26 @@ use tracee::watch::{Seen, Watch};
 /// A mapping that is shorter than this, in bytes, is populated soon enough.
 const LEAST: u64 = 64 << 20;
 
-/// How much one call touches: some tens of milliseconds, so that none is waited for for long, and of whole huge pages.
+/// Bytes that one call touches, of whole huge pages. A call takes some tens of milliseconds, which nobody minds.
 const SLICE: u64 = 64 << 20;
 
 /// As many threads as clear pages any faster (cuda.md).
 const MOST_THREADS: usize = 16;
 
-/// What is to be left of the memory that there is: the driver needs some for itself.
+/// Bytes of the free memory that are left to the driver.
 const RESERVE: u64 = 256 << 20;
 
 /// For how long the driver's threads are stopped at every system call. It maps within milliseconds (580.159).
 const WATCHED: Duration = Duration::from_secs(1);
 
-/// How often it is looked whether they stand at one, and whether calls have returned.
+/// Pause between two looks at the threads and at their calls.
 const LOOK: Duration = Duration::from_micros(100);
 const TEND: Duration = Duration::from_micros(500);
 
-/// How long a call may take that is still under way when the driver is done.
+/// Longest time for a call that is under way when the driver is done.
 const LAST_CALL: Duration = Duration::from_secs(30);
 
-/// What goes on while the driver makes checkpoints.
+/// Work beside the driver's checkpoints.
 #[derive(Debug)]
 pub(crate) struct Prefault {
     processes: Vec<Process>,

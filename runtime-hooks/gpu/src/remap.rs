@@ -32,7 +32,7 @@ use tracee::hold::Hold;
 use tracee::inject::{Injector, answer, argument};
 use tracee::process::{self, Range};
 
-/// What is to take the place of memory in the processes of a container.
+/// Files to take the place of memory in the processes of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// The files, as the guardian finds them. They must never change or become shorter while a process lives that has one
@@ -42,7 +42,7 @@ pub struct Layout {
     pub processes: Vec<ProcessLayout>,
 }
 
-/// What is to take the place of one process's memory.
+/// Files to take the place of one process's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessLayout {
     /// In the pid namespace of the guardian, as [`crate::Staging`] has it.
@@ -54,11 +54,11 @@ pub struct ProcessLayout {
 /// A piece of private anonymous memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {
-    /// Where it begins. This and the length are in bytes, whole pages.
+    /// First address. Address and length are in bytes, of whole pages.
     pub address: u64,
-    /// How long it is.
+    /// Length.
     pub length: u64,
-    /// What is in it: what this part of a file has, or nothing but zeros.
+    /// Contents: those of a part of a file, or nothing but zeros.
     pub source: Option<Source>,
 }
 
@@ -71,19 +71,19 @@ pub struct Source {
     pub offset: u64,
 }
 
-/// What a remapping did.
+/// Result of a remapping.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Remapped {
     /// By process, in the order of the order.
     pub processes: Vec<RemappedProcess>,
 }
 
-/// What a remapping did in one process.
+/// Result of a remapping in one process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemappedProcess {
     /// As in [`ProcessLayout::pid`].
     pub pid: i32,
-    /// What is in memory as before, because the process cannot have so many mappings: the smallest pieces, in order of
+    /// Pieces in memory as before, because the process cannot have so many mappings: the smallest, in order of
     /// addresses.
     pub left: Vec<Range>,
 }
@@ -271,7 +271,7 @@ fn send(socket: &OwnedFd, file: &File) -> io::Result<()> {
 
 /// Lets a process take a descriptor from a socket.
 fn receive(injector: &mut Injector<'_>, pid: i32, socket: i32) -> Result<i32, RemapError> {
-    /// Where in the scratch memory the vector, the byte and the control message are, behind a `struct msghdr`.
+    /// Places of vector, byte and control message in the scratch memory, behind a `struct msghdr`.
     const VECTOR: u64 = 56;
     const BYTE: u64 = 72;
     const CONTROL: u64 = 80;

@@ -27,12 +27,12 @@ use tracee::process::{self, DeviceFd, DeviceMapping, Range};
 /// The null device, as a C string.
 const NULL: &[u8] = b"/dev/null\0";
 
-/// What was cleaned in a process.
+/// Numbers of what was cleaned in a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cleaned {
-    /// How many mappings were replaced.
+    /// Number of mappings that were replaced.
     pub(crate) mappings: usize,
-    /// How many descriptors were replaced, or closed if there is no /dev/null.
+    /// Number of descriptors that were replaced, or closed if there is no /dev/null.
     pub(crate) fds: usize,
 }
 

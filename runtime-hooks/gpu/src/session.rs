@@ -58,23 +58,23 @@ pub(crate) use host::{Driver, Freezer, Host, MemoryLeft, Processes, Tracer, Unsu
 pub(crate) use undo::Undo;
 pub use undo::{Owed, Step};
 
-/// How long GPU work may take in the first try to lock. An idle process is locked within a millisecond.
+/// Longest time for GPU work in the first try to lock. An idle process is locked within a millisecond.
 const FIRST_LOCK: Duration = Duration::from_millis(500);
 /// In later tries it is twice as long each time, up to this: what the container cannot compute meanwhile.
 const LONGEST_LOCK: Duration = Duration::from_secs(8);
-/// How much longer than its timeout a lock may take to answer.
+/// Time beyond its timeout that a lock may take to answer.
 const LOCK_GRACE: Duration = Duration::from_secs(5);
-/// How long a process takes, once it is thawed, to be seen as stopped by a signal if it was.
+/// Time until a thawed process is seen as stopped by a signal, if a signal had stopped the process.
 const STOPPING: Duration = Duration::from_millis(5);
-/// How long a state may take: it costs less than a millisecond, and loading libcuda some 20.
+/// Longest time for a state. The call takes less than a millisecond, and loading libcuda some 20.
 const STATE: Duration = Duration::from_secs(3);
-/// How long a process may have something of the driver's and no context, on its way to have one. cuInit takes 0.3 s.
+/// Longest time between the first file of the driver and the context of a process. cuInit takes 0.3 s.
 const INITIALISING: Duration = Duration::from_millis(1500);
-/// How long a thread may take to come to a halt. One that waits for a disk takes as long as the disk.
+/// Longest time for a thread to halt. A thread that waits for a disk takes as long as the disk.
 const HALT: Duration = Duration::from_secs(10);
 /// Before something is tried again that the driver or another tracer refuses.
 const BETWEEN_TRIES: Duration = Duration::from_millis(300);
-/// How often it is tried where a process begins to use CUDA meanwhile. What was moved to memory before it was seen is moved back.
+/// Tries where a process begins to use CUDA meanwhile. State that was moved to memory before is moved back.
 const MOST_TRIES: u32 = 3;
 /// A container in which processes keep appearing that use CUDA.
 const MOST_PASSES: u32 = 100;
@@ -89,7 +89,7 @@ pub struct Suspended {
     pub processes: Vec<SuspendedProcess>,
     /// Processes without a context that were freed of the driver: how many.
     pub cleaned: usize,
-    /// Where the state is that was on the GPUs, by process, in the order of `processes`.
+    /// Memory with the state that was on the GPUs, by process, in the order of `processes`.
     pub staging: Vec<Staging>,
 }
 
@@ -132,7 +132,7 @@ pub struct Staging {
 /// More than any tree of processes has.
 const MOST_GENERATIONS: usize = 10_000;
 
-/// What is shorter than this, in bytes, is not worth a mapping of its own.
+/// Bytes that are worth a mapping of their own.
 pub const LEAST_STAGING: u64 = 1 << 20;
 
 /// One CUDA process.
@@ -143,7 +143,7 @@ pub struct SuspendedProcess {
     pub pid: i32,
     /// Bytes that the checkpoint moved to its memory.
     pub staged: u64,
-    /// What it had on each GPU, as far as NVML knows.
+    /// Bytes on each GPU, as far as NVML knows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<OnGpu>,
 }
@@ -158,7 +158,7 @@ pub struct OnGpu {
     pub bytes: u64,
 }
 
-/// What a resume did.
+/// Result of a resume.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resumed {
@@ -170,7 +170,7 @@ pub(crate) struct Session<'a, H: Host> {
     host: &'a mut H,
     undo: &'a mut Undo,
     progress: &'a mut dyn FnMut(Phase),
-    /// What is done now undoes something, and is no phase of its own.
+    /// The steps of this moment undo something, and are no phases of their own.
     is_undoing: bool,
     /// Processes that use CUDA, in the order in which they were found.
     members: Vec<Member>,
@@ -376,7 +376,7 @@ impl<'a, H: Host> Session<'a, H> {
         self.host.cont(pid)
     }
 
-    /// What touches the GPU without a context was forked from a process that has one, or is about to get its own. The
+    /// Waits for processes that touch the GPU without a context: forked, or about to get a context of their own. The
     /// latter must not be freed of the GPU; nor can it be saved half way.
     fn wait_for_beginners(&mut self, residue: &[i32]) -> Result<(), SessionError> {
         let mut inherited: Vec<(u64, u64)> = Vec::new();

@@ -19,14 +19,14 @@ use role::Failure;
 use crate::error::{Failed, SessionError};
 use crate::undo::{Step, Undo, UndoStack};
 
-/// What becomes of the container.
+/// Fate of the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
     LeaveRunning,
     Exit,
 }
 
-/// What a checkpoint does to a machine. Tests put a fake in, in which everything can fail.
+/// Actions of a checkpoint on a machine. Tests put a fake in, in which everything can fail.
 pub(crate) trait Actions: Undo {
     /// Begins the draft and the incomplete record.
     fn draft(&mut self) -> Result<(), SessionError>;

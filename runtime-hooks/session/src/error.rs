@@ -20,7 +20,7 @@ pub struct Failed {
     /// The cause.
     #[source]
     pub cause: Failure,
-    /// What the container has not got back yet, in words. A session goes on to try.
+    /// State that the container has not got back yet, in words. The session goes on to try.
     pub owed: Option<String>,
 }
 

@@ -217,7 +217,7 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// What the commit record says, but for the memory.
+/// Contents of the commit record, but for the memory.
 struct Record {
     id: String,
     runtime: String,

@@ -42,7 +42,7 @@ const LOG: &str = "restore.log";
 /// Longest time for a process that the kernel counts as dead to be reaped.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// What the session hears and says in the middle of a restore.
+/// Words between shim and session in the middle of a restore.
 pub(crate) trait Shim {
     /// Says that CRIU has made init.
     fn restored(&mut self, init: i32);
@@ -50,7 +50,7 @@ pub(crate) trait Shim {
     fn wait_for_go_on(&mut self) -> Result<(), SessionError>;
 }
 
-/// What a checkpoint says that a restore has to know.
+/// Contents of a checkpoint that a restore has to know.
 struct Inspected {
     allow: Allow,
     /// `None` without state on GPUs.

@@ -40,7 +40,7 @@ pub(crate) trait Undo {
     fn undo(&mut self, step: Step) -> Result<(), Failure>;
 }
 
-/// What is to be undone.
+/// Step to be undone.
 #[derive(Debug, Default)]
 pub(crate) struct UndoStack {
     steps: Vec<Step>,

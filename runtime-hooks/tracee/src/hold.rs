@@ -24,11 +24,11 @@ use crate::process::{self, RunState};
 pub use error::{HoldError, ReleaseError, Waits};
 pub use jobs::{JobError, is_stopping};
 
-/// How long [`Hold::let_go`] waits for threads that were taken but do not stand still yet, or are dying. Standing still
+/// Longest time that [`Hold::let_go`] waits for threads that do not stand still yet, or are dying. Standing still
 /// takes microseconds, unless a thread is in an uninterruptible wait.
 const GRACE: Duration = Duration::from_millis(500);
 
-/// How long to wait before looking again: at first, and at most.
+/// Pauses between two looks: the first, and the longest.
 const PAUSE: (Duration, Duration) = (Duration::from_micros(50), Duration::from_millis(2));
 
 /// Threads that this thread holds by ptrace.
@@ -51,7 +51,7 @@ pub struct Hold {
 /// The threads of a process, of those given, that are to run on while the others are held.
 pub type Spares = fn(pid: i32, threads: &[process::Thread]) -> Vec<i32>;
 
-/// What is held of one process.
+/// Threads of one process that are held.
 #[derive(Debug)]
 struct Held {
     scope: Scope,
@@ -60,7 +60,7 @@ struct Held {
     threads: BTreeMap<i32, Stand>,
 }
 
-/// Which threads of a process are held.
+/// Choice of the threads of a process that are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// All but the spared.
@@ -69,7 +69,7 @@ pub enum Scope {
     All,
 }
 
-/// How a thread stands.
+/// State of a thread that was told to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stand {
     /// It was told to stop.
@@ -208,7 +208,7 @@ impl Hold {
         Ok(())
     }
 
-    /// How many threads are held, those that do not stand still yet included.
+    /// Returns the number of threads that are held, those that do not stand still yet included.
     #[must_use]
     pub fn held(&self) -> usize {
         self.processes.values().map(|held| held.threads.len()).sum()
@@ -413,7 +413,7 @@ impl Held {
     }
 }
 
-/// How threads are traced.
+/// Returns the options of ptrace for a thread.
 fn options(exit_kill: bool) -> ptrace::Options {
     // A stop at a system call is to be told from a trap, lest one that is left behind becomes a signal.
     let mut options = ptrace::Options::PTRACE_O_TRACESYSGOOD;
@@ -421,7 +421,7 @@ fn options(exit_kill: bool) -> ptrace::Options {
     options
 }
 
-/// What became of telling a thread to stop.
+/// Result of telling a thread to stop.
 enum Called {
     Yes,
     /// It can be told only later, and runs nothing until then.
@@ -477,7 +477,7 @@ fn is_stopped_and_frozen(pid: i32, tid: i32) -> bool {
         || std::fs::read(format!("/proc/{pid}/task/{tid}/wchan")).is_ok_and(|place| place == b"do_signal_stop")
 }
 
-/// How a tracee stands; `None` when it is dead, and reaped, or is no tracee any more.
+/// Returns the state of a tracee, and `None` of one that is dead and reaped, or traced no more.
 pub fn look(pid: i32, tid: i32) -> io::Result<Option<Stand>> {
     match glance(tid)? {
         Glance::Moving => {
@@ -498,11 +498,11 @@ pub fn look(pid: i32, tid: i32) -> io::Result<Option<Stand>> {
     }
 }
 
-/// How each wait is: at once, and for threads as for processes.
+/// Options of each wait: at once, and for threads as for processes.
 const ALWAYS: WaitIdOptions =
     WaitIdOptions::NOHANG.union(WaitIdOptions::from_bits_retain(libc::__WALL.cast_unsigned()));
 
-/// What a wait for a tracee says.
+/// Answer to a wait for a tracee.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Glance {
     /// It has not stopped.
@@ -515,7 +515,7 @@ pub enum Glance {
     Gone,
 }
 
-/// Where a tracee stands still.
+/// Place in which a tracee stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
     /// Because it was told to, or by job control.
@@ -526,7 +526,7 @@ pub enum Stop {
     Syscall,
 }
 
-/// What a tracee does. Nothing is consumed: see the module's comment.
+/// Returns the activity of a tracee. Nothing is consumed: see the module's comment.
 pub fn glance(tid: i32) -> io::Result<Glance> {
     let Some(id) = Pid::from_raw(tid) else { return Ok(Glance::Gone) };
     let options = ALWAYS | WaitIdOptions::STOPPED | WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
@@ -545,7 +545,7 @@ pub fn glance(tid: i32) -> io::Result<Glance> {
     }))
 }
 
-/// How a stop at a system call shows with `PTRACE_O_TRACESYSGOOD`.
+/// Signal of a stop at a system call with `PTRACE_O_TRACESYSGOOD`.
 const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
 fn is_own_child(pid: i32) -> bool {

@@ -35,16 +35,16 @@ pub(crate) use machine::set_argument;
 pub use team::Team;
 use worker::{Frame, Place, Worker};
 
-/// How many bytes of the process's memory there are for what calls point to.
+/// Bytes of the process's memory for what calls point to.
 pub const SCRATCH: u64 = 256;
 
-/// How much of a process's memory is read at once in search of instructions.
+/// Bytes of a process's memory that are read at once in search of instructions.
 const CHUNK: usize = 256 * 1024;
 
-/// How much of a chunk is searched again with the next: no sequence is longer.
+/// Bytes of a chunk that are searched again with the next: no sequence is longer.
 const OVERLAP: usize = 15;
 
-/// How long to wait before looking again whether a call has ended.
+/// Pause between two looks for the end of a call.
 const PAUSE: Duration = Duration::from_micros(20);
 
 /// Why a call was not injected.
@@ -163,7 +163,7 @@ pub(crate) fn step() {
     crate::steps::step();
 }
 
-/// Where the instructions are.
+/// Places of the instructions.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what injects there is not written yet"))]
 #[derive(Clone, Copy, Debug)]
 struct Code {
@@ -266,7 +266,7 @@ fn open(pid: i32, tid: i32) -> Result<File, InjectError> {
     memory.map_err(|source| InjectError::File { action: "open the memory of", pid, source })
 }
 
-/// What a system call returned, as a C library has it.
+/// Returns the result of a system call, as a C library has it.
 pub fn answer(returned: i64) -> io::Result<i64> {
     // The kernel's numbers of errors.
     match i32::try_from(returned) {

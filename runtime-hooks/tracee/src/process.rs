@@ -102,7 +102,7 @@ pub fn anonymous_mappings(pid: i32) -> io::Result<Vec<Range>> {
     Ok(mappings(pid)?.into_iter().filter(anonymous).map(|mapping| mapping.range).collect())
 }
 
-/// What is in `after` and was not in `before`, in order of addresses. Both are in that order, as /proc has them.
+/// Returns the parts of `after` that are not in `before`, in order of addresses. Both are in that order, as in /proc.
 ///
 /// Not the mappings that are new, but the addresses: the kernel joins neighbouring mappings to one.
 #[must_use]

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::process::Signal;
 
-/// How many steps are left until this process dies; 0 for never.
+/// Steps left until this process dies; 0 for never.
 static STEPS: AtomicU32 = AtomicU32::new(0);
 
 /// Lets this process die at its step of this number, counted from now on.

@@ -10,10 +10,10 @@ use crate::hold::{self, Glance, Stop, glance};
 use crate::inject::{InjectError, set_argument, step};
 use crate::process::Range;
 
-/// How long to wait before looking again whether a thread that was told to stop has.
+/// Pause between two looks at a thread that was told to stop.
 const PAUSE: Duration = Duration::from_micros(50);
 
-/// Which arguments of `mmap` are the length, the access and the flags.
+/// Numbers of the arguments of `mmap` that are length, access and flags.
 const LENGTH: usize = 1;
 const ACCESS: usize = 2;
 const FLAGS: usize = 3;
@@ -35,14 +35,14 @@ struct Asked {
     flags: u64,
 }
 
-/// What the threads have come to.
+/// Progress of the threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// None has come to it.
     Nothing,
     /// One is about to make a populated mapping of so many bytes. It stands still until it is answered, or left.
     Asked {
-        /// How many.
+        /// Number of threads.
         length: u64,
     },
     /// It has made it, without pages, and stands still until it is left.
@@ -176,7 +176,7 @@ impl Watch {
         }
     }
 
-    /// What a thread does; one that has ended is reaped.
+    /// Returns the activity of a thread. A thread that has ended is reaped.
     fn glance(&self, tid: i32) -> Result<Glance, InjectError> {
         let refused = self.refused("wait for", tid);
         let seen = glance(tid).map_err(&refused)?;

@@ -455,7 +455,9 @@ fn a_disk_that_is_full_in_a_step_of_a_checkpoint_leaves_the_container_whole(t: &
     let mut refused = 0;
     for after in [After::LeaveRunning, After::Exit] {
         let scene = Scene::start(t, after)?;
-        for (step, disk) in steps(after).iter().flat_map(|step| disks.iter().map(move |disk| (step, disk))) {
+        // The disks take turns, which saves two minutes. What a step does not have in one mode, it has in the other.
+        let turn = usize::from(after == After::Exit);
+        for (step, disk) in steps(after).iter().zip(disks.iter().cycle().skip(turn)) {
             let what = || format!("{} is full in the step {step} of a checkpoint to {after:?}", disk.place.display());
             let (client, session) = scene.halt(scene.checkpoint()?, step).with_context(what)?;
             let filler = disk.fill()?;

@@ -1,4 +1,4 @@
-//! Which pieces are replaced: whether they may be, and how many a process has room for.
+//! Choice of the pieces that are replaced: those that may be, and as many as a process has room for.
 
 use std::cmp::Reverse;
 use std::fs;
@@ -11,7 +11,7 @@ pub(super) const PAGE: u64 = 4096;
 /// More mappings than this make everything slow that goes through them, a dump for one.
 const MOST_PIECES: usize = 20_000;
 
-/// What the kernel allows a process if it does not say: `DEFAULT_MAX_MAP_COUNT`.
+/// Mappings that a kernel allows a process, where the kernel does not say: `DEFAULT_MAX_MAP_COUNT`.
 const MAPPINGS: usize = 65_530;
 
 /// The pieces that are replaced, those of a file one after the other, and what is left as it is.
@@ -78,7 +78,7 @@ fn check(pid: i32, files: usize, pieces: &[Piece]) -> Result<(), RemapError> {
     Ok(())
 }
 
-/// How many mappings can be replaced in a process that has so many. Each in the middle of another makes two more of it.
+/// Returns how many mappings can be replaced in a process that has so many. A replacement in the middle adds two.
 fn room(mappings: usize) -> usize {
     let most = fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|most| most.trim().parse().ok());
     (most.unwrap_or(MAPPINGS).saturating_sub(mappings) / 2).min(MOST_PIECES)

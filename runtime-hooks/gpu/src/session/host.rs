@@ -1,4 +1,4 @@
-//! What a session does to a machine. Tests put a fake one in.
+//! Actions of a session on a machine. Tests put a fake in.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,7 +41,7 @@ pub(crate) trait Processes {
     fn unsupported(&mut self, pid: i32) -> Unsupported;
 }
 
-/// What a process uses that the driver is known to refuse.
+/// Features that a process uses and the driver is known to refuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unsupported {
     /// It has loaded CUPTI: a profiler was used in it.

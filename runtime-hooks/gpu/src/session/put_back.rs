@@ -8,16 +8,16 @@ use phase::Phase;
 use super::{BETWEEN_TRIES, HALT, Host, Owed, Resumed, STOPPING, Session, SessionError, Step};
 use crate::remap::Layout;
 
-/// How long other tracers, such as a criu that is being killed, may keep a process from being held, all together.
+/// Longest time for other tracers to let go of all processes, such as a criu that is being killed.
 const TRACED: Duration = Duration::from_secs(30);
-/// How often a restore is tried that the driver refuses.
+/// Tries of a restore that the driver refuses.
 const RESTORE_TRIES: u32 = 3;
 
-/// What went wrong on the way back, of which nothing keeps the rest from being done.
+/// Failures on the way back. None of them keeps the rest from being done.
 #[derive(Debug, Default)]
 pub(super) struct Faults {
     first: Option<SessionError>,
-    /// What no later try will bring back.
+    /// State that no later try will bring back.
     lost: Option<SessionError>,
 }
 

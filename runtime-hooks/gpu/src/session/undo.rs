@@ -1,4 +1,4 @@
-//! What a session has to undo.
+//! Steps that a session has to undo.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -55,7 +55,7 @@ impl fmt::Display for Step {
     }
 }
 
-/// What is still to be put back.
+/// State that is still to be put back.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Owed {
     /// The steps that are not undone.
@@ -96,7 +96,7 @@ pub(crate) struct Undo {
     pub(crate) limit: Duration,
     /// The first failure of the last way back.
     pub(crate) failure: Option<SessionError>,
-    /// What processes had on GPUs, as far as that is known.
+    /// Bytes that processes had on GPUs, as far as known.
     pub(crate) rooms: BTreeMap<i32, Vec<OnGpu>>,
 }
 

@@ -59,7 +59,7 @@ pub enum HoldError {
         tid: i32,
         /// The thread's name.
         name: String,
-        /// What it does instead.
+        /// Activity of the thread instead.
         waits: Waits,
     },
 }
@@ -87,14 +87,14 @@ pub enum ReleaseError {
         tid: i32,
         /// The thread's name.
         name: String,
-        /// How many other threads are like it.
+        /// Number of other threads like this one.
         others: usize,
-        /// What it does.
+        /// Activity of the thread.
         waits: Waits,
     },
 }
 
-/// What a thread is doing, as far as the kernel tells.
+/// Activity of a thread, as far as the kernel tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Waits {
     /// Its state in proc_pid_stat(5): R, S, D, T, t, Z; `?` when it has gone.

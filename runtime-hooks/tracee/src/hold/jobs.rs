@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal};
 use super::{Hold, HoldError, Stand, look, sys};
 use crate::process;
 
-/// How long a thread that runs towards its signal may take. It is in the kernel and does not wait for anything.
+/// Longest time for a thread that runs towards its signal. The thread is in the kernel and waits for nothing.
 const DELIVERY: Duration = Duration::from_millis(200);
 
 /// Why a stopped process was not continued, or not stopped again.

@@ -1,4 +1,4 @@
-//! What ptrace and the signal calls take that `nix` and `rustix` do not offer: signals by number, real-time ones too.
+//! Calls of ptrace and of signals that `nix` and `rustix` do not offer: signals by number, real-time ones too.
 
 use std::io;
 
@@ -65,7 +65,7 @@ pub(crate) fn restartable_area(tid: i32) -> Option<u64> {
     (done != -1).then_some(configuration[0])
 }
 
-/// Where a thread stands that stopped at a system call.
+/// Place of a thread that stopped at a system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AtCall {
     /// It is about to make this one.
@@ -80,7 +80,7 @@ pub(crate) enum AtCall {
     Elsewhere,
 }
 
-/// What a thread that stands still has stopped at.
+/// Returns the place that a thread has stopped at.
 pub(crate) fn at_call(tid: i32) -> io::Result<AtCall> {
     let info = nix::sys::ptrace::syscall_info(nix::unistd::Pid::from_raw(tid))?;
     Ok(match info.op {

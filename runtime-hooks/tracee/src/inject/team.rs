@@ -15,7 +15,7 @@ use crate::hold::Hold;
 /// For each frame; the largest that are known take some 12 KiB.
 const SLOT: u64 = 16 * 1024;
 
-/// How long a short call may take, if other threads have the process's mappings locked.
+/// Longest time for a short call, if other threads have the process's mappings locked.
 const SHORT: Duration = Duration::from_secs(2);
 
 /// Some threads of a process that stand still otherwise. It has to be disbanded; if this process ends before that, they go
@@ -24,7 +24,7 @@ const SHORT: Duration = Duration::from_secs(2);
 pub struct Team {
     leader: Worker,
     others: Vec<Worker>,
-    /// Where the frames of the others are, and their size.
+    /// Places of the frames of the others, and their size.
     slots: (u64, u64),
 }
 
@@ -86,13 +86,13 @@ impl Team {
         std::iter::once(&mut self.leader).chain(&mut self.others)
     }
 
-    /// How many threads there are.
+    /// Returns the number of threads.
     #[expect(clippy::len_without_is_empty, reason = "a team has one thread at least")]
     pub fn len(&self) -> usize {
         1 + self.others.len()
     }
 
-    /// How many of them have a call under way.
+    /// Returns the number of threads with a call under way.
     pub fn busy(&mut self) -> usize {
         self.all().filter(|worker| worker.is_busy()).count()
     }

@@ -13,13 +13,13 @@ use super::{Code, InjectError, SCRATCH, await_stop, holds, step};
 use crate::hold::{Glance, Hold, Stand, Stop, glance, sys};
 use crate::process::{self, Mapping};
 
-/// How long the thread may take to get back to where it was, whatever the deadline.
+/// Longest time for the thread to get back to its place, whatever the deadline.
 const RETURN: Duration = Duration::from_secs(1);
 
-/// How long a thread may take from where it stands to a system call.
+/// Longest time for a thread from its place to a system call.
 const ENTRY: Duration = Duration::from_secs(1);
 
-/// Where a thread has its frame.
+/// Place of a thread's frame.
 pub(super) enum Place<'m> {
     /// Below its stack, which is in one of these.
     Stack(&'m [Mapping]),
@@ -28,7 +28,7 @@ pub(super) enum Place<'m> {
     Between(u64, u64),
 }
 
-/// What is written below a thread's stack.
+/// Bytes that are written below a thread's stack.
 #[derive(Debug)]
 pub(super) struct Frame {
     /// The lowest address, and the stack pointer during calls.
@@ -50,12 +50,12 @@ pub(super) struct Worker {
     state: State,
     mask: u64,
     frame: Frame,
-    /// What the frame covers, of the program's.
+    /// Bytes of the program's that the frame covers.
     covered: Vec<u8>,
     /// Whether the thread has left the stop that it was held in.
     has_moved: bool,
     is_back: bool,
-    /// How many of the two stops of the call that is under way it has come to; `None` without one.
+    /// Number of stops, of two, that the call under way has come to; `None` without a call.
     stops: Option<u8>,
 }
 
@@ -172,7 +172,7 @@ impl Worker {
         self.stops.is_some()
     }
 
-    /// What the call that is under way has returned, if it has.
+    /// Returns the result of the call under way, if the call has returned.
     pub(super) fn poll(&mut self) -> Result<Option<i64>, InjectError> {
         match glance(self.tid).map_err(self.refused("wait for"))? {
             Glance::Stop(stop) => self.advance(stop),

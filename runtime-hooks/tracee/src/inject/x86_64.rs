@@ -36,7 +36,7 @@ const USER_CS: u64 = 0x33;
 /// `FP_XSTATE_MAGIC1` and `FP_XSTATE_MAGIC2`
 const MAGICS: [u32; 2] = [0x4650_5853, 0x4650_5845];
 
-/// Where the kernel keeps words of its own in the legacy part of an XSAVE area.
+/// Place of the kernel's own words in the legacy part of an XSAVE area.
 const SOFTWARE: usize = 464;
 
 /// The size of the legacy part of an XSAVE area, and of that with the header.
@@ -49,10 +49,10 @@ const TILES: u64 = 1 << 18;
 /// `NT_X86_XSTATE`
 const XSTATE: libc::c_int = 0x202;
 
-/// What the largest known XSAVE area, with tiles, has room in.
+/// Bytes with room for the largest known XSAVE area, with tiles.
 const XSTATE_MAX: usize = 16 * 1024;
 
-/// What the kernel returns for a system call that it will restart if no handler runs: `ERESTARTSYS`, `ERESTARTNOINTR`,
+/// Returns of the kernel for a system call that is restarted if no handler runs: `ERESTARTSYS`, `ERESTARTNOINTR`,
 /// `ERESTARTNOHAND`, `ERESTART_RESTARTBLOCK`.
 const RESTARTS: [i64; 4] = [-512, -513, -514, -516];
 
@@ -105,7 +105,7 @@ impl State {
         self.registers.rsp
     }
 
-    /// Where its stack has room for something else.
+    /// Returns an address below which the stack has room for something else.
     pub(super) fn below_stack(&self) -> Option<u64> {
         self.registers.rsp.checked_sub(RED_ZONE)
     }
@@ -206,22 +206,22 @@ pub(crate) fn set_argument(tid: i32, index: usize, value: u64) -> io::Result<()>
     Ok(())
 }
 
-/// What the system call that a thread has just left returned.
+/// Returns the result of the system call that a thread has just left.
 pub(super) fn result(tid: i32) -> io::Result<i64> {
     Ok(ptrace::getregs(Pid::from_raw(tid))?.rax.cast_signed())
 }
 
-/// Where in `text` a system call is that returns right after.
+/// Returns the place in `text` of a system call that returns right after.
 pub(super) fn find_call(text: &[u8]) -> Option<usize> {
     find(text, &CALL)
 }
 
-/// Where in `text` a system call is, whatever comes after it.
+/// Returns the place in `text` of a system call, whatever comes after.
 pub(super) fn find_bare_call(text: &[u8]) -> Option<usize> {
     find(text, &CALL[..2])
 }
 
-/// Where in `text` a signal returns.
+/// Returns the place in `text` where a signal returns.
 pub(super) fn find_sigreturn(text: &[u8]) -> Option<usize> {
     SIGRETURNS.into_iter().find_map(|sequence| find(text, sequence))
 }

@@ -43,7 +43,7 @@ const WORK: &str = "GPUSNAP_CRIU_WORK";
 /// has to outlive the command; criu will work in `work`.
 ///
 /// # Errors
-/// When the link cannot be made, or the path of `folder` has a colon.
+/// The link cannot be made, or the path of `folder` has a colon.
 pub fn insert(command: &mut Command, folder: &Path, work: &Path) -> io::Result<()> {
     // The file of the running binary, also after another has taken its name.
     std::os::unix::fs::symlink(format!("/proc/{}/exe", std::process::id()), folder.join(CRIU))?;

@@ -39,7 +39,7 @@ impl Relay {
     /// Passes on the first request and all that follows, until criu has ended and all its messages are delivered.
     ///
     /// # Errors
-    /// When a socket fails, or the tree cannot be frozen. The sockets are closed then, and criu undoes its work.
+    /// A socket fails, or the tree cannot be frozen. The sockets are closed then, and criu undoes its work.
     pub(crate) fn run(mut self, request: Packet) -> io::Result<()> {
         self.ask(request)?;
         self.forward()

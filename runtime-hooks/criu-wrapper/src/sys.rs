@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 /// Returns a descriptor that this process was started with, by its number.
 ///
 /// # Errors
-/// When nothing is open under that number, or the number is one of the standard streams.
+/// Nothing is open under that number, or the number is one of the standard streams.
 pub(crate) fn inherited(number: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl only asks for the flags of a number; what is not open is refused.
     if unsafe { libc::fcntl(number, libc::F_GETFD) } == -1 {

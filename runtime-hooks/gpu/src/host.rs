@@ -268,8 +268,9 @@ impl Tracer for Machine {
     fn is_in_driver(&mut self, pid: i32) -> bool {
         let threads = process::threads(pid).unwrap_or_default();
         let mut own = threads.iter().filter(|thread| !is_drivers(pid, thread));
+        let Ok(driver) = tracee::stack::Code::of(pid, cuda::process::is_library) else { return own.next().is_some() };
         // A thread of which nothing is known may be anywhere.
-        own.any(|thread| tracee::stack::is_in(pid, thread.tid, cuda::process::is_library).unwrap_or(true))
+        own.any(|thread| driver.is_called_by(thread.tid).unwrap_or(true))
     }
 
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError> {

@@ -379,10 +379,8 @@ impl<'a, H: Host> Session<'a, H> {
     /// Waits for processes that touch the GPU without a context: forked, or about to get a context of their own. The
     /// latter must not be freed of the GPU; nor can it be saved half way.
     fn wait_for_beginners(&mut self, residue: &[i32]) -> Result<(), SessionError> {
-        let mut inherited: Vec<(u64, u64)> = Vec::new();
-        for pid in self.members.iter().map(|member| member.pid).collect::<Vec<_>>() {
-            inherited.extend(self.host.mappings(pid));
-        }
+        let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+        let inherited = self.mappings_of(&members);
         let mut unsure = Vec::new();
         for pid in residue {
             if !self.undo.has(Step::Held(*pid)) && !self.has_inherited(*pid, &inherited) {

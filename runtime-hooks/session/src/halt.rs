@@ -1,6 +1,6 @@
 //! Halts for tests that kill a process in a given step of a checkpoint or a restore.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use phase::Phase;
 use rustix::process::{Signal, getpid, kill_process};
@@ -25,14 +25,11 @@ impl Halts {
     /// successor does not stop in turn.
     pub(crate) fn at(&self, phase: Phase) {
         let Some(folder) = &self.folder else { return };
-        if take(&folder.join(format!("{}.{}", self.id, phase.name()))) {
+        let mark = folder.join(format!("{}.{}", self.id, phase.name()));
+        if std::fs::remove_file(mark).is_ok() {
             tracing::info!("the session stops at the phase {}, as a test asks", phase.name());
             // A process may always signal itself.
             let _ = kill_process(getpid(), Signal::STOP);
         }
     }
-}
-
-fn take(file: &Path) -> bool {
-    std::fs::remove_file(file).is_ok()
 }

@@ -11,23 +11,44 @@ use crate::process::{self, Range};
 /// most those of a few functions of the C library, which are small.
 const DEPTH: usize = 4096;
 
-/// Returns whether a thread that stands still is in the middle of a call of a library: its program counter, or a word
-/// of the innermost part of its stack, points to code of a file whose path matches.
-///
-/// A word that a call has left behind counts too. So the answer may be `true` for a thread that has left the library.
-///
-/// # Errors
-/// When there is no such thread, or the thread runs.
-pub fn is_in(pid: i32, tid: i32, matches: impl Fn(&Path) -> bool) -> io::Result<bool> {
-    let mappings = process::mappings(pid)?;
-    let library = mappings.iter().filter(|mapping| mapping.is_executable() && matches(&mapping.path));
-    let code: Vec<Range> = library.map(|mapping| mapping.range).collect();
-    if code.is_empty() {
-        return Ok(false);
+/// Code of a library in a process.
+pub struct Code {
+    pid: i32,
+    ranges: Vec<Range>,
+    memory: File,
+}
+
+impl Code {
+    /// Finds the code of the files whose path matches.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn of(pid: i32, matches: impl Fn(&Path) -> bool) -> io::Result<Self> {
+        let mappings = process::mappings(pid)?.into_iter();
+        let ranges = mappings.filter(|mapping| mapping.is_executable() && matches(&mapping.path));
+        let ranges = ranges.map(|mapping| mapping.range).collect();
+        Ok(Self { pid, ranges, memory: File::open(format!("/proc/{pid}/mem"))? })
     }
-    let is_code = |address: u64| code.iter().any(|range| range.start <= address && address < range.end);
-    let (stack, counter) = place(pid, tid)?;
-    Ok(is_code(counter) || words(pid, stack)?.any(is_code))
+
+    /// Returns whether a thread that stands still is in the middle of a call of the library: its program counter, or a
+    /// word of the innermost part of its stack, points to the code.
+    ///
+    /// A word that a call has left behind counts too. So the answer may be `true` for a thread that has left the library.
+    ///
+    /// # Errors
+    /// There is no such thread, or the thread runs.
+    pub fn is_called_by(&self, tid: i32) -> io::Result<bool> {
+        if self.ranges.is_empty() {
+            return Ok(false);
+        }
+        let (stack, counter) = place(self.pid, tid)?;
+        let mut bytes = [0; DEPTH];
+        // Less comes where the stack ends.
+        let length = self.memory.read_at(&mut bytes, stack & !7)?;
+        let words = bytes[..length].chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
+        let mut addresses = words.chain([counter]);
+        Ok(addresses.any(|address| self.ranges.iter().any(|range| (range.start..range.end).contains(&address))))
+    }
 }
 
 /// Returns the stack pointer and the program counter of a thread.
@@ -41,17 +62,6 @@ fn place(pid: i32, tid: i32) -> io::Result<(u64, u64)> {
     let mut next = || last.next().unwrap_or_else(|| Err(io::ErrorKind::WouldBlock.into()));
     let counter = next()?;
     Ok((next()?, counter))
-}
-
-/// Returns the words of the stack from an address on.
-fn words(pid: i32, stack: u64) -> io::Result<impl Iterator<Item = u64>> {
-    let mut bytes = vec![0; DEPTH];
-    let memory = File::open(format!("/proc/{pid}/mem"))?;
-    // Less comes where the stack ends.
-    let length = memory.read_at(&mut bytes, stack & !7)?;
-    bytes.truncate(length);
-    let words = bytes.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
-    Ok(words.collect::<Vec<_>>().into_iter())
 }
 
 #[cfg(test)]
@@ -76,11 +86,13 @@ mod tests {
         let tids = process::tids(program.pid).unwrap();
         let held: Vec<i32> = tids.into_iter().filter(|tid| place(program.pid, *tid).is_ok()).collect();
         assert!(held.len() >= 4, "{held:?}");
+        let own = Code::of(program.pid, |path| path == test).unwrap();
         for tid in &held {
-            assert!(is_in(program.pid, *tid, |path| path == test).unwrap(), "thread {tid}");
+            assert!(own.is_called_by(*tid).unwrap(), "thread {tid}");
         }
+        let unwinder = Code::of(program.pid, is_unwinder).unwrap();
         // A word that was left behind may say otherwise of one of them.
-        assert!(held.iter().any(|tid| !is_in(program.pid, *tid, is_unwinder).unwrap()));
+        assert!(held.iter().any(|tid| !unwinder.is_called_by(*tid).unwrap()));
     }
 
     #[test]

@@ -81,21 +81,15 @@ pub(crate) fn freeze_within(cgroup: &Cgroup, limit: Duration) -> Result<(), Cgro
 /// Returns the first thread of these processes, which are thawed, that stays in an uninterruptible wait: no freezer stops
 /// that thread. A wait for a disk is over at the second look, and so is the freeze on version 1, which shows as such a wait.
 fn uninterruptible(pids: &[i32]) -> Option<Wait> {
-    let looks = |pid: i32, tid: i32| {
-        let pid = HostPid::new(pid)?;
-        let state = Stat::of_thread(pid, tid).ok()?.state();
-        (state == b'D').then_some(())
-    };
-    let tids = |pid: i32| HostPid::new(pid).and_then(|pid| proc::tids(pid).ok()).unwrap_or_default();
-    let all = pids.iter().flat_map(|pid| tids(*pid).into_iter().map(|tid| (*pid, tid)));
+    let waits = |pid: HostPid, tid: i32| Stat::of_thread(pid, tid).is_ok_and(|stat| stat.state() == b'D');
+    let pids = pids.iter().filter_map(|pid| HostPid::new(*pid));
+    let all = pids.flat_map(|pid| proc::tids(pid).unwrap_or_default().into_iter().map(move |tid| (pid, tid)));
     std::thread::sleep(SECOND_LOOK);
-    let mut waiting: Vec<(i32, i32)> = all.filter(|(pid, tid)| looks(*pid, *tid).is_some()).collect();
+    let waiting: Vec<(HostPid, i32)> = all.filter(|(pid, tid)| waits(*pid, *tid)).collect();
     std::thread::sleep(SECOND_LOOK);
-    waiting.retain(|(pid, tid)| looks(*pid, *tid).is_some());
-    let (pid, tid) = waiting.first().copied()?;
-    let host = HostPid::new(pid)?;
-    let place = std::fs::read_to_string(host.path(&format!("task/{tid}/wchan"))).unwrap_or_default();
-    Some(Wait { pid, tid, name: proc::thread_name(host, tid).unwrap_or_default(), place })
+    let (pid, tid) = waiting.into_iter().find(|(pid, tid)| waits(*pid, *tid))?;
+    let place = std::fs::read_to_string(pid.path(&format!("task/{tid}/wchan"))).unwrap_or_default();
+    Some(Wait { pid: pid.raw(), tid, name: proc::thread_name(pid, tid).unwrap_or_default(), place })
 }
 
 fn freeze_v1(freezer: &Path, limit: Duration) -> Result<bool, CgroupError> {

@@ -18,15 +18,11 @@ impl<H: Host> Session<'_, H> {
             self.host.refuse_traced(*pid)?;
         }
         self.are_still = true;
-        let mut inherited = Vec::new();
-        for pid in &pids {
-            if self.host.has_drivers_threads(*pid) {
-                inherited.extend(self.host.mappings(*pid));
-            }
-        }
+        let cuda: Vec<i32> = pids.iter().copied().filter(|pid| self.host.has_drivers_threads(*pid)).collect();
+        let inherited = self.mappings_of(&cuda);
         for pid in pids {
-            let may_begin = self.host.touches_gpu(pid)
-                && !self.host.has_drivers_threads(pid)
+            let may_begin = !cuda.contains(&pid)
+                && self.host.touches_gpu(pid)
                 && self.host.has_drivers_library(pid)
                 && !self.has_inherited(pid, &inherited);
             if !may_begin {
@@ -68,6 +64,11 @@ impl<H: Host> Session<'_, H> {
             Err(_) if self.host.is_gone(pid) => Ok(()),
             held => held,
         }
+    }
+
+    /// Returns the mappings of the driver's devices in these processes.
+    pub(super) fn mappings_of(&mut self, pids: &[i32]) -> Vec<(u64, u64)> {
+        pids.iter().flat_map(|pid| self.host.mappings(*pid)).collect()
     }
 
     /// Returns whether all that a process has mapped of the driver's devices is among these mappings, of CUDA processes: the

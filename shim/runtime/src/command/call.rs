@@ -89,8 +89,8 @@ impl Call<'_> {
         self.finish(scratch, command).await
     }
 
-    /// Runs the program for an operation that leaves a process behind, and adopts that process. With a criu wrapper, which
-    /// works in the folder of that name, a tree that the program restores is frozen.
+    /// Runs the program for an operation that leaves a process behind, and adopts that process. `criu_wrapper` is the folder
+    /// of a criu wrapper: with it, a restored tree is frozen.
     pub(super) async fn process(
         &self,
         scratch: &Scratch,

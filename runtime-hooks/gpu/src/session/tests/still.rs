@@ -34,22 +34,23 @@ fn nothing_of_a_paused_container_runs_while_a_failed_suspension_is_undone() {
     assert!(bed.frozen && bed.processes.values().all(|process| !process.held));
 }
 
-#[test]
-fn a_process_in_the_middle_of_a_call_of_the_driver_runs_until_it_is_locked_and_no_other_does() {
+/// Suspends a container with this process, and sees that the CUDA processes ran before they were locked, and no other.
+fn only_cuda_processes_run(second: Process) {
     let mut bed = container();
-    bed.processes.insert(102, Process { calling: true, ..process(RUNNING) });
+    bed.processes.insert(102, second);
     bed.suspend().unwrap();
     assert_eq!((ran(&bed), bed.cuda(102)), (vec![101, 102], CHECKPOINTED));
     assert!(bed.frozen && bed.processes.values().all(|process| !process.held));
 }
 
 #[test]
+fn a_process_in_the_middle_of_a_call_of_the_driver_runs_until_it_is_locked_and_no_other_does() {
+    only_cuda_processes_run(Process { calling: true, ..process(RUNNING) });
+}
+
+#[test]
 fn a_process_that_waits_in_the_driver_runs_until_it_is_locked_though_it_could_be_locked_before() {
-    let mut bed = container();
-    bed.processes.insert(102, Process { waiting: true, ..process(RUNNING) });
-    bed.suspend().unwrap();
-    assert_eq!((ran(&bed), bed.cuda(102)), (vec![101, 102], CHECKPOINTED));
-    assert!(bed.frozen && bed.processes.values().all(|process| !process.held));
+    only_cuda_processes_run(Process { waiting: true, ..process(RUNNING) });
 }
 
 #[test]

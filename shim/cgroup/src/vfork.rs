@@ -91,7 +91,7 @@ fn is_32_bit(pid: HostPid) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     #[test]
@@ -141,28 +141,53 @@ mod tests {
 
     #[test]
     fn a_parent_of_a_vforked_child_that_stands_still_waits() {
-        // The shell of posix_spawn: python's is vfork where the C library has it.
-        let script = "import os, signal, sys\n\
-            r, w = os.pipe()\n\
-            os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)])\n";
         let folder = tempfile::tempdir().unwrap();
-        let fifo = folder.path().join("fifo");
-        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let mut python = match std::process::Command::new("python3").args(["-c", script]).arg(&fifo).spawn() {
-            Ok(python) => python,
-            Err(error) => return eprintln!("skipped: there is no python3: {error}"),
-        };
-        let pid = i32::try_from(python.id()).unwrap();
-        // The child opens a fifo that nobody writes, before it executes its program.
-        while waiting(&[pid]).is_none() {
+        let Some(parent) = Parent::start(folder.path()) else { return };
+        parent.let_child_go();
+        while waiting(&[parent.pid]).is_some() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        drop(File::options().write(true).open(&fifo).unwrap());
-        while waiting(&[pid]).is_some() {
-            std::thread::sleep(std::time::Duration::from_millis(1));
+        parent.ends();
+    }
+
+    /// A process that waits in `vfork` for a child that stands still.
+    pub(crate) struct Parent {
+        pub(crate) pid: i32,
+        python: std::process::Child,
+        fifo: std::path::PathBuf,
+    }
+
+    impl Parent {
+        /// Returns the process when it waits, or `None` without a python3.
+        pub(crate) fn start(folder: &std::path::Path) -> Option<Self> {
+            // python's posix_spawn is vfork where the C library has it. The child opens a fifo that nobody writes, before
+            // it executes its program.
+            let script = "import os, sys\n\
+                os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)])\n";
+            let fifo = folder.join("fifo");
+            rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+            let python = match std::process::Command::new("python3").args(["-c", script]).arg(&fifo).spawn() {
+                Ok(python) => python,
+                Err(error) => {
+                    eprintln!("skipped: there is no python3: {error}");
+                    return None;
+                }
+            };
+            let pid = i32::try_from(python.id()).unwrap();
+            while waiting(&[pid]).is_none() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            Some(Self { pid, python, fifo })
         }
-        #[allow(clippy::disallowed_methods)]
-        let ended = python.wait().unwrap();
-        assert!(ended.success());
+
+        pub(crate) fn let_child_go(&self) {
+            drop(File::options().write(true).open(&self.fifo).unwrap());
+        }
+
+        pub(crate) fn ends(mut self) {
+            #[allow(clippy::disallowed_methods)]
+            let ended = self.python.wait().unwrap();
+            assert!(ended.success());
+        }
     }
 }

@@ -39,6 +39,9 @@ fn checkout() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+/// Start of the command line of [`PROGRAM`] in a container.
+const COMMAND: [&str; 4] = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
+
 /// Nodes that every GPU needs.
 const COMMON: [&str; 2] = ["/dev/nvidiactl", "/dev/nvidia-uvm"];
 
@@ -158,7 +161,7 @@ impl<'a> Gpu<'a> {
     /// Starts a container with the GPU program and waits until it computes.
     pub fn start(&self, id: &str, arguments: &[&str]) -> Result<()> {
         // In memory that belongs to the container: its size is no matter of the writable layer.
-        self.run(id, &[&["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"], arguments].concat())
+        self.run(id, &[&COMMAND, arguments].concat())
     }
 
     /// Starts a container with this Python program as init and the GPU program beside it, and waits until that computes.
@@ -180,8 +183,7 @@ impl<'a> Gpu<'a> {
         let own = self.options.iter().map(|option| option.replace(",options=rbind:ro", ",readonly"));
         let all: Vec<String> = ["--detach"].iter().chain(options).map(|&option| option.to_owned()).chain(own).collect();
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
-        let program = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
-        let started = self.test.nerdctl().run_image(PYTHON, name, &all, &[&program, arguments].concat());
+        let started = self.test.nerdctl().run_image(PYTHON, name, &all, &[&COMMAND, arguments].concat());
         let id = started.ok()?.trimmed();
         self.test.note_id(&id);
         self.computes(&id)?;

@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
 use e2e::{Case, Cmd, Test, case, eventually, proc};
-use serde_json::Value;
 
 use crate::checkpoint_cri::registry;
 use crate::checkpoint_ctr::{counts_past, hold_memory_with};
-use crate::checkpoint_memory::{gpusnap, snapshot_of};
+use crate::checkpoint_memory::{gpusnap, remove_snapshots_of, snapshot_of, snapshots};
 
 pub(crate) fn cases() -> Vec<Case> {
     let through_images = "all memory goes through the images, by runc";
@@ -60,7 +59,9 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
     let target = format!("{}/{id}:kept", registry()?);
     let scene = Scene { t, id, to, image, target };
     // The store is verified after each kill: without what other tests have left, which nobody uses now.
-    remove_all_snapshots(t)?;
+    for name in snapshots(t)? {
+        gpusnap(t, &["rm", "--wait", &name])?.ok()?;
+    }
     let mut usual = Vec::new();
     for (step, _) in STEPS {
         scene.prepare(step)?;
@@ -81,16 +82,7 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
     }
     eprintln!("e2e: {}: {killed} programs killed", t.target());
     ensure!(killed > 0, "there was nothing to kill");
-    scene.remove_snapshots()
-}
-
-fn remove_all_snapshots(t: &Test) -> Result<()> {
-    let listed: Value = serde_json::from_slice(&gpusnap(t, &["ls", "--json"])?.ok()?.stdout)?;
-    let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["names"].as_array()).flatten();
-    for name in names.filter_map(Value::as_str) {
-        gpusnap(t, &["rm", "--wait", name])?.ok()?;
-    }
-    Ok(())
+    remove_snapshots_of(t, &scene.id)
 }
 
 impl Scene<'_> {
@@ -99,14 +91,14 @@ impl Scene<'_> {
         match step {
             Step::Checkpoint => {
                 self.t.ctr().cmd().args(&["image", "rm", &self.image]).run()?;
-                self.remove_snapshots()?;
+                remove_snapshots_of(self.t, &self.id)?;
                 if !self.runs() {
                     self.forget(&self.id)?;
                     hold_memory_with(self.t, &self.id, &[], MEGABYTES)?;
                 }
             }
             Step::Push => {}
-            Step::Pull => self.remove_snapshots()?,
+            Step::Pull => remove_snapshots_of(self.t, &self.id)?,
             // The other has the cgroup that it needs.
             Step::Restore => {
                 self.forget(&self.id)?;
@@ -174,13 +166,6 @@ impl Scene<'_> {
 
     fn runs(&self) -> bool {
         self.t.ctr().status(&self.id).is_ok_and(|status| status == "RUNNING")
-    }
-
-    fn remove_snapshots(&self) -> Result<()> {
-        while let Ok(name) = snapshot_of(self.t, &self.id) {
-            gpusnap(self.t, &["rm", "--wait", &name])?.ok()?;
-        }
-        Ok(())
     }
 
     /// Removes a container, of which there may be anything.

@@ -124,11 +124,24 @@ pub(crate) fn gpusnap(t: &Test, args: &[&str]) -> Result<Cmd> {
 
 /// The name of the snapshot of this container, which has one.
 pub(crate) fn snapshot_of(t: &Test, id: &str) -> Result<String> {
+    let listed = snapshots(t)?;
+    let found = listed.iter().find(|name| name.starts_with(&format!("default/{id}.")));
+    found.cloned().with_context(|| format!("no snapshot of {id} in {listed:?}"))
+}
+
+/// The names of all snapshots in the store.
+pub(crate) fn snapshots(t: &Test) -> Result<Vec<String>> {
     let listed: Value = serde_json::from_slice(&gpusnap(t, &["ls", "--json"])?.ok()?.stdout)?;
     let names = listed.as_array().into_iter().flatten().filter_map(|entry| entry["names"].as_array()).flatten();
-    let names = names.filter_map(Value::as_str);
-    let mut names = names.filter(|name| name.starts_with(&format!("default/{id}.")));
-    names.next().map(str::to_owned).with_context(|| format!("no snapshot of {id} in {listed}"))
+    Ok(names.filter_map(Value::as_str).map(str::to_owned).collect())
+}
+
+/// Removes the snapshots of a container.
+pub(crate) fn remove_snapshots_of(t: &Test, id: &str) -> Result<()> {
+    while let Ok(name) = snapshot_of(t, id) {
+        gpusnap(t, &["rm", "--wait", &name])?.ok()?;
+    }
+    Ok(())
 }
 
 fn a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot(t: &Test) -> Result<()> {

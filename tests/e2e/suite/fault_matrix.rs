@@ -17,7 +17,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::checkpoint_faults::{below, nothing_runs, shim_now, shim_of};
-use crate::checkpoint_memory::{gpusnap, snapshot_of};
+use crate::checkpoint_memory::{gpusnap, remove_snapshots_of, snapshot_of};
 
 pub(crate) fn cases() -> Vec<Case> {
     let cases = vec![
@@ -125,7 +125,7 @@ impl<'t> Scene<'t> {
         if folder.exists() {
             fs::remove_dir_all(&folder)?;
         }
-        self.remove_snapshots()?;
+        remove_snapshots_of(self.t, &self.id)?;
         let options: &[&str] = if self.after == After::LeaveRunning { &["--leave-running"] } else { &[] };
         self.t.nerdctl().checkpoint(&self.name, CHECKPOINT, options)
     }
@@ -239,13 +239,6 @@ impl<'t> Scene<'t> {
         })
     }
 
-    fn remove_snapshots(&self) -> Result<()> {
-        while let Ok(name) = snapshot_of(self.t, &self.id) {
-            gpusnap(self.t, &["rm", "--wait", &name])?.ok()?;
-        }
-        Ok(())
-    }
-
     /// Sees that an undisturbed checkpoint works after all that has happened.
     fn is_still_saved(&self) -> Result<()> {
         self.checkpoint()?.ok()?;
@@ -335,7 +328,7 @@ fn a_shim_that_is_killed_in_a_step_of_a_checkpoint_leaves_nothing(t: &Test) -> R
             }
             nothing_runs(&scene.id).with_context(what)?;
             scene.is_complete_or_refused(&out).with_context(what)?;
-            scene.remove_snapshots()?;
+            remove_snapshots_of(t, &scene.id)?;
             t.nerdctl().cmd(&["rm", "--force", &scene.name]).ok().with_context(what)?;
         }
     }

@@ -492,19 +492,10 @@ fn what_does_not_freeze_in_time_is_thawed_again() {
 
 #[test]
 fn a_thread_that_waits_uninterruptibly_is_named_when_a_cgroup_does_not_freeze() {
-    // The child opens a fifo that nobody writes, before it executes its program: until then its parent waits in vfork.
-    let script = "import os, sys\n\
-        os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)])\n";
     let directory = fixture(V2);
-    let fifo = directory.path().join("fifo");
-    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-    let mut python = match std::process::Command::new("python3").args(["-c", script]).arg(&fifo).spawn() {
-        Ok(python) => python,
-        Err(error) => return eprintln!("skipped: there is no python3: {error}"),
-    };
-    let pid = i32::try_from(python.id()).unwrap();
-    let waits = || proc::Stat::of(proc::HostPid::new(pid).unwrap()).is_ok_and(|stat| stat.state() == b'D');
-    while !(waits() && crate::vfork::waiting(&[pid]).is_some()) {
+    let Some(parent) = crate::vfork::tests::Parent::start(directory.path()) else { return };
+    let pid = parent.pid;
+    while !proc::Stat::of(proc::HostPid::new(pid).unwrap()).is_ok_and(|stat| stat.state() == b'D') {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     write(directory.path(), &[("cgroup.procs", &format!("{pid}\n"))]);
@@ -512,10 +503,8 @@ fn a_thread_that_waits_uninterruptibly_is_named_when_a_cgroup_does_not_freeze() 
     let CgroupError::Uninterruptible { wait, .. } = &error else { panic!("{error:?}") };
     assert_eq!((wait.pid, wait.tid), (pid, pid));
     assert!(error.to_string().contains(&format!("of process {pid} waits uninterruptibly")), "{error}");
-    drop(fs::File::options().write(true).open(&fifo).unwrap());
-    #[allow(clippy::disallowed_methods)]
-    let ended = python.wait().unwrap();
-    assert!(ended.success());
+    parent.let_child_go();
+    parent.ends();
 }
 
 #[tokio::test]

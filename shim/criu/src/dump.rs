@@ -196,7 +196,7 @@ struct UndoDump {
 #[async_trait]
 impl Undo for UndoDump {
     async fn undo(&mut self) {
-        Residue::of_helpers(self.reaper.adoption(), self.marker.clone()).kill().await;
+        Residue::of_helpers(self.reaper.adoption(), self.marker.clone()).kill(None).await;
         if let Some(network) = self.blocked.take() {
             network.unblock(&self.reaper).await;
         }

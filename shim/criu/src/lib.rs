@@ -50,7 +50,7 @@ pub use dump::{DumpRequest, Dumped};
 pub use error::{CallError, DumpError, Missing, PreflightError, Refusal, RestoreError};
 pub use log::explain;
 pub use network::unblock_network;
-pub use notify::{BoxError, NotifyDump, NotifyRestore, Stage};
+pub use notify::{BoxError, NotifyDump, NotifyRestore, OnKilled, Stage};
 pub use options::{
     CgroupMode, CgroupRoot, CgroupRoots, External, ExternalMount, Inherit, JoinNamespace, Namespace, NetworkLock,
     Options,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use reaper::Child;
@@ -169,3 +170,27 @@ pub trait NotifyRestore: Send {
 }
 
 impl NotifyRestore for () {}
+
+/// A callback for the moment in which the processes of a failed restore are killed and have not ended. A process in a
+/// frozen cgroup of v1 does not end before the cgroup is thawed; thawed earlier, the process would run.
+///
+/// Runs also for a restore whose future was dropped, so the callback borrows nothing.
+#[derive(Clone)]
+pub struct OnKilled(Arc<dyn Fn() + Send + Sync>);
+
+impl OnKilled {
+    /// Wraps a function that returns soon.
+    pub fn new(run: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(run))
+    }
+
+    pub(crate) fn run(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for OnKilled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnKilled")
+    }
+}

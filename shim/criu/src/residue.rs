@@ -11,6 +11,8 @@ use reaper::{Adoption, Child};
 use rustix::mount::UnmountFlags;
 use rustix::process::Signal;
 
+use crate::notify::OnKilled;
+
 /// Environment variable of one run of criu. The programs that it executes have it; criu itself and its forks write their
 /// title over it, where criu was built so.
 pub(crate) const MARKER: &str = "GPUSNAP_CRIU_RUN";
@@ -42,8 +44,8 @@ impl Residue {
         Self { adoption, root: None, marker, dumped_pid: None, since: u64::MAX }
     }
 
-    /// Kills what is left of the tree and waits for its end. To be called when criu has ended.
-    pub(crate) async fn kill(&mut self) {
+    /// Kills the processes that are left of the tree and waits for their end. To be called when criu has ended.
+    pub(crate) async fn kill(&mut self, on_killed: Option<&OnKilled>) {
         let mut killed = vec![];
         if let Some(root) = self.root.take() {
             kill_tree(&root);
@@ -61,6 +63,9 @@ impl Residue {
                 }
                 Err(error) => tracing::debug!(%pid, %error, "a process of criu has gone by itself"),
             }
+        }
+        if let Some(on_killed) = on_killed {
+            on_killed.run();
         }
         for child in killed {
             child.wait().await;

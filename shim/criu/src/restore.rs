@@ -14,7 +14,7 @@ use rust_criu::rust_criu_protobuf::rpc::{Criu_opts, Criu_req, Criu_req_type, Inh
 use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
 use crate::error::{CallError, RestoreError};
-use crate::notify::{BoxError, NotifyRestore, Stage};
+use crate::notify::{BoxError, NotifyRestore, OnKilled, Stage};
 use crate::options::{
     CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
 };
@@ -52,6 +52,9 @@ pub struct RestoreRequest {
     /// Memory was cut from the images, and whoever asks fills it before the tree runs. Without this CRIU refuses such
     /// images.
     pub cut: bool,
+    /// Called when the restore has failed and its processes are killed, before their end is awaited. A callback that
+    /// freezes the tree needs one that thaws it.
+    pub on_killed: Option<OnKilled>,
     /// What dump and restore share.
     pub options: Options,
 }
@@ -107,7 +110,12 @@ impl Criu {
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };
         let mut call = Call::new(
             swrk,
-            UndoRestore { residue, work: work_path.clone(), _open: (images, work, unmarked) },
+            UndoRestore {
+                residue,
+                on_killed: request.on_killed,
+                work: work_path.clone(),
+                _open: (images, work, unmarked),
+            },
             log.clone(),
         );
 
@@ -223,6 +231,7 @@ impl Answers<UndoRestore> for AnswersRestore<'_> {
 
 struct UndoRestore {
     residue: Residue,
+    on_killed: Option<OnKilled>,
     /// The work directory.
     work: PathBuf,
     /// The images and the work directory, which CRIU opens by number as long as it runs.
@@ -245,7 +254,7 @@ impl UndoRestore {
 #[async_trait]
 impl Undo for UndoRestore {
     async fn undo(&mut self) {
-        self.residue.kill().await;
+        self.residue.kill(self.on_killed.as_ref()).await;
         residue::remove_cgroup_mounts(&self.work);
     }
 

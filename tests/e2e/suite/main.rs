@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use e2e::bed::{self, Bed};
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
     }
     let before = left_behind();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    tell_the_longest();
     let mut clean = true;
     for bed in Bed::take_shared() {
         if let Err(error) = bed.stop() {
@@ -139,6 +141,21 @@ fn trials(list: &str) -> Result<Vec<Trial>> {
 /// Held for reading by ordinary tests, for writing by those that want to be alone.
 static COMPANY: RwLock<()> = RwLock::new(());
 
+/// Time that each test took, once it had the company that it wants.
+static TOOK: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Prints the tests that took longest, so that whoever wants a shorter suite knows where its time goes.
+fn tell_the_longest() {
+    const LISTED: usize = 25;
+    let mut took = std::mem::take(&mut *TOOK.lock().unwrap_or_else(PoisonError::into_inner));
+    took.sort_by(|one, other| other.cmp(one));
+    let sum: Duration = took.iter().map(|(took, _)| *took).sum();
+    println!("\ne2e: {} tests took {} s together; the longest:", took.len(), sum.as_secs());
+    for (took, name) in took.iter().take(LISTED) {
+        println!("{:>7.1} s  {name}", took.as_secs_f64());
+    }
+}
+
 fn trial(case: Case, target: Target) -> Trial {
     Trial::ignorable_test(format!("{target}: {}", case.name), move || {
         if let Some(reason) = case.skipped_on(target) {
@@ -150,6 +167,7 @@ fn trial(case: Case, target: Target) -> Trial {
         } else {
             _some = COMPANY.read().unwrap_or_else(PoisonError::into_inner);
         }
+        let since = Instant::now();
         let bed = Bed::shared(target).map_err(|error| Failed::from(format!("{error:#}")))?;
         let test = Test::new(bed);
         let result = run(&test, case.body);
@@ -161,6 +179,8 @@ fn trial(case: Case, target: Target) -> Trial {
             Err(Err(error)) => Err(Failed::from(format!("{error:#}\n{}", test.evidence()))),
         };
         test.clean_up();
+        let name = format!("{target}: {}{}", case.name, if case.alone { " (alone)" } else { "" });
+        TOOK.lock().unwrap_or_else(PoisonError::into_inner).push((since.elapsed(), name));
         outcome
     })
 }

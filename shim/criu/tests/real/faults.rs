@@ -1,6 +1,8 @@
 //! What happens when callbacks fail, criu dies, or nobody waits any more.
 
-use criu::{CallError, DumpError, NetworkLock, RestoreError, Stage};
+use async_trait::async_trait;
+use criu::{BoxError, CallError, DumpError, NetworkLock, NotifyRestore, OnKilled, RestoreError, RestoreRequest, Stage};
+use reaper::Child;
 use rustix::process::{Pid, Signal};
 
 use crate::life::with_pid_namespace;
@@ -37,6 +39,8 @@ pub(crate) fn sentences() -> Vec<Sentence> {
             let name = format!("nothing is left of a pid namespace when a restore's {stage} {}", said(does));
             sentences.push(Sentence::new(name, move |world| Box::pin(sabotaged_restore(world, stage, does, true))));
         }
+        let name = format!("nothing is left of a frozen tree when a restore's pre-resume {}", said(does));
+        sentences.push(Sentence::new(name, move |world| Box::pin(sabotaged_restore_of_a_frozen_tree(world, does))));
     }
     sentences
 }
@@ -118,6 +122,51 @@ async fn sabotaged_restore(world: World, stage: Stage, does: Does, namespace: bo
     target.kill().await;
 }
 
+/// A restore whose tree is frozen in pre-resume, before the sabotage.
+struct Frozen {
+    cgroup: Cgroup,
+    saboteur: Saboteur,
+}
+
+#[async_trait]
+impl NotifyRestore for Frozen {
+    async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
+        self.saboteur.started(criu).await
+    }
+
+    async fn post_restore(&mut self, root: &Child) -> Result<(), BoxError> {
+        self.cgroup.take(root.pid());
+        Ok(())
+    }
+
+    async fn pre_resume(&mut self) -> Result<(), BoxError> {
+        self.cgroup.freeze(true);
+        self.saboteur.pre_resume().await
+    }
+}
+
+async fn sabotaged_restore_of_a_frozen_tree(world: World, does: Does) {
+    world.dumped(&["child", "threads"]).await;
+    let cgroup = Cgroup::new();
+    let path = cgroup.0.clone();
+    let thaw = OnKilled::new(move || Cgroup(path.clone()).freeze(false));
+    let mut notify = Frozen { cgroup, saboteur: Saboteur::at(Stage::PreResume, does) };
+    let hangs = notify.saboteur.hangs.clone();
+    let request = RestoreRequest { on_killed: Some(thaw), ..world.restore_request() };
+    tokio::select! {
+        result = world.criu.restore(request, &mut notify) => {
+            let RestoreError::Criu { source, .. } = result.unwrap_err() else { panic!("{does:?}") };
+            expect_call(&source, &Stage::PreResume, does);
+        }
+        () = hangs.notified() => {}
+    }
+    until("the half-restored tree to end", || children().is_empty()).await;
+    notify.cgroup.remove().await;
+    let target = world.restored().await;
+    target.runs().await;
+    target.kill().await;
+}
+
 async fn a_tree_survives_criu_killed_while_it_reads_memory(world: World) {
     let target = world.target(&["memory", "child"]).await;
     let images = world.folder("images");
@@ -143,16 +192,25 @@ struct Cgroup(std::path::PathBuf);
 
 impl Cgroup {
     fn with(target: &Target) -> Self {
+        let cgroup = Self::new();
+        cgroup.take(target.child.pid());
+        cgroup
+    }
+
+    fn new() -> Self {
         let name = format!("criu-real-{}", std::process::id());
         let parent = ["/sys/fs/cgroup/freezer", "/sys/fs/cgroup"];
         let parent = parent.into_iter().find(|path| std::path::Path::new(path).join("cgroup.procs").exists());
         let path = std::path::Path::new(parent.unwrap()).join(name);
         std::fs::create_dir(&path).unwrap();
-        std::fs::write(path.join("cgroup.procs"), target.child.pid().to_string()).unwrap();
-        for pid in children_of(target.child.pid()) {
-            std::fs::write(path.join("cgroup.procs"), pid.to_string()).unwrap();
-        }
         Self(path)
+    }
+
+    /// Moves a process and its children here.
+    fn take(&self, pid: i32) {
+        for pid in [vec![pid], children_of(pid)].concat() {
+            std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
     }
 
     fn freeze(&self, freeze: bool) {

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore};
+use criu::{BoxError, CgroupRoots, Criu, Inherit, NotifyRestore, OnKilled};
 use oci_spec::runtime::LinuxResources;
 use phase::Cancel;
 use proc::HostPid;
@@ -133,6 +133,7 @@ impl Client {
             join_namespaces: prepared.joined,
             lsm_profile: (privileges == Privileges::Container).then(|| prepared.allowed.lsm_profile()).flatten(),
             cgroup_roots: CgroupRoots::OfCriu,
+            on_killed: frozen.then(|| self.thaw_the_killed(subject.id)),
             options: criu::Options {
                 evasive_devices: true,
                 log_level: Some(log_level()),
@@ -147,6 +148,18 @@ impl Client {
             tracing::error!(container = subject.id, %error, "cannot undo a restore");
         }
         Ok(restored?.root)
+    }
+
+    /// Returns a callback that lets the killed processes of a frozen tree end. Otherwise a restore whose criu died
+    /// after the freeze would wait for them for ever.
+    fn thaw_the_killed(&self, id: &str) -> OnKilled {
+        let (client, id) = (self.clone(), id.to_owned());
+        OnKilled::new(move || {
+            let thawed = client.cgroup(&id).map(|cgroup| cgroup.let_the_killed_die());
+            if let Ok(Err(error)) = thawed {
+                tracing::error!(container = id, %error, "cannot thaw the killed processes of a failed restore");
+            }
+        })
     }
 }
 

@@ -97,9 +97,13 @@ impl Bundle<'_> {
 
     /// Makes the container from a checkpoint and leaves it frozen.
     pub(crate) async fn restore_frozen(&self, image: &Image) -> Running {
+        self.try_restore_frozen(image).await.unwrap()
+    }
+
+    pub(crate) async fn try_restore_frozen(&self, image: &Image) -> Result<Running, RuntimeError> {
         let (io, pipes) = Pipes::new();
         let request = RestoreRequest { frozen: true, ..self.restore_request(image, io, Allow::default()) };
-        Running { child: self.bed.runtime.restore(request).await.unwrap(), pipes }
+        self.bed.runtime.restore(request).await.map(|child| Running { child, pipes })
     }
 
     pub(crate) async fn restore_with(&self, image: &Image, io: ProcessIo, allow: Allow) -> Result<Child, RuntimeError> {

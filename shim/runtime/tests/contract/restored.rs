@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cgroup::Cgroup;
@@ -11,8 +13,10 @@ use oci_spec::runtime::{
     LinuxDeviceBuilder, LinuxDeviceType, LinuxIdMappingBuilder, LinuxNamespaceType, PosixRlimitBuilder,
     PosixRlimitType, Spec, UserBuilder,
 };
-use runtime::Allow;
+use proc::{HostPid, ProcessHandle};
+use runtime::{Allow, OciRuntime};
 use rustix::fs::{FileType, Mode};
+use rustix::process::Signal;
 
 use crate::bed::{Bed, sentences};
 use crate::checkpoint::{COUNTER, counter_as, counts_on};
@@ -37,6 +41,7 @@ sentences![
     a_cgroup_mount_shows_the_new_cgroup,
     loopback_is_up_after_a_restore,
     a_container_can_be_restored_frozen,
+    a_restore_whose_criu_is_killed_when_the_tree_is_frozen_leaves_nothing,
 ];
 
 /// Saves a container that counts, and restores it as another one.
@@ -62,6 +67,52 @@ async fn a_container_can_be_restored_frozen(bed: &Bed) {
     cgroup.thaw().unwrap();
     running.says("2 frozen\n").await;
     counts_on(&bundle, running, 3).await;
+}
+
+/// Kills the criu that works in a folder as soon as the container's cgroup is about to freeze, unless `over` before.
+fn kill_criu_at_the_freeze(runtime: &dyn OciRuntime, id: &str, work: &Path, over: &AtomicBool) {
+    let is_ours = |pid: &HostPid| {
+        proc::name(*pid).is_ok_and(|name| name == "criu") && fs::read_link(pid.path("cwd")).is_ok_and(|cwd| cwd == work)
+    };
+    while !over.load(Ordering::Relaxed) {
+        let Some(criu) = descendants(HostPid::own()).into_iter().find(is_ours) else { continue };
+        let is_freezing = runtime.cgroup(id, criu).is_ok_and(|cgroup| cgroup.stands_still().unwrap_or(false));
+        if is_freezing {
+            // Gone already: the next try.
+            let _ = ProcessHandle::open(criu).and_then(|criu| criu.signal(Signal::KILL));
+            return;
+        }
+    }
+}
+
+fn descendants(pid: HostPid) -> Vec<HostPid> {
+    proc::children(pid).into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
+}
+
+async fn a_restore_whose_criu_is_killed_when_the_tree_is_frozen_leaves_nothing(bed: &Bed) {
+    if bed.which == Which::Crun {
+        return bed.not_tried("crun freezes when criu has ended");
+    }
+    let (bundle, running) = counter_as(bed, &shell(COUNTER)).await;
+    let (image, _) = bundle.swap_out(running).await;
+    let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
+    // A criu that ends before the kill has restored the container, and another one is tried.
+    for _ in 0..20 {
+        let over = Arc::new(AtomicBool::new(false));
+        let (runtime, id, work) = (bed.runtime.clone(), bundle.id.clone(), image.work());
+        let told = over.clone();
+        let killer = std::thread::spawn(move || kill_criu_at_the_freeze(&*runtime, &id, &work, &told));
+        let restored = bundle.try_restore_frozen(&image).await;
+        over.store(true, Ordering::Relaxed);
+        killer.join().unwrap();
+        let Ok(running) = restored else {
+            let running = bundle.restore(&image).await;
+            return counts_on(&bundle, running, 2).await;
+        };
+        bundle.delete().await;
+        running.end().await;
+    }
+    panic!("criu was never hit between the freeze and its end");
 }
 
 async fn bind_mounts_come_from_the_new_container(bed: &Bed) {

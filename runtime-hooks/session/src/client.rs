@@ -117,6 +117,16 @@ pub trait Restored: Send {
     async fn abandon(self: Box<Self>, reason: &str);
 }
 
+/// Outcome of the sessions that took the place of a dead one.
+enum Succession {
+    /// The checkpoint is whole, and the container as ordered.
+    Stands,
+    /// Nothing is left of the checkpoint, and nothing is owed.
+    Undone,
+    /// The container is not as it was: what it lacks.
+    Owes(String),
+}
+
 /// Sessions in processes of this binary.
 #[derive(Clone, Debug)]
 pub struct Sessions {
@@ -139,29 +149,38 @@ impl Sessions {
         Self { reaper, program, limit }
     }
 
-    /// Undoes what a dead session has left of a checkpoint. Returns what is owed still.
-    async fn succeed(&self, order: &CheckpointOrder) -> Option<String> {
+    /// Undoes what a dead session has left of a checkpoint, or finishes it.
+    async fn succeed(&self, order: &CheckpointOrder) -> Succession {
         let undo = Order::Undo(Box::new(UndoOrder { checkpoint: order.clone() }));
         let mut lost = String::new();
         for _ in 0..MOST_SUCCESSORS {
             let mut session = match self.start(&order.subject.id, &undo, None, Phase::Release, Duration::ZERO) {
                 Ok(session) => session,
-                Err(failure) => return Some(phase::chain(&failure)),
+                Err(failure) => return Succession::Owes(phase::chain(&failure)),
             };
             match session.outcome(&Stop::default()).await {
-                Ok(Report::Done) => return None,
+                Ok(Report::Done) => return Succession::Undone,
+                Ok(Report::Stands) => return Succession::Stands,
                 Ok(Report::Failed(failed)) => {
-                    let owed = failed.owed.clone();
-                    if owed.is_some() {
-                        session.pay(order.clone());
-                    }
-                    return owed;
+                    let Some(owed) = failed.owed else {
+                        let container = &order.subject.id;
+                        tracing::error!(
+                            container,
+                            "cannot finish the checkpoint of a dead session: {}",
+                            phase::chain(&failed.cause)
+                        );
+                        return Succession::Undone;
+                    };
+                    session.pay(order.clone());
+                    return Succession::Owes(owed);
                 }
                 Ok(_) => {}
                 Err(error) => lost = error.to_string(),
             }
         }
-        Some(format!("{MOST_SUCCESSORS} sessions that were to undo it died as well, the last one so: {lost}"))
+        Succession::Owes(format!(
+            "{MOST_SUCCESSORS} sessions that were to undo it died as well, the last one so: {lost}"
+        ))
     }
 
     fn start(
@@ -210,7 +229,11 @@ impl Conductor for Sessions {
             Err(lost) => {
                 let phase = session.phase;
                 tracing::error!(container = order.subject.id, "{lost}; a successor undoes what it has done");
-                let owed = self.succeed(&order).await;
+                let owed = match self.succeed(&order).await {
+                    Succession::Stands => return Ok(()),
+                    Succession::Undone => None,
+                    Succession::Owes(owed) => Some(owed),
+                };
                 Err(Failed { phase, cause: Failure::of(&lost), owed })
             }
         }
@@ -411,8 +434,7 @@ impl Session {
                     exit.code
                 );
                 // In a box: a successor may have to pay as well.
-                let owed = Box::pin(self.sessions.succeed(&order)).await;
-                if let Some(owed) = owed {
+                if let Succession::Owes(owed) = Box::pin(self.sessions.succeed(&order)).await {
                     tracing::error!(container = order.subject.id, "it is not as it was before its checkpoint: {owed}");
                 }
             }

@@ -139,6 +139,22 @@ impl<'a> Machine<'a> {
         Ok(machine)
     }
 
+    /// Returns whether the checkpoint of a dead session is whole, and the container as the order wants it but for what is
+    /// owed to it.
+    pub(crate) fn stands(&self) -> Result<bool, Failure> {
+        let is_as_ordered = self.after() == After::LeaveRunning || is_ending(self.order.init);
+        Ok(is_as_ordered && complete_remains(self.order)?.map(Draft::leave).is_some())
+    }
+
+    /// Publishes a checkpoint that stands. Waits for the end of a container that CRIU has killed.
+    pub(crate) fn finish_after_death(&mut self) -> Result<(), Failure> {
+        finish_remains(self.order)?;
+        match self.after() {
+            After::LeaveRunning => Ok(()),
+            After::Exit => self.wait_for_end().map_err(|error| Failure::of(&error)),
+        }
+    }
+
     /// Waits until no criu traces the container. The criu of a dead session finds its socket closed at its next stage and
     /// undoes its work; killed before, it would leave code of its own in the processes.
     fn wait_for_criu(&self) {
@@ -241,7 +257,8 @@ impl Record {
 impl Actions for Machine<'_> {
     fn draft(&mut self) -> Result<(), SessionError> {
         let folder = &self.order.options.folder;
-        let draft = Draft::begin(folder, &self.order.subject.id).map_err(file("use the folder", folder))?;
+        let draft = Draft::begin(folder, &self.order.subject.id, self.order.began);
+        let draft = draft.map_err(file("use the folder", folder))?;
         self.folder = draft.folder().to_owned();
         *lock(&self.draft) = Some(draft);
         let (subject, work) = (&self.order.subject, self.order.options.work.as_deref());
@@ -441,19 +458,29 @@ impl Undo for Machine<'_> {
     }
 }
 
-/// Removes what a dead session has written of a checkpoint, unless the checkpoint is complete.
+/// Returns the checkpoint of a dead session whose record is complete.
+fn complete_remains(order: &CheckpointOrder) -> Result<Option<Draft>, Failure> {
+    let complete = Draft::complete_of(&order.options.folder, &order.subject.id, order.began);
+    complete.because("cannot look for the checkpoint of a dead session")
+}
+
+/// Publishes the checkpoint of a dead session if its record is complete. Returns whether there is one.
+pub(crate) fn finish_remains(order: &CheckpointOrder) -> Result<bool, Failure> {
+    let Some(draft) = complete_remains(order)? else { return Ok(false) };
+    draft.publish().because("cannot publish the checkpoint of a dead session").map(|()| true)
+}
+
+/// Removes what a dead session has written of a checkpoint.
 pub(crate) fn discard_remains(order: &CheckpointOrder) -> Result<(), Failure> {
+    drop(complete_remains(order)?);
     // A new draft removes what a dead one has left, and then itself.
-    let discarded = Draft::begin(&order.options.folder, &order.subject.id);
+    let discarded = Draft::begin(&order.options.folder, &order.subject.id, order.began);
     discarded.map(drop).because("cannot remove what was written of a checkpoint")
 }
 
-/// Removes the snapshot that a dead session has published of a checkpoint, unless the checkpoint is complete.
+/// Removes the snapshot that a dead session has published of a checkpoint.
 pub(crate) fn withdraw_remains(order: &CheckpointOrder) -> Result<(), Failure> {
     let name = memory::name(order).map_err(|error| Failure::of(&error))?;
-    if checkpoint::needs(&order.options.folder, &name) {
-        return Ok(());
-    }
     bulk::withdraw(&order.subject.store.root, &name)
 }
 

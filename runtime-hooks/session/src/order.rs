@@ -134,6 +134,8 @@ pub(crate) enum Report {
     Restored { pid: i32 },
     /// The operation succeeded. The session ends.
     Done,
+    /// Word of a successor: the checkpoint is whole, and the container as ordered. The session ends.
+    Stands,
     /// The operation failed. The session ends, unless something is owed.
     Failed(Box<Failed>),
 }

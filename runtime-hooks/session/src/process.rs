@@ -12,10 +12,10 @@ use reaper::Reaper;
 use role::{Failure, Role, Wire};
 use rustix::io::FdFlags;
 
-use crate::checkpoint::{owed, take};
+use crate::checkpoint::{After, owed, take};
 use crate::error::{Failed, SessionError};
 use crate::halt::Halts;
-use crate::machine::{Machine, Services, discard_remains, withdraw_remains};
+use crate::machine::{Machine, Services, discard_remains, finish_remains, withdraw_remains};
 use crate::order::{CheckpointOrder, Instruction, Order, Report, RestoreOrder, UndoOrder};
 use crate::restore::{Restore, Shim};
 use crate::sys;
@@ -157,32 +157,38 @@ fn pay(machine: &mut Machine<'_>, stack: &mut UndoStack) {
     }
 }
 
-/// Undoes what a session has left that died.
+/// Undoes the steps of a session that died. A checkpoint that is whole, and whose container is as the order wants it,
+/// is finished instead: all that was missing is the word to the shim.
 pub(crate) fn undo(services: &Services, order: &UndoOrder, reports: &Reports) -> io::Result<()> {
     let order = &order.checkpoint;
     let mut machine = match Machine::after_death(services, order) {
         Ok(machine) => machine,
-        // There is no container any more. A checkpoint that has ended it is complete, and stays.
         Err(error) => {
             tracing::warn!("nothing is left to undo in the container: {}", phase::chain(&error));
-            for undone in [withdraw_remains(order), discard_remains(order)] {
-                if let Err(failure) = undone {
-                    tracing::error!("cannot undo the checkpoint of a dead session: {}", phase::chain(&failure));
-                }
-            }
-            reports.send(&Report::Done);
+            reports.send(&without_container(order));
             return Ok(());
         }
     };
+    let stands = machine.stands().unwrap_or_else(|failure| {
+        tracing::error!("the checkpoint of a dead session is removed: {}", phase::chain(&failure));
+        false
+    });
     let mut stack = UndoStack::default();
-    for step in [Step::Drafted, Step::Frozen, Step::Suspended, Step::Published] {
-        stack.push(step);
-    }
+    let steps: &[Step] = match (stands, machine.after()) {
+        (false, _) => &[Step::Drafted, Step::Frozen, Step::Suspended, Step::Published],
+        (true, After::LeaveRunning) => &[Step::Frozen, Step::Suspended],
+        (true, After::Exit) => &[],
+    };
+    steps.iter().for_each(|step| stack.push(*step));
     let failures = stack.unwind(&mut machine);
     for (step, failure) in &failures {
         tracing::error!("cannot undo the step {step:?} of a dead session: {}", phase::chain(failure));
     }
     reports.send(&match owed(&stack, &failures) {
+        None if stands => match machine.finish_after_death() {
+            Ok(()) => Report::Stands,
+            Err(cause) => Report::Failed(Box::new(Failed { phase: Phase::Release, cause, owed: None })),
+        },
         None => Report::Done,
         Some(owed) => {
             let cause = Failure::new("the container is not as it was");
@@ -191,6 +197,22 @@ pub(crate) fn undo(services: &Services, order: &UndoOrder, reports: &Reports) ->
     });
     pay(&mut machine, &mut stack);
     Ok(())
+}
+
+/// Finishes or removes the checkpoint of a dead session whose container is gone.
+fn without_container(order: &CheckpointOrder) -> Report {
+    match finish_remains(order) {
+        Ok(true) => return Report::Stands,
+        Ok(false) => {}
+        // The files may be all that there is of the container.
+        Err(cause) => return Report::Failed(Box::new(Failed { phase: Phase::Publish, cause, owed: None })),
+    }
+    for undone in [withdraw_remains(order), discard_remains(order)] {
+        if let Err(failure) = undone {
+            tracing::error!("cannot undo the checkpoint of a dead session: {}", phase::chain(&failure));
+        }
+    }
+    Report::Done
 }
 
 struct ToShim<'a> {

@@ -12,7 +12,6 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use images::INVENTORY;
-use snapshot::Name;
 
 use crate::manifest::Manifest;
 use crate::record::{self, Record};
@@ -27,7 +26,7 @@ pub struct Draft {
     /// Names that were there before, and stay if nothing comes of it.
     before: BTreeSet<OsString>,
     /// The folder in which it is written, if not the target itself.
-    beside: Option<tempfile::TempDir>,
+    beside: Option<PathBuf>,
     /// None once it is complete.
     record: Option<Record>,
     done: bool,
@@ -36,24 +35,14 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins a checkpoint of `container` in `target`, which is made if it is missing. What killed shims left there unfinished
-    /// is removed.
+    /// Begins a checkpoint of `container` in `target`, which is made if it is missing. `began` is in milliseconds since
+    /// 1970. Unfinished checkpoints of killed sessions are removed there.
     ///
     /// # Errors
     /// A folder that cannot be made, read or written, or in which another checkpoint is being written.
-    pub fn begin(target: &Path, container: &str) -> io::Result<Self> {
+    pub fn begin(target: &Path, container: &str, began: u64) -> io::Result<Self> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(target)?;
-        let lock = File::open(target)?;
-        match lock.try_lock() {
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::new(
-                    io::ErrorKind::ResourceBusy,
-                    "another checkpoint is being written there: wait for it, or name another folder",
-                ));
-            }
-            // A file system without locks: whoever shares the folder has to know.
-            Err(TryLockError::Error(_)) | Ok(()) => {}
-        }
+        let lock = lock(target)?;
         remove_stale(target, &record::is_incomplete)?;
         let mut before = names(target)?;
         if record::is_incomplete(target) {
@@ -61,23 +50,44 @@ impl Draft {
             before = names(target)?;
         }
         let beside = if before.contains(OsStr::new(INVENTORY)) {
-            Some(tempfile::Builder::new().prefix(PREFIX).tempdir_in(target)?)
+            Some(tempfile::Builder::new().prefix(PREFIX).tempdir_in(target)?.keep())
         } else {
             None
         };
-        let folder = beside.as_ref().map_or(target, tempfile::TempDir::path);
+        let folder = beside.as_deref().unwrap_or(target);
         let mut draft =
-            Self { target: target.to_owned(), before, record: None, done: false, _lock: lock, beside: None };
-        let record = Record::begin(folder, container);
-        draft.beside = beside;
+            Self { target: target.to_owned(), before, record: None, done: false, _lock: lock, beside: beside.clone() };
+        let record = Record::begin(folder, container, began);
         draft.record = Some(record?);
         Ok(draft)
+    }
+
+    /// Returns the complete checkpoint that a killed session had begun at this time, published or not.
+    ///
+    /// # Errors
+    /// A folder that cannot be read, or in which another checkpoint is being written.
+    pub fn complete_of(target: &Path, container: &str, began: u64) -> io::Result<Option<Self>> {
+        let is_it = |folder: &Path| record::is_complete(folder, container, began);
+        let beside = match drafts(target) {
+            Ok(drafts) => drafts.into_iter().find(|folder| is_it(folder)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if beside.is_none() && !is_it(target) {
+            return Ok(None);
+        }
+        let lock = lock(target)?;
+        let mut before = names(target)?;
+        if beside.is_none() {
+            before.retain(|name| !is_ours(name));
+        }
+        Ok(Some(Self { target: target.to_owned(), before, beside, record: None, done: false, _lock: lock }))
     }
 
     /// Returns the folder to write it in.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        self.beside.as_ref().map_or(&self.target, |beside| beside.path())
+        self.beside.as_deref().unwrap_or(&self.target)
     }
 
     /// Says in its record that it is complete.
@@ -86,6 +96,11 @@ impl Draft {
     /// A file that cannot be written. It is incomplete then.
     pub fn complete(&mut self, manifest: &Manifest) -> io::Result<()> {
         self.record.take().map_or(Ok(()), |record| record.complete(manifest))
+    }
+
+    /// Leaves everything as it is.
+    pub fn leave(mut self) {
+        self.done = true;
     }
 
     /// Puts what is complete in the place of what was there.
@@ -99,7 +114,6 @@ impl Draft {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the checkpoint is not complete"));
         }
         if let Some(beside) = self.beside.take() {
-            let beside = beside.keep();
             // Without its inventory the earlier one is none any more: half of each is never taken for a whole.
             remove(&self.target, [&OsString::from(INVENTORY)])?;
             remove(&self.target, self.before.iter().filter(|name| is_ours(name)))?;
@@ -111,44 +125,44 @@ impl Draft {
         }
         remove_stale(&self.target, &|_| true)
     }
+}
 
-    /// Keeps what there is, unfinished: the container has ended.
-    #[must_use]
-    pub fn keep(mut self) -> PathBuf {
-        self.done = true;
-        self.beside.take().map_or_else(|| self.target.clone(), tempfile::TempDir::keep)
+/// Locks the folder of a checkpoint until the returned file is closed.
+fn lock(target: &Path) -> io::Result<File> {
+    let lock = File::open(target)?;
+    match lock.try_lock() {
+        Err(TryLockError::WouldBlock) => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "another checkpoint is being written there: wait for it, or name another folder",
+        )),
+        // A file system without locks: whoever shares the folder has to know.
+        Err(TryLockError::Error(_)) | Ok(()) => Ok(lock),
     }
 }
 
-/// Returns whether a complete checkpoint in a folder, or in a draft there, has memory in the snapshot of this name.
-#[must_use]
-pub fn needs(target: &Path, snapshot: &Name) -> bool {
-    let beside = names(target).unwrap_or_default();
-    let beside = beside.iter().filter(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes()));
-    let mut folders = std::iter::once(target.to_owned()).chain(beside.map(|name| target.join(name)));
-    folders.any(|folder| {
-        let Ok(Some(manifest)) = record::read(&folder) else { return false };
-        let Some(bulk::Source::Snapshot(pointer)) = manifest.memory().map(|memory| &memory.source) else {
-            return false;
-        };
-        pointer.name() == Some(snapshot)
-    })
+/// Returns the folders of drafts beside a checkpoint.
+fn drafts(target: &Path) -> io::Result<Vec<PathBuf>> {
+    let names = names(target)?;
+    let names = names.iter().filter(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes()));
+    Ok(names.map(|name| target.join(name)).collect())
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if self.done || self.beside.is_some() {
+        if self.done {
             return;
         }
-        let remove = || {
-            let names = names(&self.target)?;
-            remove(&self.target, names.iter().filter(|name| is_ours(name) && !self.before.contains(*name)))
+        let removed = match &self.beside {
+            Some(beside) => std::fs::remove_dir_all(beside),
+            None => names(&self.target).and_then(|names| {
+                remove(&self.target, names.iter().filter(|name| is_ours(name) && !self.before.contains(*name)))
+            }),
         };
-        match remove() {
+        match removed {
             Ok(()) => {}
             // containerd has removed its folder.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => tracing::warn!("a failed checkpoint is left in {}: {error}", self.target.display()),
+            Err(error) => tracing::warn!("a failed checkpoint is left in {}: {error}", self.folder().display()),
         }
     }
 }
@@ -169,11 +183,11 @@ fn remove<'a>(folder: &Path, names: impl IntoIterator<Item = &'a OsString>) -> i
 
 /// Removes those folders beside a checkpoint that are stale, and whose makers were killed.
 fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<()> {
-    for name in names(target)?.iter().filter(|name| name.as_encoded_bytes().starts_with(PREFIX.as_bytes())) {
-        let path = target.join(name);
+    for path in drafts(target)? {
         if !std::fs::symlink_metadata(&path).is_ok_and(|found| found.is_dir()) {
             continue;
         }
+        let name = path.file_name().unwrap_or_default();
         let is_view = name.as_encoded_bytes().starts_with(images::UNMARKED_PREFIX.as_bytes());
         // A restore holds the lock of the folder that it made.
         let is_in_use = File::open(&path)?.try_lock().is_err();
@@ -215,22 +229,53 @@ mod tests {
     }
 
     fn publish(mut draft: Draft) {
-        let timeline = Timeline::start(Phase::Freeze);
-        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, None, &timeline);
-        draft.complete(&manifest).unwrap();
+        draft.complete(&manifest()).unwrap();
         draft.publish().unwrap();
     }
 
-    /// A draft whose shim was killed.
-    fn killed(draft: Draft) {
-        let _ = draft.keep();
+    fn manifest() -> Manifest {
+        let timeline = Timeline::start(Phase::Freeze);
+        Manifest::new("c", "runc".into(), Allow::default(), None, None, None, &timeline)
+    }
+
+    #[test]
+    fn a_complete_checkpoint_of_a_killed_session_is_known_again_and_can_be_removed_or_published() {
+        let folder = tempfile::tempdir().unwrap();
+        let complete = |began, name: &str| {
+            let mut draft = Draft::begin(folder.path(), "c", began).unwrap();
+            write(draft.folder(), &["inventory.img", name]);
+            draft.complete(&manifest()).unwrap();
+            draft.leave();
+        };
+        let of = |began| Draft::complete_of(folder.path(), "c", began).unwrap();
+        write(folder.path(), &["mine"]);
+        assert!(of(1).is_none());
+        Draft::begin(folder.path(), "c", 1).unwrap().leave();
+        assert!(of(1).is_none(), "an incomplete one");
+        complete(1, "core-1.img");
+        assert!(of(2).is_none(), "another one");
+        assert!(Draft::complete_of(folder.path(), "d", 1).unwrap().is_none(), "another container's");
+        drop(of(1).unwrap());
+        assert_eq!(list(folder.path()), ["mine"]);
+        complete(2, "core-2.img");
+        of(2).unwrap().publish().unwrap();
+        assert_eq!(list(folder.path()), ["core-2.img", "gpusnap.json", "inventory.img", "mine"]);
+        // Beside an earlier one.
+        complete(3, "core-3.img");
+        drop(of(3).unwrap());
+        assert_eq!(list(folder.path()), ["core-2.img", "gpusnap.json", "inventory.img", "mine"]);
+        complete(4, "core-4.img");
+        of(4).unwrap().publish().unwrap();
+        assert_eq!(list(folder.path()), ["core-4.img", "gpusnap.json", "inventory.img", "mine"]);
+        assert!(of(4).is_some());
+        assert!(Draft::complete_of(&folder.path().join("missing"), "c", 1).unwrap().is_none());
     }
 
     #[test]
     fn a_checkpoint_that_comes_to_nothing_leaves_what_was_there() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &["mine.txt", "core-7.img"]);
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["core-1.img"]);
         drop(draft);
         assert_eq!(list(folder.path()), ["core-7.img", "mine.txt"]);
@@ -240,12 +285,12 @@ mod tests {
     fn an_earlier_checkpoint_stays_until_the_new_one_is_whole() {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), &["inventory.img", "core-7.img", "notes"]);
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["core-1.img"]);
         drop(draft);
         assert_eq!(list(folder.path()), ["core-7.img", "inventory.img", "notes"]);
 
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["core-1.img", "inventory.img"]);
         publish(draft);
         assert_eq!(list(folder.path()), ["core-1.img", "gpusnap.json", "inventory.img", "notes"]);
@@ -254,36 +299,36 @@ mod tests {
     #[test]
     fn a_folder_says_that_it_is_incomplete_before_anything_else_is_in_it() {
         let folder = tempfile::tempdir().unwrap();
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         assert!(record::is_incomplete(folder.path()));
         publish(draft);
         assert!(!record::is_incomplete(folder.path()));
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         draft.publish().unwrap_err();
     }
 
     #[test]
     fn what_a_killed_shim_left_is_removed_by_the_next_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["pages-9.img", "memory-000000.pack", "mm-1.new", ".tmpAb12Cd", "mine"]);
-        killed(draft);
-        drop(Draft::begin(folder.path(), "c").unwrap());
+        draft.leave();
+        drop(Draft::begin(folder.path(), "c", 1).unwrap());
         assert_eq!(list(folder.path()), ["mine"]);
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["inventory.img", "pages-9.img"]);
-        killed(draft);
+        draft.leave();
         assert!(record::is_incomplete(folder.path()));
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["inventory.img"]);
         publish(draft);
         assert_eq!(list(folder.path()), ["gpusnap.json", "inventory.img", "mine"]);
         // Beside an earlier one.
-        let draft = Draft::begin(folder.path(), "c").unwrap();
+        let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["core-1.img", "inventory.img"]);
-        killed(draft);
+        draft.leave();
         assert_eq!(list(folder.path()).len(), 4);
-        drop(Draft::begin(folder.path(), "c").unwrap());
+        drop(Draft::begin(folder.path(), "c", 1).unwrap());
         assert_eq!(list(folder.path()), ["gpusnap.json", "inventory.img", "mine"]);
     }
 
@@ -293,18 +338,18 @@ mod tests {
         let inventory = [0x16, 0x31, 0x31, 0x58, 2, 0, 0, 0, 8, 2];
         std::fs::write(folder.path().join(INVENTORY), inventory).unwrap();
         let unmarked = images::Unmarked::of(folder.path(), work.path()).unwrap();
-        drop(Draft::begin(folder.path(), "c").unwrap());
+        drop(Draft::begin(folder.path(), "c", 1).unwrap());
         assert!(unmarked.path().exists());
     }
 
     #[test]
     fn two_checkpoints_are_not_written_to_one_folder_at_once() {
         let folder = tempfile::tempdir().unwrap();
-        let first = Draft::begin(folder.path(), "c").unwrap();
-        let error = Draft::begin(folder.path(), "d").unwrap_err();
+        let first = Draft::begin(folder.path(), "c", 1).unwrap();
+        let error = Draft::begin(folder.path(), "d", 1).unwrap_err();
         assert!(error.to_string().contains("another checkpoint"), "{error}");
         drop(first);
-        Draft::begin(folder.path(), "d").unwrap();
+        Draft::begin(folder.path(), "d", 1).unwrap();
     }
 
     #[test]
@@ -312,7 +357,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("a/b");
-        publish(Draft::begin(&target, "c").unwrap());
+        publish(Draft::begin(&target, "c", 1).unwrap());
         assert_eq!(std::fs::metadata(target).unwrap().permissions().mode() & 0o777, 0o700);
     }
 }

@@ -22,7 +22,7 @@ mod shm;
 mod temporary;
 
 pub use annotations::{AnnotationError, Annotations, MemoryPlace};
-pub use draft::{Draft, needs};
+pub use draft::Draft;
 pub use gpu::{DeviceNode, SavedGpus};
 pub use log::{LogFolder, ROOT as LOGS};
 pub use manifest::Manifest;

@@ -107,6 +107,8 @@ struct Head {
     state: Option<State>,
     #[serde(default)]
     container: String,
+    /// None in records of earlier gpusnaps.
+    began: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -114,6 +116,7 @@ struct Incomplete<'a> {
     version: u32,
     state: State,
     container: &'a str,
+    began: u64,
     created: u64,
 }
 
@@ -121,6 +124,7 @@ struct Incomplete<'a> {
 struct Complete<'a> {
     version: u32,
     state: State,
+    began: u64,
     #[serde(flatten)]
     manifest: &'a Manifest,
 }
@@ -129,17 +133,19 @@ struct Complete<'a> {
 #[derive(Debug)]
 pub struct Record {
     folder: PathBuf,
+    began: u64,
     /// Its last form, which has room already.
     next: File,
 }
 
 impl Record {
-    /// Says in `folder` that a checkpoint of `container` was begun there and is not complete.
+    /// Says in `folder` that a checkpoint of `container` is not complete. `began` is in milliseconds since 1970: by
+    /// both the checkpoint is known again.
     ///
     /// # Errors
     /// A file that cannot be written.
-    pub fn begin(folder: &Path, container: &str) -> io::Result<Self> {
-        let begun = Incomplete { version: VERSION, state: State::Incomplete, container, created: now() };
+    pub fn begin(folder: &Path, container: &str, began: u64) -> io::Result<Self> {
+        let begun = Incomplete { version: VERSION, state: State::Incomplete, container, began, created: now() };
         let mut file = create(folder)?;
         serde_json::to_writer(&mut file, &begun)?;
         put_in_place(folder)?;
@@ -149,7 +155,7 @@ impl Record {
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(Self { folder: folder.to_owned(), next })
+        Ok(Self { folder: folder.to_owned(), began, next })
     }
 
     /// Says that the checkpoint is complete, at once or not at all.
@@ -157,7 +163,7 @@ impl Record {
     /// # Errors
     /// A file that cannot be written. The record stays incomplete then.
     pub fn complete(mut self, manifest: &Manifest) -> io::Result<()> {
-        let complete = Complete { version: VERSION, state: State::Complete, manifest };
+        let complete = Complete { version: VERSION, state: State::Complete, began: self.began, manifest };
         self.next.write_all(&serde_json::to_vec(&complete)?)?;
         put_in_place(&self.folder)
     }
@@ -220,6 +226,22 @@ fn check_files(folder: &Path) -> Result<(), FolderError> {
 
 /// Reads the manifest of a complete checkpoint; None without a record.
 pub(crate) fn read(folder: &Path) -> Result<Option<Manifest>, FolderError> {
+    let Some((bytes, head)) = read_head(folder)? else { return Ok(None) };
+    let path = folder.join(FILE);
+    let damaged = |what: String| FolderError::Damaged { path: path.clone(), what };
+    match (head.version, head.state) {
+        (OLDEST..VERSION, _) | (VERSION, Some(State::Complete)) => {}
+        (VERSION, Some(State::Incomplete)) => {
+            return Err(FolderError::Incomplete { folder: folder.to_owned(), container: head.container });
+        }
+        (VERSION, None) => return Err(damaged("it has no state".into())),
+        (found, _) => return Err(FolderError::Version { path, found }),
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(error.to_string()))
+}
+
+/// Reads a record, and the part that all versions have; None without a record.
+fn read_head(folder: &Path) -> Result<Option<(Vec<u8>, Head)>, FolderError> {
     let path = folder.join(FILE);
     let failed = |source| FolderError::Read { path: path.clone(), source };
     let damaged = |what: String| FolderError::Damaged { path: path.clone(), what };
@@ -240,16 +262,17 @@ pub(crate) fn read(folder: &Path) -> Result<Option<Manifest>, FolderError> {
     if bytes.len() as u64 > SIZE_LIMIT {
         return Err(damaged(format!("it is larger than {SIZE_LIMIT} bytes")));
     }
-    let head: Head = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-    match (head.version, head.state) {
-        (OLDEST..VERSION, _) | (VERSION, Some(State::Complete)) => {}
-        (VERSION, Some(State::Incomplete)) => {
-            return Err(FolderError::Incomplete { folder: folder.to_owned(), container: head.container });
-        }
-        (VERSION, None) => return Err(damaged("it has no state".into())),
-        (found, _) => return Err(FolderError::Version { path, found }),
-    }
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(error.to_string()))
+    let head = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    Ok(Some((bytes, head)))
+}
+
+/// Returns whether the folder has the complete record of this checkpoint of a container.
+pub(crate) fn is_complete(folder: &Path, container: &str, began: u64) -> bool {
+    let head = read_head(folder).ok().flatten().map(|(_, head)| head);
+    head.is_some_and(|head| {
+        let is_this = head.container == container && head.began == Some(began);
+        is_this && head.version == VERSION && head.state == Some(State::Complete)
+    })
 }
 
 /// Returns whether the folder has a record that was never completed.
@@ -280,7 +303,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(read(folder.path()).unwrap().is_none());
         let manifest = manifest();
-        Record::begin(folder.path(), "c").unwrap().complete(&manifest).unwrap();
+        Record::begin(folder.path(), "c", 1).unwrap().complete(&manifest).unwrap();
         assert_eq!(read(folder.path()).unwrap(), Some(manifest));
         assert_eq!(names(folder.path()), [FILE]);
     }
@@ -288,7 +311,7 @@ mod tests {
     #[test]
     fn what_is_begun_and_not_completed_is_refused_with_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
-        let record = Record::begin(folder.path(), "web").unwrap();
+        let record = Record::begin(folder.path(), "web", 1).unwrap();
         let error = Folder::inspect(folder.path()).unwrap_err().to_string();
         assert!(error.contains("web") && error.contains("incomplete") && error.contains("Take a new one"), "{error}");
         assert!(is_incomplete(folder.path()));
@@ -296,7 +319,7 @@ mod tests {
         drop(record);
         assert!(is_incomplete(folder.path()));
         // The next one begins there all the same.
-        Record::begin(folder.path(), "web").unwrap().complete(&manifest()).unwrap();
+        Record::begin(folder.path(), "web", 1).unwrap().complete(&manifest()).unwrap();
         assert!(read(folder.path()).unwrap().is_some());
     }
 
@@ -325,12 +348,12 @@ mod tests {
         write_images(folder.path(), images::MARK.as_bytes());
         let refused = |folder: &Path| Folder::inspect(folder).unwrap_err().to_string();
         assert!(refused(folder.path()).contains("restore the whole folder as gpusnap wrote it"));
-        Record::begin(folder.path(), "c").unwrap().complete(&manifest()).unwrap();
+        Record::begin(folder.path(), "c", 1).unwrap().complete(&manifest()).unwrap();
         assert!(refused(folder.path()).contains("big memory"), "its record says nothing of memory");
         let timeline = Timeline::start(Phase::Freeze);
         let memory = bulk::Published { source: bulk::Source::Inline, memory: 1, spared: 0 };
         let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, Some(memory), None, &timeline);
-        Record::begin(folder.path(), "c").unwrap().complete(&manifest).unwrap();
+        Record::begin(folder.path(), "c", 1).unwrap().complete(&manifest).unwrap();
         assert!(Folder::inspect(folder.path()).unwrap().image.is_cut());
     }
 
@@ -386,7 +409,7 @@ mod tests {
         if rustix::mount::mount("tmpfs", folder.path(), "tmpfs", flags, options.as_c_str()).is_err() {
             return;
         }
-        let record = Record::begin(folder.path(), "c").unwrap();
+        let record = Record::begin(folder.path(), "c", 1).unwrap();
         let mut hog = File::create(folder.path().join("hog")).unwrap();
         while hog.write_all(&[1; 4096]).is_ok() {}
         let completed = record.complete(&manifest());

@@ -74,6 +74,7 @@ fn steps(after: After) -> &'static [&'static str] {
             "dump",
             "move-memory",
             "publish",
+            "release",
         ],
     }
 }

@@ -69,6 +69,12 @@ async fn a_session_that_dies_is_succeeded_by_one_that_undoes() {
 }
 
 #[tokio::test]
+async fn a_session_that_dies_when_the_checkpoint_was_whole_has_succeeded() {
+    let (_folder, program) = program(r#"read order; case $order in *undo*) echo '"stands"' ;; *) kill -9 $$ ;; esac"#);
+    sessions(program).checkpoint(order(), Stop::default()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_session_that_never_answers_is_killed_and_succeeded() {
     let (folder, program) =
         program(r#"read order; case $order in *undo*) echo undone > undone; echo '"done"' ;; *) sleep 3600 ;; esac"#);

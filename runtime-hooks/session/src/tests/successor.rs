@@ -1,6 +1,7 @@
 //! A successor and the files of the session that died.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use snapshot::{CRIU_TYPE, Config, Host, IfTaken, NewLayer, NewSnapshot, Pointer,
 use super::client::order;
 use crate::machine::Services;
 use crate::memory;
-use crate::order::{CheckpointOrder, UndoOrder};
+use crate::order::{CheckpointOrder, Report, UndoOrder};
 use crate::process::{Reports, undo};
 
 /// More than any pid that a kernel gives.
@@ -57,13 +58,16 @@ fn names(order: &CheckpointOrder) -> Vec<String> {
     listed.iter().flat_map(|snapshot| snapshot.names.iter().map(ToString::to_string)).collect()
 }
 
-/// Undoes the order's checkpoint as a successor does.
-fn succeed(order: &CheckpointOrder) {
+/// Undoes the order's checkpoint as a successor does, and returns its last word.
+fn succeed(order: &CheckpointOrder) -> Report {
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let timeline = Timeline::start(Phase::Release).observed(Arc::new(|_| ()));
     let services = Services { tokio, reaper: Reaper::guest(), timeline, cancel: Cancel::default() };
-    let (socket, _shim) = UnixStream::pair().unwrap();
+    let (socket, shim) = UnixStream::pair().unwrap();
     undo(&services, &UndoOrder { checkpoint: order.clone() }, &Reports::to(socket)).unwrap();
+    let mut said = String::new();
+    BufReader::new(shim).read_line(&mut said).unwrap();
+    serde_json::from_str(&said).unwrap()
 }
 
 #[test]
@@ -73,7 +77,7 @@ fn the_snapshot_of_a_checkpoint_that_is_not_complete_is_withdrawn_and_no_other()
     let earlier = CheckpointOrder { began: order.began - 1, ..order.clone() };
     publish(&earlier);
     // A session that died.
-    let _ = Draft::begin(&order.options.folder, "c").unwrap().keep();
+    Draft::begin(&order.options.folder, "c", order.began).unwrap().leave();
     publish(&order);
     succeed(&order);
     assert_eq!(names(&order), [memory::name(&earlier).unwrap().to_string()]);
@@ -85,13 +89,13 @@ fn the_snapshot_of_a_checkpoint_that_is_not_complete_is_withdrawn_and_no_other()
 fn the_snapshot_of_a_checkpoint_that_is_complete_stays() {
     let folder = tempfile::tempdir().unwrap();
     let order = order_in(folder.path());
-    let mut draft = Draft::begin(&order.options.folder, "c").unwrap();
+    let mut draft = Draft::begin(&order.options.folder, "c", order.began).unwrap();
     let published = Published { source: Source::Snapshot(publish(&order)), memory: 6, spared: 0 };
     let timeline = Timeline::start(Phase::Freeze);
     let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, Some(published), None, &timeline);
     draft.complete(&manifest).unwrap();
-    let _ = draft.keep();
-    succeed(&order);
+    draft.leave();
+    assert!(matches!(succeed(&order), Report::Stands));
     assert_eq!(names(&order), [memory::name(&order).unwrap().to_string()]);
     assert!(std::fs::read_dir(&order.options.folder).unwrap().count() > 0);
 }

@@ -177,11 +177,22 @@ impl Place {
     /// # Errors
     /// When the path does not name a directory.
     pub fn directories(&self) -> Result<Vec<PathBuf>, CgroupError> {
-        let candidates = match &self.hierarchies {
-            Hierarchies::V1(mounts) => mounts.iter().map(|mount| below(&mount.point, &self.path)).collect(),
-            Hierarchies::V2 => vec![below(Path::new(MOUNT), &self.within()?)],
+        let candidates = match (&self.hierarchies, self.v2_directory()?) {
+            (Hierarchies::V1(mounts), _) => mounts.iter().map(|mount| below(&mount.point, &self.path)).collect(),
+            (Hierarchies::V2, directory) => Vec::from_iter(directory),
         };
         Ok(candidates.into_iter().filter(|directory| directory.is_dir()).collect())
+    }
+
+    /// Returns its directory on v2, whether or not it is there yet; none on v1.
+    ///
+    /// # Errors
+    /// This process's own cgroup, below which systemd's are, cannot be read.
+    pub fn v2_directory(&self) -> Result<Option<PathBuf>, CgroupError> {
+        if !self.is_v2() {
+            return Ok(None);
+        }
+        Ok(Some(below(Path::new(MOUNT), &self.within()?)))
     }
 
     /// Returns its directory in every v1 hierarchy, with the hierarchy's name, whether or not it is there yet; none on

@@ -169,7 +169,7 @@ static INSTALLED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 fn install(folder: &Path, program: &str, name: &str) -> Result<()> {
     let built = std::env::var_os(SHIM_DIR)
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/release"), PathBuf::from)
+        .map_or_else(|| crate::checkout().join("target/release"), PathBuf::from)
         .join(program);
     ensure!(built.exists(), "{} does not exist: build it with `make build`", built.display());
     fs::create_dir_all(folder)?;

@@ -35,10 +35,6 @@ fn simulated() -> Option<PathBuf> {
     std::env::var_os(SIMULATED).filter(|folder| !folder.is_empty()).map(PathBuf::from)
 }
 
-fn checkout() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
-}
-
 /// Start of the command line of [`PROGRAM`] in a container.
 const COMMAND: [&str; 4] = ["python3", "/opt/programs/gpu.py", "--log", "/dev/shm/log"];
 
@@ -57,7 +53,7 @@ fn driver() -> Result<Driver> {
         return Ok(Driver { source: REAL.into(), target: REAL.into(), library: format!("{REAL}/lib64") });
     };
     static NODES: OnceLock<Result<(), String>> = OnceLock::new();
-    let nodes = checkout().join("tests/fake-cuda/nodes");
+    let nodes = crate::checkout().join("tests/fake-cuda/nodes");
     let make = || Cmd::new(nodes.to_string_lossy()).args(&["/dev", "2"]).ok();
     let made = NODES.get_or_init(|| make().map(drop).map_err(|error| format!("{error:#}")));
     made.clone().map_err(anyhow::Error::msg)?;
@@ -65,7 +61,7 @@ fn driver() -> Result<Driver> {
 }
 
 fn program() -> Result<String> {
-    Ok(bind(&checkout().join(PROGRAM).canonicalize().context("the GPU program")?, "/opt/programs"))
+    Ok(bind(&crate::checkout().join(PROGRAM).canonicalize().context("the GPU program")?, "/opt/programs"))
 }
 
 fn bind(source: &Path, target: &str) -> String {

@@ -27,3 +27,10 @@ pub const IMAGE: &str = "docker.io/test/bb:1";
 
 /// The same image with Debian's Python on top.
 pub const PYTHON: &str = "docker.io/test/python:1";
+
+/// Returns the checkout that these tests belong to: that of this run, which may be another one than they were built in.
+#[must_use]
+pub fn checkout() -> std::path::PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    std::path::Path::new(&package).join("../..")
+}

@@ -42,7 +42,7 @@ impl SilentFs {
         }
         let (folder, silent) = (t.folder()?.join("fs"), t.folder()?.join("silent"));
         fs::create_dir_all(&folder)?;
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("../programs/silent_fs.py");
+        let program = e2e::checkout().join("tests/programs/silent_fs.py");
         let arguments = [&program, &folder, &silent].map(|path| path.to_string_lossy().into_owned());
         t.at_end(Cmd::new("umount").args(&["--lazy", &arguments[1]]));
         let server = Cmd::new("python3").args(&arguments).spawn()?;

@@ -65,7 +65,7 @@ fuse 10 229
 NODES
 mkdir -p "$dev"/{pts,shm,mqueue,net}
 mknod -m 666 "$dev/net/tun" c 10 200
-[ ! -e /dev/nvidiactl ] || cp -a /dev/nvidia* "$dev/"
+[ ! -e /dev/nvidiactl ] || [ -n "${GPUSNAP_TESTBED_NO_GPU:-}" ] || cp -a /dev/nvidia* "$dev/"
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 devpts "$dev/pts"
 mount -t tmpfs -o mode=1777 tmpfs "$dev/shm"
 mount -t mqueue mqueue "$dev/mqueue"

@@ -495,7 +495,10 @@ async fn a_cgroup_mount_shows_the_new_cgroup(bed: &Bed) {
         let mut seen = BTreeSet::new();
         for hierarchy in cgroup_hierarchies() {
             let name = hierarchy.strip_prefix(top).unwrap();
-            let outside = hierarchy.join(bundle.cgroup().strip_prefix("/").unwrap());
+            // Without a namespace, version 2 shows all cgroups.
+            let is_all = !with_namespace && hierarchy.join("cgroup.controllers").exists();
+            let own = hierarchy.join(bundle.cgroup().strip_prefix("/").unwrap());
+            let outside = if is_all { hierarchy.clone() } else { own };
             let inside = PathBuf::from(format!("/proc/{}/root/sys/fs/cgroup", running.child.pid())).join(name);
             // Named hierarchies, and the unified one beside v1, are no business of all runtimes.
             if ["systemd", "unified"].map(Path::new).contains(&name) {

@@ -111,7 +111,7 @@ fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<Extern
             add(&real);
         } else if mount.typ().as_deref() == Some("cgroup") && !has_new_cgroup(linux) {
             // In a namespace of their own they are mounts that CRIU can make again.
-            place.v1_directories().iter().for_each(|(name, _)| add(&real.join(name)));
+            bound_cgroups(linux, place, &real)?.iter().for_each(|(path, _)| add(path));
         }
     }
     // With a user namespace they are bind mounts. Otherwise there is no mount of this name, which CRIU does not mind.
@@ -126,6 +126,18 @@ fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<Extern
         }
     }
     Ok(mounts)
+}
+
+/// Directories of the cgroup that libcontainer has bind-mounted below the container's mount of cgroups at `mount`: the
+/// path of each, and the directory. On version 2 only a user namespace without a cgroup namespace has one: the kernel
+/// refuses it a mount of its own.
+pub(super) fn bound_cgroups(linux: &Linux, place: &Place, mount: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    if let Some(directory) = place.v2_directory()? {
+        let is_bound = adapt::has_new(linux, LinuxNamespaceType::User) && !has_new_cgroup(linux);
+        return Ok(Vec::from_iter(is_bound.then(|| (mount.to_owned(), directory))));
+    }
+    let directories = place.v1_directories().into_iter();
+    Ok(directories.map(|(name, directory)| (mount.join(name), directory)).collect())
 }
 
 /// Devices of every container and those of this one.

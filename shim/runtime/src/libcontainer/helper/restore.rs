@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Mount, Spec};
 use proc::{HostPid, Identity};
 
 use super::create::check_terminal;
-use super::dump::{MASK, device_paths, is_bind, is_inherited, joined_namespaces, mask};
+use super::dump::{MASK, bound_cgroups, device_paths, is_bind, is_inherited, joined_namespaces, mask};
 use super::error::{Context, Failure, Result};
 use super::host_name::HostName;
 use super::rootfs::Root;
@@ -129,8 +129,8 @@ fn external_mounts(spec: &Spec, place: &Place, bundle: &Path) -> Result<Vec<Exte
         if is_bind(mount) {
             add(mount.destination(), &bundle.join(source(mount)?));
         } else if mount.typ().as_deref() == Some("cgroup") {
-            let hierarchies = place.v1_directories();
-            hierarchies.iter().for_each(|(name, directory)| add(&mount.destination().join(name), directory));
+            let bound = bound_cgroups(adapt::linux(spec)?, place, mount.destination())?;
+            bound.iter().for_each(|(path, directory)| add(path, directory));
         }
     }
     // crun's name for a masked file is its place.

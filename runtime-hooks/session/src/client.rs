@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use checkpoint::Draft;
 use command_fds::{CommandFdExt, FdMapping};
 use phase::Phase;
 use reaper::{Adoption, Child, Reaper};
@@ -215,6 +216,11 @@ fn failed(phase: Phase, cause: Failure) -> Failed {
 impl Conductor for Sessions {
     async fn checkpoint(&self, order: CheckpointOrder, stop: Stop) -> Result<(), Failed> {
         let patience = order.options.patience;
+        let folder = &order.options.folder;
+        if let Err(error) = Draft::make_folder(folder) {
+            let cause = Failure::of(&error).within(format!("cannot make the folder {}", folder.display()));
+            return Err(failed(Phase::Freeze, cause));
+        }
         let line = Order::Checkpoint(Box::new(order.clone()));
         let session = self.start(&order.subject.id, &line, None, Phase::Freeze, patience);
         let mut session = session.map_err(|cause| failed(Phase::Freeze, cause))?;

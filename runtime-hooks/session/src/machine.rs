@@ -474,8 +474,11 @@ pub(crate) fn finish_remains(order: &CheckpointOrder) -> Result<bool, Failure> {
 pub(crate) fn discard_remains(order: &CheckpointOrder) -> Result<(), Failure> {
     drop(complete_remains(order)?);
     // A new draft removes what a dead one has left, and then itself.
-    let discarded = Draft::begin(&order.options.folder, &order.subject.id, order.began);
-    discarded.map(drop).because("cannot remove what was written of a checkpoint")
+    match Draft::begin(&order.options.folder, &order.subject.id, order.began) {
+        // The client has removed it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        discarded => discarded.map(drop).because("cannot remove what was written of a checkpoint"),
+    }
 }
 
 /// Removes the snapshot that a dead session has published of a checkpoint.

@@ -35,13 +35,21 @@ pub struct Draft {
 }
 
 impl Draft {
-    /// Begins a checkpoint of `container` in `target`, which is made if it is missing. `began` is in milliseconds since
-    /// 1970. Unfinished checkpoints of killed sessions are removed there.
+    /// Makes the folder of a checkpoint, if it is missing. To be called once for a request: later on, a folder that is
+    /// missing was removed by a client that is gone.
     ///
     /// # Errors
-    /// A folder that cannot be made, read or written, or in which another checkpoint is being written.
+    /// A folder that cannot be made.
+    pub fn make_folder(target: &Path) -> io::Result<()> {
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(target)
+    }
+
+    /// Begins a checkpoint of `container` in `target`. `began` is in milliseconds since 1970. Unfinished checkpoints of
+    /// killed sessions are removed there.
+    ///
+    /// # Errors
+    /// A folder that is missing, or cannot be read or written, or in which another checkpoint is being written.
     pub fn begin(target: &Path, container: &str, began: u64) -> io::Result<Self> {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(target)?;
         let lock = lock(target)?;
         remove_stale(target, &record::is_incomplete)?;
         let mut before = names(target)?;
@@ -353,10 +361,14 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_folder_is_made_for_root_alone() {
+    fn a_missing_folder_is_made_for_root_alone_and_only_when_asked_for() {
         use std::os::unix::fs::PermissionsExt;
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("a/b");
+        let error = Draft::begin(&target, "c", 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(!target.exists());
+        Draft::make_folder(&target).unwrap();
         publish(Draft::begin(&target, "c", 1).unwrap());
         assert_eq!(std::fs::metadata(target).unwrap().permissions().mode() & 0o777, 0o700);
     }

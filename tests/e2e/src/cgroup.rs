@@ -64,9 +64,18 @@ pub fn frozen(pid: u32) -> Result<bool> {
     Ok(text == "FROZEN" || text.lines().any(|line| line == "frozen 1"))
 }
 
-/// All cgroups of this name at the top of a hierarchy.
+/// Returns all cgroups of this name, in all hierarchies and wherever they are in them.
 pub fn folders_named(name: &str) -> Vec<PathBuf> {
-    let tops = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
-    let tops = tops.chain([PathBuf::from("/sys/fs/cgroup")]);
-    tops.map(|top| top.join(name)).filter(|folder| folder.is_dir()).collect()
+    fn search(folder: &Path, name: &str, found: &mut Vec<PathBuf>) {
+        let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.file_name() == name {
+                found.push(entry.path());
+            }
+            search(&entry.path(), name, found);
+        }
+    }
+    let mut found = Vec::new();
+    search(Path::new("/sys/fs/cgroup"), name, &mut found);
+    found
 }

@@ -473,7 +473,8 @@ fn a_runtime_that_is_killed_while_it_restores_leaves_nothing(t: &Test) -> Result
     client.wait()?.expect_failure()?;
     nothing_runs(&new)?;
     t.ctr().remove(&new)?;
-    ensure!(cgroup::folders_named(&new).is_empty(), "cgroups are left: {:?}", cgroup::folders_named(&new));
+    let left = cgroup::folders_named(&new);
+    ensure!(left.is_empty(), "cgroups are left: {left:?}");
     t.ctr().restore(&new, &image).ok()?;
     let now = count(t, &new)?;
     counts_past(t, &new, now)?;

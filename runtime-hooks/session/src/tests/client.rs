@@ -34,7 +34,7 @@ pub(super) fn order() -> CheckpointOrder {
         store,
     };
     let options = CheckpointOptions {
-        folder: "/nowhere".into(),
+        folder: "/tmp".into(),
         work: None,
         exit: false,
         allow: Allow::default(),

@@ -28,6 +28,7 @@ fn order_in(folder: &Path) -> CheckpointOrder {
     order.init = NO_PID;
     order.subject.store.root = folder.join("store");
     order.options.folder = folder.join("images");
+    Draft::make_folder(&order.options.folder).unwrap();
     order
 }
 
@@ -104,6 +105,8 @@ fn the_snapshot_of_a_checkpoint_that_is_complete_stays() {
 fn a_session_that_died_before_it_published_leaves_nothing_to_withdraw() {
     let folder = tempfile::tempdir().unwrap();
     let order = order_in(folder.path());
+    std::fs::remove_dir(&order.options.folder).unwrap();
     succeed(&order);
+    assert!(!order.options.folder.exists(), "a folder that the client had removed is there again");
     assert!(!order.subject.store.root.exists(), "a store was made");
 }

@@ -11,7 +11,7 @@ use crate::error::BundleError;
 /// Largest specification: containerd limits it to the size of its messages.
 const LIMIT: u64 = 16 << 20;
 
-/// Reads those parts of the specification in `bundle` that `T` has.
+/// Reads the specification in `bundle`, as far as `T` has fields.
 pub(crate) fn read_config<T: DeserializeOwned>(bundle: &Path) -> Result<T, BundleError> {
     let path = bundle.join("config.json");
     let mut bytes = Vec::new();

@@ -1,4 +1,4 @@
-//! Execs: their input, their start beside other operations.
+//! Execs: input, and the start beside other operations.
 
 use super::*;
 

@@ -275,7 +275,8 @@ impl OciRuntime for Command {
             let scratch = call.scratch()?;
             call.run(&scratch, vec!["features".into()]).await?;
             let output = scratch.output(&call)?;
-            serde_json::from_slice(&output).map_err(|error| call.answer(format!("the output is no list of features: {error}")))
+            serde_json::from_slice(&output)
+                .map_err(|error| call.answer(format!("the output is no list of features: {error}")))
         })
         .await
     }

@@ -64,7 +64,7 @@ struct Invocation {
     bundle: PathBuf,
 }
 
-/// Parts of a config.json by which a container gets its shim.
+/// Parts of a config.json for the choice of a shim.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Grouping {

@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 
 use crate::error::BundleError;
 
-/// Largest specification: containerd limits it to the size of its messages.
+/// Largest specification: containerd's limit for messages.
 const LIMIT: u64 = 16 << 20;
 
 /// Reads the specification in `bundle`, as far as `T` has fields.

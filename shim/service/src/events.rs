@@ -1,6 +1,6 @@
 //! Events to containerd, in order of occurrence.
 //!
-//! containerd may restart while its containers run on. Events wait here, in order, until containerd
+//! containerd may restart while containers run on. Events wait here, in order, until containerd
 //! answers again. (containerd-shim's own publisher retries each event separately, which breaks the
 //! order, and gives up after 15 s.)
 

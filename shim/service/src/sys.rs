@@ -8,7 +8,7 @@ use rustix::process::Signal;
 /// Keeps glibc from making a heap of 64 MB address space for every thread, with its touched pages:
 /// the shim's threads allocate little, and each pod has a shim.
 pub(crate) fn keep_one_malloc_arena() {
-    // SAFETY: mallopt only writes glibc's own parameters, and no other thread exists yet to read them.
+    // SAFETY: mallopt only writes glibc's own parameters, and no other thread exists yet.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }

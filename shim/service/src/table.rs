@@ -62,8 +62,8 @@ impl Table {
     /// Returns a container, once made.
     ///
     /// containerd asks for a container after too long a creation, and for all after its own
-    /// restart. To containerd, "not found" means "nothing is there"; it forgets anything made
-    /// later.
+    /// restart. To containerd, "not found" means "nothing is there"; anything made later is
+    /// forgotten.
     pub(crate) async fn get(&self, id: &str) -> Result<Container, TaskError> {
         let mut state = self.state.subscribe();
         let settled = state.wait_for(|state| !matches!(state.entries.get(id), Some(Entry::Creating))).await;

@@ -1,10 +1,10 @@
 //! The container's freezer, and the right to thaw.
 //!
-//! The operation behind a freeze also ends it: a resume thaws after a pause, a checkpoint thaws
-//! after its own freeze. There is one exception: a kill of init must thaw the container, because a
-//! frozen process on cgroup v1 does not die of SIGKILL. A kill of another process does not thaw:
-//! the container would run while clients take it for paused. The killed process dies at the resume,
-//! as under runc's shim.
+//! The operation behind a freeze also thaws: a resume after a pause, a checkpoint after its own
+//! freeze. There is one exception: a kill of init must thaw the container, because a frozen process
+//! on cgroup v1 does not die of SIGKILL. A kill of another process does not thaw: the container
+//! would run while clients take it for paused. The killed process dies at the resume, as under
+//! runc's shim.
 //!
 //! An operation that freezes or thaws borrows the freezer. A kill of init takes effect when the
 //! operation returns the freezer: until then GPU state may be missing, or files may be in the

@@ -26,7 +26,7 @@
 //! Failure paths. A failed operation leaves the state as before. A disconnected client cancels
 //! nothing: an operation always runs to its end. Exits are messages to the mailbox. An exit during
 //! the start of the same process is published after the start. Clients take init's exit as the last
-//! word, so it is published after the exits of all execs. When init ends in a shared pid namespace,
+//! word, so the exits of all execs are published before. When init ends in a shared pid namespace,
 //! the shim kills the rest of the cgroup.
 
 mod checkpoint;

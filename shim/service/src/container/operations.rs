@@ -445,8 +445,8 @@ pub(super) async fn end(child: &Child, name: &str) {
 /// moments meanwhile. A container that never comes to rest stays paused as it is.
 ///
 /// A client may save the container's files next, and the processes after the files. A process in
-/// the middle of a vfork cannot be saved: it would have to run on in between, and no longer fit the
-/// files.
+/// the middle of a vfork cannot be saved: after running on in between, the process would no longer
+/// fit the files.
 async fn bring_to_rest(runtime: &dyn OciRuntime, id: String, cgroup: Cgroup) -> Result<(), TaskError> {
     let resting = cgroup.clone();
     let rested = tokio::task::spawn_blocking(move || resting.freeze_at_rest(true)).await;

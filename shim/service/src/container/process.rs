@@ -1,4 +1,4 @@
-//! Processes of a container, init and execs, and the stages of their lives.
+//! Processes of a container, init and execs, and the stages of a process's life.
 
 use std::fmt;
 use std::time::Instant;

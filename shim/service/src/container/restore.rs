@@ -1,4 +1,5 @@
-//! Starting a container from a checkpoint: the shim's part. A session does the work (crate `session`).
+//! Starting a container from a checkpoint: the shim's part. A session does the work (crate
+//! `session`).
 //!
 //! ```text
 //!   prepare the streams ─► session: processes made ─► init adopted, streams connected ─► session: memory, GPU ─► Running

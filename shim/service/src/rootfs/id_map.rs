@@ -2,7 +2,7 @@
 //!
 //! A snapshotter keeps files as in the image; the options `uidmap=` and `gidmap=` ask the shim to
 //! show other owners. The options are containerd's own: the kernel wants an id-mapped mount. An
-//! overlay cannot be mapped, but its lower folders can:
+//! overlay cannot be mapped, but the lower folders can:
 //!
 //! ```text
 //!   lower folder ── clone of its mount ── map_ids ──► FOLDER/0 ──┐
@@ -55,8 +55,8 @@ impl IdMap {
         }
     }
 
-    /// Makes a user namespace with these ids. A short-lived process makes it; the descriptor keeps
-    /// it.
+    /// Makes a user namespace with these ids, by a short-lived process. The descriptor keeps the
+    /// namespace.
     fn namespace(&self) -> Result<OwnedFd, RootfsError> {
         let pid = sys::spawn_in_user_namespace().map_err(RootfsError::Start)?;
         let made = self.namespace_of(pid);

@@ -20,8 +20,8 @@ use super::StdioError;
 
 /// Folder for sockets, on a tmpfs. Bundle paths are too long for a socket address (108 bytes).
 const FOLDER: &str = "/run/containerd/gpusnap";
-/// Longest wait for the terminal. A runtime sends it before `create` returns; the limit is for a
-/// faulty one.
+/// Longest wait for the terminal. A runtime sends the terminal before `create` returns; the limit
+/// is for a faulty one.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A listening socket in its own folder, removed with the socket.
@@ -91,7 +91,8 @@ fn receive_file(stream: &tokio::net::UnixStream) -> io::Result<File> {
 /// Output of a terminal, read from its master, with the end of file of a pipe.
 ///
 /// The kernel reports EIO after the last process has closed the slave. On an error,
-/// `tokio::io::copy` drops the bytes not yet written; at an end of file it writes them first.
+/// `tokio::io::copy` drops the bytes not yet written; at an end of file such bytes are written
+/// first.
 pub(super) struct TerminalOutput(pub(super) Pty);
 
 impl AsyncRead for TerminalOutput {

@@ -83,7 +83,8 @@ pub(crate) struct Stdio {
 /// The client's end of standard input, with the lifetime of the process's entry in the shim.
 ///
 /// Clones share one state. The copy out of the fifo exists only from the start on, and CloseIO may
-/// come before: a client with short input closes it while the runtime still makes the process.
+/// come before: a client with short input closes the fifo while the runtime still makes the
+/// process.
 #[derive(Clone, Default)]
 struct Input(Arc<Mutex<InputState>>);
 

@@ -96,7 +96,7 @@ pub(crate) enum RestoreError {
     Cgroup(#[source] RuntimeError),
 }
 
-/// Returns the clause of a message about the debt to a container.
+/// Returns the clause of a message about the steps owed to a container.
 fn told(owed: Option<&str>) -> String {
     owed.map_or_else(String::new, |owed| {
         format!(" (the container is not as it was, and gpusnap tries again until it is or the container ends: {owed})")

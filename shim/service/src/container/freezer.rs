@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_killed_init_is_let_die_at_once_while_nobody_has_the_freezer() {
+    fn a_killed_init_dies_at_once_unless_the_freezer_is_lent() {
         let mut freezer = Freezer::default();
         assert_eq!(freezer.init_is_killed(), LetDie::Now);
     }

@@ -422,7 +422,7 @@ impl Actor {
         self.settle_init();
     }
 
-    /// Publishes init's exit, after every event with precedence.
+    /// Publishes init's exit, once no exec is alive.
     fn settle_init(&mut self) {
         if self.execs.values().any(Process::is_alive) {
             return;

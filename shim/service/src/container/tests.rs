@@ -463,7 +463,7 @@ async fn what_does_not_fit_the_state_is_a_failed_precondition() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_not_found_and_what_is_cannot_be_made_again() {
+async fn missing_containers_are_not_found_and_existing_ones_cannot_be_made_again() {
     let bench = Bench::started("exit 0").await;
     assert_eq!(code(bench.create().await), Code::ALREADY_EXISTS);
     assert_eq!(code(bench.start("nope").await), Code::NOT_FOUND);

@@ -140,7 +140,7 @@ async fn a_failed_checkpoint_leaves_the_container_running() {
 }
 
 #[tokio::test]
-async fn only_what_runs_can_be_checkpointed() {
+async fn only_a_running_container_can_be_checkpointed() {
     let images = tempfile::tempdir().unwrap();
     let bench = Bench::created("exit 0").await;
     assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);

@@ -52,8 +52,8 @@ impl Command {
             arguments.push("--no-pivot".into());
         }
         arguments.extend(flags(allow).map(OsString::from));
-        // crun keeps its own process in the container's cgroup until criu is done. Frozen, that
-        // process would never end.
+        // crun keeps its own process in the container's cgroup until criu is done. A freeze would
+        // catch that process, and crun wait for ever.
         let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
         let criu_wrapper = (frozen && !is_crun).then_some(work.as_path());
         let restored = match call.process(&scratch, arguments, io, criu_wrapper).await {

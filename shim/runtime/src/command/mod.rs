@@ -198,7 +198,7 @@ impl Command {
 }
 
 /// Unmounts the container's root, left in the state folder by a runtime killed during a restore:
-/// such a runtime would remove the folder with everything inside.
+/// the runtime's delete would remove that folder with everything inside.
 fn release_rootfs(call: &Call<'_>) -> Result<(), RuntimeError> {
     let mount = call.root.join(call.container).join("criu-root");
     match rustix::mount::unmount(&mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {

@@ -1,8 +1,8 @@
 //! This process's own executable, in a form safe for containers.
 //!
 //! The helper and its clones enter a container before becoming the user's program. A container that
-//! opens `/proc/PID/exe` then has our executable open, and could write to the file once nothing
-//! runs there: root on the host (CVE-2019-5736). So helpers run from a detached, read-only mount of
+//! opens `/proc/PID/exe` then has our executable open, and could write to the file once no process
+//! runs it: root on the host (CVE-2019-5736). So helpers run from a detached, read-only mount of
 //! the file. `/proc/PID/exe` leads to the file through that mount, which refuses writes.
 
 use std::fs::File;

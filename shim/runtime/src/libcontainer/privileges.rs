@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_with_what_it_is_given_is_let_run() {
+    fn a_thread_with_the_specified_rights_may_run() {
         let allowed = Allowed::by(&spec(true)).unwrap();
         assert_eq!(allowed.excess(&thread(&allowed), &host(), true), None);
         let mut less = thread(&allowed);
@@ -407,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_within_what_it_has_itself() {
+    fn this_process_is_within_its_own_rights() {
         let own = HostPid::own();
         let found = Of::process(own).unwrap().thread(own, own.raw()).unwrap();
         let mut allowed = Allowed::by(&spec(false)).unwrap();

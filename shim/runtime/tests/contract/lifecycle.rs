@@ -14,7 +14,7 @@ sentences![
     a_created_container_waits_until_it_is_started,
     the_exit_code_is_the_programs,
     an_exit_before_start_returns_is_seen,
-    what_it_reads_and_writes_goes_through_its_descriptors,
+    input_and_output_go_through_the_given_descriptors,
     a_created_container_that_is_killed_is_seen_to_end,
     a_container_is_started_once,
     pause_stops_progress_and_resume_lets_it_go_on,
@@ -67,7 +67,7 @@ async fn an_exit_before_start_returns_is_seen(bed: &Bed) {
     }
 }
 
-async fn what_it_reads_and_writes_goes_through_its_descriptors(bed: &Bed) {
+async fn input_and_output_go_through_the_given_descriptors(bed: &Bed) {
     let bundle = bed.bundle(&shell("while read line; do echo \"out $line\"; echo \"err $line\" >&2; done; echo end"));
     let running = bundle.start().await;
     running.tell("one");

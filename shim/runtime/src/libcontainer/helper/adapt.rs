@@ -218,7 +218,7 @@ pub(super) fn for_exec(
         let path = namespace_of(init, namespace.typ());
         namespaces.push(LinuxNamespaceBuilder::default().typ(namespace.typ()).path(path).build()?);
     }
-    // CRIU makes a time namespace for a restored container, without a word in the specification.
+    // CRIU makes a time namespace for a restored container, though no specification asks for one.
     let has_time = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Time);
     if !has_time && differs(init, LinuxNamespaceType::Time)? {
         let path = namespace_of(init, LinuxNamespaceType::Time);
@@ -508,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_further_process_joins_the_first_and_inherits_what_it_does_not_say() {
+    fn a_further_process_joins_the_first_and_inherits_missing_settings() {
         let (_root, mut spec) = container();
         let first = spec.process_mut().as_mut().unwrap();
         first.set_oom_score_adj(Some(5)).set_apparmor_profile(None);

@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_allowed_is_forbidden_even_if_no_rule_says_so() {
+    fn devices_without_a_rule_are_forbidden() {
         let mut resources = LinuxResources::default();
         resources.set_devices(Some(vec![rule(true, "c -1 -1 r")]));
         complete(&mut resources).unwrap();

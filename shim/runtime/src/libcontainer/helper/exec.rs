@@ -43,7 +43,7 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     program.stdio = stdio.map(Rc::new);
     join_keyring(helper)?;
 
-    // The socket's number belongs to the new process while the helper lives.
+    // Named by the helper's pid: unique while the helper lives, and needed no longer.
     let notify_socket = format!("exec-{}.sock", std::process::id());
     let notify_path = helper.directory.path().join(&notify_socket);
     let container = Container { state, root: helper.directory.path().to_owned() };

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_is_allowed_and_all_else_refused() {
+    fn listed_calls_are_allowed_and_all_others_refused() {
         let program =
             compile(&listed(vec![rule(LinuxSeccompAction::ScmpActAllow, &["read", "no_such"], &[])])).unwrap();
         assert_eq!(run(&program, libc::SYS_read, 0), ALLOW);
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_unknown_to_a_profile_that_lists_what_is_refused() {
+    fn a_denylist_has_no_unknown_calls() {
         let refused = rule(LinuxSeccompAction::ScmpActErrno, &["openat2"], &[]);
         let program = compile(&profile(LinuxSeccompAction::ScmpActAllow, vec![refused])).unwrap();
         assert_eq!(run(&program, libc::SYS_openat2, 0), REFUSE);

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_message_says_already_is_not_said_again() {
+    fn details_already_in_the_message_are_not_repeated() {
         assert_eq!(log("no such file\n").complete("cannot open x: no such file".into()), "cannot open x: no such file");
         assert_eq!(log("failed to run: no such file\n").complete("no such file".into()), "no such file");
         assert_eq!(log("").complete("alone".into()), "alone");

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_takes_to_load_a_filter_is_given_up_afterwards() {
+    fn capabilities_for_loading_a_filter_are_dropped_afterwards() {
         let (filter, process, linux) = take(None, LinuxSeccompAction::ScmpActAllow);
         let until_loaded = process.capabilities().as_ref().unwrap();
         for set in [until_loaded.bounding(), until_loaded.effective(), until_loaded.permitted()] {

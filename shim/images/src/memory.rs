@@ -7,10 +7,10 @@
 //! private, anonymous, writable, neither a growing stack nor hugetlbfs. Everything else stays in
 //! the images:
 //!
-//! - read-only memory, since process_vm_writev respects a mapping's protection; - pages with a
-//! thread's `struct rseq`: the kernel writes there when a restored thread goes on, and a newer
-//! kernel does not repeat a write assumed done; - pages in a parent image, and pages left to a lazy
-//! restore.
+//! - memory without write permission, since process_vm_writev respects a mapping's protection;
+//! - pages with a thread's `struct rseq`: the kernel writes there when a restored thread goes on,
+//!   and a newer kernel does not repeat a write assumed done;
+//! - pages in a parent image, and pages left to a lazy restore.
 //!
 //! No other memory of a process is read or written between the restore and the fill, as long as the
 //! process is stopped. CRIU's restorer has a stack, code and the last signal frame in separate

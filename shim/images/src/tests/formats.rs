@@ -31,7 +31,7 @@ fn an_inventory_tells_version_plugins_and_closed_connections() {
 }
 
 #[test]
-fn what_is_no_image_is_told_in_one_line() {
+fn a_folder_without_an_image_is_reported_in_one_line() {
     let folder = TempDir::new().unwrap();
     let line = |folder: &Path| inspect(folder).unwrap_err().to_string();
     assert!(line(folder.path()).ends_with("holds no checkpoint: there is no inventory.img"));

@@ -226,7 +226,7 @@ fn only_plain_writable_memory_has_runs() {
 }
 
 #[test]
-fn what_parent_and_child_have_in_common_is_left_when_asked_for() {
+fn pages_shared_by_parent_and_child_are_left_on_request() {
     let images = Images::new(&[(1, 0, &[]), (2, 1, &[])]);
     let plain = |pages| (pages, READ_WRITE, ANONYMOUS, PLAIN);
     // The last mapping has another end: to CRIU it is a different one.
@@ -253,7 +253,7 @@ fn what_parent_and_child_have_in_common_is_left_when_asked_for() {
 }
 
 #[test]
-fn what_is_taken_out_is_gone_and_everything_else_is_as_before() {
+fn memory_taken_out_is_gone_and_everything_else_is_unchanged() {
     let images = Images::new(&[(1, 0, &[])]);
     let mappings = [(0..32, READ_WRITE, ANONYMOUS, PLAIN)];
     images.process(1, &mappings, &[(0..8, PRESENT), (8..12, PRESENT | LAZY), (12..13, IN_PARENT), (16..24, PRESENT)]);

@@ -19,7 +19,7 @@ const LEAST: u64 = 256 << 10;
 pub(crate) fn sentences() -> Vec<Sentence> {
     vec![
         sentence!(a_family_gets_its_memory_back_when_all_of_it_is_filled),
-        sentence!(a_family_shares_what_it_shared_when_that_is_left_to_criu),
+        sentence!(a_family_keeps_its_shared_pages_if_they_are_left_to_criu),
         sentence!(images_without_their_memory_are_refused_by_criu_alone),
         sentence!(memory_that_is_not_filled_is_empty),
         sentence!(rewritten_images_are_restored_twice_and_again_from_a_new_dump),
@@ -131,7 +131,7 @@ async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
     restored_family(&world, taken).await.kill().await;
 }
 
-async fn a_family_shares_what_it_shared_when_that_is_left_to_criu(world: World) {
+async fn a_family_keeps_its_shared_pages_if_they_are_left_to_criu(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
     let runs = images::runs(&images, LEAST, Inherited::Leave).unwrap();

@@ -356,7 +356,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Takes back the freezer lent by [`Freezer::lend`].
+    /// Takes the freezer back from the operation that borrowed it.
     pub(super) fn take_freezer_back(&mut self) {
         if self.freezer.take_back() == LetDie::Now {
             self.let_the_killed_die();

@@ -1,4 +1,4 @@
-//! A conversation with criu, and what has to be undone when it does not come to its end.
+//! A conversation with criu, and the undoing of an unfinished one.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,7 +12,7 @@ use crate::log;
 use crate::notify::{BoxError, Stage};
 use crate::swrk::Swrk;
 
-/// What CRIU says when it stops at a stage.
+/// CRIU's message at a stage.
 #[derive(Debug)]
 pub(crate) struct Notification {
     pub(crate) stage: Stage,
@@ -20,33 +20,35 @@ pub(crate) struct Notification {
     pub(crate) pid: Option<i32>,
     /// The terminal, in orphan-pts-master.
     pub(crate) descriptors: Vec<OwnedFd>,
-    /// A callback has failed before: CRIU is undoing its work, or is about to.
+    /// A callback has failed before: CRIU is undoing the work so far, or is about to.
     pub(crate) failed: bool,
 }
 
 /// The operation's side of the conversation.
 #[async_trait]
 pub(crate) trait Answers<U: Undo>: Send {
-    /// Runs what belongs to the stage, and notes in `undo` what it changes. The options, if any, go into the
+    /// Runs the stage's work, and records its changes in `undo`. The options, if any, go into the
     /// acknowledgement.
     async fn notified(&mut self, notification: Notification, undo: &mut U) -> Result<Option<Criu_opts>, BoxError>;
 }
 
-/// What has to be undone after an operation that failed or was cancelled.
+/// Undoing of an operation that failed or was cancelled.
 #[async_trait]
 pub(crate) trait Undo: Send {
-    /// Called once, when criu has ended.
+    /// Called once, after criu's end.
     async fn undo(&mut self);
 
-    /// A stage is about to be refused. True if CRIU would not heed that, and is to be killed instead.
+    /// A stage is about to be refused. Returns true if CRIU would ignore the refusal, and must be
+    /// killed instead.
     async fn refusing(&mut self, _: &Stage) -> bool {
         false
     }
 }
 
-/// A run of criu with what has to be undone. Dropped before [`Call::complete`], it undoes in a task of its own.
+/// A run of criu, with the work to undo. Dropped before [`Call::complete`], the work is undone in a
+/// separate task.
 pub(crate) struct Call<U: Undo + 'static> {
-    /// None once it is over.
+    /// `None` once the run is over.
     running: Option<(Swrk, U)>,
     log: PathBuf,
 }
@@ -56,16 +58,16 @@ impl<U: Undo + 'static> Call<U> {
         Self { running: Some((swrk, undo)), log }
     }
 
-    /// criu and the operation's state.
+    /// Returns criu and the operation's state.
     ///
     /// # Errors
-    /// None is left after the call is over.
+    /// Fails after the end of the call.
     pub(crate) fn parts(&mut self) -> Result<(&mut Swrk, &mut U), CallError> {
         let gone = || protocol("the run is over", None, io::ErrorKind::NotConnected.into());
         self.running.as_mut().map(|(swrk, undo)| (swrk, undo)).ok_or_else(gone)
     }
 
-    /// Sends `request` and answers CRIU's notifications until its last word.
+    /// Sends `request` and answers CRIU's notifications until the last message.
     pub(crate) async fn converse(
         &mut self,
         request: Criu_req,
@@ -77,7 +79,7 @@ impl<U: Undo + 'static> Call<U> {
         let mut stage = None;
         let mut refused: Option<CallError> = None;
         if let Err(source) = talk(swrk.channel(), &request).await {
-            // It may have died at once: how says more than a broken pipe.
+            // criu may have died at once: the exit says more than a broken pipe.
             return Err(ended(swrk, None, &log).await.unwrap_or_else(|| protocol("send the request", None, source)));
         }
         let response = loop {
@@ -109,13 +111,13 @@ impl<U: Undo + 'static> Call<U> {
                 Err(error) => tracing::warn!(stage = %now, error, "a callback failed while criu undoes its work"),
             }
             if refused.is_some() && undo.refusing(&now).await {
-                // The next read finds it gone.
+                // The next read finds criu gone.
                 swrk.kill();
                 continue;
             }
             answer.set_notify_success(refused.is_none());
             stage = Some(now);
-            // If it has died meanwhile, the next read says so.
+            // If criu has died meanwhile, the next read reports the death.
             if let Err(error) = talk(swrk.channel(), &answer).await {
                 tracing::debug!(%error, "criu does not take an answer");
             }
@@ -123,7 +125,7 @@ impl<U: Undo + 'static> Call<U> {
         if let Some(refused) = refused {
             return Err(refused);
         }
-        // The answer to a request that CRIU cannot make sense of is of type EMPTY.
+        // CRIU answers an unknown request with type EMPTY.
         if !response.success() {
             swrk.end().await;
             return Err(CallError::Refused(Box::new(refusal(swrk, &response, &log))));
@@ -135,22 +137,22 @@ impl<U: Undo + 'static> Call<U> {
         Ok(response)
     }
 
-    /// The operation has succeeded: waits for criu's end, and nothing is undone.
+    /// Ends a successful operation: waits for criu's end, and undoes nothing.
     pub(crate) async fn complete(mut self) -> Option<U> {
-        // Stays in place while waiting: a drop meanwhile must not lose criu. What was reached by then stands, since
-        // undoing is told so by its own state.
+        // Stays in place while waiting: a drop meanwhile must not lose criu. The result reached by
+        // then stands, because the undo's own state says so.
         if let Some((swrk, _)) = &mut self.running {
             swrk.end().await;
         }
         self.running.take().map(|(_, undo)| undo)
     }
 
-    /// The operation has failed: waits for criu's end and undoes.
+    /// Ends a failed operation: waits for criu's end and undoes.
     pub(crate) async fn abandon(mut self) {
         if let Some(running) = self.running.take() {
             let undone = tokio::spawn(abandon(running));
-            // In a task of its own, so that a cancellation does not stop it. It does not panic; if the runtime shuts
-            // down, nobody is left to wait for it.
+            // In a separate task, safe from a cancellation. The task does not panic; after a
+            // shutdown of the runtime nobody waits.
             let _ = undone.await;
         }
     }
@@ -161,7 +163,8 @@ impl<U: Undo + 'static> Drop for Call<U> {
         let Some(running) = self.running.take() else { return };
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn(abandon(running))),
-            // The runtime is being shut down, and with it this process. A killed criu lets the tree go.
+            // The async runtime is shutting down, and this process too. A killed criu releases the
+            // tree.
             Err(_) => running.0.kill(),
         }
     }
@@ -180,7 +183,7 @@ fn protocol(action: &'static str, stage: Option<Stage>, source: io::Error) -> Ca
     CallError::Protocol { action, stage, source }
 }
 
-/// How criu ended, if it did so by itself.
+/// Returns criu's failure, if criu has ended without an answer.
 async fn ended(swrk: &mut Swrk, stage: Option<Stage>, log: &std::path::Path) -> Option<CallError> {
     let exit = swrk.end().await;
     let output = swrk.output();

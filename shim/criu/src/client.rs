@@ -1,12 +1,12 @@
-//! The handle.
+//! Handle to the installed criu.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use reaper::Reaper;
 
-/// How long a cancelled operation may take to undo itself before criu is killed. CRIU notices between two stages, and
-/// the longest stage writes memory, at 1 to 2 GB/s.
+/// Longest time for a cancelled operation to undo the work so far, before criu is killed. CRIU
+/// notices between two stages, and the longest stage writes memory, at 1 to 2 GB/s.
 pub const CANCEL_GRACE: Duration = Duration::from_secs(10);
 
 /// CRIU as installed on this machine. Cheap to clone.
@@ -18,19 +18,20 @@ pub struct Criu {
 }
 
 impl Criu {
-    /// The `criu` found in PATH at each call.
+    /// Returns the `criu` found in PATH at each call.
     #[must_use]
     pub fn new(reaper: Reaper) -> Self {
         Self::at("criu", reaper)
     }
 
-    /// The criu at `path`; in PATH if that is a bare name.
+    /// Returns the criu at `path`, or in PATH for a bare name.
     #[must_use]
     pub fn at(path: impl Into<PathBuf>, reaper: Reaper) -> Self {
         Self { path: path.into(), reaper, cancel_grace: CANCEL_GRACE }
     }
 
-    /// How long a cancelled operation may take to undo itself before criu is killed, instead of [`CANCEL_GRACE`].
+    /// Sets the longest time for a cancelled operation to undo the work so far, instead of
+    /// [`CANCEL_GRACE`].
     #[must_use]
     pub fn cancel_grace(mut self, grace: Duration) -> Self {
         self.cancel_grace = grace;

@@ -23,9 +23,9 @@ use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup
 use crate::residue::{self, Residue};
 use crate::swrk::Swrk;
 
-/// Name of the log in the work directory, as runc has it: containerd copies it out of there.
+/// Name of the log in the work directory, as in runc: containerd copies the log from there.
 const LOG: &str = "dump.log";
-/// What CRIU writes last, besides images.
+/// CRIU's last file beside images.
 const STATS: &str = "stats-dump";
 
 /// A process tree to dump.
@@ -33,32 +33,33 @@ const STATS: &str = "stats-dump";
 pub struct DumpRequest {
     /// Root of the tree, in this process's pid namespace.
     pub pid: i32,
-    /// Where the images go: an existing directory that holds no image yet.
+    /// Directory for the images, existing and without an image.
     pub images_dir: PathBuf,
-    /// Where dump.log goes, and stats-dump. The images directory if None.
+    /// Directory for dump.log and stats-dump; `None` for the images directory.
     pub work_dir: Option<PathBuf>,
-    /// Root of the tree's mount namespace, as a path of this one. Needed when the tree has its own.
+    /// Root of the tree's mount namespace, as a path of this one. Needed for a tree in a separate
+    /// namespace.
     pub root: Option<PathBuf>,
-    /// Let the tree run afterwards. Otherwise CRIU kills it once the images are whole.
+    /// Let the tree run afterwards. Otherwise CRIU kills the tree once the images are complete.
     pub leave_running: bool,
-    /// Cgroup to freeze the tree by: the directory, in the v1 freezer hierarchy or in v2. By ptrace if None. If it is
-    /// frozen already, it stays so.
+    /// Directory of the cgroup for the freeze, in the v1 freezer hierarchy or in v2; `None` for a
+    /// freeze by ptrace. A frozen cgroup stays frozen.
     pub freeze_cgroup: Option<PathBuf>,
-    /// Where the tree's cgroups begin, in each hierarchy. A tree can have processes in several cgroups below; without
-    /// this each of these is a root of its own, and a restore puts them all into one.
+    /// Top cgroups of the tree, one per hierarchy. A tree can have processes in several cgroups
+    /// below. Without a top, each is a separate root, and a restore merges all into one.
     pub cgroup_roots: Vec<CgroupRoot>,
-    /// Mounts that are not dumped.
+    /// Mounts left out of the dump.
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
     pub external: Vec<External>,
-    /// Images of an earlier dump, relative to the images directory: only memory changed since is written, on kernels
-    /// that can tell (feature `mem_track`).
+    /// Images of an earlier dump, relative to the images directory: only memory changed since is
+    /// written, on kernels able to track changes (feature `mem_track`).
     pub parent_image: Option<PathBuf>,
-    /// What dump and restore share.
+    /// Options common to dump and restore.
     pub options: Options,
 }
 
-/// A dump that stands.
+/// A completed dump.
 #[derive(Clone, Debug)]
 pub struct Dumped {
     /// CRIU's log.
@@ -69,9 +70,10 @@ impl Criu {
     /// Dumps a process tree. `notify` is called while CRIU waits; `&mut ()` does nothing.
     ///
     /// # Errors
-    /// The tree runs on as before then, frozen if its cgroup was, and the files that CRIU wrote are removed, the log
-    /// excepted. The same holds when the future is dropped. Once `post_dump` has succeeded, the images are kept in any
-    /// case: CRIU may have ended the tree, and they be all that is left of it.
+    /// After a failure the tree runs on as before, frozen if the cgroup was, and CRIU's files are
+    /// removed except the log. A dropped future has the same effect. After a successful `post_dump`
+    /// the images are kept in any case: CRIU may have ended the tree, leaving the images as the
+    /// only copy.
     pub async fn dump(&self, request: DumpRequest, notify: &mut dyn NotifyDump) -> Result<Dumped, DumpError> {
         let pid = request.pid;
         let at = |action: &'static str, path: &Path| {
@@ -147,7 +149,7 @@ struct AnswersDump<'a> {
 impl Answers<UndoDump> for AnswersDump<'_> {
     async fn notified(&mut self, at: Notification, undo: &mut UndoDump) -> Result<Option<Criu_opts>, BoxError> {
         match at.stage {
-            // Also while CRIU undoes its work: what network_lock did has to be undone with it.
+            // Also while CRIU undoes its work: the effects of network_lock must be undone too.
             Stage::NetworkUnlock => {
                 undo.blocked = None;
                 self.notify.network_unlock().await?;
@@ -160,12 +162,13 @@ impl Answers<UndoDump> for AnswersDump<'_> {
             }
             Stage::PostDump => {
                 self.notify.post_dump().await?;
-                // With the acknowledgement CRIU may end the tree, of which the images are then all that is left.
+                // After the acknowledgement CRIU may end the tree; the images are then the only
+                // copy.
                 undo.stands = true;
             }
             Stage::QueryExternalFiles => {
                 let mut opts = Criu_opts::new();
-                // Required by the protocol, and not read here; -1 is its default.
+                // Required by the protocol, and unused here; -1 is the default.
                 opts.set_images_dir_fd(-1);
                 opts.external = self.notify.query_external_files().await?;
                 return Ok(Some(opts));
@@ -178,18 +181,18 @@ impl Answers<UndoDump> for AnswersDump<'_> {
 
 struct UndoDump {
     pid: i32,
-    /// The network that CRIU has blocked, or is about to.
+    /// Network blocked by CRIU, now or soon.
     blocked: Option<Network>,
     reaper: Reaper,
     marker: String,
     images: PathBuf,
-    /// Names in the images directory before the dump. What a user kept there is not removed.
+    /// Names in the images directory before the dump. A user's own files there are not removed.
     existing: HashSet<OsString>,
-    /// None if none is used.
+    /// `None` for a freeze by ptrace.
     freezer: Option<Freezer>,
-    /// The images are whole, and may be all that is left of the tree.
+    /// The images are complete, and may be the only copy of the tree.
     stands: bool,
-    /// The images and the work directory, which CRIU opens by number as long as it runs.
+    /// The images and the work directory. CRIU opens both by number during the whole run.
     open: (File, File),
 }
 

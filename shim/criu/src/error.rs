@@ -1,4 +1,4 @@
-//! Why an operation failed.
+//! Failures of operations.
 
 use std::fmt;
 use std::io;
@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::notify::{BoxError, Stage};
 use crate::version::Version;
 
-/// Why a dump failed. The tree runs on as before, and no image file is left.
+/// Failure of a dump. The tree runs on as before, and no image file is left.
 #[derive(Debug, Error)]
 pub enum DumpError {
     /// A directory of the request cannot be used.
@@ -18,14 +18,14 @@ pub enum DumpError {
     Directory {
         /// The root of the tree.
         pid: i32,
-        /// What was tried.
+        /// Action on the path.
         action: &'static str,
         /// The directory or file.
         path: PathBuf,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
-    /// The directory holds an image already, which CRIU would overwrite file by file.
+    /// The directory already holds an image; CRIU would overwrite file by file.
     #[error("cannot dump process {pid} to {path}: it holds a checkpoint already")]
     Occupied {
         /// The root of the tree.
@@ -33,17 +33,17 @@ pub enum DumpError {
         /// The images directory.
         path: PathBuf,
     },
-    /// CRIU did not do it.
+    /// CRIU failed.
     #[error("cannot dump process {pid}")]
     Criu {
         /// The root of the tree.
         pid: i32,
-        /// Why.
+        /// Reason of the failure.
         source: CallError,
     },
 }
 
-/// Why a restore failed. No process of the tree is left.
+/// Failure of a restore. No process of the tree is left.
 #[derive(Debug, Error)]
 pub enum RestoreError {
     /// A directory of the request cannot be used.
@@ -51,36 +51,36 @@ pub enum RestoreError {
     Directory {
         /// The images directory.
         images: PathBuf,
-        /// What was tried.
+        /// Action on the path.
         action: &'static str,
         /// The directory or file.
         path: PathBuf,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
-    /// The directory holds no image that could be restored.
+    /// The directory holds no restorable image.
     #[error("cannot restore")]
     Image(#[source] images::ImageError),
-    /// Images without some of their memory cannot be made ready for CRIU.
+    /// Images with missing memory cannot be prepared for CRIU.
     #[error("cannot restore")]
     Unmark(#[source] images::RewriteError),
-    /// CRIU did not do it.
+    /// CRIU failed.
     #[error("cannot restore from {images}")]
     Criu {
         /// The images directory.
         images: PathBuf,
-        /// Why.
+        /// Reason of the failure.
         source: CallError,
     },
 }
 
-/// Why a run of criu came to nothing.
+/// Failure of a run of criu.
 #[derive(Debug, Error)]
 pub enum CallError {
     /// There is no such program.
     #[error("criu is not installed: there is no {path}")]
     NotInstalled {
-        /// What was looked for; in PATH if it is a bare name.
+        /// The path tried; in PATH for a bare name.
         path: PathBuf,
     },
     /// The program could not be started.
@@ -88,54 +88,54 @@ pub enum CallError {
     Start {
         /// The program.
         path: PathBuf,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
-    /// It failed, and is older than [`crate::MINIMUM`].
+    /// criu failed, and is older than [`crate::MINIMUM`].
     #[error("criu is {found}, and {needed} is needed")]
     TooOld {
-        /// What is installed.
+        /// Installed version.
         found: Version,
-        /// What is needed.
+        /// Needed version.
         needed: Version,
     },
-    /// It ended without an answer.
+    /// criu ended without an answer.
     #[error("criu {}{}{}", ended(exit), after(stage.as_ref()), said(errors, log.as_ref()))]
     Died {
-        /// How.
+        /// Exit of criu.
         exit: Exit,
-        /// The last stage that it had reached.
+        /// Last stage reached.
         stage: Option<Stage>,
-        /// What it had said of errors.
+        /// Errors in criu's log or output.
         errors: Vec<String>,
-        /// Where its log is kept, if it wrote one.
+        /// Path of the log, if criu wrote one.
         log: Option<PathBuf>,
     },
-    /// It answered that it failed.
+    /// criu reported a failure.
     #[error("{0}")]
     Refused(Box<Refusal>),
     /// A callback failed.
     #[error("{stage} failed")]
     Notify {
-        /// The stage that was refused.
+        /// Stage refused.
         stage: Stage,
         /// The callback's own error.
         source: BoxError,
     },
-    /// What was to be done between criu's start and the request failed.
+    /// Work between criu's start and the request failed.
     #[error("cannot prepare criu")]
     Started {
         /// The callback's own error.
         source: BoxError,
     },
-    /// The conversation broke down.
-    #[error("criu cannot be talked to: {action}{}", after(stage.as_ref()))]
+    /// Communication with criu failed.
+    #[error("communication with criu failed: {action}{}", after(stage.as_ref()))]
     Protocol {
-        /// What was tried.
+        /// Action that failed.
         action: &'static str,
-        /// The last stage that it had reached.
+        /// Last stage reached.
         stage: Option<Stage>,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
 }
@@ -143,15 +143,15 @@ pub enum CallError {
 /// CRIU's own account of a failure.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Refusal {
-    /// What it comes to, if the cause is a well-known one.
+    /// Explanation of a well-known cause.
     pub cause: Option<String>,
-    /// The first error lines of the log, without those that are in every log.
+    /// The first error lines of the log, without lines common to every log.
     pub errors: Vec<String>,
     /// `cr_errno` of the answer, an errno value.
     pub errno: Option<i32>,
-    /// `cr_errmsg` of the answer: the first error line of all, harmless or not.
+    /// `cr_errmsg` of the answer: the very first error line, harmless or not.
     pub message: Option<String>,
-    /// Where the log is kept, if CRIU wrote one.
+    /// Path of the log, if CRIU wrote one.
     pub log: Option<PathBuf>,
 }
 
@@ -188,17 +188,17 @@ fn ended(exit: &Exit) -> String {
     }
 }
 
-/// What a checkpoint or restore would not work without.
+/// Missing requirement of checkpoint and restore.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Missing {
     /// criu is older than [`crate::MINIMUM`].
     Version {
-        /// What was found.
+        /// Version found.
         found: Version,
-        /// What is needed.
+        /// Version needed.
         needed: Version,
     },
-    /// The kernel or the machine lacks something: a line of `criu check`.
+    /// Missing feature of the kernel or the machine: a line of `criu check`.
     Kernel(String),
 }
 
@@ -211,16 +211,16 @@ impl fmt::Display for Missing {
     }
 }
 
-/// Why checkpoint and restore would not work here.
+/// Reason for which checkpoint and restore would not work here.
 #[derive(Debug, Error)]
 pub enum PreflightError {
-    /// criu could not be asked.
+    /// criu could not be queried.
     #[error("cannot ask criu what it can do")]
     Criu(#[from] CallError),
-    /// Something is missing; each thing is one line.
+    /// Requirements are missing; each takes one line.
     #[error("checkpoint and restore do not work here: {}", missing.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Missing {
-        /// What; not empty.
+        /// The missing requirements; not empty.
         missing: Vec<Missing>,
     },
 }

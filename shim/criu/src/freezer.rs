@@ -1,14 +1,14 @@
-//! A cgroup that CRIU freezes, or thaws for a moment, during a dump, and leaves so when it is killed.
+//! Freezer of a dumped cgroup. A killed criu leaves the cgroup frozen, or thawed.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A cgroup's freezer as it was before the dump.
+/// State of a cgroup's freezer before the dump.
 #[derive(Debug)]
 pub(crate) struct Freezer {
     /// The control file.
     file: PathBuf,
-    /// What it held, and holds again when it is written there.
+    /// Contents before the dump, also valid for writing.
     before: &'static str,
 }
 
@@ -16,7 +16,7 @@ impl Freezer {
     pub(crate) fn remember(cgroup: &Path) -> io::Result<Self> {
         let v1 = cgroup.join("freezer.state");
         match std::fs::read_to_string(&v1) {
-            // FREEZING is on its way to FROZEN, and can only be written as that.
+            // FREEZING precedes FROZEN, and must be written as FROZEN.
             Ok(state) => {
                 return Ok(Self { file: v1, before: if state.trim() == "THAWED" { "THAWED" } else { "FROZEN" } });
             }
@@ -28,7 +28,7 @@ impl Freezer {
         Ok(Self { file: v2, before })
     }
 
-    /// Puts it back as it was. To be called when criu has ended.
+    /// Restores the state before the dump. Called after criu's end.
     pub(crate) fn restore(&self) {
         let restore = || -> io::Result<()> {
             if std::fs::read_to_string(&self.file)?.trim() != self.before {
@@ -41,7 +41,7 @@ impl Freezer {
             // The container has gone.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => {
-                tracing::error!(path = %self.file.display(), %error, "cannot put back a freezer that criu has used");
+                tracing::error!(path = %self.file.display(), %error, "cannot restore a freezer after criu has used it");
             }
         }
     }

@@ -1,8 +1,9 @@
-//! An asynchronous client of CRIU, which saves running process trees as files and brings them back.
+//! An asynchronous client of CRIU, the tool for saving running process trees as files, and for
+//! restoring.
 //!
-//! Each request is one run of `criu swrk`, a child of this process that is spoken to over a socket pair and lives no
-//! longer than its request. It is spawned and waited for through [`reaper::Reaper`], so nothing here blocks the thread:
-//!
+//! Each request is one run of `criu swrk`, a child of this process with a socket pair and the
+//! lifetime of the request. [`reaper::Reaper`] spawns and reaps the child, so nothing here blocks
+//! the thread:
 //! ```text
 //!  Criu::dump(request, notify) ──► spawn `criu swrk 3` ── request ──►        criu
 //!                                  notify.pre_dump() ... ◄── NOTIFY ──       stops the tree, reads it
@@ -10,17 +11,19 @@
 //!                                  Dumped                ◄── DUMP ok ──      has ended, no image is half-written
 //! ```
 //!
-//! **A failed callback** is answered with a refusal, so that CRIU undoes its work, and is the operation's error. Some
-//! refusals CRIU only logs (all after the network of a restored tree is unlocked); then the restored root is killed
-//! before the answer is given, and CRIU removes the rest.
+//! **A failed callback** is the operation's error, and is answered with a refusal, so that CRIU
+//! undoes the work so far. Some refusals are only logged by CRIU (all after the network of a
+//! restored tree is unlocked). Then the restored root is killed before the answer, and CRIU removes
+//! the rest.
 //!
-//! **A cancelled operation** (its future is dropped) goes on in a task of its own, which closes the socket. CRIU finds
-//! that at its next notification, the latest of which comes before a dumped tree is ended, and undoes its work as
-//! after a failed callback. It is killed only when that takes longer than [`Criu::cancel_grace`]: killing loses what
-//! CRIU alone can put back (rules that block the network, instructions patched for a moment).
+//! **A cancelled operation** (a dropped future) goes on in a separate task, which closes the
+//! socket. CRIU notices at the next notification, at the latest before the end of a dumped tree,
+//! and undoes the work as after a failed callback. criu is killed only after
+//! [`Criu::cancel_grace`]: a killed criu cannot undo internal changes (rules that block the
+//! network, instructions patched for a moment).
 //!
-//! **However criu ends**, what it leaves is removed: image files of a dump that is not whole, a cgroup that it froze,
-//! a network that it blocked, processes of a half-restored tree.
+//! **After every end of criu** the leftovers are removed: image files of an incomplete dump, a
+//! frozen cgroup, a blocked network, processes of a half-restored tree.
 //!
 //! CRIU's plugins stay switched off: the CUDA plugin would drive the GPU behind the shim's back.
 

@@ -1,37 +1,37 @@
-//! CRIU's log, and what its errors come to.
+//! CRIU's log, and explanations of errors.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-/// How many error lines go into an error. The first is the cause, the rest are its consequences.
+/// Most error lines in an error. The first is the cause, the rest are consequences.
 const MAX_ERRORS: usize = 5;
-/// Longest line that is looked at.
+/// Longest line examined, in bytes.
 const MAX_LINE: usize = 1024;
-/// Established connections that are remembered: more than this are not needed to name one.
+/// Most established connections remembered: enough to name one.
 const MAX_CONNECTIONS: usize = 10_000;
-/// How much of a log is read. A dump of thousands of mappings writes some ten MB at level 4.
+/// Most bytes read of a log. A dump of thousands of mappings writes some ten MB at level 4.
 const MAX_LOG: u64 = 256 << 20;
 
-/// Errors in every log on some machines, and of no consequence there.
+/// Harmless errors in every log on some machines.
 const HARMLESS: [&str; 2] = [
-    // Without CAP_SYS_RESOURCE: CRIU keeps the limit it has.
+    // Without CAP_SYS_RESOURCE: CRIU keeps the current limit.
     "Can't setup RLIMIT_NOFILE",
     // /run is no tmpfs: CRIU asks the kernel anew each time.
     "Can't keep kdat cache on non-tempfs",
 ];
 
-/// What a log says.
+/// Errors in a log.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Log {
     pub(crate) errors: Vec<String>,
-    /// None if there is no log.
+    /// `None` without a log.
     pub(crate) path: Option<PathBuf>,
 }
 
-/// What a log that another client of criu has had written says about a failure, with where the log is, on one line; None
-/// if it tells of no error.
+/// Explains a failure on one line, by a log of another client's criu, with the log's path; `None`
+/// if the log has no error.
 #[must_use]
 pub fn explain(path: &Path) -> Option<String> {
     let log = read(path, "");
@@ -42,7 +42,7 @@ pub fn explain(path: &Path) -> Option<String> {
     Some(format!("{cause}: {} (log: {})", log.errors.join("; "), path.display()))
 }
 
-/// Reads the log at `path` and, if it holds no error, what criu wrote before it had a log.
+/// Reads the log at `path`. Without an error there, reads criu's output from before the log.
 pub(crate) fn read(path: &Path, output: &str) -> Log {
     let mut log = Log::default();
     match File::open(path) {
@@ -59,7 +59,7 @@ pub(crate) fn read(path: &Path, output: &str) -> Log {
     log
 }
 
-/// The first error lines, without time, source position and what is harmless.
+/// Returns the first error lines, without time, source position and harmless errors.
 pub(crate) fn errors(text: impl Read) -> Vec<String> {
     let mut errors: Vec<String> = vec![];
     let mut lines = BufReader::new(text);
@@ -90,16 +90,16 @@ pub(crate) fn errors(text: impl Read) -> Vec<String> {
     errors
 }
 
-/// Some errors leave out the object, which a line before names.
+/// Objects of errors, named in an earlier line.
 #[derive(Default)]
 struct Context {
-    /// A unix socket whose other end is elsewhere.
+    /// A unix socket connected to the outside.
     unix_socket: Option<String>,
-    /// Established connections: inode number, and where they are.
+    /// Established connections: inode number, and addresses.
     connections: HashMap<String, String>,
-    /// The inode number of the socket that is being dumped.
+    /// The inode number of the socket being dumped.
     socket: Option<String>,
-    /// The image file that was last found missing, which CRIU takes for an empty one.
+    /// The image file last found missing; to CRIU the same as an empty file.
     missing_image: Option<String>,
 }
 
@@ -121,7 +121,8 @@ impl Context {
         }
     }
 
-    /// `0xf1 family AF_INET type SOCK_STREAM port 5000 state TCP_ESTABLISHED src_addr 127.0.0.1`
+    /// Records a line `0xf1 family AF_INET type SOCK_STREAM port 5000 state TCP_ESTABLISHED
+    /// src_addr 127.0.0.1`.
     fn connection(&mut self, socket: &str) {
         let words: Vec<&str> = socket.split_whitespace().collect();
         let after = |name: &str| words.iter().position(|word| *word == name).and_then(|at| words.get(at + 1));
@@ -149,14 +150,15 @@ impl Context {
     }
 }
 
-/// `(00.001) pie: 12: Error (criu/tty.c:1): tty: what` holds `tty: what`.
+/// Returns the message of an error line: `tty: what` in `(00.001) pie: 12: Error (criu/tty.c:1):
+/// tty: what`.
 fn error_in(line: &str) -> Option<String> {
     let rest = line.split_once("Error (").map(|(_, rest)| rest)?;
     let message = rest.split_once("): ").map_or(rest, |(_, message)| message);
     Some(message.trim().to_owned())
 }
 
-/// A sentence for a well-known cause, which names the object.
+/// Returns a sentence for a well-known cause, with the object's name.
 pub(crate) fn cause(errors: &[String]) -> Option<String> {
     errors.iter().find_map(|error| sentence(error))
 }
@@ -196,7 +198,7 @@ fn sentence(error: &str) -> Option<String> {
     } else if let Some(pid) = between("Unable to detach from ", ": No such process") {
         format!("there is no process {pid}")
     } else if has("send_fds failed (-22)") {
-        // Of all files, only rings are refused so by the kernel (scm_fp_copy in net/core/scm.c).
+        // Of all files, the kernel refuses only rings in this way (scm_fp_copy in net/core/scm.c).
         "the process uses io_uring, which CRIU cannot dump".to_owned()
     } else if has("criu itself is within dumped tree") {
         "criu runs inside the tree that it is to dump".to_owned()

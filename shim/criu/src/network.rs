@@ -1,4 +1,5 @@
-//! The network of a dumped tree, which stays blocked when criu is killed between blocking and unblocking it.
+//! The network of a dumped tree. A criu killed between blocking and unblocking leaves the block in
+//! place.
 
 use std::fs::File;
 use std::io;
@@ -11,8 +12,9 @@ use rustix::process::Signal;
 
 use crate::sys;
 
-/// Takes away what CRIU adds to a network namespace: the chain CRIU of iptables and its jumps, or a table of nftables
-/// named after it (criu/net.c). Each may be there several times, once for each criu that was killed, or not at all.
+/// Removes CRIU's additions to a network namespace: the chain CRIU of iptables with all jumps, or a
+/// table of nftables named after criu (criu/net.c). Each may exist several times, once per killed
+/// criu, or not at all.
 const UNBLOCK: &str = r#"
 for iptables in iptables ip6tables; do
   for chain in INPUT OUTPUT; do
@@ -26,11 +28,11 @@ nft list tables inet | while read -r _ family name; do
 done
 "#;
 
-/// Bounds the programs above, which wait for other users of the tables.
+/// Limit for the programs above: other users of the tables cause delays.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Unblocks the network of process `pid`, in case another client's criu was killed when it had blocked it. To be called
-/// when that criu has ended.
+/// Unblocks the network of process `pid`, in case another client's criu died after the block.
+/// Called after the end of that criu.
 pub async fn unblock_network(pid: i32, reaper: &Reaper) {
     match Network::of(pid) {
         Ok(network) => network.unblock(reaper).await,
@@ -39,7 +41,7 @@ pub async fn unblock_network(pid: i32, reaper: &Reaper) {
     }
 }
 
-/// A tree's network namespace, held while CRIU blocks it.
+/// A tree's network namespace, held while blocked by CRIU.
 #[derive(Debug)]
 pub(crate) struct Network {
     namespace: File,
@@ -47,13 +49,13 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// The namespace of process `pid`.
+    /// Opens the namespace of process `pid`.
     pub(crate) fn of(pid: i32) -> io::Result<Self> {
         let path = Path::new("/proc").join(pid.to_string()).join("ns/net");
         Ok(Self { namespace: File::open(&path)?, path })
     }
 
-    /// Unblocks it. To be called when criu has ended without doing so.
+    /// Unblocks the network. Called if criu has ended without unblocking.
     pub(crate) async fn unblock(self, reaper: &Reaper) {
         let path = self.path.display().to_string();
         tracing::info!(path, "criu may have left a network blocked, which is unblocked");

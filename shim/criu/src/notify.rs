@@ -1,4 +1,4 @@
-//! Code of ours that runs at CRIU's stages, while CRIU waits.
+//! Callbacks at CRIU's stages, while CRIU waits.
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use reaper::Child;
 
-/// What a callback fails with. It is kept as the source of the operation's error.
+/// Error of a callback, kept as the source of the operation's error.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A stage at which CRIU stops and asks.
@@ -15,13 +15,13 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub enum Stage {
     /// Dump: nothing is touched yet.
     PreDump,
-    /// Dump: the tree is stopped and its network is about to be blocked.
+    /// Dump: the tree is stopped and the network is about to be blocked.
     NetworkLock,
     /// Dump and restore: the network is about to be unblocked.
     NetworkUnlock,
     /// Dump: asks for the names of external files.
     QueryExternalFiles,
-    /// Dump: the images are whole; the tree is still stopped.
+    /// Dump: the images are complete; the tree is still stopped.
     PostDump,
     /// Restore: nothing exists yet.
     PreRestore,
@@ -29,7 +29,7 @@ pub enum Stage {
     SetupNamespaces,
     /// Restore: the namespaces are set up.
     PostSetupNamespaces,
-    /// Restore: a terminal whose master was outside the tree.
+    /// Restore: a terminal with the master outside the tree.
     OrphanPtsMaster,
     /// Restore: all processes exist, memory is filled, none runs.
     PostRestore,
@@ -39,7 +39,7 @@ pub enum Stage {
     PostResume,
     /// Lazy pages: the page server listens.
     StatusReady,
-    /// One that this crate does not know. It is acknowledged.
+    /// A stage unknown to this crate, always acknowledged.
     Other(String),
 }
 
@@ -60,7 +60,7 @@ impl Stage {
         ("status-ready", Self::StatusReady),
     ];
 
-    /// By the name that CRIU sends (`action_names` in criu/action-scripts.c).
+    /// Parses CRIU's name of a stage (`action_names` in criu/action-scripts.c).
     pub(crate) fn named(script: &str) -> Self {
         let known = Self::KNOWN.into_iter().find(|(name, _)| *name == script);
         known.map_or_else(|| Self::Other(script.to_owned()), |(_, stage)| stage)
@@ -78,10 +78,11 @@ impl fmt::Display for Stage {
     }
 }
 
-/// Callbacks of a dump, in the order in which CRIU reaches them. Those that are not overridden succeed.
+/// Callbacks of a dump, in CRIU's order. A default callback succeeds.
 ///
-/// When one fails, CRIU lets the tree run again and the dump fails with its error. After a failed `network_unlock` of a
-/// tree that is left running, which CRIU does not heed, the images are whole and stay.
+/// After a failed callback CRIU lets the tree run again, and the dump fails with the callback's
+/// error. A failed `network_unlock` of a tree left running is different: CRIU ignores the failure,
+/// and the complete images stay.
 #[async_trait]
 pub trait NotifyDump: Send {
     /// Nothing is touched yet.
@@ -89,24 +90,25 @@ pub trait NotifyDump: Send {
         Ok(())
     }
 
-    /// The tree is stopped. CRIU blocks its network namespace next, unless [`crate::NetworkLock::Skip`] was asked for.
+    /// The tree is stopped. CRIU blocks the network namespace next, except with
+    /// [`crate::NetworkLock::Skip`].
     async fn network_lock(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
 
-    /// External files in CRIU's notation, to be added to the request's.
+    /// Returns external files in CRIU's notation, in addition to the request's.
     async fn query_external_files(&mut self) -> Result<Vec<String>, BoxError> {
         Ok(vec![])
     }
 
-    /// The images are whole and the tree is still stopped: the last chance to refuse. Once this has succeeded, the
-    /// dump stands, even if the operation is cancelled.
+    /// The images are complete and the tree is still stopped: the last chance to refuse. After
+    /// success the dump stands, even if the operation is cancelled.
     async fn post_dump(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
 
-    /// The network is unblocked next: after a failure, or when the tree is left running. Also called while CRIU undoes
-    /// its work because another callback failed. CRIU does not heed a failure.
+    /// The network is unblocked next: after a failure, or for a tree left running. Also called
+    /// during the undoing after another failed callback. CRIU ignores a failure.
     async fn network_unlock(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
@@ -114,12 +116,14 @@ pub trait NotifyDump: Send {
 
 impl NotifyDump for () {}
 
-/// Callbacks of a restore, in the order in which CRIU reaches them. Those that are not overridden succeed.
+/// Callbacks of a restore, in CRIU's order. A default callback succeeds.
 ///
-/// When one fails, every process of the tree is killed and the restore fails with its error.
+/// After a failed callback every process of the tree is killed, and the restore fails with the
+/// callback's error.
 #[async_trait]
 pub trait NotifyRestore: Send {
-    /// criu runs and has no request yet. The place to move it to the cgroup in which the tree is to be restored.
+    /// criu runs without a request so far. The place to move criu to the cgroup for the restored
+    /// tree.
     async fn started(&mut self, criu: &Child) -> Result<(), BoxError> {
         let _ = criu;
         Ok(())
@@ -130,7 +134,8 @@ pub trait NotifyRestore: Send {
         Ok(())
     }
 
-    /// The root process exists in its namespaces, which are empty. Not reached by a tree without namespaces of its own.
+    /// The root process exists in the tree's namespaces, still empty. Not reached by a tree without
+    /// namespaces.
     async fn setup_namespaces(&mut self, root: &Child) -> Result<(), BoxError> {
         let _ = root;
         Ok(())
@@ -141,13 +146,14 @@ pub trait NotifyRestore: Send {
         Ok(())
     }
 
-    /// The master of a restored terminal whose holder was outside the tree ([`crate::Options::orphan_pts_master`]).
+    /// Takes the master of a restored terminal, if held outside the tree at the dump
+    /// ([`crate::Options::orphan_pts_master`]).
     async fn orphan_pts_master(&mut self, master: OwnedFd) -> Result<(), BoxError> {
         drop(master);
         Ok(())
     }
 
-    /// All processes exist with their memory, none runs. The root is watched by the reaper already.
+    /// All processes and all memory exist, none runs. The reaper already watches the root.
     async fn post_restore(&mut self, root: &Child) -> Result<(), BoxError> {
         let _ = root;
         Ok(())
@@ -158,7 +164,7 @@ pub trait NotifyRestore: Send {
         Ok(())
     }
 
-    /// All processes are stopped at their last system call before they run again.
+    /// All processes are stopped at the last system call before the restored program.
     async fn pre_resume(&mut self) -> Result<(), BoxError> {
         Ok(())
     }
@@ -171,10 +177,10 @@ pub trait NotifyRestore: Send {
 
 impl NotifyRestore for () {}
 
-/// A callback for the moment in which the processes of a failed restore are killed and have not ended. A process in a
-/// frozen cgroup of v1 does not end before the cgroup is thawed; thawed earlier, the process would run.
+/// A callback for the moment between kill and end of a failed restore's processes. A process in a
+/// frozen cgroup of v1 ends only after a thaw; after an earlier thaw, the process would run.
 ///
-/// Runs also for a restore whose future was dropped, so the callback borrows nothing.
+/// Runs also for a restore with a dropped future, so the callback borrows nothing.
 #[derive(Clone)]
 pub struct OnKilled(Arc<dyn Fn() + Send + Sync>);
 

@@ -1,4 +1,4 @@
-//! What can be asked of CRIU, in CRIU's words.
+//! Options of CRIU, in CRIU's terms.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use rust_criu::rust_criu_protobuf::rpc::{
 /// `CLONE_NEWNET`: the only namespace that CRIU leaves empty (criu/cr-service.c).
 const NEW_NETWORK: u32 = 0x4000_0000;
 
-/// What CRIU does with cgroups (`--manage-cgroups`).
+/// Treatment of cgroups (`--manage-cgroups`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CgroupMode {
     /// Neither dumped nor restored.
@@ -29,25 +29,25 @@ pub enum CgroupMode {
     Soft,
     /// All groups and properties.
     Full,
-    /// As full, and none may exist.
+    /// Like full, and none may exist.
     Strict,
-    /// CRIU's default, which is soft. What runc sends unless told otherwise.
+    /// CRIU's default, soft. Also runc's.
     Default,
 }
 
-/// How the network is blocked during a dump (`--network-lock`).
+/// Method of blocking the network during a dump (`--network-lock`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NetworkLock {
     /// By iptables-restore, CRIU's default.
     Iptables,
-    /// By libnftables, if CRIU was built with it.
+    /// By libnftables, if CRIU was built with libnftables.
     Nftables,
     /// Not at all: right if no TCP connection is to survive.
     Skip,
 }
 
-/// Options that a dump and a restore share. What is false, None or empty is not sent, so that CRIU's defaults and the
-/// files in /etc/criu decide.
+/// Options common to a dump and a restore. A false, `None` or empty option is not sent: CRIU's
+/// defaults and the files in /etc/criu decide.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
     /// Dump and restore established TCP connections.
@@ -56,56 +56,58 @@ pub struct Options {
     pub tcp_close: bool,
     /// Leave out connections that are not accepted yet.
     pub tcp_skip_in_flight: bool,
-    /// Allow unix sockets whose other end is outside the tree.
+    /// Allow unix sockets connected to the outside of the tree.
     pub ext_unix_sk: bool,
-    /// Allow a session or terminal whose leader is outside the tree.
+    /// Allow a session or terminal with a leader outside the tree.
     pub shell_job: bool,
     /// Dump and restore file locks.
     pub file_locks: bool,
-    /// Allow open files without a name: they get one.
+    /// Allow open files without a name, by giving each a name.
     pub link_remap: bool,
-    /// Largest deleted file that is stored in the images, in bytes. CRIU's default is 1 MiB.
+    /// Largest deleted file stored in the images, in bytes. CRIU's default is 1 MiB.
     pub ghost_limit: Option<u32>,
-    /// What to do with cgroups.
+    /// Treatment of cgroups.
     pub manage_cgroups: Option<CgroupMode>,
-    /// How to block the network. A restore takes it from the images.
+    /// Method of blocking the network. A restore takes the method from the images.
     pub network_lock: Option<NetworkLock>,
-    /// Terminals whose masters are outside the tree get new ones, which the caller is given.
+    /// Give new masters, passed to the caller, to terminals with masters outside the tree.
     pub orphan_pts_master: bool,
-    /// Use any path to a device when the original one is not there.
+    /// Use any path to a device if the original one is missing.
     pub evasive_devices: bool,
-    /// The network namespace's contents are neither dumped nor restored.
+    /// Leave out the network namespace's contents, in dump and restore.
     pub empty_network_namespace: bool,
-    /// Remove pages from the images once they are read, or dumped again.
+    /// Remove pages from the images after reading, or after another dump.
     pub auto_dedup: bool,
     /// Leave memory to a lazy-pages daemon.
     pub lazy_pages: bool,
-    /// Mount points that are skipped.
+    /// Mount points to skip.
     pub skip_mounts: Vec<String>,
-    /// Filesystem types that are allowed without being known.
+    /// Filesystem types to allow, though unknown.
     pub enable_filesystems: Vec<String>,
-    /// Configuration file of CRIU that overrides everything here. One that does not exist is no error.
+    /// Configuration file of CRIU, with precedence over everything here. A missing file is no
+    /// error.
     pub config_file: Option<PathBuf>,
-    /// How long stopping the tree may take, whole seconds. CRIU's default is 10 s.
+    /// Longest time for stopping the tree, in whole seconds. CRIU's default is 10 s.
     pub timeout: Option<Duration>,
-    /// 0 nothing to 4 everything; 4 by default, as runc, since a failure's cause may be in any line.
+    /// 0 nothing to 4 everything; 4 by default, as in runc, because a failure's cause may be in any
+    /// line.
     pub log_level: Option<i32>,
 }
 
-/// Sent unless another level is asked for.
+/// Default log level.
 const LOG_LEVEL: i32 = 4;
 
-/// A mount that comes from outside: CRIU neither dumps nor restores its contents.
+/// A mount from outside: CRIU neither dumps nor restores the contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExternalMount {
-    /// Its place in the tree's root when dumping; the dump's `value` when restoring.
+    /// For a dump, the place in the tree's root; for a restore, the dump's `value`.
     pub key: String,
-    /// A name for it when dumping (runc uses the place again); the source on the host when restoring. `/dev/null` for
-    /// a masked file.
+    /// For a dump, a name (runc repeats the place); for a restore, the source on the host.
+    /// `/dev/null` for a masked file.
     pub value: String,
 }
 
-/// A namespace's kind, by CRIU's name.
+/// Kind of a namespace, by CRIU's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Namespace {
     /// Cgroup.
@@ -127,7 +129,7 @@ pub enum Namespace {
 }
 
 impl Namespace {
-    /// As in `/proc/PID/ns/`, and in CRIU's options.
+    /// Returns the name in `/proc/PID/ns/` and in CRIU's options.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -142,8 +144,8 @@ impl Namespace {
         }
     }
 
-    /// The key under which runc dumps an external namespace of this kind and gives it to a restore: `extRootNetNS`,
-    /// `extRootPidNS`. Used here too, so that images are the same.
+    /// Returns runc's key for an external namespace of this kind, in dumps and restores:
+    /// `extRootNetNS`, `extRootPidNS`. Used here too, so that images are the same.
     #[must_use]
     pub fn external_key(self) -> String {
         let name = self.name();
@@ -152,21 +154,22 @@ impl Namespace {
     }
 }
 
-/// Something outside the tree that its processes use (`--external`).
+/// Resource of a tree's processes outside the tree (`--external`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum External {
-    /// A namespace that exists independently of the tree; a restore inherits one under [`Namespace::external_key`].
+    /// A namespace independent of the tree; a restore inherits one under
+    /// [`Namespace::external_key`].
     Namespace {
-        /// Its kind: network or pid.
+        /// Kind: network or pid.
         kind: Namespace,
-        /// Its inode number.
+        /// Inode number.
         inode: u64,
     },
-    /// A file that processes have open or map, and that need not be visible to them under any name.
+    /// An open or mapped file, possibly without a visible name for the processes.
     File {
-        /// Its mount, by the number that /proc has for it.
+        /// Number of the file's mount in /proc.
         mount: u64,
-        /// Its inode number.
+        /// Inode number.
         inode: u64,
     },
     /// Anything else, in CRIU's notation: `tty[rdev:dev]`, `unix[inode]`, `veth[in]:out`, ...
@@ -174,10 +177,11 @@ pub enum External {
 }
 
 impl External {
-    /// An open file, opened where the processes' file was: the same file in another mount is another one to CRIU.
+    /// Returns an open file. The path must be the processes' own: CRIU distinguishes the same file
+    /// in two mounts.
     ///
     /// # Errors
-    /// When /proc does not say in which mount it was opened, or its inode cannot be read.
+    /// Fails if /proc does not name the file's mount, or the inode cannot be read.
     pub fn of_file(file: &File) -> io::Result<Self> {
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
         let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
@@ -195,43 +199,43 @@ impl External {
     }
 }
 
-/// An existing namespace that a restored tree joins.
+/// An existing namespace for a restored tree to join.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JoinNamespace {
-    /// Its kind. CRIU refuses cgroup namespaces.
+    /// Kind. CRIU refuses cgroup namespaces.
     pub kind: Namespace,
     /// Path of the namespace, such as `/proc/PID/ns/ipc`.
     pub path: PathBuf,
 }
 
-/// A descriptor that stands for something named in the images (`--inherit-fd`).
+/// A descriptor for a name in the images (`--inherit-fd`).
 #[derive(Debug)]
 pub struct Inherit {
-    /// What it stands for: `pipe:[INODE]`, `extRootNetNS`, `file[NAME]`, ...
+    /// Name to stand for: `pipe:[INODE]`, `extRootNetNS`, `file[NAME]`, ...
     pub key: String,
     /// The descriptor. criu gets a copy.
     pub fd: OwnedFd,
 }
 
-/// Where a tree begins in one cgroup hierarchy: the group that holds all its processes, in it or below.
+/// Top of a tree in one cgroup hierarchy: the group above all of the tree's processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupRoot {
-    /// The controller (`memory`, `name=systemd`); empty for cgroup v2. For a dump all controllers of the hierarchy, as
-    /// `/proc/PID/cgroup` names them.
+    /// The controller (`memory`, `name=systemd`); empty for cgroup v2. For a dump all controllers
+    /// of the hierarchy, as in `/proc/PID/cgroup`.
     pub controller: String,
     /// Absolute path of the group in the hierarchy.
     pub path: String,
 }
 
-/// Where a restored tree is put in the cgroup hierarchies.
+/// Places of a restored tree in the cgroup hierarchies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum CgroupRoots {
-    /// Where it was when it was dumped.
+    /// The places at the time of the dump.
     #[default]
     Dumped,
-    /// Where criu itself is when the request is sent: in the cgroup to which [`crate::NotifyRestore::started`] moved it.
+    /// criu's own cgroup at the time of the request, chosen by [`crate::NotifyRestore::started`].
     OfCriu,
-    /// As listed.
+    /// The listed groups.
     Listed(Vec<CgroupRoot>),
 }
 
@@ -249,16 +253,16 @@ impl CgroupRoots {
     }
 }
 
-/// Where a request's images and messages are.
+/// Location of a request's images and messages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
-    /// A descriptor of this process: CRIU opens `/proc/PID/fd/N` of its peer.
+    /// A descriptor of this process: CRIU opens `/proc/PID/fd/N` of the peer.
     pub(crate) images_dir_fd: i32,
     pub(crate) work_dir_fd: i32,
     pub(crate) log_file: &'a str,
 }
 
-/// The request's options in the form of CRIU's RPC.
+/// Returns the request's options in CRIU's RPC form.
 pub(crate) fn to_rpc(options: &Options, place: Place<'_>, root: Option<&Path>, mounts: &[ExternalMount]) -> Criu_opts {
     let mut rpc = Criu_opts::new();
     rpc.set_images_dir_fd(place.images_dir_fd);
@@ -332,7 +336,8 @@ fn network_lock(method: NetworkLock) -> Criu_network_lock_method {
     }
 }
 
-/// Protobuf's strings are UTF-8. A path that is not is sent changed, and CRIU says that it does not exist.
+/// Converts a path for Protobuf, which has only UTF-8 strings. Any other path is sent changed, and
+/// reported missing by CRIU.
 pub(crate) fn text(path: &Path) -> String {
     String::from_utf8_lossy(path.as_os_str().as_bytes()).into_owned()
 }

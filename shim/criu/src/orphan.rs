@@ -1,4 +1,4 @@
-//! criu that another program has driven, `runc checkpoint` for one, and has left behind when it was killed.
+//! criu left behind by another program killed meanwhile, `runc checkpoint` for one.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -10,12 +10,12 @@ use tokio::time::{Instant, timeout_at};
 use crate::client::CANCEL_GRACE;
 use crate::residue::kill_tree;
 
-/// Waits for the end of each criu that a killed program has left, and of each process that such a criu was about to
-/// restore. criu finds at its next stage that nobody listens any more, and undoes its work; if that takes longer than
-/// [`CANCEL_GRACE`], it is killed.
+/// Waits for the end of each criu left by a killed program, and of each process that such a criu
+/// was about to restore. criu finds the socket closed at the next stage, and undoes the work so
+/// far. After [`CANCEL_GRACE`], criu is killed.
 ///
-/// `work` is the working directory that the program has given to criu, by which it is found: criu writes its title over
-/// its environment. To be called when the program has ended, in a process to which orphans come.
+/// `work` is criu's working directory, the only mark: criu writes a title over the environment.
+/// Called after the program's end, in a process that adopts orphans.
 pub async fn end_orphans(work: &Path, reaper: &Reaper) {
     let Ok(work) = std::fs::metadata(work) else { return };
     let is_orphan = |pid: HostPid| {
@@ -28,7 +28,7 @@ pub async fn end_orphans(work: &Path, reaper: &Reaper) {
     let deadline = Instant::now() + CANCEL_GRACE;
     loop {
         let pids = proc::children(reaper.parent_of_orphans());
-        // One that is known is this process's own, and has somebody who waits for it.
+        // A known pid is this process's own child, with its own waiter.
         let Some(pid) = pids.into_iter().find(|pid| !adoption.knows(pid.raw()) && is_orphan(*pid)) else { return };
         tracing::warn!(%pid, "a runtime has left criu behind, whose end is waited for");
         let Ok(child) = adoption.adopt(pid.raw()) else { continue };

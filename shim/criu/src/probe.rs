@@ -1,4 +1,4 @@
-//! What the installed criu, and the kernel under it, can do.
+//! Abilities of the installed criu, and of the kernel.
 
 use std::io;
 use std::path::Path;
@@ -16,32 +16,34 @@ use crate::notify::BoxError;
 use crate::swrk::{self, Swrk};
 use crate::version::{MINIMUM, Version};
 
-/// Bounds `criu check`, which tries the kernel's features one by one: about 0.1 s, more on a busy machine.
+/// Limit for `criu check`, which tries the kernel's features one by one: about 0.1 s, more on a
+/// busy machine.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Optional features of CRIU and the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features {
-    /// Memory that changed since an earlier dump can be told (soft-dirty bits): pre-dump, parent images.
+    /// Changes of memory since an earlier dump can be tracked (soft-dirty bits): pre-dump, parent
+    /// images.
     pub mem_track: bool,
     /// Memory can be filled after the restore, by userfaultfd.
     pub lazy_pages: bool,
-    /// Pids can be told from later ones with the same number across pre-dumps.
+    /// Reused pids can be detected across pre-dumps.
     pub pidfd_store: bool,
 }
 
 impl Criu {
-    /// The version of the installed criu.
+    /// Returns the version of the installed criu.
     ///
     /// # Errors
-    /// When it is not installed or does not answer.
+    /// Fails if criu is not installed or does not answer.
     pub async fn version(&self) -> Result<Version, CallError> {
         let answer = self.ask(Criu_req_type::VERSION, None).await?;
         answer.version.as_ref().and_then(Version::of).ok_or_else(|| strange("it has no version"))
     }
 
-    /// The error that tells that criu is too old, if it is. To be asked when criu has failed: what it says then need not
-    /// make that clear.
+    /// Returns the error for an old criu, if criu is too old. For use after a failure of criu, when
+    /// criu's own message need not make that clear.
     pub async fn too_old(&self) -> Option<CallError> {
         let mut command = swrk::command(self);
         command.arg("--version").current_dir("/");
@@ -54,10 +56,10 @@ impl Criu {
         (found < MINIMUM).then_some(CallError::TooOld { found, needed: MINIMUM })
     }
 
-    /// Which optional features criu and the kernel have.
+    /// Returns the optional features of criu and the kernel.
     ///
     /// # Errors
-    /// When it is not installed or does not answer.
+    /// Fails if criu is not installed or does not answer.
     pub async fn features(&self) -> Result<Features, CallError> {
         let mut wanted = Criu_features::new();
         wanted.set_mem_track(true);
@@ -68,11 +70,11 @@ impl Criu {
         Ok(Features { mem_track: found.mem_track(), lazy_pages: found.lazy_pages(), pidfd_store: found.pidfd_store() })
     }
 
-    /// Checks that checkpoint and restore can work here: criu is there and new enough, and `criu check` finds
-    /// everything it needs in the kernel. Takes about 0.1 s.
+    /// Checks whether checkpoint and restore can work here: criu exists, is new enough, and `criu
+    /// check` finds every kernel feature. Takes about 0.1 s.
     ///
     /// # Errors
-    /// One line for each thing that is missing.
+    /// Fails with one line for each missing requirement.
     pub async fn preflight(&self) -> Result<Version, PreflightError> {
         let found = self.version().await?;
         let mut missing = vec![];
@@ -83,7 +85,7 @@ impl Criu {
         if missing.is_empty() { Ok(found) } else { Err(PreflightError::Missing { missing }) }
     }
 
-    /// `criu check`: its exit code and a line for each thing.
+    /// Runs `criu check`; returns a line for each missing feature.
     async fn check(&self) -> Result<Vec<Missing>, CallError> {
         let mut command = swrk::command(self);
         command.arg("check").current_dir("/");
@@ -98,13 +100,13 @@ impl Criu {
         Ok(missing(exit, &output.text()))
     }
 
-    /// One question of the kind that needs no stages.
+    /// Sends a request without stages.
     async fn ask(&self, kind: Criu_req_type, features: Option<Criu_features>) -> Result<Criu_resp, CallError> {
         let mut message = Criu_req::new();
         message.set_type(kind);
         message.features = features.into();
         let swrk = Swrk::start(self, Path::new("/"), "", vec![], Reaper::spawn)?;
-        // It writes no log; what it says of errors comes with its output.
+        // No log is written; errors come with criu's output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {
             Ok(answer) => {
@@ -136,7 +138,7 @@ fn strange(what: &'static str) -> CallError {
     CallError::Protocol { action: "read its answer", stage: None, source }
 }
 
-/// No stages, and nothing to undo.
+/// A call without stages, and without work to undo.
 struct Nothing;
 
 #[async_trait]

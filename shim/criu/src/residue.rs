@@ -1,7 +1,7 @@
-//! Processes that are left when criu cannot remove them itself: those of a half-restored tree, and criu's own helpers.
+//! Leftover processes of a criu unable to clean up: a half-restored tree, and criu's own helpers.
 //!
-//! The root of a restored tree has criu's parent (`rst_sibling`), and so has every other process of the tree once criu
-//! is dead: the process that orphans go to. Nobody else knows them: they are found here.
+//! The root of a restored tree has criu's parent (`rst_sibling`). After criu's death so has every
+//! other process of the tree: the parent of orphans. This module alone finds such processes.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,38 +13,38 @@ use rustix::process::Signal;
 
 use crate::notify::OnKilled;
 
-/// Environment variable of one run of criu. The programs that it executes have it; criu itself and its forks write their
-/// title over it, where criu was built so.
+/// Environment variable of one run of criu. criu's helper programs have the variable; criu itself
+/// and forks may write a title over it, depending on the build.
 pub(crate) const MARKER: &str = "GPUSNAP_CRIU_RUN";
 
-/// A value for [`MARKER`] that no other run has.
+/// Returns a value for [`MARKER`], unique among runs.
 pub(crate) fn marker() -> String {
     static RUNS: AtomicU64 = AtomicU64::new(0);
     format!("{}-{}", std::process::id(), RUNS.fetch_add(1, Ordering::Relaxed))
 }
 
-/// What identifies the processes of one restore.
+/// Identification of the processes of one restore.
 #[derive(Debug)]
 pub(crate) struct Residue {
-    /// Opened before criu was started.
+    /// Opened before criu's start.
     pub(crate) adoption: Adoption,
-    /// The root, once CRIU has named it.
+    /// The root, once named by CRIU.
     pub(crate) root: Option<Child>,
     pub(crate) marker: String,
-    /// The root's pid as dumped. A tree without a pid namespace of its own gets it again; CRIU does not name such a
-    /// root before its memory is filled.
+    /// The root's pid as dumped. A tree without a pid namespace gets the same pid again; CRIU names
+    /// such a root only after filling the memory.
     pub(crate) dumped_pid: Option<i32>,
-    /// When criu was started, in clock ticks since boot.
+    /// Time of criu's start, in clock ticks since boot.
     pub(crate) since: u64,
 }
 
 impl Residue {
-    /// What a run without a tree of its own, such as a dump, may leave: helpers of criu.
+    /// Returns the possible leftovers of a run without a tree, such as a dump: helpers of criu.
     pub(crate) fn of_helpers(adoption: Adoption, marker: String) -> Self {
         Self { adoption, root: None, marker, dumped_pid: None, since: u64::MAX }
     }
 
-    /// Kills the processes that are left of the tree and waits for their end. To be called when criu has ended.
+    /// Kills the leftover processes of the tree and waits for the end. Called after criu's end.
     pub(crate) async fn kill(&mut self, on_killed: Option<&OnKilled>) {
         let mut killed = vec![];
         if let Some(root) = self.root.take() {
@@ -74,7 +74,7 @@ impl Residue {
 
     fn is_ours(&self, pid: HostPid) -> bool {
         if Some(pid.raw()) == self.dumped_pid {
-            // Whoever has this pid by chance is older, or CRIU would not have got it.
+            // Another process with this pid is older: otherwise CRIU could not have taken the pid.
             return Identity::of(pid).is_ok_and(|process| process.start_time >= self.since);
         }
         let environment = std::fs::read(pid.path("environ")).unwrap_or_default();
@@ -83,25 +83,25 @@ impl Residue {
     }
 }
 
-/// Kills a process and all its descendants.
+/// Kills a process and all descendants.
 pub(crate) fn kill_tree(root: &Child) {
     if root.exit().is_none() {
         proc::kill_descendants(root.process());
     }
-    // Already gone is what is wanted.
+    // A process already gone is the goal.
     let _ = root.signal(Signal::KILL);
 }
 
-/// Removes the mounts that a criu which was killed during a restore has left in its working directory. To be called when
-/// it has ended.
+/// Removes the mounts left by a killed restore's criu in the working directory. Called after criu's
+/// end.
 pub fn remove_cgroup_mounts(work: &Path) {
     let Ok(entries) = std::fs::read_dir(work) else { return };
     for entry in entries.flatten().filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b".criu.cgyard.")) {
         let path = entry.path();
-        // All that is mounted in it goes with it.
+        // All mounts inside go too.
         let unmounted = rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
         if let Err(error) = std::fs::remove_dir(&path) {
-            tracing::warn!(path = %path.display(), %error, ?unmounted, "cannot remove what a dead criu has mounted");
+            tracing::warn!(path = %path.display(), %error, ?unmounted, "cannot remove a mount of a dead criu");
         }
     }
 }

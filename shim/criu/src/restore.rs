@@ -21,60 +21,60 @@ use crate::options::{
 use crate::residue::{self, Residue};
 use crate::swrk::{FIRST_INHERITED, Swrk};
 
-/// Name of the log in the work directory, as runc has it.
+/// Name of the log in the work directory, as in runc.
 const LOG: &str = "restore.log";
 
 /// A process tree to restore.
 #[derive(Debug, Default)]
 pub struct RestoreRequest {
-    /// Where the images are.
+    /// Directory with the images.
     pub images_dir: PathBuf,
-    /// Where restore.log goes, and stats-restore. The images directory if None.
+    /// Directory for restore.log and stats-restore; `None` for the images directory.
     pub work_dir: Option<PathBuf>,
-    /// Root of the tree's mount namespace: a mount point whose parent is not mounted over.
+    /// Root of the tree's mount namespace: a mount point with no other mount over the parent.
     pub root: Option<PathBuf>,
-    /// Mounts that come from outside.
+    /// Mounts from outside.
     pub external_mounts: Vec<ExternalMount>,
-    /// Descriptors that stand for pipes, namespaces and files named in the images.
+    /// Descriptors for pipes, namespaces and files named in the images.
     pub inherit: Vec<Inherit>,
-    /// Namespaces that the tree joins.
+    /// Namespaces for the tree to join.
     pub join_namespaces: Vec<JoinNamespace>,
-    /// The cgroups into which the tree is put.
+    /// Cgroups for the tree.
     pub cgroup_roots: CgroupRoots,
     /// Security module and profile instead of the dumped one: `apparmor:NAME`, `selinux:LABEL`.
     pub lsm_profile: Option<String>,
     /// SELinux context for mounts, instead of the dumped one.
     pub lsm_mount_context: Option<String>,
-    /// Restore mounts the old way, for what CRIU's newer one cannot.
+    /// Restore mounts by CRIU's old method, for cases beyond the new one.
     pub mntns_compat_mode: bool,
-    /// Do not compare the permissions of files with those at the dump.
+    /// Do not compare the permissions of files with the dump's.
     pub skip_file_rwx_check: bool,
-    /// Memory was cut from the images, and whoever asks fills it before the tree runs. Without this CRIU refuses such
-    /// images.
+    /// The caller fills memory missing from the images before the tree runs. Without this flag CRIU
+    /// refuses such images.
     pub cut: bool,
-    /// Called when the restore has failed and its processes are killed, before their end is awaited. A callback that
-    /// freezes the tree needs one that thaws it.
+    /// Called when the processes of a failed restore have been killed, before the wait for the end.
+    /// A callback for freezing the tree needs this one for thawing.
     pub on_killed: Option<OnKilled>,
-    /// What dump and restore share.
+    /// Options common to dump and restore.
     pub options: Options,
 }
 
 /// A restored tree, running.
 #[derive(Clone, Debug)]
 pub struct Restored {
-    /// Its root, a child of this process. Watched since before it ran.
+    /// The root, a child of this process. Watched since before the first instruction.
     pub root: Child,
     /// CRIU's log.
     pub log: PathBuf,
 }
 
 impl Criu {
-    /// Restores a process tree, as a child of this process. `notify` is called while CRIU waits; `&mut ()` does
-    /// nothing.
+    /// Restores a process tree, as a child of this process. `notify` is called while CRIU waits;
+    /// `&mut ()` does nothing.
     ///
     /// # Errors
-    /// No process of the tree is left then, and the images are as before: it can be tried again. The same holds when
-    /// the future is dropped.
+    /// A failure leaves no process of the tree, and unchanged images: the restore can be tried
+    /// again. A dropped future has the same effect.
     pub async fn restore(
         &self,
         request: RestoreRequest,
@@ -132,7 +132,7 @@ impl Criu {
             }
             call.converse(message, &mut AnswersRestore { notify }).await?;
             let (_, undo) = call.parts()?;
-            // CRIU names the root before it succeeds; a reply without that is no success.
+            // CRIU names the root before success; a reply without the root is no success.
             let missing = || io::Error::new(io::ErrorKind::InvalidData, "it did not name the restored process");
             undo.residue.root.clone().ok_or_else(|| CallError::Protocol {
                 action: "find the restored process",
@@ -176,9 +176,9 @@ fn message(request: &RestoreRequest, place: Place<'_>) -> Criu_req {
     message
 }
 
-/// Where the hierarchies of cgroup v1 are mounted under the names that CRIU gives them. Otherwise it mounts all of them
-/// in its working directory for as long as it restores, where others take them for the machine's; and leaves them
-/// there when it is killed.
+/// Returns the folder with the mounts of all cgroup v1 hierarchies, if named as by CRIU. Otherwise
+/// CRIU mounts all hierarchies in the working directory during a restore. Others take such mounts
+/// for the machine's, and a killed criu leaves the mounts behind.
 fn cgroup_yard(cgroup: &str) -> Option<String> {
     const YARD: &str = "/sys/fs/cgroup";
     let names = cgroup.lines().filter_map(|line| line.split(':').nth(1));
@@ -205,7 +205,7 @@ struct AnswersRestore<'a> {
 impl Answers<UndoRestore> for AnswersRestore<'_> {
     async fn notified(&mut self, mut at: Notification, undo: &mut UndoRestore) -> Result<Option<Criu_opts>, BoxError> {
         if let Some(pid) = at.pid {
-            // Also after a failure: to be killed it has to be known.
+            // Also after a failure: only a known root can be killed.
             undo.adopt(pid)?;
         }
         if at.failed {
@@ -234,7 +234,7 @@ struct UndoRestore {
     on_killed: Option<OnKilled>,
     /// The work directory.
     work: PathBuf,
-    /// The images and the work directory, which CRIU opens by number as long as it runs.
+    /// The images and the work directory. CRIU opens both by number during the whole run.
     _open: (File, File, Option<Unmarked>),
 }
 
@@ -258,9 +258,9 @@ impl Undo for UndoRestore {
         residue::remove_cgroup_mounts(&self.work);
     }
 
-    /// From pre-resume on CRIU only logs a refusal, and lets the tree run. (It does so at network-unlock too, but has
-    /// to go on from there: rules that it set in a network namespace from outside would stay.) The tree is killed
-    /// first, so that no process of it runs when criu, which holds them all by ptrace, lets go of them.
+    /// From pre-resume on CRIU only logs a refusal, and lets the tree run. (At network-unlock too,
+    /// but CRIU must go on from there: rules in an outside network namespace would stay.) The tree
+    /// is killed first, so that no process runs after criu's detach.
     async fn refusing(&mut self, stage: &Stage) -> bool {
         let heedless = matches!(stage, Stage::PreResume | Stage::PostResume);
         if heedless && let Some(root) = &self.residue.root {

@@ -1,4 +1,4 @@
-//! One run of `criu swrk`.
+//! A single run of `criu swrk`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -18,36 +18,36 @@ use crate::residue::MARKER;
 use crate::sys;
 use crate::transport::{Channel, Received};
 
-/// The descriptor on which criu finds the socket, and the first of those that it inherits.
+/// Descriptor of criu's socket; the inherited ones follow.
 const SOCKET: i32 = 3;
 pub(crate) const FIRST_INHERITED: i32 = 4;
 
-/// A directory that exists wherever CRIU works and never holds a plugin: the names in it are numbers.
+/// A directory that exists wherever CRIU works and never holds a plugin: all names are numbers.
 const NO_PLUGINS: &str = "/proc/self/fdinfo";
 
-/// CRIU runs iptables-restore, ip and tar.
+/// Search path for CRIU's programs: iptables-restore, ip and tar.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// How much of standard output and error is read: what comes before the log is open is a line or two.
+/// Most bytes read of standard output and error: a line or two come before the log is open.
 const MAX_OUTPUT: u64 = 64 << 10;
 
 /// [`Reaper::spawn`] or [`Reaper::spawn_lasting`].
 pub(crate) type SpawnBy = fn(&Reaper, &mut Command) -> io::Result<Child>;
 
-/// A running criu, or one that has ended by itself.
+/// A running criu, or one that has ended alone.
 #[derive(Debug)]
 pub(crate) struct Swrk {
     pub(crate) child: Child,
-    /// None once the conversation is over.
+    /// `None` once the conversation is over.
     channel: Option<Channel>,
-    /// What it writes to standard output and standard error.
+    /// criu's standard output and standard error.
     output: Output,
     grace: Duration,
 }
 
 impl Swrk {
-    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on. `spawn_by` decides on its
-    /// parent, which is the parent of what criu restores.
+    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
+    /// `spawn_by` decides on criu's parent, also the parent of restored trees.
     pub(crate) fn start(
         criu: &Criu,
         directory: &Path,
@@ -71,20 +71,20 @@ impl Swrk {
         self.channel.as_ref().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// The next message, or None when criu has ended or closed the socket. Its end is watched too: helpers that it
-    /// forks keep the socket open when it is killed.
+    /// Returns the next message, or `None` after criu's end or the close of the socket. Both are
+    /// watched: forked helpers keep the socket of a killed criu open.
     pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
         let channel = self.channel()?;
         tokio::select! {
             biased;
             received = channel.receive() => received,
-            // Its last word may have come at the same time.
+            // The last message may have come at the same time.
             _ = self.child.wait() => channel.received(),
         }
     }
 
-    /// Ends the conversation and waits for criu's end, which is near: it has answered, or finds the socket closed at
-    /// its next stage and undoes its work. If it takes longer than the grace, it is killed.
+    /// Ends the conversation and waits for criu's end. criu has answered, or finds the socket
+    /// closed at the next stage and undoes the work so far. After the grace, criu is killed.
     pub(crate) async fn end(&mut self) -> Exit {
         self.channel = None;
         if let Ok(exit) = tokio::time::timeout(self.grace, self.child.wait()).await {
@@ -96,17 +96,17 @@ impl Swrk {
     }
 
     pub(crate) fn kill(&self) {
-        // Already gone is what is wanted.
+        // A process already gone is the goal.
         let _ = self.child.signal(Signal::KILL);
     }
 
-    /// What it wrote to standard output and standard error: errors from before its log was open.
+    /// Returns criu's standard output and standard error: errors from before the log was open.
     pub(crate) fn output(&self) -> String {
         self.output.text()
     }
 }
 
-/// A file in memory that collects what a child writes.
+/// A file in memory for a child's output.
 #[derive(Debug)]
 pub(crate) struct Output(File);
 
@@ -122,8 +122,8 @@ impl Output {
     }
 }
 
-/// A command that runs criu with nothing of this process's environment that CRIU would heed: no `CRIU_CONFIG_FILE`, no
-/// `HOME` with a `.criu`, no plugins.
+/// Returns a command for criu, free of environment variables with a meaning for CRIU: no
+/// `CRIU_CONFIG_FILE`, no `HOME` with a `.criu`, no plugins.
 pub(crate) fn command(criu: &Criu) -> Command {
     let mut command = Command::new(&criu.path);
     command
@@ -136,7 +136,7 @@ pub(crate) fn command(criu: &Criu) -> Command {
     command
 }
 
-/// Spawns `command` with nothing but null, its output and `mappings`.
+/// Spawns `command` with only null, the output and `mappings`.
 pub(crate) fn spawn(
     criu: &Criu,
     mut command: Command,
@@ -155,7 +155,8 @@ pub(crate) fn spawn(
     command.fd_mappings(mappings).map_err(|error| start(io::Error::other(error)))?;
     sys::close_from(&mut command, first_free);
     let child = spawn_by(&criu.reaper, &mut command).map_err(failed)?;
-    // The command holds this process's copies of the descriptors: criu's end of the socket would never close.
+    // The command holds this process's copies of the descriptors: criu's end of the socket would
+    // never close.
     drop(command);
     Ok((child, Output(output)))
 }

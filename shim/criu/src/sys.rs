@@ -1,4 +1,4 @@
-//! What has to happen in a child between fork and exec.
+//! Work in a child between fork and exec.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,21 +7,23 @@ use std::process::Command;
 
 use rustix::thread::LinkNameSpaceType;
 
-/// Closes every descriptor from `first` on when `command` executes its program: those that this process was given
-/// without `O_CLOEXEC` would be found in a dumped or restored tree, or keep pipes open.
+/// Closes every descriptor from `first` on when `command` executes its program. Descriptors given
+/// to this process without `O_CLOEXEC` would end up in a dumped or restored tree, or keep pipes
+/// open.
 ///
-/// To be called after everything that places descriptors below `first`.
+/// Called after all placements of descriptors below `first`.
 pub(crate) fn close_from(command: &mut Command, first: u32) {
     let close = move || {
-        // SAFETY: close_range with CLOEXEC takes numbers only, and marks descriptors of this process, which has one
-        // thread and is about to execute another program. Nothing in it uses them after that.
+        // SAFETY: close_range with CLOEXEC takes numbers only, and marks descriptors of this
+        // process, which has one thread and is about to execute another program. No code uses the
+        // descriptors after that.
         let done = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
         if done == 0 {
             return Ok(());
         }
         let error = io::Error::last_os_error();
         match error.raw_os_error() {
-            // Kernels before 5.11. What Rust opens is O_CLOEXEC there too.
+            // Kernels before 5.11. Rust opens files with O_CLOEXEC there too.
             Some(libc::ENOSYS | libc::EINVAL) => Ok(()),
             _ => Err(error),
         }
@@ -36,16 +38,16 @@ pub(crate) fn enter_network(command: &mut Command, namespace: OwnedFd) {
         let network = Some(LinkNameSpaceType::Network);
         rustix::thread::move_into_link_name_space(namespace.as_fd(), network).map_err(io::Error::from)
     };
-    // SAFETY: the closure runs in the forked child. It makes one system call on a descriptor that it owns, and allocates
-    // and locks nothing.
+    // SAFETY: the closure runs in the forked child. It makes one system call on a descriptor that
+    // it owns, and allocates and locks nothing.
     unsafe { command.pre_exec(enter) };
 }
 
-/// Descriptor `fd`, which this process was started with.
+/// Returns descriptor `fd`, open since this process's start.
 #[cfg(test)]
 pub(crate) fn inherited(fd: std::os::fd::RawFd) -> OwnedFd {
     use std::os::fd::FromRawFd;
-    // SAFETY: only the test that plays criu calls this, once, for a descriptor that it was started with. Nothing else
-    // in that process knows the number.
+    // SAFETY: only the test that plays criu calls this, once, for a descriptor given at its start.
+    // Nothing else in that process knows the number.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

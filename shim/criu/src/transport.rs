@@ -1,4 +1,4 @@
-//! The socket pair: one protobuf message a packet, descriptors beside it.
+//! The socket pair: one protobuf message per packet, with descriptors.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -15,25 +15,26 @@ use tokio::net::UnixDatagram;
 
 use crate::notify::Stage;
 
-/// CRIU's answers are some hundred bytes; the longest holds an error of 1 KiB (`struct str_and_lock` in criu/log.c).
+/// Longest answer, in bytes. CRIU's answers have some hundred bytes; the longest holds an error of
+/// 1 KiB (`struct str_and_lock` in criu/log.c).
 const MAX_ANSWER: usize = 64 << 10;
 /// CRIU sends one descriptor at a time.
 const MAX_DESCRIPTORS: usize = 4;
 
-/// What CRIU has sent.
+/// A message from CRIU.
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) message: Criu_resp,
     pub(crate) descriptors: Vec<OwnedFd>,
 }
 
-/// Our end of the conversation. A datagram socket to tokio, which has no type for SOCK_SEQPACKET: only its readiness
-/// is used, and that is the same.
+/// Our end of the conversation. A datagram socket for tokio, which has no type for SOCK_SEQPACKET:
+/// only readiness is used, and works the same.
 #[derive(Debug)]
 pub(crate) struct Channel(UnixDatagram);
 
 impl Channel {
-    /// Our end, and the one for criu.
+    /// Returns our end, and the one for criu.
     pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
@@ -48,13 +49,13 @@ impl Channel {
         Ok(())
     }
 
-    /// The next message, or None when the other end is closed.
+    /// Returns the next message, or `None` after the close of the other end.
     pub(crate) async fn receive(&self) -> io::Result<Option<Received>> {
         let receive = || receive_packet(self.0.as_fd(), MAX_ANSWER);
         self.0.async_io(Interest::READABLE, receive).await?.map(parse).transpose()
     }
 
-    /// A message that has arrived already. None if there is none.
+    /// Returns a message already arrived, or `None`.
     pub(crate) fn received(&self) -> io::Result<Option<Received>> {
         match receive_packet(self.0.as_fd(), MAX_ANSWER) {
             Ok(packet) => packet.map(parse).transpose(),
@@ -64,7 +65,7 @@ impl Channel {
     }
 }
 
-/// A message and the descriptors beside it.
+/// A message with descriptors.
 pub type Packet = (Vec<u8>, Vec<OwnedFd>);
 
 fn parse((bytes, descriptors): Packet) -> io::Result<Received> {
@@ -73,17 +74,18 @@ fn parse((bytes, descriptors): Packet) -> io::Result<Received> {
     Ok(Received { message, descriptors })
 }
 
-/// The next message on a socket to or from criu, or None when the other end is closed.
+/// Returns the next message on a socket to or from criu, or `None` after the close of the other
+/// end.
 ///
 /// # Errors
-/// When it is longer than `most` bytes, or there is none yet on a socket that does not wait.
+/// Fails if the message is longer than `most` bytes, or a nonblocking socket has none.
 pub fn receive_packet(socket: BorrowedFd<'_>, most: usize) -> io::Result<Option<Packet>> {
     let mut bytes = vec![0; most];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(&mut bytes)];
     let received = match rustix::net::recvmsg(socket, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-        // The other end died with what was sent to it unread. That is an end like any other.
+        // The other end died with unread messages: an end like any other.
         Err(rustix::io::Errno::CONNRESET) => return Ok(None),
         other => other?,
     };
@@ -101,8 +103,8 @@ pub fn receive_packet(socket: BorrowedFd<'_>, most: usize) -> io::Result<Option<
     Ok((!bytes.is_empty()).then_some((bytes, descriptors)))
 }
 
-/// What a message that criu sends to whoever drives it announces: a stage, with a process of the tree where it names one. None
-/// if it is another kind of message, or none.
+/// Returns the stage announced by a message of criu, and the process if one is named; `None` for
+/// every other message.
 #[must_use]
 pub fn announced(message: &[u8]) -> Option<(Stage, Option<i32>)> {
     let message = Criu_resp::parse_from_bytes(message).ok()?;
@@ -112,11 +114,10 @@ pub fn announced(message: &[u8]) -> Option<(Stage, Option<i32>)> {
     Some((Stage::named(message.notify.script()), message.notify.pid))
 }
 
-/// A request that another program has made, with other descriptors for its folders: criu takes the numbers for those of
-/// whoever has made the socket. `exchange` gives a number for a number.
+/// Returns another program's request, with other descriptors for the folders: criu reads the
+/// numbers in the process of the socket's maker. `exchange` maps a number to a number.
 ///
-/// # Errors
-/// When it is no request, or a descriptor cannot be exchanged.
+/// # Errors Fails if the bytes are no request, or a descriptor cannot be exchanged.
 pub fn with_other_folders(request: &[u8], mut exchange: impl FnMut(i32) -> io::Result<i32>) -> io::Result<Vec<u8>> {
     let invalid = |error: protobuf::Error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mut request = Criu_req::parse_from_bytes(request).map_err(invalid)?;

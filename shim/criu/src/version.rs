@@ -1,15 +1,15 @@
-//! CRIU's version, and which one is needed.
+//! CRIU's version, and the minimum.
 
 use std::fmt;
 
 use rust_criu::rust_criu_protobuf::rpc::Criu_version;
 
-/// What containerd's CRI asks for before it checkpoints (its go-criu, `PodCriuVersion`).
+/// Minimum of containerd's CRI for a checkpoint (its go-criu, `PodCriuVersion`).
 pub const CONTAINERD_MINIMUM: Version = Version { major: 3, minor: 16, sublevel: 0 };
 
-/// What this project needs. 4.1 is the first that dumps a tree whose cgroup is frozen already, as containerd leaves it
-/// (criu commit 4196268ee), that lists in an image the plugins that a restore needs (5335b35f7), and that knows pidfds,
-/// which Python and systemd hold (1ce408ffa).
+/// Minimum of this project. 4.1 is the first to dump an already frozen cgroup, as left by
+/// containerd (criu commit 4196268ee). It also records the plugins needed for a restore in an image
+/// (5335b35f7), and knows pidfds, held by Python and systemd (1ce408ffa).
 pub const MINIMUM: Version = Version { major: 4, minor: 1, sublevel: 0 };
 
 /// A version of CRIU.
@@ -24,7 +24,7 @@ pub struct Version {
 }
 
 impl Version {
-    /// None when a number is negative.
+    /// Returns the version, or `None` for a negative number.
     pub(crate) fn of(answer: &Criu_version) -> Option<Self> {
         Some(Self {
             major: u32::try_from(answer.major_number()).ok()?,
@@ -33,7 +33,7 @@ impl Version {
         })
     }
 
-    /// What `criu --version` prints: `Version: 4.2.1`.
+    /// Parses the output of `criu --version`: `Version: 4.2.1`.
     pub(crate) fn in_text(text: &str) -> Option<Self> {
         let version = text.lines().find_map(|line| line.trim().strip_prefix("Version:"))?;
         let mut numbers = version.trim().split('.').map(|number| {

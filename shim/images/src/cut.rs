@@ -1,8 +1,9 @@
-//! The mark of images from which memory was cut: a plugin that CRIU has to have, and never has.
+//! The mark of images without big memory: a plugin required of CRIU and never loaded.
 //!
-//! CRIU would restore such images without an error, and leave that memory empty. It refuses an inventory that names a
-//! plugin which is not loaded (`check_inventory_plugins` in criu/image.c, since 4.1). So nobody restores them by mistake: only
-//! who fills the memory afterwards opens them [`Unmarked`].
+//! CRIU would restore such images without an error, and leave the missing memory empty. But CRIU
+//! refuses an inventory with a plugin not loaded (`check_inventory_plugins` in criu/image.c, since
+//! 4.1). So nobody restores such images by mistake: only a caller about to fill the memory opens
+//! them [`Unmarked`].
 
 use std::fs::{self, File};
 use std::io;
@@ -16,14 +17,14 @@ use crate::inspect::{MAX_PLUGINS, inspect};
 use crate::rewrite::{RewriteError, replace};
 use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry, put_message, write_entry, write_magic};
 
-/// The beginning of the names of folders that [`Unmarked`] makes.
+/// Prefix of the names of [`Unmarked`] folders.
 pub const UNMARKED_PREFIX: &str = ".gpusnap-images-";
 
-/// The list of plugins in images/inventory.proto, and a name in it.
+/// The list of plugins in images/inventory.proto, and a name inside.
 const PLUGINS: u32 = 12;
 const NAME: u32 = 12;
 
-/// Marks images. Done before the first of them is cut.
+/// Marks images, before any memory is taken out.
 pub(crate) fn mark(images: &Path) -> Result<(), RewriteError> {
     let path = images.join(INVENTORY);
     let image = inspect(images)?;
@@ -51,7 +52,7 @@ pub(crate) fn mark(images: &Path) -> Result<(), RewriteError> {
     write(&path, &marked)
 }
 
-/// The entry of an inventory without the mark.
+/// Returns the entry of an inventory without the mark.
 fn unmarked(path: &Path) -> Result<Vec<u8>, ImageError> {
     let entry = first_entry(path, &[INVENTORY_MAGIC], MAX_ENTRY)?;
     let mut without = vec![];
@@ -80,22 +81,24 @@ fn write(path: &Path, entry: &[u8]) -> Result<(), RewriteError> {
     })
 }
 
-/// A folder with the same images and an inventory without the mark, which CRIU restores. Gone when it is dropped.
+/// A folder with the same images and an inventory without the mark, acceptable to CRIU. Removed on
+/// drop.
 ///
-/// Its files are further names of the same ones: CRIU opens images also from within the restored tree's own root, where
+/// The files are hard links: CRIU opens images also from within the restored tree's own root, where
 /// a link by path would lead astray.
 #[derive(Debug)]
 pub struct Unmarked {
     folder: TempDir,
-    /// Its shared lock says that it is in use: what is left of a killed restore has none.
+    /// Shared lock, held while in use: the leftovers of a killed restore have none.
     _lock: File,
 }
 
 impl Unmarked {
-    /// Makes it in the folder of the images; where nothing can be made there, in `work`, by copies.
+    /// Makes the folder inside the images' folder; if nothing can be made there, inside `work`, by
+    /// copies.
     ///
     /// # Errors
-    /// When the images cannot be read, or the folder cannot be made.
+    /// Fails if the images cannot be read, or the folder cannot be made.
     pub fn of(images: &Path, work: &Path) -> Result<Self, RewriteError> {
         let entry = unmarked(&images.join(INVENTORY))?;
         let place = |place: &Path| tempfile::Builder::new().prefix(UNMARKED_PREFIX).tempdir_in(place);
@@ -106,7 +109,7 @@ impl Unmarked {
         })?;
         let failed = |path: PathBuf| move |source| RewriteError::File { action: "read", path, source };
         let lock = File::open(folder.path()).map_err(failed(folder.path().to_owned()))?;
-        // A file system without locks has nobody who asks for one.
+        // A filesystem without locks has no one to ask for a lock.
         let _ = lock.lock_shared();
         for found in fs::read_dir(images).map_err(failed(images.to_owned()))? {
             let found = found.map_err(failed(images.to_owned()))?;
@@ -126,7 +129,8 @@ impl Unmarked {
     }
 }
 
-/// Gives a regular file another name; on another file system, or where that is not allowed, a copy.
+/// Gives a regular file another name; makes a copy on another filesystem, or if links are not
+/// allowed.
 fn share(from: &Path, to: &Path) -> io::Result<()> {
     let file = crate::wire::open(from).map_err(|error| match error {
         ImageError::Read { source, .. } => source,

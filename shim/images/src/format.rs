@@ -1,18 +1,18 @@
-//! The form of CRIU's images: names of files, magic numbers, and what can be wrong with them.
+//! Format of CRIU's images: names of files, magic numbers, and possible faults.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// The file that makes a directory an image: written last, and read first.
+/// File that makes a directory an image: written last, and read first.
 pub const INVENTORY: &str = "inventory.img";
-/// The plugin that an inventory names when memory was cut from its images.
+/// Plugin named by an inventory after memory was taken out of its images.
 pub const MARK: &str = "gpusnap";
 pub(crate) const PSTREE: &str = "pstree.img";
 pub(crate) const STATS: &str = "stats-dump";
 
-/// criu/include/magic.h.
+/// Numbers of criu/include/magic.h.
 pub(crate) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
 pub(crate) const SERVICE_MAGIC: u32 = 0x5510_5940;
@@ -22,10 +22,10 @@ pub(crate) const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 pub(crate) const MM_MAGIC: u32 = 0x5749_2820;
 pub(crate) const CORE_MAGIC: u32 = 0x5505_3847;
 
-/// Why a directory is no image that can be used.
+/// Fault of a directory of images.
 #[derive(Debug, Error)]
 pub enum ImageError {
-    /// It is something else, or a dump that did not come to its end.
+    /// The directory holds something else, or an incomplete dump.
     #[error("{path} holds no checkpoint: there is no {INVENTORY}")]
     NotAnImage {
         /// The directory.
@@ -36,23 +36,23 @@ pub enum ImageError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
-    /// A file is not what its name says, or is cut off.
+    /// A file does not match its name, or is cut off.
     #[error("{path} is damaged: {what}")]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Fault of the file.
         what: &'static str,
     },
-    /// It was written in a form that CRIU does not know.
+    /// The image has a version unknown to CRIU.
     #[error("{path} has version {version}, and CRIU knows 1 and 2")]
     Version {
         /// The inventory.
         path: PathBuf,
-        /// Its version.
+        /// Version found.
         version: u32,
     },
 }

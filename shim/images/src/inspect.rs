@@ -1,4 +1,4 @@
-//! What an image says of itself.
+//! An image's statements about itself.
 
 use std::io;
 use std::path::Path;
@@ -8,28 +8,28 @@ use crate::pages::check_pages;
 use crate::tree;
 use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry};
 
-/// Versions of the images' form that CRIU knows: `CRTOOLS_IMAGES_V1` and `V1_1`.
+/// Versions of the image format known to CRIU: `CRTOOLS_IMAGES_V1` and `V1_1`.
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=2;
 
-/// CRIU has three plugins.
+/// Most plugins in an inventory. CRIU has three.
 pub(crate) const MAX_PLUGINS: usize = 64;
 
-/// What an image says of itself.
+/// Statements of an image about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Image {
-    /// Version of the images' form, 1 or 2. Not CRIU's.
+    /// Version of the image format, 1 or 2. Not CRIU's version.
     pub version: u32,
-    /// Plugins without which it cannot be restored. None from CRIU before 4.1, which does not say.
+    /// Plugins needed for a restore. `None` from CRIU before 4.1, which does not record plugins.
     pub plugins: Option<Vec<String>>,
-    /// TCP connections were closed by the dump: a restore must allow that too.
+    /// The dump closed TCP connections: a restore must allow that too.
     pub tcp_close: bool,
 }
 
-/// Looks whether every thread of the tree is there. CRIU takes a file that is missing for an empty one, and says which only
-/// among the lines of its log that nobody wants for each page.
+/// Checks that every thread of the tree has a file. CRIU takes a missing file for an empty one. The
+/// file's name is only in the log, at a level with lines for every page.
 ///
 /// # Errors
-/// When one is not, or the tree cannot be read.
+/// Fails if a file is missing, or the tree cannot be read.
 pub fn check_threads(directory: &Path) -> Result<(), ImageError> {
     for thread in tree::processes(directory)?.iter().flat_map(|process| &process.threads) {
         let path = tree::core_path(directory, *thread);
@@ -41,7 +41,7 @@ pub fn check_threads(directory: &Path) -> Result<(), ImageError> {
 }
 
 impl Image {
-    /// Returns whether memory was cut from it, which somebody has to fill after a restore.
+    /// Returns whether memory was taken out, to be filled after a restore.
     #[must_use]
     pub fn is_cut(&self) -> bool {
         self.plugins.iter().flatten().any(|plugin| plugin == MARK)
@@ -51,7 +51,7 @@ impl Image {
 /// Reads a directory's inventory.
 ///
 /// # Errors
-/// When it holds no image, or a damaged one.
+/// Fails if the directory holds no image, or a damaged one.
 pub fn inspect(directory: &Path) -> Result<Image, ImageError> {
     let path = directory.join(INVENTORY);
     let entry = match first_entry(&path, &[INVENTORY_MAGIC], MAX_ENTRY) {
@@ -92,10 +92,11 @@ fn plugin_names(path: &Path, entry: &[u8]) -> Result<Vec<String>, ImageError> {
     Ok(names)
 }
 
-/// Reads a directory's inventory, and checks what CRIU does not: that the files of memory are whole.
+/// Reads a directory's inventory, and checks a point beyond CRIU's checks: complete files of
+/// memory.
 ///
 /// # Errors
-/// When it holds no image, or a damaged one.
+/// Fails if the directory holds no image, or a damaged one.
 pub fn check(directory: &Path) -> Result<Image, ImageError> {
     let image = inspect(directory)?;
     check_pages(directory)?;

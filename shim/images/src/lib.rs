@@ -1,8 +1,8 @@
 //! CRIU's images: read, checked, and rewritten without some of their memory.
 //!
-//! Every image file is two magic numbers and then entries, each a length and a protobuf message (images/*.proto of
-//! CRIU); the inventory has one magic number. Images are untrusted: sizes are capped, nothing but regular files is
-//! read, and fields that are not known are skipped.
+//! Every image file has two magic numbers and then entries, each a length and a protobuf message
+//! (images/*.proto of CRIU); the inventory has one magic number. Images are untrusted: sizes are
+//! capped, only regular files are read, and unknown fields are skipped.
 
 mod cut;
 mod format;

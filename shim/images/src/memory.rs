@@ -1,19 +1,22 @@
-//! Memory in a directory of images: what of it can be kept elsewhere, and images without it.
+//! Memory in a directory of images: parts suitable for another place, and images without such
+//! parts.
 //!
-//! CRIU reads memory back with one thread for each process. Memory that is taken out of the images is there all the
-//! same after the restore, empty, and can be filled by process_vm_writev by as many threads as one likes, while the
-//! processes are stopped. That holds for **plain** memory only: private, anonymous, writable, neither a stack that grows nor
-//! hugetlbfs. Everything else stays in the images:
+//! CRIU reads memory back with one thread for each process. Memory taken out of the images still
+//! exists after the restore, empty. Any number of threads can fill such memory by
+//! process_vm_writev, while the processes are stopped. This holds for **plain** memory only:
+//! private, anonymous, writable, neither a growing stack nor hugetlbfs. Everything else stays in
+//! the images:
 //!
-//! - what is not writable, since process_vm_writev respects a mapping's protection;
-//! - pages that hold a thread's `struct rseq`: the kernel writes to it whenever it lets a restored thread go on, and a
-//!   newer kernel does not write again what it takes to be there;
+//! - memory without write permission, since process_vm_writev respects a mapping's protection;
+//! - pages with a thread's `struct rseq`: the kernel writes there when a restored thread goes on,
+//!   and a newer kernel does not repeat a write assumed done;
 //! - pages in a parent image, and pages left to a lazy restore.
 //!
-//! Nothing else of a process's memory is read or written between its restore and the fill, as long as it is stopped in the
-//! meantime: CRIU's restorer has its stack, its code and the signal frame from which it returns in mappings of its own
-//! (criu/pie/restorer.c), robust lists and the `clear_child_tid` of threads are addresses that the kernel follows when a
-//! thread ends, and frames of signals that were pending are written when it runs.
+//! No other memory of a process is read or written between the restore and the fill, as long as the
+//! process is stopped. CRIU's restorer has a stack, code and the last signal frame in separate
+//! mappings (criu/pie/restorer.c). The kernel follows the addresses of robust lists and of
+//! `clear_child_tid` only at a thread's end, and writes frames of pending signals only when the
+//! thread runs.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -28,39 +31,41 @@ use crate::tree::{Process, core_path, processes};
 use crate::vma::{Vma, mm_path, read_mm, vmas};
 use crate::wire::{Field, Value, fields, first_entry};
 
-/// A core is some 4 KiB, and longer where timers are many.
+/// Largest core, in bytes. A core has some 4 KiB, more with many timers.
 const MAX_CORE: u32 = 16 << 20;
 
-/// Memory of a process that is in the images, one piece of it.
+/// A contiguous piece of a process's memory in the images.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The process, by its number in the dumped tree's pid namespace.
     pub pid: i32,
-    /// Where it starts in the process's memory.
+    /// Start address in the process's memory.
     pub address: u64,
-    /// In bytes; whole pages.
+    /// Length in bytes; whole pages.
     pub length: u64,
-    /// The file that has it.
+    /// File with the contents.
     pub file: Arc<Path>,
-    /// Where it starts in the file, in bytes.
+    /// Offset in the file, in bytes.
     pub offset: u64,
 }
 
-/// What becomes of pages that are the same in a parent and its child, where CRIU restores the mapping as an inherited one.
+/// Treatment of pages shared by a parent and its child, if CRIU restores the mapping as an
+/// inherited one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Inherited {
-    /// They stay in the images, so that there is one page for both after a restore as there was before. All inherited memory
-    /// is read for that, by as many threads as the machine has processors.
+    /// Leave such pages in the images: one page serves both after a restore, as before. All
+    /// inherited memory is read to find them, by as many threads as the machine has processors.
     Leave,
-    /// They are in the runs of both. Once filled, each process has a page of its own: the tree needs more memory than before.
+    /// Put such pages into the runs of both. Once filled, each process has its own copy: the tree
+    /// needs more memory than before.
     Take,
 }
 
-/// All runs of at least `least` bytes that can be taken out of the images and filled after the restore. In the order of the
-/// tree's processes, ascending in each.
+/// Returns all runs of at least `least` bytes suitable for a fill after the restore, in the order
+/// of the tree's processes, ascending in each.
 ///
 /// # Errors
-/// When the images cannot be read or are damaged.
+/// Fails if the images cannot be read or are damaged.
 pub fn runs(images: &Path, least: u64, inherited: Inherited) -> Result<Vec<Run>, ImageError> {
     let processes = processes(images)?;
     let (mut mms, mut stored) = (BTreeMap::new(), BTreeMap::new());
@@ -99,11 +104,11 @@ pub fn runs(images: &Path, least: u64, inherited: Inherited) -> Result<Vec<Run>,
     Ok(runs)
 }
 
-/// All memory of a process that is in the images between two addresses, whatever mappings it is in. For a range that is to
-/// become [`crate::Staging`] these are the pages that were written to since the files were mapped there.
+/// Returns all memory of a process in the images between two addresses, in whatever mappings. For a
+/// future [`crate::Staging`] range: the pages written since the files were mapped there.
 ///
 /// # Errors
-/// When the images cannot be read or are damaged.
+/// Fails if the images cannot be read or are damaged.
 pub fn present(images: &Path, pid: i32, range: Range<u64>) -> Result<Vec<Run>, ImageError> {
     let stored = read_pagemap(images, pid)?;
     let file: Arc<Path> = stored.file.as_path().into();
@@ -121,7 +126,7 @@ fn read_pagemap(images: &Path, pid: i32) -> Result<Stored, ImageError> {
     Ok(Stored { file: pages_path(images, pagemap.pages_id), extents: pagemap.extents()? })
 }
 
-/// Ranges in ascending order, none of which touch.
+/// Returns the ranges in ascending order, merged if they touch.
 fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_by_key(|range| range.start);
     ranges.dedup_by(|next, range| {
@@ -134,7 +139,7 @@ fn merged(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges
 }
 
-/// What is left of an extent without `holes`, which are merged.
+/// Returns the rest of an extent without `holes`, already merged.
 fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
     let mut left = vec![];
     let mut from = extent.address;
@@ -147,7 +152,8 @@ fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
     left
 }
 
-/// The mappings of plain memory that CRIU restores as inherited (`check_cow_vmas` in criu/mem.c).
+/// Returns the mappings of plain memory that CRIU restores as inherited (`check_cow_vmas` in
+/// criu/mem.c).
 fn inherited_mappings(processes: &[Process], mappings: &BTreeMap<i32, Vec<Vma<'_>>>) -> Vec<InheritedMapping> {
     let mut inherited = vec![];
     for Process { pid, parent, .. } in processes {
@@ -160,7 +166,7 @@ fn inherited_mappings(processes: &[Process], mappings: &BTreeMap<i32, Vec<Vma<'_
     inherited
 }
 
-/// The pages that hold a `struct rseq` of the process's threads.
+/// Returns the pages with a `struct rseq` of the process's threads.
 fn rseq_pages(images: &Path, process: &Process) -> Result<Vec<Range<u64>>, ImageError> {
     let page = page_size();
     let mut pages = vec![];

@@ -1,5 +1,5 @@
-//! Pagemaps: which pages of a process's memory are in the images, and where. The pages that are present lie in
-//! `pages-N.img` one after the other, in the pagemap's order, with nothing between them.
+//! Pagemaps: the pages of a process's memory in the images, and their places. Present pages lie in
+//! `pages-N.img` one after the other, in the pagemap's order, without gaps.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -14,7 +14,7 @@ pub(crate) const MAGIC: [u32; 2] = [COMMON_MAGIC, PAGEMAP_MAGIC];
 
 /// `PE_PRESENT` in criu/include/pagemap.h: the pages are in the file of pages.
 const PRESENT: u64 = 1 << 2;
-/// More than a process's memory has ever pieces, 64 bytes each here.
+/// Most pieces of a process's memory, beyond any real number; 64 bytes each here.
 const MAX_EXTENTS: usize = 1 << 24;
 
 /// Numbers of the fields in images/pagemap.proto.
@@ -25,15 +25,15 @@ const IN_PARENT: u32 = 3;
 const FLAGS: u32 = 4;
 const COUNT: u32 = 5;
 
-/// A pagemap's entry.
+/// An entry of a pagemap.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
     pub(crate) address: u64,
     /// In bytes.
     pub(crate) length: u64,
-    /// The pages are in the file of pages, not in a parent's or left to a lazy restore.
+    /// The pages are in the file of pages, neither in a parent's nor left to a lazy restore.
     pub(crate) present: bool,
-    /// Its length is in the wider of the two fields.
+    /// The length is in the wider of the two fields.
     counts: bool,
 }
 
@@ -66,19 +66,19 @@ impl Entry {
         self.address.saturating_add(self.length)
     }
 
-    /// What to change in the message for it to be about a piece of the memory.
+    /// Returns the changes to the message that restrict it to a piece of the memory.
     pub(crate) fn piece(&self, address: u64, length: u64) -> [(u32, u64); 2] {
         let count = length / page_size();
         [(ADDRESS, address), (if self.counts { COUNT } else { OLD_COUNT }, count)]
     }
 }
 
-/// Memory that is in the images, as one piece.
+/// A contiguous piece of memory in the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) address: u64,
     pub(crate) length: u64,
-    /// Where it lies in the file of pages.
+    /// Offset in the file of pages.
     pub(crate) offset: u64,
 }
 
@@ -87,7 +87,7 @@ impl Extent {
         self.address.saturating_add(self.length)
     }
 
-    /// Its part between two addresses.
+    /// Returns the part between two addresses.
     pub(crate) fn within(&self, start: u64, end: u64) -> Option<Self> {
         let (from, to) = (self.address.max(start), self.end().min(end));
         let length = to.checked_sub(from).filter(|length| *length > 0)?;
@@ -95,15 +95,15 @@ impl Extent {
     }
 }
 
-/// Reads a pagemap.
+/// Reader of a pagemap.
 pub(crate) struct Pagemap<'a> {
     path: &'a Path,
     reader: Reader<'a>,
-    /// The number in the name of its file of pages.
+    /// Number in the name of the file of pages.
     pub(crate) pages_id: u64,
-    /// The entry that says so.
+    /// First entry, with that number.
     pub(crate) head: Vec<u8>,
-    /// Where the last entry ended.
+    /// End address of the last entry.
     reached: u64,
 }
 
@@ -121,13 +121,13 @@ impl<'a> Pagemap<'a> {
         Ok(Self { path, reader, pages_id, head, reached: 0 })
     }
 
-    /// The next entry, and its message.
+    /// Returns the next entry, with its message.
     pub(crate) fn next(&mut self) -> Result<Option<(Entry, Vec<u8>)>, ImageError> {
         let Some(message) = self.reader.entry(MAX_ENTRY)? else { return Ok(None) };
         Ok(Some((Entry::of(self.path, &message)?, message)))
     }
 
-    /// The next entry, which has to lie above those before it.
+    /// Returns the next entry; fails unless above all entries before.
     pub(crate) fn next_in_order(&mut self) -> Result<Option<(Entry, Vec<u8>)>, ImageError> {
         let next = self.next()?;
         if let Some((entry, _)) = &next {
@@ -139,7 +139,7 @@ impl<'a> Pagemap<'a> {
         Ok(next)
     }
 
-    /// All that is present, ascending, in pieces as large as can be.
+    /// Returns all present memory, ascending, in maximal pieces.
     pub(crate) fn extents(mut self) -> Result<Vec<Extent>, ImageError> {
         let mut extents: Vec<Extent> = vec![];
         let mut offset = 0_u64;
@@ -172,7 +172,7 @@ pub(crate) fn pages_path(images: &Path, id: u64) -> PathBuf {
     images.join(format!("pages-{id}.img"))
 }
 
-/// The pagemaps of processes and of shared memory in a directory.
+/// Returns the pagemaps of processes and of shared memory in a directory.
 pub(crate) fn pagemaps(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
     let failed = |source| ImageError::Read { path: directory.to_owned(), source };
     let mut found = vec![];
@@ -186,11 +186,11 @@ pub(crate) fn pagemaps(directory: &Path) -> Result<Vec<PathBuf>, ImageError> {
     Ok(found)
 }
 
-/// Checks that the files of memory are as long as the images say. CRIU's restorer waits forever for pages that a file
-/// that was cut off does not have (criu/pie/restorer.c goes on after a short read of nothing).
+/// Checks the lengths of the files of memory against the images. CRIU's restorer waits forever for
+/// pages missing from a cut-off file (criu/pie/restorer.c goes on after a short read of nothing).
 ///
 /// # Errors
-/// When a file cannot be read, or is shorter.
+/// Fails if a file is shorter, or cannot be read.
 pub fn check_pages(directory: &Path) -> Result<(), ImageError> {
     let mut wanted = BTreeMap::<u64, u64>::new();
     for path in pagemaps(directory)? {
@@ -204,7 +204,7 @@ pub fn check_pages(directory: &Path) -> Result<(), ImageError> {
     }
     for (id, length) in wanted {
         let path = pages_path(directory, id);
-        // Nothing is stored of a task without pages of its own.
+        // Nothing is stored for a task without private pages.
         let found = match std::fs::metadata(&path) {
             Ok(metadata) => metadata.len(),
             Err(error) if error.kind() == io::ErrorKind::NotFound && length == 0 => 0,

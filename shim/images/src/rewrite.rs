@@ -1,6 +1,6 @@
 //! Images without some of their memory.
 //!
-//! Messages are changed field by field and not decoded as a whole, so that fields that are not known here survive.
+//! Messages are changed field by field and not decoded as a whole, so that unknown fields survive.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,63 +17,64 @@ use crate::pages::{self, PAGES_ID, Pagemap, page_size, pagemap_path, pagemaps, p
 use crate::vma::{self, VMAS, Vma, anonymous, mm_path, read_mm, vmas};
 use crate::wire::{Value, fields, open, put_message, with_numbers, write_entry, write_magic};
 
-/// What to change in a process's images.
+/// Changes to a process's images.
 #[derive(Clone, Debug, Default)]
 pub struct Changes {
     /// The process, by its number in the dumped tree's pid namespace.
     pub pid: i32,
-    /// Addresses of memory that is no longer in the images: of [`crate::Run`]s, or parts of them. Whole pages.
+    /// Addresses of memory to be taken out: [`crate::Run`]s, or parts of runs. Whole pages.
     pub without: Vec<Range<u64>>,
-    /// Ranges that become anonymous memory.
+    /// Ranges to become anonymous memory.
     pub staging: Vec<Staging>,
 }
 
-/// A range of private mappings, of files or anonymous, that becomes one anonymous mapping without contents, readable and
-/// writable. What the images have of its pages is dropped.
+/// A range of private mappings, of files or anonymous, to become one anonymous mapping without
+/// contents, readable and writable. Pages of the range in the images are dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Staging {
     /// Addresses. Whole pages, mapped without a gap.
     pub range: Range<u64>,
-    /// Ask for huge pages (MADV_HUGEPAGE) at the restore. A restore fails then on a kernel without them.
+    /// Ask for huge pages (MADV_HUGEPAGE) at the restore. The restore then fails on a kernel
+    /// without huge pages.
     pub huge: bool,
 }
 
-/// Why images could not be rewritten. They are of no use then.
+/// Failure of a rewrite. The images are useless then.
 #[derive(Debug, Error)]
 pub enum RewriteError {
-    /// They cannot be read, or are damaged.
+    /// The images cannot be read, or are damaged.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// A file cannot be written or removed.
     #[error("cannot {action} {path}")]
     File {
-        /// What was to be done with it.
+        /// Action on the file.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Reason from the system.
         source: io::Error,
     },
-    /// A range is not such that it could be taken out.
+    /// A range cannot be taken out.
     #[error("process {pid}: {start:#x}-{end:#x} {what}")]
     Range {
         /// The process.
         pid: i32,
-        /// Where it starts.
+        /// Start address.
         start: u64,
-        /// Where it ends.
+        /// End address.
         end: u64,
-        /// What is wrong with it.
+        /// Fault of the range.
         what: &'static str,
     },
 }
 
-/// Takes memory out of a directory of images, which are marked before: CRIU alone refuses them from then on. Only what
-/// stays in them is copied, into new files of pages.
+/// Takes memory out of a directory of images, after marking it: from then on CRIU alone refuses the
+/// images. Only the remaining memory is copied, into new files of pages.
 ///
 /// # Errors
-/// When a range does not fit the images, or a file cannot be read or written. Some processes' images may be rewritten then and
-/// others not, so that the directory is of no use.
+/// Fails if a range does not fit the images, or a file cannot be read or written. Then some
+/// processes' images may be rewritten and others not, and the directory is useless.
 pub fn rewrite(images: &Path, changes: &[Changes]) -> Result<(), RewriteError> {
     let first_id = first_unused_id(images)?;
     if changes.iter().any(|of| !of.without.is_empty() || !of.staging.is_empty()) {
@@ -104,7 +105,8 @@ pub fn rewrite(images: &Path, changes: &[Changes]) -> Result<(), RewriteError> {
     Ok(())
 }
 
-/// Checks the ranges against the mappings, and writes the mappings with the staging ones in place of what they replace.
+/// Checks the ranges against the mappings, and writes the mappings with staging in place of the
+/// replaced ones.
 fn rewrite_mm(images: &Path, changes: &Changes) -> Result<(), RewriteError> {
     let path = mm_path(images, changes.pid);
     let mm = read_mm(&path)?;
@@ -146,7 +148,7 @@ fn rewrite_mm(images: &Path, changes: &Changes) -> Result<(), RewriteError> {
     })
 }
 
-/// Whether a range is covered by mappings that fit, without a gap.
+/// Checks that suitable mappings cover a range, without a gap.
 fn covered(
     pid: i32,
     range: &Range<u64>,
@@ -170,7 +172,8 @@ fn covered(
     Ok(())
 }
 
-/// Appends what becomes of a mapping: what lies outside of staging ranges, and those that start in it.
+/// Appends the replacement of a mapping: the parts outside of staging ranges, and each staging
+/// range with its start inside.
 fn place(path: &Path, vma: &Vma<'_>, staging: &[Staging], messages: &mut Vec<Vec<u8>>) -> Result<(), ImageError> {
     let mut inside: Vec<&Staging> =
         staging.iter().filter(|staging| staging.range.start < vma.end && staging.range.end > vma.start).collect();
@@ -195,7 +198,8 @@ fn place(path: &Path, vma: &Vma<'_>, staging: &[Staging], messages: &mut Vec<Vec
     Ok(())
 }
 
-/// Writes a new file of pages, number `id`, with those that stay, and then the pagemap that refers to it. `gone` ascends.
+/// Writes a new file of pages, number `id`, with the remaining pages, and then the pagemap for it.
+/// `gone` ascends.
 fn rewrite_pages(images: &Path, pid: i32, gone: &[Range<u64>], id: u64) -> Result<(), RewriteError> {
     let path = pagemap_path(images, pid);
     let mut pagemap = Pagemap::open(&path)?;
@@ -231,7 +235,7 @@ fn rewrite_pages(images: &Path, pid: i32, gone: &[Range<u64>], id: u64) -> Resul
     }
     let old_path = copy.finish()?;
     if entries.len() == 1 {
-        // CRIU follows a pointer to the first entry without looking whether there is one (`premap_priv_vmas`).
+        // CRIU follows a pointer to the first entry without a check for one (`premap_priv_vmas`).
         return Err(damaged(&path, "nothing would be left in it").into());
     }
     replace(&path, |out| {
@@ -241,13 +245,13 @@ fn rewrite_pages(images: &Path, pid: i32, gone: &[Range<u64>], id: u64) -> Resul
     std::fs::remove_file(&old_path).map_err(|source| RewriteError::File { action: "remove", path: old_path, source })
 }
 
-/// Copies ranges of a file to the end of another.
+/// A copy of ranges of a file to the end of another.
 struct Copy {
     old: File,
     old_path: PathBuf,
     new: File,
     new_path: PathBuf,
-    /// What is to be copied next: ranges that meet are copied as one.
+    /// Next range to copy: adjacent ranges are copied as one.
     run: Range<u64>,
 }
 
@@ -266,7 +270,7 @@ impl Copy {
         let path = self.new_path.clone();
         let failed = |source| RewriteError::File { action: "write", path, source };
         let copied = self.old.seek(SeekFrom::Start(self.run.start)).and_then(|_| {
-            // In the kernel, by copy_file_range where the file system can.
+            // In the kernel, by copy_file_range if the filesystem can.
             io::copy(&mut (&self.old).take(length), &mut self.new)
         });
         if copied.map_err(failed)? < length {
@@ -282,7 +286,7 @@ impl Copy {
     }
 }
 
-/// Above the numbers of all files of pages. No two pagemaps may have the same one.
+/// Returns a number above all files of pages. No two pagemaps may have the same one.
 fn first_unused_id(images: &Path) -> Result<u64, ImageError> {
     let mut ids = BTreeSet::new();
     for path in pagemaps(images)? {
@@ -291,7 +295,7 @@ fn first_unused_id(images: &Path) -> Result<u64, ImageError> {
         }
     }
     let highest = ids.last().copied().unwrap_or_default();
-    // A `uint32` in images/pagemap.proto; there are fewer processes than half of them.
+    // A `uint32` in images/pagemap.proto; there are fewer processes than half the range.
     if highest > u64::from(u32::MAX / 2) {
         return Err(damaged(images, "its files of pages have impossible numbers"));
     }

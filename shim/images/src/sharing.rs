@@ -1,9 +1,9 @@
-//! Pages that parent and child have in common.
+//! Pages shared by parent and child.
 //!
-//! CRIU maps what a child may have inherited once, lets the child be forked with it, compares each page that both have,
-//! and writes those that differ; those that only the parent has it empties in the child (`restore_priv_vma_content` in
-//! criu/mem.c). So any page may be taken out of either's images without harm to the other. But a page that was one for
-//! both, and is filled in each of them, is two.
+//! CRIU maps possibly inherited memory once and lets the child be forked with it. Then CRIU
+//! compares each page of both and writes different ones; pages of the parent alone are emptied in
+//! the child (`restore_priv_vma_content` in criu/mem.c). So any page may be taken out of either's
+//! images without harm to the other. But a shared page, filled in each of both, becomes two.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,7 +17,7 @@ use crate::format::{ImageError, damaged};
 use crate::pages::{Extent, page_size};
 use crate::wire::open;
 
-/// Read at a time, by each thread from each file.
+/// Bytes read at a time, by each thread from each file.
 const BLOCK: u64 = 1 << 20;
 
 /// A process's memory in the images.
@@ -32,15 +32,15 @@ struct Pair<'a> {
     pids: [i32; 2],
     address: u64,
     length: u64,
-    /// In which files they lie, and where.
+    /// The files with the contents, and the offsets inside.
     places: [(&'a Path, u64); 2],
 }
 
-/// What a family may have in common: a child, its parent, and the addresses of a mapping of both.
+/// Candidates for shared pages: a child, its parent, and the addresses of a mapping of both.
 pub(crate) type InheritedMapping = (i32, i32, Range<u64>);
 
-/// The addresses of pages that are the same in a process and in its parent or a child, by process, in any
-/// order.
+/// Returns the addresses of pages equal in a process and in its parent or a child, by process, in
+/// any order.
 pub(crate) fn same_pages(
     stored: &BTreeMap<i32, Stored>,
     inherited: &[InheritedMapping],
@@ -70,7 +70,7 @@ pub(crate) fn same_pages(
     Ok(same.into_inner().unwrap_or_default())
 }
 
-/// What both have of a mapping, in blocks.
+/// Returns the common part of a mapping, in blocks.
 fn pairs<'a>(
     stored: &'a BTreeMap<i32, Stored>,
     inherited: &InheritedMapping,
@@ -93,7 +93,7 @@ fn pairs<'a>(
     })
 }
 
-/// The parts of extents between two addresses.
+/// Returns the parts of extents between two addresses.
 pub(crate) fn within(extents: &[Extent], start: u64, end: u64) -> impl Iterator<Item = Extent> + use<'_> {
     let first = extents.partition_point(|extent| extent.end() <= start);
     extents[first..].iter().map_while(move |extent| extent.within(start, end))
@@ -103,7 +103,7 @@ fn compare(pair: &Pair<'_>) -> Result<Vec<Range<u64>>, ImageError> {
     let mut blocks = [vec![], vec![]];
     for (block, (path, offset)) in blocks.iter_mut().zip(pair.places) {
         *block = vec![0; usize::try_from(pair.length).unwrap_or(usize::MAX)];
-        // Opened each time: there may be more processes than this one may have files open.
+        // Opened each time: the tree may have more processes than the limit on open files.
         open(path)?.read_exact_at(block, offset).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => damaged(path, "it is cut off"),
             _ => ImageError::Read { path: path.to_path_buf(), source: error },

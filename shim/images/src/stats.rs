@@ -6,29 +6,29 @@ use std::path::Path;
 use crate::format::{ImageError, SERVICE_MAGIC, STATS, STATS_MAGIC};
 use crate::wire::{Field, MAX_ENTRY, Value, fields, first_entry};
 
-/// What a dump took.
+/// Costs of a dump.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DumpStats {
-    /// Until the tree was stopped, in microseconds.
+    /// Time until the tree was stopped, in microseconds.
     pub freezing_us: u64,
-    /// How long the tree was stopped, in microseconds.
+    /// Time during which the tree was stopped, in microseconds.
     pub frozen_us: u64,
-    /// Reading memory, in microseconds.
+    /// Time for reading memory, in microseconds.
     pub memory_dump_us: u64,
-    /// Writing memory, in microseconds.
+    /// Time for writing memory, in microseconds.
     pub memory_write_us: u64,
     /// Pages looked at.
     pub pages_scanned: u64,
-    /// Pages that are in the parent image already.
+    /// Pages already in the parent image.
     pub pages_skipped_parent: u64,
-    /// Pages stored, of private memory and of shared.
+    /// Pages stored, of private and of shared memory.
     pub pages_written: u64,
 }
 
-/// Reads `stats-dump`, which CRIU writes into the work directory of a dump. None if there is none.
+/// Reads `stats-dump`, written by CRIU into the work directory of a dump. `None` without the file.
 ///
 /// # Errors
-/// When it cannot be read or is damaged.
+/// Fails if the file cannot be read or is damaged.
 pub fn dump_stats(directory: &Path) -> Result<Option<DumpStats>, ImageError> {
     let path = directory.join(STATS);
     let entry = match first_entry(&path, &[SERVICE_MAGIC, STATS_MAGIC], MAX_ENTRY) {
@@ -56,7 +56,7 @@ fn dump_stats_of(path: &Path, entry: &[u8]) -> Result<DumpStats, ImageError> {
             4 => stats.memory_write_us = value,
             5 => stats.pages_scanned = value,
             6 => stats.pages_skipped_parent = value,
-            // Shared memory is counted apart.
+            // Shared memory is counted separately.
             7 | 14 => stats.pages_written = stats.pages_written.saturating_add(value),
             _ => {}
         }

@@ -41,7 +41,7 @@ pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
         if tasks > MAX_TASKS {
             return Err(damaged(&path, "it has too many processes"));
         }
-        // Each would be read again, and all its memory be listed again.
+        // Each duplicate would be read again, and its memory listed again.
         if !pids.insert(process.pid) || !process.threads.iter().all(|thread| threads.insert(*thread)) {
             return Err(damaged(&path, "a process is there twice"));
         }
@@ -50,10 +50,10 @@ pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     Ok(processes)
 }
 
-/// The pid that the root had in its own pid namespace.
+/// Returns the root's pid in its own pid namespace.
 ///
 /// # Errors
-/// When the tree cannot be read.
+/// Fails if the tree cannot be read.
 pub fn root_pid(directory: &Path) -> Result<Option<i32>, ImageError> {
     let path = directory.join(PSTREE);
     let entry = first_entry(&path, &[COMMON_MAGIC, PSTREE_MAGIC], MAX_ENTRY)?;

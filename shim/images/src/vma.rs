@@ -1,4 +1,4 @@
-//! Mappings as `mm-PID.img` has them.
+//! Mappings, as in `mm-PID.img`.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,8 @@ use crate::pages::page_size;
 use crate::wire::{Field, Value, fields, first_entry, put_number, with_numbers};
 
 pub(crate) const MAGIC: [u32; 2] = [COMMON_MAGIC, MM_MAGIC];
-/// 64 bytes for each of a million mappings: `vm.max_map_count` is 65530, and 262144 or a million where databases run.
+/// Largest file: 64 bytes for each of a million mappings. `vm.max_map_count` is 65530, and 262144
+/// or a million for databases.
 const MAX_MM: u32 = 64 << 20;
 /// Number of the mappings' field in images/mm.proto.
 pub(crate) const VMAS: u32 = 14;
@@ -23,14 +24,14 @@ const STATUS: u32 = 7;
 const FD: u32 = 8;
 const ADVICE: u32 = 9;
 
-/// criu/include/image.h.
+/// Flags of criu/include/image.h.
 const REGULAR: u64 = 1 << 0;
 const HEAP: u64 = 1 << 5;
 const FILE_PRIVATE: u64 = 1 << 6;
 const ANONYMOUS_PRIVATE: u64 = 1 << 9;
 const GUARD: u64 = 1 << 16;
 
-/// include/uapi/asm-generic/mman-common.h and mman.h of Linux, for x86-64 and arm64.
+/// Flags of Linux's include/uapi/asm-generic/mman-common.h and mman.h, for x86-64 and arm64.
 const READ_WRITE: u64 = 0x1 | 0x2;
 const WRITE: u64 = 0x2;
 const TYPE: u64 = 0x0f;
@@ -38,7 +39,8 @@ const PRIVATE: u64 = 0x02;
 const ANONYMOUS: u64 = 0x20;
 const GROWS_DOWN: u64 = 0x0100;
 const HUGETLB: u64 = 0x4_0000;
-/// `MADV_HUGEPAGE`; CRIU stores advice as bits (criu/proc_parse.c), and gives it again once the memory is read.
+/// `MADV_HUGEPAGE`; CRIU stores advice as bits (criu/proc_parse.c), and repeats it after reading
+/// the memory.
 const ADVICE_HUGE: u64 = 14;
 /// The field `fd` is always -1, in zigzag form.
 const NO_FD: u64 = 1;
@@ -78,8 +80,8 @@ impl<'a> Vma<'a> {
         Ok(vma)
     }
 
-    /// Memory that is nothing but memory: private and anonymous, heap or not. Neither a stack that grows, nor huge
-    /// pages of hugetlbfs, nor anything of the kernel's.
+    /// Returns whether this is memory and nothing else: private and anonymous, heap or not. No
+    /// growing stack, no huge pages of hugetlbfs, no mapping of the kernel's.
     pub(crate) fn is_plain(&self) -> bool {
         self.status & !HEAP == REGULAR | ANONYMOUS_PRIVATE
             && self.flags & TYPE == PRIVATE
@@ -87,12 +89,12 @@ impl<'a> Vma<'a> {
             && self.flags & (GROWS_DOWN | HUGETLB) == 0
     }
 
-    /// Whether process_vm_writev can write there.
+    /// Returns whether process_vm_writev can write there.
     pub(crate) fn is_writable(&self) -> bool {
         self.protection & WRITE != 0
     }
 
-    /// A private mapping of a file.
+    /// Returns whether this is a private mapping of a file.
     pub(crate) fn is_private_file(&self) -> bool {
         self.status == REGULAR | FILE_PRIVATE && self.flags & TYPE == PRIVATE && self.flags & HUGETLB == 0
     }
@@ -101,18 +103,20 @@ impl<'a> Vma<'a> {
         self.protection == READ_WRITE
     }
 
-    /// Not a mapping, but a range within others that faults (MADV_GUARD_INSTALL). These come after all mappings.
+    /// Returns whether this is a guard (MADV_GUARD_INSTALL): no mapping, but a range inside others
+    /// that faults. Guards come after all mappings.
     pub(crate) fn is_guard(&self) -> bool {
         self.status & GUARD != 0
     }
 
-    /// The message of a part of it. Right for anonymous memory only: a file's part would start elsewhere in the file.
+    /// Returns the message of a part. Only for anonymous memory: a file's part would start
+    /// elsewhere in the file.
     pub(crate) fn part(&self, path: &Path, start: u64, end: u64) -> Result<Vec<u8>, ImageError> {
         with_numbers(path, self.message, &[(START, start), (END, end)])
     }
 }
 
-/// The message of private anonymous memory that can be read and written, as CRIU writes it at a dump.
+/// Returns the message of private anonymous memory, readable and writable, in CRIU's form.
 pub(crate) fn anonymous(start: u64, end: u64, huge: bool) -> Vec<u8> {
     let mut message = vec![];
     for (number, value) in [
@@ -137,12 +141,12 @@ pub(crate) fn mm_path(images: &Path, pid: i32) -> PathBuf {
     images.join(format!("mm-{pid}.img"))
 }
 
-/// The one entry of `mm-PID.img`.
+/// Returns the single entry of `mm-PID.img`.
 pub(crate) fn read_mm(path: &Path) -> Result<Vec<u8>, ImageError> {
     first_entry(path, &MAGIC, MAX_MM)
 }
 
-/// The mappings in it. Ascending, then the guards.
+/// Returns the mappings of an entry: ascending, then the guards.
 pub(crate) fn vmas<'a>(path: &Path, mm: &'a [u8]) -> Result<Vec<Vma<'a>>, ImageError> {
     let mut found: Vec<Vma<'a>> = vec![];
     fields(path, mm, |field| {

@@ -1,4 +1,4 @@
-//! How image files are written: magic numbers, then entries, each a length and a protobuf message.
+//! Format of image files: magic numbers, then entries, each a length and a protobuf message.
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
@@ -10,7 +10,8 @@ use rustix::fs::{Mode, OFlags};
 
 use crate::format::{ImageError, damaged};
 
-/// Entries are some ten to hundred bytes, but for those that [`Reader::entry`] is told of.
+/// Longest entry, in bytes: some ten to hundred bytes are usual. Longer kinds have a limit of their
+/// own.
 pub(crate) const MAX_ENTRY: u32 = 1 << 20;
 
 /// Reads an image file's entries.
@@ -32,7 +33,7 @@ impl<'a> Reader<'a> {
         Ok(reader)
     }
 
-    /// None at the end of the file. At most `most` bytes.
+    /// Returns the next entry, of at most `most` bytes; `None` at the end of the file.
     pub(crate) fn entry(&mut self, most: u32) -> Result<Option<Vec<u8>>, ImageError> {
         let Some(length) = self.word()? else { return Ok(None) };
         if length > most {
@@ -46,7 +47,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// None at the end of the file.
+    /// Returns the next word; `None` at the end of the file.
     fn word(&mut self) -> Result<Option<u32>, ImageError> {
         let mut bytes = [0; 4];
         let read = self.file.read(&mut bytes).map_err(|error| self.short(error))?;
@@ -65,7 +66,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The first entry of an image file, of at most `most` bytes.
+/// Returns the first entry of an image file, of at most `most` bytes.
 pub(crate) fn first_entry(path: &Path, magic: &[u32], most: u32) -> Result<Vec<u8>, ImageError> {
     Reader::open(path, magic)?.entry(most)?.ok_or_else(|| damaged(path, "it is cut off"))
 }
@@ -94,11 +95,11 @@ pub(crate) fn write_entry(out: &mut impl Write, entry: &[u8]) -> io::Result<()> 
     out.write_all(entry)
 }
 
-/// A message's field.
+/// A field of a message.
 pub(crate) struct Field<'a> {
     pub(crate) number: u32,
     pub(crate) value: Value<'a>,
-    /// All of it, tag included.
+    /// The whole field, tag included.
     pub(crate) raw: &'a [u8],
 }
 
@@ -108,7 +109,7 @@ pub(crate) enum Value<'a> {
     Other,
 }
 
-/// Calls `each` for a message's fields, in their order.
+/// Calls `each` for a message's fields, in order.
 pub(crate) fn fields<'a>(
     path: &Path,
     message: &'a [u8],
@@ -139,7 +140,7 @@ pub(crate) fn fields<'a>(
     Ok(())
 }
 
-/// What a field of bytes holds, of the whole field.
+/// Returns the contents of a field of bytes, without the tag and the length.
 fn content(raw: &[u8]) -> Option<&[u8]> {
     let mut input = CodedInputStream::from_bytes(raw);
     input.read_raw_varint32().ok()?;
@@ -161,7 +162,7 @@ pub(crate) fn put_message(message: &mut Vec<u8>, number: u32, value: &[u8]) {
     out.flush().expect("a Vec takes everything");
 }
 
-/// The message with some of its numbers changed, and everything else as it was.
+/// Returns the message with some numbers changed, and everything else unchanged.
 pub(crate) fn with_numbers(path: &Path, message: &[u8], changed: &[(u32, u64)]) -> Result<Vec<u8>, ImageError> {
     let mut bytes = vec![];
     fields(path, message, |field| {

@@ -1,18 +1,18 @@
-//! The request to give up an operation.
+//! Request to give up an operation.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Tells an operation that nobody wants its result any more. Clones tell the same operation.
+/// Handle for giving up an operation with an unwanted result. Clones concern the same operation.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel {
     reason: Arc<Mutex<Option<String>>>,
 }
 
-/// An operation was given up on request.
+/// Error of an operation given up on request.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cancelled: {reason}")]
 pub struct Cancelled {
-    /// Says on whose account, such as "the client is gone".
+    /// Reason for the request, such as "the client is gone".
     pub reason: String,
 }
 
@@ -22,10 +22,10 @@ impl Cancel {
         self.reason().get_or_insert_with(|| reason.to_owned());
     }
 
-    /// Returns an error once the operation is to be given up. Called between steps, never in the middle of one.
+    /// Returns an error once the operation is to be given up. Called only between steps.
     ///
     /// # Errors
-    /// When [`Cancel::cancel`] was called.
+    /// Fails after a call of [`Cancel::cancel`].
     pub fn check(&self) -> Result<(), Cancelled> {
         match &*self.reason() {
             None => Ok(()),

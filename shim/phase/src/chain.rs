@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-/// Returns an error and all that caused it, `cannot read the file: no such file`. A message never repeats its cause.
+/// Returns an error with all causes, `cannot read the file: no such file`. A message never repeats
+/// its cause.
 #[must_use]
 pub fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();

@@ -1,5 +1,5 @@
-//! The steps of a checkpoint and of a restore, by which errors, traces and timelines name where something happened;
-//! and the one printer of errors.
+//! The steps of a checkpoint and of a restore, named in errors, traces and timelines; and the only
+//! printer of errors.
 
 #![deny(unsafe_code)]
 
@@ -19,23 +19,23 @@ pub use chain::chain;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
-    /// Checkpoint: the processes that use CUDA are looked for, in the thawed container.
+    /// Checkpoint: the search for processes with CUDA, in the thawed container.
     Discover,
-    /// Checkpoint: the driver lets the GPU work that runs come to its end and starts no more.
+    /// Checkpoint: the driver finishes the running GPU work and starts no more.
     Lock,
-    /// Checkpoint: the threads of the CUDA processes are brought to a halt.
+    /// Checkpoint: the threads of the CUDA processes are held.
     Hold,
     /// Checkpoint: the driver moves the state on the GPUs to the memory of the processes.
     CudaCheckpoint,
-    /// Checkpoint: processes forked from CUDA processes are freed of what they inherited of the driver.
+    /// Checkpoint: processes forked from CUDA processes are freed of the driver's residue.
     CleanResidue,
     /// Checkpoint: the container is frozen.
     Freeze,
-    /// Checkpoint: the contents of a /dev/shm that comes from outside are saved.
+    /// Checkpoint: the contents of a /dev/shm from outside are saved.
     SaveShm,
-    /// Checkpoint: the memory to which the driver has moved the state on the GPUs is copied to the node store.
+    /// Checkpoint: staging memory is copied to the node store.
     SaveMemory,
-    /// Both: files take the place of the memory to which the driver has moved the state on the GPUs.
+    /// Both: files take the place of staging memory.
     Remap,
     /// Checkpoint: CRIU writes the processes to images.
     Dump,
@@ -47,7 +47,7 @@ pub enum Phase {
     CudaRestore,
     /// Both: the driver lets the processes use CUDA again.
     Unlock,
-    /// Checkpoint: the container is let go, or ended.
+    /// Checkpoint: the container goes on, or ends.
     Release,
     /// Restore: the checkpoint is read and compared with the container.
     Inspect,
@@ -55,7 +55,7 @@ pub enum Phase {
     Pull,
     /// Restore: the contents of /dev/shm are put back.
     LoadShm,
-    /// Restore: standard input and output, the places of mounts, and the runtime's state are made.
+    /// Restore: standard input and output, mount points, and the runtime's state are made.
     Prepare,
     /// Restore: the cgroup is made.
     Cgroup,
@@ -63,14 +63,14 @@ pub enum Phase {
     Restore,
     /// Restore: the hooks of the container run.
     Hooks,
-    /// Restore: big memory is put into the processes.
+    /// Restore: big memory is filled into the processes.
     Fill,
     /// Restore: the processes run and the container takes its place.
     Resume,
 }
 
 impl Phase {
-    /// Its name in files and metrics.
+    /// Returns the phase's name in files and metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -102,7 +102,7 @@ impl Phase {
     }
 }
 
-/// As it fits behind "failed while".
+/// Prints the phase as a clause after "failed while".
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -134,15 +134,15 @@ impl fmt::Display for Phase {
     }
 }
 
-/// When the phases of one operation began. Its clones are the same timeline.
+/// Start times of the phases of one operation. Clones share the same timeline.
 #[derive(Clone)]
 pub struct Timeline {
     began: Arc<Mutex<Vec<(Phase, Instant)>>>,
-    /// Told of each phase that begins.
+    /// Called at the start of each phase.
     observer: Option<Observer>,
 }
 
-/// Code that is told of each phase as the phase begins.
+/// Code to run at the start of each phase.
 pub type Observer = Arc<dyn Fn(Phase) + Send + Sync>;
 
 impl fmt::Debug for Timeline {
@@ -152,13 +152,13 @@ impl fmt::Debug for Timeline {
 }
 
 impl Timeline {
-    /// A timeline whose first phase begins now.
+    /// Returns a timeline with its first phase starting now.
     #[must_use]
     pub fn start(first: Phase) -> Self {
         Self { began: Arc::new(Mutex::new(vec![(first, Instant::now())])), observer: None }
     }
 
-    /// Returns the same timeline, whose `observer` is told of each phase that begins from now on.
+    /// Returns the same timeline, with `observer` called for each later phase.
     #[must_use]
     pub fn observed(self, observer: Observer) -> Self {
         Self { observer: Some(observer), ..self }
@@ -168,7 +168,7 @@ impl Timeline {
         self.began.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next phase begins now; one that goes on is not begun again.
+    /// Starts the next phase; does nothing if that phase is already the current one.
     pub fn enter(&self, phase: Phase) {
         let mut began = self.began();
         if began.last().is_none_or(|(last, _)| *last != phase) {
@@ -181,14 +181,14 @@ impl Timeline {
         }
     }
 
-    /// The phase that began last.
+    /// Returns the latest phase.
     #[must_use]
     pub fn current(&self) -> Phase {
         // A timeline starts with a phase.
         self.began().last().map_or(Phase::Inspect, |(phase, _)| *phase)
     }
 
-    /// Each phase with how long it took; the last one until now.
+    /// Returns each phase with its duration; the last one until now.
     #[must_use]
     pub fn phases(&self) -> Vec<(Phase, Duration)> {
         let began = self.began();
@@ -197,7 +197,7 @@ impl Timeline {
     }
 }
 
-/// `freeze 0.001 s, dump 0.120 s`
+/// Prints `freeze 0.001 s, dump 0.120 s`.
 impl fmt::Display for Timeline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, (phase, duration)) in self.phases().into_iter().enumerate() {

@@ -6,7 +6,7 @@ use rustix::process::Signal;
 
 use crate::{HostPid, ProcessHandle, Stat};
 
-/// Returns the children of all threads of a process; none when it has gone.
+/// Returns the children of all threads of a process; none once the process has gone.
 #[must_use]
 pub fn children(pid: HostPid) -> Vec<HostPid> {
     let mut children = vec![];
@@ -18,11 +18,11 @@ pub fn children(pid: HostPid) -> Vec<HostPid> {
     children
 }
 
-/// Kills a process and all its descendants, descendants first, so that none is left to become this process's child
-/// unseen. Only a process whose parent is still the expected one is killed.
+/// Kills a process and all descendants, descendants first: an orphan would become this process's
+/// child unseen. Only a process with the expected parent is killed.
 pub fn kill_tree(root: &ProcessHandle) {
     kill_descendants(root.pid());
-    // Already gone is what is wanted.
+    // A process already gone is the goal.
     let _ = root.signal(Signal::KILL);
 }
 
@@ -30,7 +30,7 @@ pub fn kill_tree(root: &ProcessHandle) {
 pub fn kill_descendants(pid: HostPid) {
     for child in children(pid) {
         let Ok(handle) = ProcessHandle::open(child) else { continue };
-        // Between the list and the handle the number may have become another process.
+        // The number may be another process's since the listing.
         if Stat::of(child).is_ok_and(|stat| stat.parent() == Some(pid)) {
             kill_tree(&handle);
         }

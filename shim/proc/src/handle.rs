@@ -1,4 +1,4 @@
-//! Processes over time: a pid can become another process's as soon as its own process was waited for.
+//! Processes over time: a pid can be reused as soon as its process has been waited for.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,30 +9,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::{HostPid, Stat, is_gone, malformed};
 
-/// A process, told from a later one with the same pid by when it started. It can be written down.
+/// A process, distinguished by its start from a later one with the same pid. Suitable for files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity {
-    /// Its pid.
+    /// Pid of the process.
     pub pid: HostPid,
-    /// When it started, in clock ticks since boot.
+    /// Start of the process, in clock ticks since boot.
     pub start_time: u64,
 }
 
 impl Identity {
-    /// Returns which process has this pid now, be it a zombie.
+    /// Returns the current process with this pid, even a zombie.
     ///
     /// # Errors
-    /// When there is no such process.
+    /// Fails if there is no such process.
     pub fn of(pid: HostPid) -> io::Result<Self> {
         let start_time = Stat::of(pid)?.start_time().ok_or_else(|| malformed(pid, "stat"))?;
         Ok(Self { pid, start_time })
     }
 
-    /// Returns which living process has this pid now; None if there is none, or only a zombie.
+    /// Returns the living process with this pid; `None` for a zombie, or without a process.
     ///
     /// # Errors
-    /// When /proc cannot be read.
+    /// Fails if /proc cannot be read.
     pub fn of_living(pid: HostPid) -> io::Result<Option<Self>> {
         match Stat::of(pid) {
             Ok(stat) if stat.has_ended() => Ok(None),
@@ -45,16 +45,16 @@ impl Identity {
         }
     }
 
-    /// Returns whether its pid is still its own. A zombie keeps its pid.
+    /// Returns whether the pid is still this process's. A zombie keeps its pid.
     #[must_use]
     pub fn has_its_pid(&self) -> bool {
         Self::of(self.pid).is_ok_and(|now| now == *self)
     }
 
-    /// Returns whether it lives: neither gone nor a zombie.
+    /// Returns whether the process lives: neither gone nor a zombie.
     ///
     /// # Errors
-    /// When /proc cannot be read.
+    /// Fails if /proc cannot be read.
     pub fn is_alive(&self) -> io::Result<bool> {
         Ok(Self::of_living(self.pid)? == Some(*self))
     }
@@ -62,14 +62,14 @@ impl Identity {
     /// Opens the process again.
     ///
     /// # Errors
-    /// `NotFound` when it has gone, whether or not another process has its pid; or when no descriptor can be had.
+    /// `NotFound` if the process has gone, even if another has the pid; or no descriptor is free.
     pub fn open(&self) -> io::Result<ProcessHandle> {
         let handle = ProcessHandle::open(self.pid)?;
         if handle.identity == *self { Ok(handle) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 }
 
-/// A process that was opened: a signal that is sent through it, and an answer about it, cannot be another's.
+/// An opened process: signals and answers can never concern another one.
 #[derive(Debug)]
 pub struct ProcessHandle {
     identity: Identity,
@@ -77,53 +77,55 @@ pub struct ProcessHandle {
 }
 
 impl ProcessHandle {
-    /// Opens the process that has this pid now. To know that it is the one that a list named, ask the list again.
+    /// Opens the current process with this pid. To make sure of a process from a list, read the
+    /// list again afterwards.
     ///
     /// # Errors
-    /// `NotFound` when there is no such process; or when no descriptor can be had.
+    /// `NotFound` if there is no such process; or no descriptor is free.
     pub fn open(pid: HostPid) -> io::Result<Self> {
         let gone = |error: io::Error| if is_gone(&error) { io::ErrorKind::NotFound.into() } else { error };
         let before = Identity::of(pid).map_err(gone)?;
         let pidfd =
             rustix::process::pidfd_open(pid.as_pid(), PidfdFlags::empty()).map_err(|error| gone(error.into()))?;
-        // The same process before and after: the descriptor, which was opened in between, is of no other.
+        // The same process before and after: so the descriptor, opened in between, is that
+        // process's too.
         if before.has_its_pid() { Ok(Self { identity: before, pidfd }) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
-    /// Returns its pid. The pid is its own as long as [`Self::is_alive`].
+    /// Returns the pid, valid while [`Self::is_alive`] returns true.
     #[must_use]
     pub fn pid(&self) -> HostPid {
         self.identity.pid
     }
 
-    /// Returns what tells it from a later process with its pid.
+    /// Returns the process's identity, different from that of a later process with the same pid.
     #[must_use]
     pub fn identity(&self) -> Identity {
         self.identity
     }
 
-    /// Returns whether it has not ended. A zombie has.
+    /// Returns whether the process has not ended. A zombie has ended.
     #[must_use]
     pub fn is_alive(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        // A pidfd is readable once its process has ended. An error is none of a valid descriptor.
+        // A pidfd is readable once its process has ended. A valid descriptor gives no error.
         !matches!(rustix::event::poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(ready) if ready > 0)
     }
 
-    /// Does something with the process by its pid, and returns the outcome only if the process has lived all the time:
-    /// then the pid was its own.
+    /// Runs `work` on the process's pid, and returns the outcome only if the process has lived all
+    /// the time: then the pid was this process's.
     ///
     /// # Errors
-    /// `NotFound` when it has ended before or meanwhile; or what `work` says.
+    /// `NotFound` if the process has ended before or meanwhile; or the error of `work`.
     pub fn with_pid<T>(&self, work: impl FnOnce(HostPid) -> io::Result<T>) -> io::Result<T> {
         let outcome = if self.is_alive() { work(self.pid()) } else { Err(io::ErrorKind::NotFound.into()) };
         if self.is_alive() { outcome } else { Err(io::ErrorKind::NotFound.into()) }
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     ///
     /// # Errors
-    /// `NotFound` when it has ended and was waited for; or when the kernel does not allow it.
+    /// `NotFound` if the process has ended and was waited for; or the kernel's refusal.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         rustix::process::pidfd_send_signal(&self.pidfd, signal).map_err(|error| {
             let error = io::Error::from(error);

@@ -1,10 +1,10 @@
-//! The one reader of `/proc`.
+//! The only reader of `/proc`.
 //!
-//! A number that names a process has a type: [`HostPid`] in the pid namespace of the shim, [`ContainerPid`] in the
-//! container's own. Neither becomes the other except by asking the kernel ([`ProcessIds::of`]).
+//! A process number has a type: [`HostPid`] in the pid namespace of the shim, [`ContainerPid`] in
+//! the container's own. Only the kernel converts one into the other ([`ProcessIds::of`]).
 //!
-//! All functions look at one moment: the process can end, and its pid can be another's, right after. Code that keeps a
-//! pid over time keeps a [`ProcessHandle`], or an [`Identity`] where it has to be written down.
+//! All functions look at one moment: the process can end, and the pid be reused, right after. Code
+//! that keeps a pid over time keeps a [`ProcessHandle`], or an [`Identity`] in files.
 
 mod children;
 mod handle;
@@ -30,10 +30,10 @@ pub fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
-/// Returns the name of a process (`comm`), at most 15 bytes; bytes that are not UTF-8 are replaced.
+/// Returns the name of a process (`comm`), at most 15 bytes; bytes outside UTF-8 are replaced.
 ///
 /// # Errors
-/// When there is no such process.
+/// Fails if there is no such process.
 pub fn name(pid: HostPid) -> io::Result<String> {
     thread_name(pid, pid.raw())
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{HostPid, living, malformed};
 
-/// A stretch of a process's address space.
+/// A range of a process's addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Range {
     /// The first address.
@@ -21,13 +21,13 @@ pub struct Range {
 }
 
 impl Range {
-    /// Returns its size in bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub fn len(&self) -> u64 {
         self.end.saturating_sub(self.start)
     }
 
-    /// Returns whether there is nothing in it.
+    /// Returns whether the range is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -43,31 +43,31 @@ impl fmt::Display for Range {
 /// A line of `/proc/PID/maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// Its addresses.
+    /// Addresses of the mapping.
     pub range: Range,
     /// `r-xp` and the like.
     pub access: [u8; 4],
-    /// The inode of its file; 0 without one.
+    /// Inode of the mapped file; 0 without a file.
     pub inode: u64,
-    /// A path, with " (deleted)" behind it if the file is; a name in brackets; or nothing.
+    /// A path, with " (deleted)" behind a deleted file's; a name in brackets; or nothing.
     pub path: PathBuf,
 }
 
 impl Mapping {
-    /// Returns whether programs can run in it.
+    /// Returns whether code can run in the mapping.
     #[must_use]
     pub fn is_executable(&self) -> bool {
         self.access[2] == b'x'
     }
 
-    /// Returns whether it can be written.
+    /// Returns whether the mapping is writable.
     #[must_use]
     pub fn is_writable(&self) -> bool {
         self.access[1] == b'w'
     }
 
-    /// Parses a line like `7f00-7f10 r-xp 00000000 08:01 42      /usr/lib/x y.so`. Bytes that are not UTF-8 may be in
-    /// its path only.
+    /// Parses a line like `7f00-7f10 r-xp 00000000 08:01 42      /usr/lib/x y.so`. Only the path
+    /// may have bytes outside UTF-8.
     #[must_use]
     pub fn parse(line: &[u8]) -> Option<Self> {
         let mut fields = line.splitn(6, |byte| *byte == b' ');
@@ -86,7 +86,7 @@ impl Mapping {
 /// Returns the mappings of a process, in order of addresses.
 ///
 /// # Errors
-/// When there is no such process.
+/// Fails if there is no such process.
 pub fn mappings(pid: HostPid) -> io::Result<Vec<Mapping>> {
     let maps = fs::read(living(pid)?.join("maps"))?;
     let lines = maps.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());

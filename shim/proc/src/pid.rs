@@ -1,4 +1,4 @@
-//! Numbers of processes, one type for each pid namespace they are counted in.
+//! Numbers of processes, one type for each pid namespace of the count.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -16,7 +16,7 @@ use crate::{Status, malformed};
 #[serde(try_from = "i32", into = "i32")]
 pub struct HostPid(Pid);
 
-/// A process by its pid in the innermost pid namespace that it is in: the number that CRIU's images have.
+/// A process by its pid in its innermost pid namespace: the number in CRIU's images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "i32", into = "i32")]
 pub struct ContainerPid(NonZero<i32>);
@@ -24,18 +24,19 @@ pub struct ContainerPid(NonZero<i32>);
 /// Both numbers of one process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ProcessIds {
-    /// Its pid here.
+    /// Pid in this process's namespace.
     pub host: HostPid,
-    /// Its pid in the container.
+    /// Pid in the container.
     pub container: ContainerPid,
 }
 
-/// A number that is no pid: zero or less.
+/// A number unfit as a pid: zero or less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotAPid(i32);
 
 impl HostPid {
-    /// Returns the pid; None for a number that is not positive, which the kernel takes for a group or for everybody.
+    /// Returns the pid; `None` unless the number is positive. The kernel takes other numbers for a
+    /// group or for everybody.
     #[must_use]
     pub fn new(pid: i32) -> Option<Self> {
         if pid > 0 { Pid::from_raw(pid).map(Self) } else { None }
@@ -53,13 +54,13 @@ impl HostPid {
         self.0.as_raw_nonzero().get()
     }
 
-    /// Returns the pid as rustix's calls take it.
+    /// Returns the pid in the type of rustix's calls.
     #[must_use]
     pub const fn as_pid(self) -> Pid {
         self.0
     }
 
-    /// Returns the path of a file, or of a folder, that `/proc` has for this process.
+    /// Returns the path of this process's file or folder in `/proc`.
     #[must_use]
     pub fn path(self, name: &str) -> PathBuf {
         format!("/proc/{self}/{name}").into()
@@ -67,7 +68,7 @@ impl HostPid {
 }
 
 impl ContainerPid {
-    /// Returns the pid; None for a number that is not positive.
+    /// Returns the pid; `None` unless the number is positive.
     #[must_use]
     pub const fn new(pid: i32) -> Option<Self> {
         match NonZero::new(pid) {
@@ -87,10 +88,10 @@ impl ProcessIds {
     /// Asks the kernel for both numbers of a process.
     ///
     /// # Errors
-    /// When there is no such process.
+    /// Fails if there is no such process.
     pub fn of(host: HostPid) -> io::Result<Self> {
         let innermost = Status::of(host)?.namespace_pids().last().copied();
-        // A kernel without pid namespaces does not have the line.
+        // A kernel without pid namespaces lacks the line.
         let container = ContainerPid::new(innermost.unwrap_or(host.raw())).ok_or_else(|| malformed(host, "status"))?;
         Ok(Self { host, container })
     }

@@ -5,7 +5,7 @@ use std::io;
 
 use crate::{HostPid, malformed};
 
-/// What `/proc/PID/stat` says of a process or a thread, proc_pid_stat(5).
+/// Contents of `/proc/PID/stat` for a process or a thread, proc_pid_stat(5).
 #[derive(Clone, Debug)]
 pub struct Stat {
     /// The fields from the third on, as text.
@@ -13,18 +13,18 @@ pub struct Stat {
 }
 
 impl Stat {
-    /// Reads it for a process.
+    /// Reads the file for a process.
     ///
     /// # Errors
-    /// When there is no such process.
+    /// Fails if there is no such process.
     pub fn of(pid: HostPid) -> io::Result<Self> {
         Self::parse(&fs::read(pid.path("stat"))?).ok_or_else(|| malformed(pid, "stat"))
     }
 
-    /// Reads it for a thread.
+    /// Reads the file for a thread.
     ///
     /// # Errors
-    /// When there is no such thread.
+    /// Fails if there is no such thread.
     pub fn of_thread(pid: HostPid, tid: i32) -> io::Result<Self> {
         Self::parse(&fs::read(pid.path(&format!("task/{tid}/stat")))?).ok_or_else(|| malformed(pid, "task/TID/stat"))
     }
@@ -40,29 +40,30 @@ impl Stat {
     /// Returns the letter of the state: `b'R'`, `b'S'`, `b'D'`, `b'Z'`, ...
     #[must_use]
     pub fn state(&self) -> u8 {
-        // Not empty: parse() has seen to that.
+        // Not empty: checked by parse().
         self.fields.as_bytes().first().copied().unwrap_or(b'X')
     }
 
-    /// Returns whether it has ended: a zombie, or on the way to be gone.
+    /// Returns whether the process has ended: a zombie, or on the way to be gone.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         matches!(self.state(), b'Z' | b'X' | b'x')
     }
 
-    /// Returns the pid of the parent; None if that is in no namespace that this process sees.
+    /// Returns the pid of the parent; `None` if the parent is outside the visible namespaces.
     #[must_use]
     pub fn parent(&self) -> Option<HostPid> {
         HostPid::new(i32::try_from(self.field(4)?).ok()?)
     }
 
-    /// Returns when it was started, in clock ticks since boot.
+    /// Returns the time of the start, in clock ticks since boot.
     #[must_use]
     pub fn start_time(&self) -> Option<u64> {
         self.field(22)
     }
 
-    /// Returns a numeric field by its number in proc_pid_stat(5), from 4 on. None if it is not there, or negative.
+    /// Returns a numeric field by its number in proc_pid_stat(5), from 4 on. `None` for a missing
+    /// or negative field.
     #[must_use]
     pub fn field(&self, number: usize) -> Option<u64> {
         self.fields.split_ascii_whitespace().nth(number.checked_sub(3)?)?.parse().ok()

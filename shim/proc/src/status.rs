@@ -6,7 +6,7 @@ use std::io;
 
 use crate::HostPid;
 
-/// What `/proc/PID/status` says of a process or a thread, proc_pid_status(5).
+/// Contents of `/proc/PID/status` for a process or a thread, proc_pid_status(5).
 #[derive(Clone, Debug)]
 pub struct Status(Vec<u8>);
 
@@ -19,47 +19,49 @@ pub struct Capabilities {
     pub permitted: u64,
     /// In force.
     pub effective: u64,
-    /// The most that an exec can give.
+    /// Limit of an exec's gain.
     pub bounding: u64,
     /// Given to programs without file capabilities.
     pub ambient: u64,
 }
 
-/// How the system calls of a thread are filtered.
+/// Filter of a thread's system calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seccomp {
-    /// All are allowed.
+    /// All calls are allowed.
     Disabled,
-    /// Only read, write, exit and sigreturn are.
+    /// Only read, write, exit and sigreturn are allowed.
     Strict,
     /// A program decides.
     Filter,
 }
 
 impl Status {
-    /// Reads it for a process.
+    /// Reads the file for a process.
     ///
     /// # Errors
-    /// When there is no such process.
+    /// Fails if there is no such process.
     pub fn of(pid: HostPid) -> io::Result<Self> {
         fs::read(pid.path("status")).map(Self)
     }
 
-    /// Reads it for a thread.
+    /// Reads the file for a thread.
     ///
     /// # Errors
-    /// When there is no such thread.
+    /// Fails if there is no such thread.
     pub fn of_thread(pid: HostPid, tid: i32) -> io::Result<Self> {
         fs::read(pid.path(&format!("task/{tid}/status"))).map(Self)
     }
 
-    /// Takes the file's text. Files of the same form, `/proc/PID/fdinfo/FD` for one, are read by [`Self::field`] too.
+    /// Takes the file's text. [`Self::field`] also reads files of the same form, such as
+    /// `/proc/PID/fdinfo/FD`.
     #[must_use]
     pub fn parse(text: Vec<u8>) -> Self {
         Self(text)
     }
 
-    /// Returns the value of a line. None if there is no such line, or it is not UTF-8, as the name may be.
+    /// Returns the value of a line. `None` without such a line, or for bytes outside UTF-8, as
+    /// possible in the name.
     #[must_use]
     pub fn field(&self, key: &str) -> Option<&str> {
         let value = self.0.split(|byte| *byte == b'\n').find_map(|line| {
@@ -75,38 +77,39 @@ impl Status {
         self.field(key)?.parse().ok()
     }
 
-    /// Returns the value of a line that is a set of bits, in base 16.
+    /// Returns the value of a line with a set of bits, in base 16.
     #[must_use]
     pub fn bits(&self, key: &str) -> Option<u64> {
         u64::from_str_radix(self.field(key)?, 16).ok()
     }
 
-    /// Returns the letter of the state; None if the kernel did not say.
+    /// Returns the letter of the state; `None` if the kernel left it out.
     #[must_use]
     pub fn state(&self) -> Option<u8> {
         self.field("State")?.bytes().next()
     }
 
-    /// Returns the thread that traces it, if one does and this process's pid namespace knows it.
+    /// Returns the tracing thread, if there is one in this process's pid namespace.
     #[must_use]
     pub fn tracer(&self) -> Option<HostPid> {
         HostPid::new(self.number("TracerPid")?)
     }
 
-    /// Returns its pid in each pid namespace that it is in, from the one of /proc to the innermost.
+    /// Returns the pid in each pid namespace of the process, from the one of /proc to the
+    /// innermost.
     #[must_use]
     pub fn namespace_pids(&self) -> Vec<i32> {
         let pids = self.field("NSpid").unwrap_or_default();
         pids.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect()
     }
 
-    /// Returns the signals that it blocks, signal N as bit N - 1.
+    /// Returns the blocked signals, signal N as bit N - 1.
     #[must_use]
     pub fn blocked_signals(&self) -> Option<u64> {
         self.bits("SigBlk")
     }
 
-    /// Returns how its system calls are filtered; None if the kernel cannot filter any.
+    /// Returns the filter of system calls; `None` if the kernel has no filters.
     #[must_use]
     pub fn seccomp(&self) -> Option<Seccomp> {
         match self.number("Seccomp")? {
@@ -116,13 +119,13 @@ impl Status {
         }
     }
 
-    /// Returns whether its programs can gain no privileges by an exec (`no_new_privs`).
+    /// Returns whether an exec can gain no privileges (`no_new_privs`).
     #[must_use]
     pub fn has_no_new_privileges(&self) -> Option<bool> {
         self.number("NoNewPrivs").map(|set| set != 0)
     }
 
-    /// Returns its capability sets; None unless all are there.
+    /// Returns the capability sets; `None` unless all are present.
     #[must_use]
     pub fn capabilities(&self) -> Option<Capabilities> {
         Some(Capabilities {
@@ -130,7 +133,7 @@ impl Status {
             permitted: self.bits("CapPrm")?,
             effective: self.bits("CapEff")?,
             bounding: self.bits("CapBnd")?,
-            // Not in kernels before 4.3.
+            // Missing in kernels before 4.3.
             ambient: self.bits("CapAmb").unwrap_or(0),
         })
     }

@@ -9,20 +9,20 @@ use crate::{HostPid, Stat, trimmed};
 /// A thread.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Thread {
-    /// Its id, in the numbers of [`HostPid`].
+    /// Id of the thread, in the numbers of [`HostPid`].
     pub tid: i32,
-    /// Its name, at most 15 bytes; bytes that are not UTF-8 are replaced.
+    /// Name of the thread, at most 15 bytes; bytes outside UTF-8 are replaced.
     pub name: String,
 }
 
-/// Returns the threads of a process, those that have ended but were not waited for included.
+/// Returns the threads of a process, including ended ones not yet waited for.
 ///
 /// # Errors
-/// When there is no such process.
+/// Fails if there is no such process.
 pub fn threads(pid: HostPid) -> io::Result<Vec<Thread>> {
     let mut threads = vec![];
     for tid in tids(pid)? {
-        // A thread may end while the others are listed.
+        // A thread may end during the listing.
         if let Ok(name) = thread_name(pid, tid) {
             threads.push(Thread { tid, name });
         }
@@ -33,7 +33,7 @@ pub fn threads(pid: HostPid) -> io::Result<Vec<Thread>> {
 /// Returns the ids of the threads of a process.
 ///
 /// # Errors
-/// When there is no such process.
+/// Fails if there is no such process.
 pub fn tids(pid: HostPid) -> io::Result<Vec<i32>> {
     let mut tids = vec![];
     for entry in fs::read_dir(pid.path("task"))? {
@@ -45,16 +45,16 @@ pub fn tids(pid: HostPid) -> io::Result<Vec<i32>> {
 /// Returns the name of a thread.
 ///
 /// # Errors
-/// When there is no such thread.
+/// Fails if there is no such thread.
 pub fn thread_name(pid: HostPid, tid: i32) -> io::Result<String> {
     fs::read(pid.path(&format!("task/{tid}/comm"))).map(|name| trimmed(&name))
 }
 
-/// Returns where in `/proc` memory and descriptors of a process show. They do not show under its pid if its first
-/// thread has ended before the others.
+/// Returns the folder in `/proc` with a process's memory and descriptors. The process's own pid
+/// shows neither once its first thread has ended before the others.
 ///
 /// # Errors
-/// When there is no such process.
+/// Fails if there is no such process.
 pub fn living(pid: HostPid) -> io::Result<PathBuf> {
     let process = PathBuf::from(format!("/proc/{pid}"));
     if !Stat::of_thread(pid, pid.raw())?.has_ended() {

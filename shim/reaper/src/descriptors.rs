@@ -1,4 +1,4 @@
-//! Limit on open descriptors: raised for this process, as it was for its children.
+//! Limit on open descriptors: raised for this process, unchanged for children.
 
 use std::io;
 use std::process::Command;
@@ -8,16 +8,17 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::sys;
 
-/// Limit that this process was started with, once it is raised.
+/// Limit at this process's start, recorded at the raise.
 static ORIGINAL: OnceLock<Rlimit> = OnceLock::new();
 
-/// Lets this process open as many descriptors as its hard limit allows.
+/// Raises this process's limit on open descriptors to the hard limit.
 ///
-/// A shim has some ten for each process of its pod, and service managers start containerd with a soft limit of 1024, for
-/// programs that use `select`. Children of this process, and so its containers, keep the limit that it was started with.
+/// A shim has some ten descriptors for each process of its pod. Service managers start containerd
+/// with a soft limit of 1024, for programs that use `select`. Children of this process, and so
+/// containers, keep the limit of this process's start.
 ///
 /// # Errors
-/// When the kernel refuses; the limit is as before then.
+/// Fails if the kernel refuses; the limit is unchanged then.
 pub fn raise_descriptor_limit() -> io::Result<()> {
     let limit = getrlimit(Resource::Nofile);
     if limit.current == limit.maximum {
@@ -28,7 +29,7 @@ pub fn raise_descriptor_limit() -> io::Result<()> {
     Ok(())
 }
 
-/// Has `command` run with the original limit.
+/// Gives the original limit to `command`'s program.
 pub(crate) fn restore_in(command: &mut Command) {
     if let Some(limit) = ORIGINAL.get() {
         sys::limit_descriptors(command, *limit);

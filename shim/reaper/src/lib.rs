@@ -1,8 +1,8 @@
-//! Child processes by pidfd: spawning, adopting and reaping them.
+//! Child processes by pidfd: spawning, adopting and reaping.
 //!
-//! A shim is a child subreaper. Its children are the helpers and runtimes it spawns, the container processes that
-//! those leave to it, and orphans of the container that nobody in it waits for. Only this crate waits for any of
-//! them, so that no two waiters can race for one exit status:
+//! A shim is a child subreaper. The shim's children are spawned helpers and runtimes, container
+//! processes left by either, and orphans of the container. Only this crate waits for any child, so
+//! no two waiters can race for one exit status:
 //!
 //! ```text
 //!  spawn(Command) ──► Child ─── pidfd becomes readable ──► waitid(P_PIDFD) ──► Exit, kept for every Child::wait
@@ -11,12 +11,13 @@
 //!                                             └─ unknown: reaped and dropped, unless an adoption is open
 //! ```
 //!
-//! A runtime such as runc forks the container's init and leaves it behind as an orphan, which may be dead before its
-//! pid is known here. Hence [`Adoption`]: while one is open the sweep reaps nothing, so such a child stays a zombie,
-//! pid and status intact, until it is adopted.
+//! A runtime such as runc forks the container's init and leaves it behind as an orphan, possibly
+//! dead before the shim knows the pid. Hence [`Adoption`]: an open one keeps the sweep from reaping
+//! anything, so such a child stays a zombie, pid and status intact, until adopted.
 //!
-//! A session is a child of the shim and no subreaper. What must outlive it is spawned so that the shim becomes its
-//! parent ([`Reaper::spawn_lasting`]). Such a process is watched here and reaped by the shim.
+//! A session is a child of the shim and no subreaper. The shim is the parent of every process that
+//! must outlive the session ([`Reaper::spawn_lasting`]). The session watches such a process, and
+//! the shim reaps it.
 
 mod descriptors;
 
@@ -35,27 +36,29 @@ use tokio::sync::{Notify, watch};
 
 pub use descriptors::raise_descriptor_limit;
 
-/// What [`Exit::code`] holds when the kernel could not be asked: the process was never this process's child.
+/// Value of [`Exit::code`] without an answer of the kernel: the process was never this process's
+/// child.
 pub const UNKNOWN_EXIT_CODE: u32 = 255;
 
-/// How long a process that has ended is left to its tracer before it is asked for again.
+/// Pauses between attempts to reap an ended process still held by a tracer.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
-/// How and when a process ended.
+/// Result and time of a process's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Exit code, or 128 plus the number of the signal that killed it, as shells and containerd count.
+    /// Exit code, or 128 plus the number of the killing signal, as counted by shells and
+    /// containerd.
     pub code: u32,
-    /// When the exit was seen.
+    /// Time at which the exit was seen.
     pub at: SystemTime,
 }
 
-/// The one waiter for this process's children. Cheap to clone.
+/// The only waiter for this process's children. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Reaper {
     shared: Arc<Shared>,
-    /// Orphans of this process's children become children of its parent.
+    /// Orphans of this process's children go to this process's parent.
     is_guest: bool,
 }
 
@@ -67,9 +70,9 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Children {
-    /// Pids with a watcher of their own.
+    /// Pids with a watcher.
     known: HashSet<i32>,
-    /// Adoptions that are open now.
+    /// Number of open adoptions.
     adoptions: usize,
 }
 
@@ -80,10 +83,11 @@ impl Shared {
 }
 
 impl Reaper {
-    /// Starts reaping the children of this process. Needs a tokio runtime; it should be the first thing it runs.
+    /// Starts reaping the children of this process. Needs a tokio runtime, before the runtime's
+    /// other work.
     ///
     /// # Errors
-    /// When SIGCHLD cannot be listened to.
+    /// Fails if SIGCHLD cannot be listened to.
     pub fn start() -> io::Result<Self> {
         let mut sigchld = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::child())?;
         let reaper = Self { shared: Arc::default(), is_guest: false };
@@ -100,17 +104,18 @@ impl Reaper {
         Ok(reaper)
     }
 
-    /// Returns a reaper for a process that is no subreaper, and whose parent is one. Only children that it knows are
-    /// reaped: other code of the process may wait for children of its own.
+    /// Returns a reaper for a process that is no subreaper, below a parent that is one. Only known
+    /// children are reaped: other code of the process may wait for other children.
     #[must_use]
     pub fn guest() -> Self {
         Self { shared: Arc::default(), is_guest: true }
     }
 
-    /// Spawns `command` and watches it.
+    /// Spawns `command` and watches the child.
     ///
     /// # Errors
-    /// What [`Command::spawn`] or `pidfd_open` reports. No process is left then: one that cannot be watched is killed.
+    /// The error of [`Command::spawn`] or `pidfd_open`. No process is left then: an unwatched child
+    /// is killed.
     pub fn spawn(&self, command: &mut Command) -> io::Result<Child> {
         self.spawn_opened(command, open)
     }
@@ -122,7 +127,7 @@ impl Reaper {
         let pid = i32::try_from(spawned.id()).map_err(io::Error::other)?;
         adoption.adopt_opened(pid, open).inspect_err(|error| {
             tracing::error!(pid, %error, "a new process cannot be watched, and is killed");
-            // Its pid is its own: a sweep waits for this adoption.
+            // The pid is still the child's: a sweep waits for this adoption.
             match spawned.kill() {
                 Ok(()) => wait(&mut spawned),
                 Err(error) => tracing::error!(pid, %error, "it cannot be killed either"),
@@ -130,11 +135,11 @@ impl Reaper {
         })
     }
 
-    /// Spawns `command` as a child of the subreaper that orphans go to, and watches it. The child may outlive this
-    /// process.
+    /// Spawns `command` as a child of the subreaper that adopts orphans, and watches the child. The
+    /// child may outlive this process.
     ///
     /// # Errors
-    /// As for [`Reaper::spawn`].
+    /// The errors of [`Reaper::spawn`].
     pub fn spawn_lasting(&self, command: &mut Command) -> io::Result<Child> {
         if !self.is_guest {
             return self.spawn(command);
@@ -149,14 +154,14 @@ impl Reaper {
         self.adoption().adopt(i32::from_ne_bytes(bytes))
     }
 
-    /// Returns the pid of the process that orphans become children of: this process or its parent.
+    /// Returns the pid of the future parent of orphans: this process or the parent.
     #[must_use]
     pub fn parent_of_orphans(&self) -> HostPid {
         let parent = rustix::process::getppid().filter(|_| self.is_guest);
         parent.map_or_else(HostPid::own, HostPid::from)
     }
 
-    /// Opens an adoption: until it is dropped, no unknown child is reaped.
+    /// Opens an adoption: until the drop, no unknown child is reaped.
     #[must_use]
     pub fn adoption(&self) -> Adoption {
         self.shared.children().adoptions += 1;
@@ -169,29 +174,30 @@ fn wait(child: &mut std::process::Child) {
     let _ = child.wait();
 }
 
-/// While this lives, children that nobody knows stay zombies instead of being reaped, so that they can be adopted.
+/// Guard that keeps unknown children as zombies for adoption, instead of reaping them.
 #[derive(Debug)]
 pub struct Adoption {
     reaper: Reaper,
 }
 
 impl Adoption {
-    /// Whether the child `pid` is watched already.
+    /// Returns whether the child `pid` is watched already.
     #[must_use]
     pub fn knows(&self, pid: i32) -> bool {
         self.reaper.shared.children().known.contains(&pid)
     }
 
-    /// Returns the pid of the process that orphans become children of.
+    /// Returns the pid of the future parent of orphans.
     #[must_use]
     pub fn parent_of_orphans(&self) -> HostPid {
         self.reaper.parent_of_orphans()
     }
 
-    /// Watches the child `pid`, which may be dead already.
+    /// Watches the child `pid`, even a dead one.
     ///
     /// # Errors
-    /// When there is no such process: it never was, or it was reaped before this adoption was opened.
+    /// Fails if there is no such process: none ever existed, or a reaping came before this
+    /// adoption.
     pub fn adopt(&self, pid: i32) -> io::Result<Child> {
         self.adopt_opened(pid, open)
     }
@@ -220,7 +226,7 @@ impl Drop for Adoption {
     }
 }
 
-/// A watched child. Clones refer to the same process; it is reaped whether or not any of them is left.
+/// A watched child. Clones refer to the same process, reaped even after the last clone is dropped.
 #[derive(Clone, Debug)]
 pub struct Child {
     process: HostPid,
@@ -229,36 +235,36 @@ pub struct Child {
 }
 
 impl Child {
-    /// Its pid in this process's pid namespace.
+    /// Returns the pid in this process's pid namespace.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.process.raw()
     }
 
-    /// The same as a type of its own.
+    /// Returns the pid as a [`HostPid`].
     #[must_use]
     pub fn process(&self) -> HostPid {
         self.process
     }
 
-    /// How it ended, or `None` while it runs.
+    /// Returns the result of the child's end, or `None` while the child runs.
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
 
-    /// Waits until it has ended. Any number of callers get the same answer, at any time.
+    /// Waits for the child's end. Any number of callers get the same answer, at any time.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();
         let seen = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
-        // The watcher only goes away without an answer when the runtime shuts down.
+        // The watcher goes away without an answer only at the runtime's shutdown.
         seen.unwrap_or(Exit { code: UNKNOWN_EXIT_CODE, at: SystemTime::now() })
     }
 
-    /// Sends it a signal, by pidfd: never to a later process with the same pid.
+    /// Sends the child a signal, by pidfd: never to a later process with the same pid.
     ///
     /// # Errors
-    /// `ESRCH` when it has ended.
+    /// `ESRCH` if the child has ended.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         Ok(rustix::process::pidfd_send_signal(&self.pidfd, signal)?)
     }
@@ -297,15 +303,15 @@ impl Watcher {
             pause = (pause * 2).min(LONGEST_PAUSE);
         };
         self.exited.send_replace(Some(exit));
-        // What hides behind this child in the order of waitid(P_ALL) can be seen now.
+        // Children behind this one in the order of waitid(P_ALL) are visible now.
         self.shared.sweep.notify_one();
     }
 
-    /// Reaping and forgetting the pid are one step under the lock: once reaped, the number may come back as another
-    /// child, which must not be forgotten in its place.
+    /// Reaps the child, and forgets the pid in the same step under the lock: after the reaping the
+    /// number may come back as another child, which must not be forgotten instead.
     ///
-    /// None while a tracer holds it: the process has ended, its pidfd says so, but its parent cannot wait for it before
-    /// the tracer has. CRIU traces what it dumps, and kills it so.
+    /// Returns `None` while a tracer holds the child: the pidfd shows the end, but the parent
+    /// cannot wait before the tracer has. CRIU kills the processes of a dump while tracing.
     fn reap(&self) -> Option<Exit> {
         let mut children = self.shared.children();
         let status = loop {
@@ -325,7 +331,7 @@ impl Watcher {
                 tracing::error!(pid = self.pid, ?status, "a child ended in a way that no process ends");
                 UNKNOWN_EXIT_CODE
             }
-            // A child of this process's parent, which reaps it.
+            // A child of this process's parent: the parent reaps it.
             Err(Errno::ECHILD) if self.is_guest => exit_code_of_zombie(self.pid).unwrap_or(UNKNOWN_EXIT_CODE),
             Err(error) => {
                 tracing::error!(pid = self.pid, %error, "cannot reap a child");
@@ -336,7 +342,7 @@ impl Watcher {
     }
 }
 
-/// Returns the exit code of a process that has ended and that its parent has not reaped yet (proc(5), `exit_code`).
+/// Returns the exit code of an ended process not yet reaped by its parent (proc(5), `exit_code`).
 fn exit_code_of_zombie(pid: i32) -> Option<u32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
@@ -344,7 +350,7 @@ fn exit_code_of_zombie(pid: i32) -> Option<u32> {
     Some(if status & 0x7f == 0 { (status >> 8) & 0xff } else { 128 + (status & 0x7f) })
 }
 
-/// Reaps the zombies that nobody knows: orphans that the kernel gave to this subreaper.
+/// Reaps unknown zombies: orphans given to this subreaper by the kernel.
 fn sweep(children: &Children) {
     if children.adoptions > 0 {
         return;
@@ -354,11 +360,11 @@ fn sweep(children: &Children) {
         let pid = match peek {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) => pid,
             Err(Errno::EINTR) => continue,
-            // Nothing has ended, or there is no child at all.
+            // No child has ended, or there is no child at all.
             Ok(_) | Err(_) => return,
         };
         if children.known.contains(&pid.as_raw()) {
-            // Its watcher reaps it and sweeps again.
+            // The child's watcher reaps it and sweeps again.
             return;
         }
         if let Err(error) = waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {

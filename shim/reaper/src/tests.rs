@@ -9,7 +9,7 @@ fn sh(script: &str) -> Command {
     command
 }
 
-/// State and parent of a process, from `pid (name) state parent ...`.
+/// Returns state and parent of a process, from `pid (name) state parent ...`.
 fn stat(pid: i32) -> Option<(char, u32)> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit(')').next()?.split_whitespace();
@@ -20,19 +20,21 @@ fn is_zombie(pid: i32) -> bool {
     stat(pid).is_some_and(|(state, _)| state == 'Z')
 }
 
-/// Not reaped yet. That a process of this pid exists says little: on a busy machine it may be another one already.
+/// Returns whether a child is still unreaped. The existence of the pid proves little: on a busy
+/// machine another process may have it.
 fn is_child(pid: i32) -> bool {
     stat(pid).is_some_and(|(_, parent)| parent == std::process::id())
 }
 
-/// Polls for something that another process brings about; hangs (and is killed by the harness) if it never comes.
+/// Polls for an effect of another process; hangs (and is killed by the harness) without one.
 async fn until(mut condition: impl FnMut() -> bool) {
     while !condition() {
         tokio::time::sleep(std::time::Duration::from_millis(2)).await;
     }
 }
 
-// The tests of one process share its children: sub-reaping and P_ALL are per process, so they run as one.
+// The tests of one process share its children: sub-reaping and P_ALL are per process, so all run as
+// one.
 #[tokio::test]
 async fn every_exit_is_seen_once_and_by_everyone_who_waits() {
     rustix::process::set_child_subreaper(Pid::from_raw(1)).unwrap();
@@ -72,8 +74,8 @@ async fn many_children_ending_at_once_keep_their_codes(reaper: &Reaper) {
     }
 }
 
-/// Spawns a shell that leaves an orphan running `script` and returns the orphan's pid. It waits until it is one: the
-/// shell would reap a child that is faster.
+/// Spawns a shell that leaves an orphan running `script`, and returns the orphan's pid. The child
+/// waits to be an orphan: the shell would reap a faster one.
 async fn orphan(reaper: &Reaper, script: &str) -> i32 {
     let (mut read, write) = std::io::pipe().unwrap();
     let wait = "while kill -0 $$ 2>/dev/null; do sleep 0.01; done";
@@ -96,7 +98,7 @@ async fn an_orphan_that_died_early_is_adopted_with_its_status(reaper: &Reaper) {
     let adoption = reaper.adoption();
     let pid = orphan(reaper, "exit 7").await;
     until(|| is_zombie(pid)).await;
-    // Another child's SIGCHLD must not take it away.
+    // Another child's SIGCHLD must not remove the orphan.
     reaper.spawn(&mut sh("exit 0")).unwrap().wait().await;
     let child = adoption.adopt(pid).unwrap();
     drop(adoption);

@@ -1,8 +1,8 @@
-//! Errors that cross from one process to another.
+//! Errors on their way from one process to another.
 
 use serde::{Deserialize, Serialize};
 
-/// An error with its sources, as words.
+/// An error with its sources, as text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[error("{message}")]
 pub struct Failure {
@@ -23,19 +23,19 @@ impl Failure {
         Self { message: message.into(), source: None }
     }
 
-    /// Returns a failure that this one is the source of.
+    /// Returns a failure with this one as the source.
     #[must_use]
     pub fn within(self, message: impl Into<String>) -> Self {
         Self { message: message.into(), source: Some(Box::new(self)) }
     }
 }
 
-/// Gives an error the words for what it made fail.
+/// Gives an error a message about the failed action.
 pub trait Because<T> {
-    /// Returns the same result, with the error as source of a failure that says `message`.
+    /// Returns the same result, with the error as source of a failure with `message`.
     ///
     /// # Errors
-    /// When there is an error.
+    /// Fails like the result itself.
     fn because(self, message: &str) -> Result<T, Failure>;
 }
 

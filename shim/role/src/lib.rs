@@ -1,4 +1,5 @@
-//! Processes of this binary in another role: the session of a checkpoint, the callers of the GPU driver.
+//! Processes of this binary in another role: the session of a checkpoint, the callers of the GPU
+//! driver.
 //!
 //! ```text
 //!   starter ── Role::command ──► the same binary, first argument: the role's name
@@ -7,7 +8,7 @@
 //!      └── forward(): the record in the starter's log, with role, pid and container
 //! ```
 //!
-//! Both sides are the same file, so the protocols have no versions. A role that panics says so through its log.
+//! Both sides are the same file, so the protocols have no versions. A role logs its own panic.
 
 #![deny(unsafe_code)]
 
@@ -27,7 +28,7 @@ pub use failure::{Because, Failure};
 pub use log::{forward, log_pipe};
 pub use wire::{Wire, send};
 
-/// A role that this binary can be started in.
+/// A role of this binary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Role {
     /// First argument of the process, and its name in `ps` and in logs. At most 15 bytes long.
@@ -35,23 +36,23 @@ pub struct Role {
 }
 
 impl Role {
-    /// Returns the command that runs `program`, which is this binary, in the role: with `socket` to speak to it, and `log`
-    /// for what it logs.
+    /// Returns the command that runs `program`, this binary, in the role: with `socket` for
+    /// messages, and `log` for log records.
     #[must_use]
     pub fn command(self, program: &Path, socket: OwnedFd, log: OwnedFd) -> Command {
         let mut command = Command::new(program);
-        // A process group of its own: signals to the starter's group must not reach the role.
+        // A separate process group: signals to the starter's group must not reach the role.
         command.arg(self.name).process_group(0).stdin(Stdio::from(socket)).stdout(Stdio::null()).stderr(log);
         command.env(log::LEVEL_VARIABLE, ::log::max_level().as_str());
         command
     }
 
-    /// Makes this process the role: its name, its log. Returns the socket to the starter.
+    /// Gives this process the role's name and log. Returns the socket to the starter.
     ///
     /// # Errors
-    /// When standard input is no socket that can be shared.
+    /// Fails if standard input is no socket, or cannot be shared.
     pub fn enter(self) -> io::Result<UnixStream> {
-        // A program that was started by /proc/self/exe is called exe.
+        // A program started by /proc/self/exe has the name exe.
         if let Ok(name) = CString::new(self.name) {
             let _ = rustix::thread::set_name(&name);
         }

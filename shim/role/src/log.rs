@@ -1,4 +1,4 @@
-//! Log records of a role: one JSON line each on standard error, told again in the starter's log.
+//! Log records of a role: one JSON line each on standard error, repeated in the starter's log.
 
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -10,7 +10,7 @@ use tokio::net::unix::pipe;
 
 /// Environment variable with the level of the starter's log.
 pub(crate) const LEVEL_VARIABLE: &str = "GPUSNAP_LOG_LEVEL";
-/// Longest line that is told, in bytes. Longer lines are cut.
+/// Longest line forwarded, in bytes. Longer lines are cut.
 const LONGEST: usize = 16 << 10;
 
 #[derive(Serialize, Deserialize)]
@@ -30,7 +30,7 @@ impl ToStandardError {
         let line = Line { level, role: self.role.to_owned(), pid: std::process::id(), message };
         if let Ok(mut line) = serde_json::to_vec(&line) {
             line.push(b'\n');
-            // One write: a pipe keeps lines of up to 4 KiB of several processes apart.
+            // A single write: a pipe keeps lines of up to 4 KiB of several processes apart.
             let _ = io::stderr().write_all(&line);
         }
     }
@@ -65,14 +65,14 @@ pub(crate) fn install(role: &'static str) {
 /// Returns a pipe for the log of a role: the end to read and the end for the role.
 ///
 /// # Errors
-/// When the kernel makes no pipe.
+/// Fails if the kernel makes no pipe.
 pub fn log_pipe() -> io::Result<(pipe::Receiver, OwnedFd)> {
     let (read, write) = io::pipe()?;
     Ok((pipe::Receiver::from_owned_fd(read.into())?, write.into()))
 }
 
-/// Tells what comes through the pipe in this process's log until all writers are gone, each record with the container's
-/// id. A line that is no record (a library's message) is told as a warning.
+/// Forwards the pipe's records to this process's log until all writers are gone, each with the
+/// container's id. A line of another kind (a library's message) is logged as a warning.
 pub async fn forward(from: pipe::Receiver, container: String) {
     let mut lines = BufReader::new(from);
     let mut line = Vec::new();

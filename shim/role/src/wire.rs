@@ -1,4 +1,4 @@
-//! One JSON value a line, over a socket, for blocking code.
+//! Lines of JSON over a socket, one value each, for blocking code.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// One side of a conversation.
+/// This side of a conversation.
 #[derive(Debug)]
 pub struct Wire {
     reader: BufReader<UnixStream>,
@@ -17,12 +17,12 @@ impl Wire {
     /// Returns this side of a conversation over a connected socket.
     ///
     /// # Errors
-    /// When the socket cannot be duplicated.
+    /// Fails if the socket cannot be duplicated.
     pub fn new(socket: UnixStream) -> io::Result<Self> {
         Ok(Self { writer: socket.try_clone()?, reader: BufReader::new(socket) })
     }
 
-    /// The socket, to be polled. Nothing may be read from it.
+    /// Returns the socket, for polling only. Nothing may be read from the socket.
     #[must_use]
     pub fn socket(&self) -> &UnixStream {
         &self.writer
@@ -31,7 +31,7 @@ impl Wire {
     /// Returns a second writer, for another thread.
     ///
     /// # Errors
-    /// When the socket cannot be duplicated.
+    /// Fails if the socket cannot be duplicated.
     pub fn writer(&self) -> io::Result<UnixStream> {
         self.writer.try_clone()
     }
@@ -39,15 +39,15 @@ impl Wire {
     /// Sends a value, in one write.
     ///
     /// # Errors
-    /// When the other side is gone.
+    /// Fails if the other side is gone.
     pub fn send(&mut self, value: &impl Serialize) -> io::Result<()> {
         send(&mut self.writer, value)
     }
 
-    /// Waits for a value. `None` when the other side is gone.
+    /// Waits for a value. `None` once the other side is gone.
     ///
     /// # Errors
-    /// When the line is no such value.
+    /// Fails if the line is no such value.
     pub fn receive<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
         let mut line = String::new();
         // The socket of a killed process ends with or without an error.
@@ -61,7 +61,7 @@ impl Wire {
 /// Sends a value to a writer, in one write: lines of several threads do not mix.
 ///
 /// # Errors
-/// When the other side is gone.
+/// Fails if the other side is gone.
 pub fn send(to: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     let mut line = serde_json::to_vec(value)?;
     line.push(b'\n');

@@ -1,4 +1,4 @@
-//! What a checkpoint and a restore are asked for with, whichever runtime does them.
+//! Requests for a checkpoint and for a restore, the same for every runtime.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,64 +9,65 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ProcessIo, Timeline};
 
-/// What is done about established TCP connections.
+/// Treatment of established TCP connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
-    /// They make a checkpoint fail.
+    /// Established connections make a checkpoint fail.
     #[default]
     Refuse,
-    /// They are saved, and go on where the restored container has the same addresses.
+    /// Connections are saved, and go on if the restored container has the same addresses.
     Keep,
-    /// They are closed in the restored container.
+    /// Connections are closed in the restored container.
     Close,
 }
 
-/// What a checkpoint may contain although it cannot come back, or not everywhere.
+/// Permission for contents that cannot be restored, or not on every node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
     /// Established TCP connections.
     pub tcp: Tcp,
-    /// Connections by unix sockets to the outside, which the restored container finds closed.
+    /// Connections by unix sockets to the outside. Closed in the restored container.
     pub external_unix_sockets: bool,
-    /// A session or terminal whose leader is outside the container.
+    /// A session or terminal with a leader outside the container.
     pub shell_job: bool,
 }
 
-/// How much restored processes may do.
+/// Limit for the rights of restored processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Privileges {
-    /// No more than the specification of the new container gives. With more in the images the restore fails.
+    /// At most the rights in the specification of the new container. The restore fails if the
+    /// images have more.
     #[default]
     Container,
-    /// What they could do when they were saved.
+    /// The rights at the time of the checkpoint.
     Snapshot,
 }
 
-/// A container to be saved.
+/// Request to save a container.
 #[derive(Debug)]
 pub struct CheckpointRequest {
     /// Container id.
     pub id: String,
-    /// Its init process, in this process's pid namespace.
+    /// The container's init process, in this process's pid namespace.
     pub init: i32,
-    /// An existing directory for the images, which holds none yet.
+    /// An existing directory for the images, still empty.
     pub images: PathBuf,
     /// An existing directory for CRIU's log, `dump.log`.
     pub work: PathBuf,
-    /// The container goes on. Otherwise its processes are killed once the images are whole.
+    /// True: the container goes on. False: the processes are killed once the images are complete.
     pub leave_running: bool,
-    /// What is no reason to fail.
+    /// Contents allowed in the images.
     pub allow: Allow,
-    /// Asked before the container goes on or ends: a cancelled checkpoint fails.
+    /// Checked before the container goes on or ends: a cancelled checkpoint fails.
     pub cancel: Cancel,
-    /// Files that processes have mapped and that are not part of the container. Only for a runtime that
-    /// [drives CRIU here](crate::OciRuntime::drives_criu), as is the next.
+    /// Mapped files outside the container. Like `review`, only for a runtime that [drives CRIU
+    /// here](crate::OciRuntime::drives_criu).
     pub external_files: Vec<PathBuf>,
-    /// Asked before the container goes on or ends.
+    /// Run before the container goes on or ends.
     pub review: Option<Review>,
 }
 
-/// A container to be made from a checkpoint.
+/// Request to make a container from a checkpoint.
 #[derive(Debug)]
 pub struct RestoreRequest {
     /// Container id.
@@ -77,31 +78,34 @@ pub struct RestoreRequest {
     pub images: PathBuf,
     /// An existing directory for CRIU's log, `restore.log`.
     pub work: PathBuf,
-    /// Where the init process's standard input and output go, in place of those that it had.
+    /// New standard input and output of the init process.
     pub io: ProcessIo,
     /// Use MS_MOVE instead of pivot_root (for a rootfs on a ramdisk).
     pub no_pivot_root: bool,
-    /// Leave its cgroup frozen when everything is restored. A runtime that cannot do so before the processes run does it
-    /// right after.
+    /// Leave the cgroup frozen at the end of the restore. A runtime unable to freeze before the
+    /// processes run does so right after.
     pub frozen: bool,
-    /// Memory was cut from the images, and whoever asks fills it before the processes run. Only for a runtime that
-    /// [drives CRIU here](crate::OciRuntime::drives_criu).
+    /// The caller fills memory missing from the images before the processes run. Only for a runtime
+    /// that [drives CRIU here](crate::OciRuntime::drives_criu).
     pub cut: bool,
-    /// What is no reason to fail.
+    /// Contents allowed in the images.
     pub allow: Allow,
-    /// What the processes may do. Only for a runtime that [drives CRIU here](crate::OciRuntime::drives_criu).
+    /// Rights of the processes. Only for a runtime that [drives CRIU
+    /// here](crate::OciRuntime::drives_criu).
     pub privileges: Privileges,
-    /// Told of the phases.
+    /// Record of the phases.
     pub timeline: Timeline,
-    /// Asked before the processes run: a cancelled restore fails.
+    /// Checked before the processes run: a cancelled restore fails.
     pub cancel: Cancel,
 }
 
-/// Work on whole images, done while the container still stands still. The work may change the images, or refuse them.
+/// Work on complete images while the container still stands still. The work may change or refuse
+/// the images.
 pub struct Review(Box<dyn FnOnce() -> Result<(), BoxError> + Send>);
 
 impl Review {
-    /// Returns a review that runs `work`, which may block: the thread that drives CRIU has nothing else to do.
+    /// Returns a review that runs `work`. `work` may block: the thread behind CRIU has nothing else
+    /// to do.
     #[must_use]
     pub fn new(work: impl FnOnce() -> Result<(), BoxError> + Send + 'static) -> Self {
         Self(Box::new(work))
@@ -110,7 +114,7 @@ impl Review {
     /// Runs the work.
     ///
     /// # Errors
-    /// When the images are refused: the container goes on.
+    /// Fails if the images are refused: the container goes on.
     pub fn run(self) -> Result<(), BoxError> {
         (self.0)()
     }

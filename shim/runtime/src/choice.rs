@@ -1,4 +1,4 @@
-//! Which runtime a container has, kept in its bundle from creation to deletion.
+//! The choice of a container's runtime, kept in the bundle from creation to deletion.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,34 +14,34 @@ use crate::libcontainer::Libcontainer;
 /// Name of the file in the bundle. Format: docs/format.md.
 const FILE: &str = "gpusnap-runtime.json";
 const VERSION: u32 = 1;
-/// No choice is longer than two paths; what is longer was not written by us.
+/// Largest file, in bytes. A choice has at most two paths; a longer file is not ours.
 const SIZE_LIMIT: u64 = 64 << 10;
 
-/// Which kind of runtime.
+/// Kind of runtime.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
-    /// The one in this binary.
+    /// The runtime in this binary.
     Libcontainer,
-    /// A command line like runc's: a name to be found in `PATH`, or a path.
+    /// A command line like runc's: a path, or a name in `PATH`.
     Command(PathBuf),
 }
 
-/// A runtime together with what it was told at creation and must be told again at every later call.
+/// A runtime, with the settings of the container's creation for every later call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Choice {
     version: u32,
-    /// Which one.
+    /// Kind of the runtime.
     pub kind: Kind,
-    /// Directory below which the runtime keeps its state, one folder a container.
+    /// Directory for the runtime's state, with one folder per container.
     pub root: PathBuf,
     /// Cgroups are made through systemd.
     pub systemd_cgroup: bool,
 }
 
 impl Choice {
-    /// A choice for a new container.
+    /// Returns a choice for a new container.
     #[must_use]
     pub fn new(kind: Kind, root: PathBuf, systemd_cgroup: bool) -> Self {
         Self { version: VERSION, kind, root, systemd_cgroup }
@@ -50,7 +50,7 @@ impl Choice {
     /// Writes the choice into a bundle.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// Fails if the file cannot be written.
     pub fn save(&self, bundle: &Path) -> io::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(bundle)?;
         serde_json::to_writer(&mut file, self)?;
@@ -58,10 +58,10 @@ impl Choice {
         Ok(())
     }
 
-    /// Reads the choice back; `None` when none was written: creation never came that far.
+    /// Reads the choice back; `None` if creation ended before writing one.
     ///
     /// # Errors
-    /// When the file cannot be read, or is not one of ours.
+    /// Fails if the file cannot be read, or is not ours.
     pub fn load(bundle: &Path) -> io::Result<Option<Self>> {
         let path = bundle.join(FILE);
         match std::fs::metadata(&path) {
@@ -82,7 +82,7 @@ impl Choice {
         Ok(Some(choice))
     }
 
-    /// The runtime's name, without its folder.
+    /// Returns the runtime's name, without the folder.
     #[must_use]
     pub fn name(&self) -> String {
         match &self.kind {
@@ -91,7 +91,7 @@ impl Choice {
         }
     }
 
-    /// The runtime chosen.
+    /// Returns the chosen runtime.
     #[must_use]
     pub fn runtime(&self, reaper: &Reaper) -> Arc<dyn OciRuntime> {
         match &self.kind {

@@ -1,10 +1,10 @@
-//! What can go wrong when a runtime is asked for something.
+//! Failures of a runtime.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// What a runtime was asked to do.
+/// Operation of a runtime.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Make a container.
@@ -46,19 +46,19 @@ impl fmt::Display for Operation {
     }
 }
 
-/// Why a runtime did not do what it was asked.
+/// Failure of a runtime's operation.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// The runtime ran and said no; `message` is what it said.
+    /// The runtime ran and refused; `message` is the runtime's own.
     #[error("{runtime} {operation} of container {container} failed: {message}")]
     Refused {
-        /// Which runtime.
+        /// Name of the runtime.
         runtime: String,
-        /// What was asked of it.
+        /// Operation requested.
         operation: Operation,
         /// Container id; empty for [`Operation::Features`].
         container: String,
-        /// The runtime's own words, on one line.
+        /// The runtime's own message, on one line.
         message: String,
     },
     /// The runtime's program cannot be run.
@@ -66,34 +66,34 @@ pub enum RuntimeError {
     Spawn {
         /// The program.
         binary: PathBuf,
-        /// What was to be asked of it.
+        /// Operation requested.
         operation: Operation,
         /// Container id.
         container: String,
-        /// Why not.
+        /// Reason from the system.
         #[source]
         source: io::Error,
     },
-    /// The runtime's program ended without an answer, or with one that makes no sense.
+    /// The runtime's program ended without an answer, or with an unusable one.
     #[error("{runtime} {operation} of container {container} gave no usable answer: {message}")]
     Answer {
-        /// Which runtime.
+        /// Name of the runtime.
         runtime: String,
-        /// What was asked of it.
+        /// Operation requested.
         operation: Operation,
         /// Container id.
         container: String,
-        /// What was wrong with it.
+        /// Fault of the answer.
         message: String,
     },
     /// The container's cgroup is not known.
     #[error("{runtime} does not know the cgroup of container {container}: {message}")]
     Cgroup {
-        /// Which runtime.
+        /// Name of the runtime.
         runtime: String,
         /// Container id.
         container: String,
-        /// What was looked at, and what was wrong with it.
+        /// Source of the cgroup, and the fault.
         message: String,
     },
     /// CRIU did not dump the container.
@@ -102,18 +102,18 @@ pub enum RuntimeError {
     /// CRIU did not restore the container.
     #[error(transparent)]
     CriuRestore(#[from] criu::RestoreError),
-    /// A file of ours around the call could not be read or written.
+    /// Our own file for the call could not be read or written.
     #[error("cannot {action} {path} to {operation} container {container}")]
     File {
         /// "read", "write", ...
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// During what.
+        /// Operation during which the file was used.
         operation: Operation,
         /// Container id.
         container: String,
-        /// Why not.
+        /// Reason from the system.
         #[source]
         source: io::Error,
     },

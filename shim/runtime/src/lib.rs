@@ -1,12 +1,13 @@
 //! OCI runtimes behind one trait.
 //!
-//! [`OciRuntime`] is what the shim asks of a runtime. Two implement it: [`libcontainer`], which is part of this binary
-//! and runs each step in a re-executed single-threaded helper, and [`command`], which drives runc or a command line
-//! like it (crun, nvidia-container-runtime). Which of them a container has is decided once, when it is created, and
-//! kept in its bundle ([`Choice`]); nothing falls back to the other.
+//! [`OciRuntime`] is the shim's view of a runtime, with two implementations. [`libcontainer`] is
+//! part of this binary and runs each step in a re-executed single-threaded helper. [`command`]
+//! drives runc or a command line like runc's (crun, nvidia-container-runtime). A container's
+//! runtime is chosen once, at the creation, and kept in the bundle ([`Choice`]); nothing falls back
+//! to the other.
 //!
-//! What the kernel can be asked directly, without a runtime, is in the crate `cgroup`: who is in the container, signals
-//! to all of them, its statistics and its out-of-memory events.
+//! Requests to the kernel without a runtime are in the crate `cgroup`: list of the container's
+//! processes, signals to all of them, statistics and out-of-memory events.
 
 mod checkpoint;
 mod choice;
@@ -31,10 +32,10 @@ pub use error::{Operation, RuntimeError};
 pub use phase::{Cancel, Phase, Timeline};
 pub use spec::process_from_json;
 
-/// Standard input and output of a process that a runtime is about to start.
+/// Standard input and output for a process about to start.
 #[derive(Debug)]
 pub enum ProcessIo {
-    /// These become its descriptors 0, 1 and 2.
+    /// Descriptors 0, 1 and 2 of the process.
     Fds {
         /// Standard input.
         stdin: OwnedFd,
@@ -43,26 +44,26 @@ pub enum ProcessIo {
         /// Standard error.
         stderr: OwnedFd,
     },
-    /// The runtime makes a pseudo-terminal in the container's devpts and sends its master, as one SCM_RIGHTS message,
-    /// to the listening unix socket at this path.
+    /// The runtime makes a pseudo-terminal in the container's devpts. The runtime sends the master,
+    /// as one SCM_RIGHTS message, to the listening unix socket at this path.
     Terminal {
         /// Path of the socket; short enough for `sun_path`.
         console_socket: PathBuf,
     },
 }
 
-/// What `create` needs beside the bundle's config.json.
+/// Arguments of `create` beside the bundle's config.json.
 #[derive(Debug)]
 pub struct CreateRequest {
     /// Container id.
     pub id: String,
     /// Absolute path of the bundle, with config.json and the mounted rootfs.
     pub bundle: PathBuf,
-    /// Where the init process's standard input and output go.
+    /// Standard input and output of the init process.
     pub io: ProcessIo,
     /// Use MS_MOVE instead of pivot_root (for a rootfs on a ramdisk).
     pub no_pivot_root: bool,
-    /// Do not make a session keyring of its own for the container.
+    /// Do not make a session keyring for the container.
     pub no_new_keyring: bool,
 }
 
@@ -75,18 +76,18 @@ pub struct ExecRequest {
     pub exec_id: String,
     /// Absolute path of the container's bundle.
     pub bundle: PathBuf,
-    /// What to run and as whom.
+    /// Program and user.
     pub process: Process,
-    /// Where its standard input and output go.
+    /// Standard input and output of the new process.
     pub io: ProcessIo,
 }
 
-/// What the shim needs of an OCI runtime. Every call is one whole operation: when it fails, what it had begun is
-/// undone. Calls for one container must not overlap; calls for different containers may.
+/// An OCI runtime, as used by the shim. Every call is one whole operation: a failure undoes what
+/// has begun. Calls for one container must not overlap; calls for different containers may.
 #[async_trait]
 pub trait OciRuntime: Debug + Send + Sync {
-    /// Makes the container, up to a process that waits to become the user's; returns that process, which is a child
-    /// of this process and watched from before it can be lost.
+    /// Makes the container, up to a process that waits to become the user's; returns the process, a
+    /// child of this process, watched from the birth on.
     async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError>;
 
     /// Lets a created container run the user's program.
@@ -104,23 +105,26 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// Changes the limits of a container.
     async fn update(&self, id: &str, resources: &LinuxResources) -> Result<(), RuntimeError>;
 
-    /// Removes the container: what still runs in it is killed, then its cgroup and the runtime's own state go, and the
-    /// poststop hooks run. A container that the runtime does not know is no error: there is nothing to remove.
+    /// Removes the container: kills the remaining processes, then removes the cgroup and the
+    /// runtime's own state, and runs the poststop hooks. An unknown container is no error: there is
+    /// nothing to remove.
     async fn delete(&self, id: &str) -> Result<(), RuntimeError>;
 
-    /// Saves the processes of a running or paused container as CRIU images, which any of these runtimes restores. When
-    /// it fails, and when the container is left running, the container is as before: paused if it was. Otherwise its
-    /// init is killed; what the runtime keeps of it goes with [`delete`](Self::delete).
+    /// Saves the processes of a running or paused container as CRIU images, restorable by each of
+    /// these runtimes. After a failure, or if left running, the container is as before: paused if
+    /// paused before. Otherwise init is killed; the runtime's state goes with
+    /// [`delete`](Self::delete).
     ///
     /// Files of a failed checkpoint may be left in the images directory; the log is kept.
     async fn checkpoint(&self, request: CheckpointRequest) -> Result<(), RuntimeError>;
 
-    /// Makes a container from images, in place of [`create`](Self::create) and [`start`](Self::start); returns its
-    /// init, which runs. When it fails, nothing is left of the container, and it can be tried again.
+    /// Makes a container from images, in place of [`create`](Self::create) and
+    /// [`start`](Self::start); returns the running init. A failure leaves nothing of the container,
+    /// and the restore can be tried again.
     async fn restore(&self, request: RestoreRequest) -> Result<Child, RuntimeError>;
 
-    /// The container's cgroup: the place that was made for it. Processes of the container, its init too, can have moved
-    /// to cgroups below. `init` is who is asked for where the runtime keeps no note.
+    /// Returns the container's cgroup: the cgroup of its creation. Processes of the container, init
+    /// too, may have moved to cgroups below. `init` is looked up if the runtime keeps no note.
     fn cgroup(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
         Cgroup::of_process(init.raw()).map_err(|error| RuntimeError::Cgroup {
             runtime: "this runtime".into(),
@@ -129,10 +133,10 @@ pub trait OciRuntime: Debug + Send + Sync {
         })
     }
 
-    /// Whether CRIU is driven by this process: then images can be changed before a checkpoint is done, and a restored
-    /// container can be had before anything of it has run.
+    /// Returns whether this process drives CRIU: then images can be changed before the end of a
+    /// checkpoint, and a restored container is available before any code inside has run.
     fn drives_criu(&self) -> bool;
 
-    /// What the runtime supports, as the OCI runtime specification describes it.
+    /// Returns the runtime's features, as in the OCI runtime specification.
     async fn features(&self) -> Result<Features, RuntimeError>;
 }

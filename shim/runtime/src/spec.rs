@@ -1,20 +1,20 @@
-//! Reading OCI specifications with the leniency that runc has.
+//! OCI specifications, read with runc's leniency.
 
 use oci_spec::runtime::{Capability, Process};
 use serde_json::Value;
 
-/// Reads a process as containerd sends it to Exec.
+/// Parses a process from containerd's Exec request.
 ///
 /// # Errors
-/// When it is not JSON, or not a process.
+/// Fails if the bytes are not JSON, or not a process.
 pub fn process_from_json(bytes: &[u8]) -> serde_json::Result<Process> {
     let mut process = serde_json::from_slice(bytes)?;
     drop_unknown_capabilities(&mut process);
     serde_json::from_value(process)
 }
 
-/// Takes capabilities that this build does not know out of a process, as runc does: a newer client may name what a
-/// newer kernel has, and a capability that is not granted is never too much.
+/// Removes capabilities unknown to this build from a process, as runc does: a newer client may name
+/// those of a newer kernel, and a capability not granted is never too much.
 pub(crate) fn drop_unknown_capabilities(process: &mut Value) {
     let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut) else { return };
     for set in sets.values_mut().filter_map(Value::as_array_mut) {

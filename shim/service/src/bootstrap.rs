@@ -1,4 +1,5 @@
-//! Actions for which containerd runs the binary: `start`, `delete`, `-info`, and serving.
+//! Actions of the binary, one per command line of containerd: `start`, `delete`, `-info`, and
+//! serving.
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
@@ -27,20 +28,20 @@ use crate::{bundle, options, pod, rootfs};
 
 /// Labels by which containers ask to share a shim, strongest first, as in containerd's Go shim.
 const GROUP_LABELS: [&str; 2] = ["io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id"];
-/// Exit code that containerd's Go shim reports for a container whose shim died: it was killed.
+/// Exit code "killed", as reported by containerd's Go shim for a container with a dead shim.
 const KILLED: u32 = 137;
 /// Longest time for the last events at the end, as in containerd's Go shim.
 const LAST_EVENTS: Duration = Duration::from_secs(5);
-/// Environment variable with the folder of the node's store, where it is not the usual one.
+/// Environment variable for the folder of the node's store, if not the usual one.
 const STORE: &str = "GPUSNAP_STORE";
-/// Environment variable with the size that the store may have, such as `200G`. Without it there is no limit.
+/// Environment variable for the size limit of the store, such as `200G`. Unset: no limit.
 const QUOTA: &str = "GPUSNAP_QUOTA";
-/// Environment variable with the repository from which snapshots are pulled that the store lacks.
+/// Environment variable for the repository from which missing snapshots are pulled.
 const REGISTRY: &str = "GPUSNAP_REGISTRY";
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-/// Returns the quota. A wrong setting must not keep containers from starting.
+/// Returns the quota. A wrong setting is logged and must not keep containers from starting.
 fn quota() -> Option<u64> {
     let text = std::env::var(QUOTA).ok()?;
     snapshot::parse_size(&text)
@@ -63,7 +64,7 @@ struct Invocation {
     bundle: PathBuf,
 }
 
-/// Parts of a config.json by which a container gets its shim.
+/// Parts of a config.json for the choice of a shim.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Grouping {
@@ -95,7 +96,7 @@ impl Shim for GpusnapShim {
         if opts.namespace.is_empty() || opts.id.is_empty() {
             return Err(Error::InvalidArgument("start needs -namespace and -id".into()));
         }
-        // The shim's own cgroup is set where runc's options are understood; so translate what came as TOML.
+        // The shim's own cgroup is set where runc's options are understood: translate TOML first.
         let decoded = options::decode(opts.extensions.first()).map_err(|error| failed(chain(&error)))?;
         opts.extensions = vec![convert_to_any(Box::new(decoded))?];
         let group = group(&self.flags.bundle)?.unwrap_or_else(|| opts.id.clone());
@@ -109,7 +110,7 @@ impl Shim for GpusnapShim {
         let bundle = &self.flags.bundle;
         let reaper = Reaper::start().map_err(|err| Error::IoError { context: "start reaping".into(), err })?;
         let deleted = clean_up(bundle, bundle, &self.flags.id, &reaper).await;
-        // containerd 2.1 asks for this once for a pod, not for each of its containers, whose bundles it removes itself.
+        // containerd 2.1 runs `delete` once per pod and removes the members' bundles itself.
         if !is_served(bundle) {
             for pod_member in pod::members(bundle) {
                 if let Err(error) = clean_up(&pod_member.folder, &pod_member.bundle, &pod_member.id, &reaper).await {
@@ -117,7 +118,7 @@ impl Shim for GpusnapShim {
                 }
             }
         }
-        // containerd logs it: what is left behind must not be so silently.
+        // containerd logs the error: nothing may be left behind silently.
         deleted?;
         let pid = std::fs::read_to_string(bundle.join("init.pid")).ok().and_then(|pid| pid.trim().parse().ok());
         Ok(DeleteResponse {
@@ -133,7 +134,7 @@ impl Shim for GpusnapShim {
         if let Some(events) = self.events.get() {
             events.drain(LAST_EVENTS).await;
         }
-        // The bundle that the address was written into may be gone, and the library then leaves the socket.
+        // The bundle with the address may be gone; the library then leaves the socket.
         let path = self.flags.socket.strip_prefix("unix://").unwrap_or(&self.flags.socket);
         if let Err(error) = std::fs::remove_file(path) {
             tracing::debug!("cannot remove {path}: {error}");
@@ -142,12 +143,12 @@ impl Shim for GpusnapShim {
 
     async fn create_task_service(&self, publisher: RemotePublisher) -> TaskService {
         let events = Events::start(&publisher.address, &self.flags.namespace);
-        // wait() is called after this, once.
+        // The library calls wait() later, once.
         let _ = self.events.set(events.clone());
         let reaper = match Reaper::start() {
             Ok(reaper) => reaper,
             Err(error) => {
-                tracing::error!("cannot listen for the ends of children: {error}");
+                tracing::error!("cannot listen for exits of children: {error}");
                 self.exit.signal();
                 std::future::pending().await
             }
@@ -185,8 +186,9 @@ impl Shim for GpusnapShim {
     }
 }
 
-/// Ends the shim on SIGTERM and SIGINT, as containerd's Go shim does: at shutdown the machine waits for processes that
-/// do not. Containers run on; containerd cleans up after a shim that is gone.
+/// Ends the shim on SIGTERM and SIGINT, as containerd's Go shim does: a shutdown of the machine
+/// waits for processes that ignore both. Containers run on; containerd cleans up after the dead
+/// shim.
 fn end_when_told(exit: &Arc<ExitSignal>) {
     for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
         match signal(kind) {
@@ -194,7 +196,7 @@ fn end_when_told(exit: &Arc<ExitSignal>) {
                 let exit = Arc::clone(exit);
                 tokio::spawn(async move {
                     if signals.recv().await.is_some() {
-                        tracing::warn!("the shim was told to end");
+                        tracing::warn!("the shim was asked to end");
                         exit.signal();
                     }
                 });
@@ -204,7 +206,8 @@ fn end_when_told(exit: &Arc<ExitSignal>) {
     }
 }
 
-/// Asks the runtime for its features, as JSON. The caller is inside a runtime of tokio's and cannot wait in it.
+/// Returns the runtime's features, as JSON. The calling thread is inside a tokio runtime and must
+/// not block there.
 fn features(choice: Choice) -> Result<Vec<u8>> {
     let ask = move || {
         let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
@@ -217,12 +220,12 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
     std::thread::spawn(ask).join().unwrap_or_else(|_| Err(failed("asking the runtime for its features failed")))
 }
 
-/// Removes what is left of a container, whose runtime choice is in `folder`: processes, cgroup, the runtime's state and
-/// mounts.
+/// Removes the remains of a container: processes, cgroup, the runtime's state and mounts. `folder`
+/// holds the runtime choice.
 async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
     let deleted = match Choice::load(folder) {
         Ok(Some(choice)) => choice.runtime(reaper).delete(id).await.map_err(|error| failed(chain(&error))),
-        // Without a choice nothing was ever made; but a mount may have been.
+        // Without a choice the runtime never made anything; a mount may exist.
         Ok(None) => Ok(()),
         Err(err) => Err(Error::IoError { context: format!("read which runtime container {id} has"), err }),
     };
@@ -230,13 +233,13 @@ async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Re
     deleted
 }
 
-/// Returns true if the shim that was started in `bundle` still answers.
+/// Returns true if the shim started in `bundle` still answers.
 fn is_served(bundle: &Path) -> bool {
     let address = std::fs::read_to_string(bundle.join("address")).unwrap_or_default();
     UnixStream::connect(address.trim_start_matches("unix://")).is_ok()
 }
 
-/// The group that the container in `bundle` asks for, if any.
+/// Returns the group requested by the container in `bundle`, if any.
 fn group(bundle: &Path) -> Result<Option<String>> {
     let grouping: Grouping = bundle::read_config(bundle).map_err(|error| failed(chain(&error)))?;
     Ok(GROUP_LABELS.iter().find_map(|label| grouping.annotations.get(*label).cloned()))

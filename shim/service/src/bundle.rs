@@ -8,10 +8,10 @@ use serde::de::DeserializeOwned;
 
 use crate::error::BundleError;
 
-/// Largest specification: containerd limits it to the size of its messages.
+/// Largest specification: containerd's limit for messages.
 const LIMIT: u64 = 16 << 20;
 
-/// Reads those parts of the specification in `bundle` that `T` has.
+/// Reads the specification in `bundle`, as far as `T` has fields.
 pub(crate) fn read_config<T: DeserializeOwned>(bundle: &Path) -> Result<T, BundleError> {
     let path = bundle.join("config.json");
     let mut bytes = Vec::new();

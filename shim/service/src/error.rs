@@ -1,4 +1,4 @@
-//! Failures of Task requests, and the one place that turns them into ttrpc statuses.
+//! Failures of Task requests, and the only mapping to ttrpc statuses.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use runtime::RuntimeError;
 use crate::container::Status;
 use crate::options::OptionsError;
 
-/// Reason for which a request was not served.
+/// Failure of a request.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TaskError {
     #[error("container {container} is not known to this shim")]
@@ -85,18 +85,18 @@ pub(crate) enum TaskError {
     Gone { container: String },
 }
 
-/// A restore that failed. Nothing is left of the attempt.
+/// Failure of a restore. Nothing is left of the attempt.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RestoreError {
     #[error(transparent)]
     Session(Failure),
     #[error("cannot connect its standard input and output")]
     Stdio(#[source] crate::stdio::StdioError),
-    #[error("cannot find its cgroup")]
+    #[error("cannot find the cgroup of the restored container")]
     Cgroup(#[source] RuntimeError),
 }
 
-/// Returns what a container has not got back, for a message.
+/// Returns the clause of a message about the steps owed to a container.
 fn told(owed: Option<&str>) -> String {
     owed.map_or_else(String::new, |owed| {
         format!(" (the container is not as it was, and gpusnap tries again until it is or the container ends: {owed})")
@@ -129,7 +129,7 @@ impl From<checkpoint::RequestError> for TaskError {
 }
 
 impl TaskError {
-    /// The codes that containerd's clients test for; see docs/behaviour.md.
+    /// Returns the code for which containerd's clients test; see docs/behaviour.md.
     fn code(&self) -> Code {
         match self {
             Self::NoContainer { .. } | Self::NoProcess { .. } | Self::Finished { .. } => Code::NOT_FOUND,

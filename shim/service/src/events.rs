@@ -1,7 +1,8 @@
-//! Events to containerd, in the order in which they happened.
+//! Events to containerd, in order of occurrence.
 //!
-//! containerd may be away: it restarts, and its containers run on. Events wait here, in order, until it answers again.
-//! (containerd-shim's own publisher retries each event by itself, which reorders them, and gives up after 15 s.)
+//! containerd may restart while containers run on. Events wait here, in order, until containerd
+//! answers again. (containerd-shim's own publisher retries each event separately, which breaks the
+//! order, and gives up after 15 s.)
 
 use std::time::{Duration, Instant};
 
@@ -23,11 +24,11 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 struct Patience {
     first_pause: Duration,
     longest_pause: Duration,
-    /// Time after which a refused event is dropped. The events behind it wait so long.
+    /// Time after which a refused event is dropped. Later events wait meanwhile.
     refused: Duration,
 }
 
-/// As in containerd's Go shim, which retries for 15 s.
+/// Limits of containerd's Go shim, 15 s in all.
 const PATIENCE: Patience = Patience {
     first_pause: Duration::from_millis(50),
     longest_pause: Duration::from_secs(2),
@@ -44,7 +45,7 @@ pub(crate) struct Events {
 #[derive(Debug)]
 enum Item {
     Event(Envelope),
-    /// Answered once all events before it are with containerd.
+    /// Answered after delivery of all events before.
     Drained(oneshot::Sender<()>),
 }
 
@@ -56,7 +57,7 @@ impl Events {
         Self { namespace: namespace.to_owned(), queue }
     }
 
-    /// Events that go nowhere but to a test, by topic.
+    /// Returns a queue whose events go only to a test.
     #[cfg(test)]
     pub(crate) fn for_test() -> (Self, mpsc::UnboundedReceiver<Envelope>) {
         let (queue, mut items) = mpsc::channel(QUEUE);
@@ -69,7 +70,7 @@ impl Events {
         (Self { namespace: "test".into(), queue }, told)
     }
 
-    /// Queues an event. Never waits: what containerd does not take must not hold up a container.
+    /// Queues an event. Never waits: a slow containerd must not hold up a container.
     pub(crate) fn publish<E: Event + 'static>(&self, event: E) {
         let topic = event.topic();
         let envelope = (|| {
@@ -91,7 +92,7 @@ impl Events {
         }
     }
 
-    /// Waits until containerd has taken everything, at most `limit`.
+    /// Waits until containerd has accepted everything, at most `limit`.
     pub(crate) async fn drain(&self, limit: Duration) {
         let (drained, answer) = oneshot::channel();
         let sent = async {
@@ -135,14 +136,14 @@ async fn deliver(address: String, mut events: mpsc::Receiver<Item>, patience: Pa
     }
 }
 
-/// Reason for which an event was not delivered.
+/// Obstacle to the delivery of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Obstacle {
     /// Nobody listens, or the connection has ended.
     Away,
-    /// containerd listens, and is not ready: as good as away.
+    /// containerd listens, and is not ready: treated as away.
     Unavailable,
-    /// The event may be taken later.
+    /// containerd refused the event, and may accept it later.
     Refusal,
     /// No repetition helps.
     Malformed,
@@ -184,7 +185,7 @@ mod tests {
 
     use super::*;
 
-    /// A containerd that answers each try as it was told, and then takes everything.
+    /// A containerd with a list of answers, and success after the last.
     struct Containerd {
         answers: Mutex<VecDeque<Code>>,
         tries: mpsc::UnboundedSender<String>,

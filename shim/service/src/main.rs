@@ -1,8 +1,9 @@
-//! `containerd-shim-gpusnap-v2`: containerd's runtime shim that takes GPU memory snapshots.
+//! `containerd-shim-gpusnap-v2`: a containerd runtime shim with GPU memory snapshots.
 //!
-//! containerd runs this binary by name: with `start` to get a shim for a container, with `delete` to clean up after a
-//! dead one, with `-info` to learn what the runtime can do. The shim itself is the same binary without an action. It
-//! also answers as `containerd-shim-runc-v2`, for clients that only know that name.
+//! containerd runs this binary by name: with `start` to get a shim for a container, with `delete`
+//! to clean up after a dead one, with `-info` to learn the runtime's features. The shim itself is
+//! the same binary without an action, and also answers as `containerd-shim-runc-v2`, for clients
+//! limited to that name.
 
 #![deny(unsafe_code)]
 
@@ -28,14 +29,14 @@ use containerd_shim::Config;
 
 use crate::bootstrap::GpusnapShim;
 
-/// Runtime name under which containerd knows this shim.
+/// Runtime name of this shim in containerd.
 const RUNTIME: &str = "io.containerd.gpusnap.v2";
-/// Runtime name of the shim that this one can stand in for.
+/// Runtime name of the shim replaced under the name [`RUNC_BINARY`].
 const RUNC_RUNTIME: &str = "io.containerd.runc.v2";
-/// Binary name that stands for [`RUNC_RUNTIME`].
+/// Binary name for [`RUNC_RUNTIME`].
 const RUNC_BINARY: &str = "containerd-shim-runc-v2";
 
-/// Threads that may block for the shim: file logs, mounts. Each costs stack pages for as long as it lives.
+/// Threads for the shim's blocking work: file logs, mounts. Each costs stack pages for life.
 const BLOCKING_THREADS: usize = 4;
 
 const HELP: &str = "\
@@ -67,7 +68,8 @@ fn main() -> ExitCode {
         return runtime::libcontainer::mapper_main(&name, arguments);
     }
     match arguments.next() {
-        // The helper must come before any thread: it clones container processes without exec.
+        // The helper must come before any thread: container processes are cloned from it without
+        // exec.
         Some(first) if first == runtime::libcontainer::HELPER => return runtime::libcontainer::helper_main(),
         Some(first) if first == session::SESSION.name => return session::session_main(),
         Some(first) if first == cuda::CALLER => return cuda::caller_main(),
@@ -90,7 +92,7 @@ fn main() -> ExitCode {
         .build();
     match tokio {
         Ok(tokio) => {
-            // Children are waited for by the reaper alone.
+            // Only the reaper waits for children.
             let config = Config { no_reaper: true, ..Config::default() };
             tokio.block_on(containerd_shim::run::<GpusnapShim>(runtime_name(&name), Some(config)));
             ExitCode::SUCCESS
@@ -108,7 +110,7 @@ fn is_flag(argument: &OsStr, names: &[&str]) -> bool {
     name.is_some_and(|name| names.contains(&name))
 }
 
-/// The runtime that this binary was called as.
+/// Returns the runtime under whose name this binary was called.
 fn runtime_name(argument: &OsStr) -> &'static str {
     match Path::new(argument).file_name() {
         Some(name) if name == RUNC_BINARY => RUNC_RUNTIME,

@@ -1,8 +1,8 @@
-//! Runtime options, in the three ways in which containerd's clients send them.
+//! Runtime options, in the three forms of containerd's clients.
 //!
-//! `ctr`, nerdctl and the CRI send `containerd.runc.v1.Options` to runtimes named like runc's, and
-//! `runtimeoptions.v1.Options` with TOML inside to others; nerdctl sends none to others; `ctr c restore` sends an
-//! `Any` that is empty.
+//! `ctr`, nerdctl and the CRI send `containerd.runc.v1.Options` to runtimes named like runc's.
+//! Other runtimes get `runtimeoptions.v1.Options` with TOML inside, or nothing from nerdctl. `ctr c
+//! restore` sends an empty `Any`.
 
 use std::path::{Path, PathBuf};
 
@@ -14,21 +14,21 @@ use serde::Deserialize;
 
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
 const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
-/// containerd's own limit on what it hands a shim at start.
+/// containerd's own limit on a shim's configuration at the start.
 const CONFIG_SIZE_LIMIT: u64 = 10 << 20;
 
-/// State of runc, where containerd's own shim keeps it, so that `runc --root` finds the containers.
+/// State of runc, in the folder of containerd's own shim, for `runc --root` to find the containers.
 const RUNC_ROOT: &str = "/run/containerd/runc";
 /// State of the embedded runtime.
 const LIBCONTAINER_ROOT: &str = "/run/containerd/gpusnap";
 
-/// Reason for which options were not understood.
+/// Failure to read options.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum OptionsError {
-    /// A type that no client of this shim should send.
+    /// A type outside the protocol of this shim's clients.
     #[error("runtime options of type {type_url} are not known: send {RUNC_OPTIONS} or {RUNTIME_OPTIONS}")]
     Type { type_url: String },
-    /// Bytes that are not the message they claim to be.
+    /// Bytes other than the claimed message.
     #[error("malformed runtime options of type {type_url}")]
     Message {
         type_url: String,
@@ -42,12 +42,12 @@ pub(crate) enum OptionsError {
         #[source]
         source: std::io::Error,
     },
-    /// TOML that does not parse or has keys that no runtime option has.
+    /// Malformed TOML, or keys of no runtime option.
     #[error("malformed runtime options in TOML")]
     Toml(#[source] toml::de::Error),
 }
 
-/// The TOML form; keys as containerd's own configuration spells runc's options.
+/// The TOML form, with runc's keys as in containerd's own configuration.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct TomlOptions {
@@ -65,7 +65,7 @@ struct TomlOptions {
     unknown: toml::Table,
 }
 
-/// Reads options in whichever form they were sent; none at all, and an empty `Any`, are the defaults.
+/// Decodes options of every form; none at all, and an empty `Any`, are the defaults.
 pub(crate) fn decode(any: Option<&Any>) -> Result<Options, OptionsError> {
     let Some(any) = any.filter(|any| !any.type_url.is_empty()) else { return Ok(Options::default()) };
     let malformed = |source| OptionsError::Message { type_url: any.type_url.clone(), source };
@@ -79,7 +79,7 @@ pub(crate) fn decode(any: Option<&Any>) -> Result<Options, OptionsError> {
     }
 }
 
-/// `runtimeoptions.v1.Options`, which containerd-shim-protos does not carry.
+/// `runtimeoptions.v1.Options`, a message missing from containerd-shim-protos.
 #[derive(Default)]
 struct RuntimeOptions {
     config_path: String,
@@ -87,7 +87,8 @@ struct RuntimeOptions {
 }
 
 impl RuntimeOptions {
-    /// Fields, from containerd's api/types/runtimeoptions/v1: type_url = 1, config_path = 2, config_body = 3.
+    /// Parses the fields of containerd's api/types/runtimeoptions/v1: type_url = 1, config_path =
+    /// 2, config_body = 3.
     fn parse(bytes: &[u8]) -> containerd_shim_protos::protobuf::Result<Self> {
         const TYPE_URL: u32 = 10;
         const CONFIG_PATH: u32 = 18;
@@ -105,7 +106,7 @@ impl RuntimeOptions {
         Ok(options)
     }
 
-    /// The body wins over the file, as it does for containerd's other shims.
+    /// Converts the TOML. The body wins over the file, as with containerd's other shims.
     fn into_options(self) -> Result<Options, OptionsError> {
         let text = if !self.config_body.is_empty() {
             String::from_utf8_lossy(&self.config_body).into_owned()
@@ -142,8 +143,9 @@ fn read_limited(path: &Path) -> Result<String, OptionsError> {
     std::fs::read_to_string(path).map_err(failed)
 }
 
-/// Returns the runtime that a new container gets. `cgroups_path` is the spec's: a path of the form `slice:prefix:name` is made
-/// through systemd, also when the client dropped the option that says so (nerdctl does for names other than runc's).
+/// Returns the runtime for a new container. A `cgroups_path` of the form `slice:prefix:name` goes
+/// through systemd, even if the client dropped the option (nerdctl does for names other than
+/// runc's).
 pub(crate) fn choose_runtime(options: &Options, namespace: &str, cgroups_path: Option<&Path>) -> Choice {
     let (kind, default_root) = if options.binary_name.is_empty() {
         (Kind::Libcontainer, LIBCONTAINER_ROOT)

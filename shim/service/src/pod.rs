@@ -1,8 +1,9 @@
-//! List of the containers that a pod's shim serves, kept in the bundle of the shim.
+//! List of the containers of a pod's shim, kept in the shim's bundle.
 //!
-//! When a shim is killed, containerd runs `delete` in the bundle in which the shim was started: the sandbox's. The
-//! bundles of the pod's other containers may be gone by then. So what `delete` must know of each of them is kept in
-//! `pod/ID/` of the sandbox's bundle, from its creation to its deletion.
+//! After the death of a shim, containerd runs `delete` in the bundle of the shim's start: the
+//! sandbox's. The bundles of the pod's other containers may be gone by then. So each container's
+//! facts for `delete` are kept in `pod/ID/` of the sandbox's bundle, from the container's creation
+//! to its deletion.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,23 +13,23 @@ use runtime::Choice;
 /// Folder in the bundle of the shim's first container.
 const FOLDER: &str = "pod";
 
-/// A container that a shim served beside its first one.
+/// A further container of a shim, beside the first.
 pub(crate) struct Member {
     pub(crate) id: String,
-    /// Folder that has its runtime choice.
+    /// Folder with the runtime choice.
     pub(crate) folder: PathBuf,
     /// Bundle of the container, which may be gone.
     pub(crate) bundle: PathBuf,
 }
 
-/// Writes down that the shim started in `shim_bundle` serves the container in `bundle`.
+/// Records that the shim started in `shim_bundle` serves the container in `bundle`.
 pub(crate) fn join(shim_bundle: &Path, bundle: &Path, choice: &Choice) -> io::Result<()> {
     let Some(folder) = folder(shim_bundle, bundle) else { return Ok(()) };
     std::fs::create_dir_all(&folder)?;
     choice.save(&folder)
 }
 
-/// Takes it back, when nothing is left of the container.
+/// Removes the record of a fully deleted container.
 pub(crate) fn leave(shim_bundle: &Path, bundle: &Path) {
     let Some(folder) = folder(shim_bundle, bundle) else { return };
     if let Err(error) = std::fs::remove_dir_all(&folder) {
@@ -36,7 +37,7 @@ pub(crate) fn leave(shim_bundle: &Path, bundle: &Path) {
     }
 }
 
-/// The containers that are written down in `shim_bundle`.
+/// Returns the containers recorded in `shim_bundle`.
 pub(crate) fn members(shim_bundle: &Path) -> Vec<Member> {
     let Ok(entries) = std::fs::read_dir(shim_bundle.join(FOLDER)) else { return Vec::new() };
     let member = |entry: std::fs::DirEntry| {
@@ -46,7 +47,7 @@ pub(crate) fn members(shim_bundle: &Path) -> Vec<Member> {
     entries.flatten().filter_map(member).collect()
 }
 
-/// None for the container that the shim was started for: its own bundle says all.
+/// Returns the record's folder; `None` for the shim's first container, which has its own bundle.
 fn folder(shim_bundle: &Path, bundle: &Path) -> Option<PathBuf> {
     let id = bundle.file_name().filter(|_| shim_bundle != bundle)?;
     Some(shim_bundle.join(FOLDER).join(id))

@@ -1,13 +1,13 @@
-//! Table of the containers that a shim serves.
+//! Table of a shim's containers.
 //!
 //! ```text
 //!   register ──► Creating ── ready ──► Ready ── the container is deleted ──► (no entry)
 //!                   └── creation fails, or panics ───────────────────────────────▲
 //! ```
 //!
-//! A request finds its container here. No request removes an entry: its [`Registration`] does, which belongs to the
-//! creation first and to the container's actor then. Thus an entry goes with its container, also when the client that
-//! asked for the deletion has gone away meanwhile.
+//! A request finds its container here. An entry ends with its [`Registration`], owned by the
+//! creation first and by the container's actor then. Thus an entry goes with its container, even
+//! after the disconnect of the client behind the deletion.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -26,7 +26,7 @@ pub(crate) struct Table {
 #[derive(Default)]
 struct State {
     entries: HashMap<String, Entry>,
-    /// Requests under way that remove a container.
+    /// Running requests to remove a container.
     removals: usize,
 }
 
@@ -43,7 +43,7 @@ impl State {
 }
 
 impl Table {
-    /// Takes an id for a container that is about to be made.
+    /// Reserves an id for a container to be made.
     pub(crate) fn register(&self, id: &str) -> Result<Registration, TaskError> {
         let is_new = self.state.send_if_modified(|state| {
             let is_new = !state.entries.contains_key(id);
@@ -59,10 +59,11 @@ impl Table {
         }
     }
 
-    /// Returns a container, once it is made.
+    /// Returns a container, once made.
     ///
-    /// containerd asks for a container whose creation has taken too long, and for all after its own restart. It takes
-    /// "not found" for "nothing is there", and forgets what appears later.
+    /// containerd asks for a container after too long a creation, and for all after its own
+    /// restart. To containerd, "not found" means "nothing is there"; anything made later is
+    /// forgotten.
     pub(crate) async fn get(&self, id: &str) -> Result<Container, TaskError> {
         let mut state = self.state.subscribe();
         let settled = state.wait_for(|state| !matches!(state.entries.get(id), Some(Entry::Creating))).await;
@@ -75,7 +76,7 @@ impl Table {
         }
     }
 
-    /// Lets requests find a container that was registered.
+    /// Makes a registered container visible to requests.
     pub(crate) fn ready(&self, container: &Container) {
         self.state.send_modify(|state| {
             // Gone if its actor has ended already.
@@ -85,24 +86,24 @@ impl Table {
         });
     }
 
-    /// Announces a request that removes a container.
+    /// Announces a request to remove a container.
     pub(crate) fn removal(&self) -> Removal {
         self.state.send_modify(|state| state.removals += 1);
         Removal { state: Arc::clone(&self.state) }
     }
 
-    /// Returns true if nothing is being made or removed.
+    /// Returns true if no creation or removal is under way.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.state.borrow().is_at_rest()
     }
 
-    /// Waits until nothing is being made or removed; returns whether no container is left then.
+    /// Waits until no creation or removal is under way; returns whether the table is empty then.
     pub(crate) async fn is_empty_at_rest(&self) -> bool {
         self.state.subscribe().wait_for(State::is_at_rest).await.is_ok_and(|state| state.entries.is_empty())
     }
 }
 
-/// The right to an id, and its entry in the table. The entry goes with it.
+/// The right to an id, and its entry in the table. Dropped, the entry is removed.
 pub(crate) struct Registration {
     state: Weak<watch::Sender<State>>,
     id: String,
@@ -116,7 +117,7 @@ impl Drop for Registration {
     }
 }
 
-/// While it lives, a container may still go.
+/// Running request to remove a container, counted while this value lives.
 pub(crate) struct Removal {
     state: Arc<watch::Sender<State>>,
 }

@@ -28,7 +28,7 @@ use crate::stdio::Stdio;
 use crate::sys;
 use crate::table::Table;
 
-/// The service: finds the container of a request, whose actor does the rest.
+/// The Task service: finds the container of a request and forwards it to the actor.
 pub(crate) struct TaskService {
     context: Context,
     exit: Arc<ExitSignal>,
@@ -36,12 +36,12 @@ pub(crate) struct TaskService {
     started: Arc<Notify>,
 }
 
-/// Time after which a shim without containers takes it that nobody will tell it to end.
+/// Time after which a shim without containers assumes that nobody will send Shutdown.
 const FORGOTTEN: Duration = Duration::from_secs(2);
 /// Time after the last start at which the shim counts as idle.
 const IDLE: Duration = Duration::from_secs(1);
 
-/// Keeps the shim small while it only waits: after each start, once no other follows, its code leaves memory.
+/// Keeps an idle shim small: some time after the last start, its code leaves memory.
 async fn shrink_when_idle(started: Arc<Notify>) {
     loop {
         started.notified().await;
@@ -64,21 +64,22 @@ impl TaskService {
     }
 }
 
-/// Ends the shim once it serves no container.
+/// Ends the shim if no container is left.
 async fn end_if_empty(table: Table, exit: Arc<ExitSignal>) {
     if table.is_empty_at_rest().await {
         exit.signal();
     }
 }
 
-/// Ends a shim that serves no container and is not told to end. containerd sends Shutdown at once after the last Delete,
-/// unless it was restarted, or its client went away, in between; then nobody knows of the shim any more.
+/// Ends a shim without containers and without a Shutdown. containerd sends Shutdown at once after
+/// the last Delete, unless a restart of containerd or a disconnect came in between; then nobody
+/// knows of the shim.
 async fn end_if_forgotten(table: Table, exit: Arc<ExitSignal>) {
     tokio::time::sleep(FORGOTTEN).await;
     end_if_empty(table, exit).await;
 }
 
-/// A time as the protocol has it.
+/// Converts a time to the protocol's form.
 pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
     let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp {
@@ -88,7 +89,7 @@ pub(crate) fn timestamp(at: SystemTime) -> Timestamp {
     }
 }
 
-/// Decodes the JSON that containerd wraps into an `Any`.
+/// Decodes containerd's JSON inside an `Any`.
 fn json<T>(
     container: &str,
     field: &'static str,
@@ -96,7 +97,7 @@ fn json<T>(
     decode: impl FnOnce(&[u8]) -> serde_json::Result<T>,
 ) -> Result<T, TaskError> {
     let bad = |message: String| TaskError::BadRequest { container: container.to_owned(), field, message };
-    let any = any.ok_or_else(|| bad("there is none".into()))?;
+    let any = any.ok_or_else(|| bad("the field is missing".into()))?;
     decode(&any.value).map_err(|error| bad(error.to_string()))
 }
 
@@ -136,20 +137,20 @@ impl Task for TaskService {
         let (context, table, id) = (self.context.clone(), self.table.clone(), request.id.clone());
         let exit = Arc::clone(&self.exit);
         let (answer, created) = oneshot::channel();
-        // A task of its own, because ttrpc drops the handler of a request whose client has gone away, or whose deadline
-        // has passed: half a container must not be left. A whole one that nobody knows of is removed.
+        // A separate task, because ttrpc drops a request's handler at a disconnect or after the
+        // deadline: half a container must not be left. A whole one without a client is removed.
         tokio::spawn(async move {
             let id = request.id.clone();
             let made = create(&context, request, registration).await;
             match &made {
                 Ok(container) => table.ready(container),
-                Err(error) => tracing::error!(container = id, "it cannot be created: {}", phase::chain(error)),
+                Err(error) => tracing::error!(container = id, "cannot create the container: {}", phase::chain(error)),
             }
             let Err(unheard) = answer.send(made) else { return };
             if let Ok(container) = unheard {
-                tracing::warn!(container = id, "it is removed: the client that asked for it has gone");
+                tracing::warn!(container = id, "removing the container: the client of its creation is gone");
                 if let Err(error) = container.operate(Operation::Delete, |actor| actor.delete_init()).await {
-                    tracing::error!(container = id, "it is left: {}", phase::chain(&error));
+                    tracing::error!(container = id, "the container is left behind: {}", phase::chain(&error));
                 }
             }
             end_if_forgotten(table, exit).await;
@@ -178,7 +179,8 @@ impl Task for TaskService {
         let (id, table, exit) = (request.id.clone(), self.table.clone(), Arc::clone(&self.exit));
         let removal = request.exec_id.is_empty().then(|| table.removal());
         let (answer, deleted) = oneshot::channel();
-        // A task of its own: containerd does not ask again for what it asked for while the container was being made.
+        // A separate task: containerd does not repeat a Delete sent during the container's
+        // creation.
         tokio::spawn(async move {
             let deletion = async {
                 let container = table.get(&request.id).await?;
@@ -240,7 +242,7 @@ impl Task for TaskService {
         let annotations = container.ask(|actor| Ok(actor.annotations())).await?;
         let options = CheckpointOptions::of(&request, &annotations).map_err(TaskError::from)?;
         let stop = Stop::default();
-        // ttrpc drops this future when the client hangs up, or its deadline has passed.
+        // ttrpc drops this future at a disconnect, or after the deadline.
         let _client = stop.on_drop("the client is gone");
         container.operate(Operation::Checkpoint, move |actor| actor.checkpoint(options, stop)).await?;
         self.started.notify_one();
@@ -263,7 +265,7 @@ impl Task for TaskService {
         spec.set_terminal(Some(request.terminal));
         let stdio = Stdio::new(request.stdin, request.stdout, request.stderr, request.terminal);
         let ProcessRef::Exec(exec) = ProcessRef::of(&request.exec_id) else {
-            let (container, message) = (request.id, "it is empty".into());
+            let (container, message) = (request.id, "the id is empty".into());
             return Err(TaskError::BadRequest { container, field: "exec id", message }.into());
         };
         container.ask(move |actor| actor.add_exec(exec, spec, stdio)).await?;
@@ -299,7 +301,7 @@ impl Task for TaskService {
         let process = ProcessRef::of(&request.exec_id);
         let mut exit = container.ask(move |actor| actor.exit_of(&process)).await?;
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
-        // The process was deleted before it was ever started.
+        // The process was deleted before a start.
         let gone = || TaskError::NoProcess { container: request.id, exec: request.exec_id };
         let exit = ended.ok_or_else(gone)?;
         Ok(WaitResponse {
@@ -321,8 +323,9 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _ctx: &TtrpcContext, _request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // containerd sends it after every container of a pod; only the last one ends the shim. It also sends it when it
-        // gives a container up that is still being made or deleted, and never again.
+        // containerd sends Shutdown after every container of a pod; only the last one ends the
+        // shim. containerd also sends it once, and never again, on giving up a container in
+        // creation or deletion.
         let ended = tokio::spawn(end_if_empty(self.table.clone(), Arc::clone(&self.exit)));
         if self.table.is_at_rest() {
             // A bug of ours is logged by the runtime.

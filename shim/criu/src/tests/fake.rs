@@ -1,4 +1,4 @@
-//! A test that plays criu in a process of its own.
+//! A test that plays criu in a separate process.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -11,15 +11,15 @@ use rust_criu::rust_criu_protobuf::rpc::{
 };
 use rustix::net::{RecvFlags, SendFlags};
 
-/// Which part it plays.
+/// Environment variable with the part to play.
 const PART: &str = "FAKE_CRIU_PART";
 
-/// A program at `folder` that plays `part` when it is run as criu.
+/// Makes a program at `folder` that plays `part` when run as criu.
 pub(super) fn criu(folder: &Path, part: &str) -> PathBuf {
     let path = folder.join("criu");
     let test = std::env::current_exe().unwrap();
     let run = format!("{PART}={part} exec '{}' --ignored --exact tests::fake::plays_criu", test.display());
-    // The arguments, which the test's own argument parser would not understand, are kept for the part.
+    // The arguments, meaningless to the test's own parser, are kept for the part.
     let mut script = std::fs::File::create(&path).unwrap();
     write!(script, "#!/bin/sh\nFAKE_CRIU_ARGS=\"$*\" {run}\n").unwrap();
     script.set_permissions(std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -29,7 +29,7 @@ pub(super) fn criu(folder: &Path, part: &str) -> PathBuf {
 struct Peer(OwnedFd);
 
 impl Peer {
-    /// None when the other end is closed.
+    /// Receives a request, or `None` after the peer's close.
     fn receive(&self) -> Option<Criu_req> {
         let mut bytes = vec![0; 1 << 20];
         let (length, _) = rustix::net::recv(&self.0, &mut bytes, RecvFlags::empty()).unwrap();
@@ -41,11 +41,11 @@ impl Peer {
     }
 
     fn send_bytes(&self, bytes: &[u8]) {
-        // It may have gone.
+        // The peer may have gone.
         let _ = rustix::net::send(&self.0, bytes, SendFlags::NOSIGNAL);
     }
 
-    /// What the client answers, or false if it has gone.
+    /// Returns the client's answer, or false for a closed client.
     fn notify(&self, script: &str, pid: Option<i32>) -> bool {
         let mut notify = Criu_notify::new();
         notify.set_script(script.to_owned());
@@ -129,7 +129,7 @@ fn play(part: &str, kind: Criu_req_type, request: &Criu_req, peer: &Peer) {
             write("core-1.img", "half");
             assert!(peer.notify("pre-dump", None));
             if !peer.notify("post-dump", None) {
-                // As CRIU does: what was begun is undone, and only then the answer given.
+                // As CRIU does: undo first, answer then.
                 assert!(!peer.notify("network-unlock", None));
                 peer.send(&response(kind, false));
             }

@@ -6,7 +6,7 @@ use crate::log;
 use crate::options::{CgroupRoot, CgroupRoots, External, Namespace};
 use crate::version::Version;
 
-/// The smallest directory that passes for an image: a tree whose root was process 7.
+/// Writes the smallest directory that passes for an image: a tree with process 7 as the root.
 pub(super) fn write_image(folder: &Path) {
     file(&folder.join("inventory.img"), &[0x5831_3116], &[&[0x08, 2, 0x50, 1, 0x62, 4, 0x62, 2, b'x', b'y']]);
     file(&folder.join("pstree.img"), &[0x5456_4319, 0x5027_3030], &[&[0x08, 7, 0x10, 0]]);

@@ -1,4 +1,5 @@
-//! The client against a criu that does what no real one should: this program again (`fake`).
+//! Tests of the client against a misbehaving criu, unlike any real one: this program again
+//! (`fake`).
 
 mod fake;
 mod formats;

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use super::{fake, formats};
 use crate::*;
 
-/// The children of one process are everybody's: one test at a time.
+/// Lock for one test at a time: all tests share one process's children.
 static ONE: Mutex<()> = Mutex::new(());
 
 struct Bed {
@@ -57,7 +57,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     format!("{error}{}", source.unwrap_or_default())
 }
 
-/// Writes down what it is called for, and fails or waits at one stage.
+/// Recorder of calls, with a failure or a wait at one stage.
 #[derive(Default)]
 struct Recorder {
     seen: Vec<&'static str>,
@@ -136,7 +136,7 @@ fn the_request_says_what_was_asked_for_and_nothing_else() {
 fn criu_gets_its_socket_and_no_other_descriptor_environment_or_plugin() {
     with("orderly", async |bed| {
         let flags = rustix::fs::OFlags::RDONLY;
-        // One that is not closed when a program is executed.
+        // A descriptor that stays open across an exec.
         let leaky = rustix::fs::open("/etc/passwd", flags, rustix::fs::Mode::empty()).unwrap();
         bed.dump(&mut ()).await.unwrap();
         drop(leaky);
@@ -197,7 +197,7 @@ fn a_criu_that_does_not_hear_of_the_cancellation_is_killed() {
     });
 }
 
-/// Whether this process has any child.
+/// Returns whether this process has any child.
 fn criu_runs() -> bool {
     !proc::children(proc::HostPid::own()).is_empty()
 }

@@ -1,4 +1,4 @@
-//! Failures that people meet, and the line that they read.
+//! Common failures, and the lines for users.
 
 use criu::{Criu, Options};
 use rustix::process::Signal;
@@ -100,7 +100,7 @@ async fn a_pid_that_is_in_use_is_named(world: World) {
     let error = world.criu.restore(world.restore_request(), &mut ()).await.unwrap_err();
     let line = chain(&error);
     assert!(line.contains(&format!("pid {}, which the dumped process had, is in use", target.child.pid())), "{line}");
-    // The process that has the pid is not touched.
+    // The process with the pid is not touched.
     target.runs().await;
     target.kill().await;
 }
@@ -123,7 +123,8 @@ async fn damaged_images_are_refused_and_nothing_is_left(world: World) {
             std::fs::write(&path, damaged).unwrap();
             match world.criu.restore(world.restore_request(), &mut ()).await {
                 Err(_) => refused += 1,
-                // Some damage is none to CRIU, such as in a file of statistics or in memory.
+                // Some damage does not matter to CRIU, such as in a file of statistics or in
+                // memory.
                 Ok(restored) => {
                     let _ = restored.root.signal(Signal::KILL);
                     restored.root.wait().await;
@@ -137,7 +138,7 @@ async fn damaged_images_are_refused_and_nothing_is_left(world: World) {
     world.restored().await.kill().await;
 }
 
-/// Kills what a restored root with damaged memory has left as an orphan. False: it was there.
+/// Kills an orphan of a restored root with damaged memory. Returns false: the process was there.
 fn kill(pid: i32) -> bool {
     let _ = rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), Signal::KILL);
     false

@@ -1,4 +1,4 @@
-//! What happens when callbacks fail, criu dies, or nobody waits any more.
+//! Failing callbacks, a dying criu, and clients that disconnect.
 
 use async_trait::async_trait;
 use criu::{BoxError, CallError, DumpError, NetworkLock, NotifyRestore, OnKilled, RestoreError, RestoreRequest, Stage};
@@ -64,7 +64,7 @@ async fn sabotaged_dump(world: World, stage: Stage, does: Does) {
         () = hangs.notified() => {}
     }
     if stands {
-        // Its callback had succeeded: then the images are kept, whatever became of the tree.
+        // The callback had succeeded: then the images are kept, whatever became of the tree.
         assert!(names(&world.path("images")).contains(&"inventory.img".to_owned()));
         until("criu to end", || criu_pids().is_empty()).await;
     } else {
@@ -72,7 +72,7 @@ async fn sabotaged_dump(world: World, stage: Stage, does: Does) {
     }
     target.runs().await;
     if !stands {
-        // It can be dumped after all that.
+        // A dump works after all that.
         world.criu.dump(world.dump_request(&target), &mut ()).await.unwrap();
         target.child.wait().await;
         world.restored().await.kill().await;
@@ -122,7 +122,7 @@ async fn sabotaged_restore(world: World, stage: Stage, does: Does, namespace: bo
     target.kill().await;
 }
 
-/// A restore whose tree is frozen in pre-resume, before the sabotage.
+/// A restore with a tree frozen in pre-resume, before the sabotage.
 struct Frozen {
     cgroup: Cgroup,
     saboteur: Saboteur,
@@ -187,7 +187,7 @@ async fn a_tree_survives_criu_killed_while_it_reads_memory(world: World) {
     target.kill().await;
 }
 
-/// A freezer cgroup that goes away with this.
+/// A freezer cgroup, removed on drop.
 struct Cgroup(std::path::PathBuf);
 
 impl Cgroup {
@@ -206,7 +206,7 @@ impl Cgroup {
         Self(path)
     }
 
-    /// Moves a process and its children here.
+    /// Moves a process and all children here.
     fn take(&self, pid: i32) {
         for pid in [vec![pid], children_of(pid)].concat() {
             std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();

@@ -1,4 +1,4 @@
-//! What works.
+//! Successful operations.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -52,14 +52,14 @@ async fn a_tree_with_threads_pipes_and_children_goes_on(world: World) {
     target.kill().await;
 }
 
-/// A tree with a pid namespace, and the process that waits for it.
+/// Starts a tree with a pid namespace, and the process that waits for the tree.
 pub(crate) async fn with_pid_namespace(world: &World) -> (Target, Target) {
     let mut command = world.command(&["unshare", "--pid", "--fork", "setsid"], &["child"]);
     // The namespace has no /proc of its own: CRIU mounts one below the working directory.
     command.current_dir(world.folder("cwd"));
     let outer = world.started(&mut command).await;
     let inner = children_of(outer.child.pid())[0];
-    // Watched as if it were a child, which it will be when it is restored: for its pid and its signals.
+    // Watched like a child, for its pid and its signals; a restore makes it one.
     let child = world.reaper.adoption().adopt(inner).unwrap();
     (outer, Target::of(child, world))
 }
@@ -148,7 +148,7 @@ async fn a_restored_tree_writes_to_the_pipe_that_it_is_given(world: World) {
     let last: u64 = before.lines().last().unwrap().parse().unwrap();
     assert_eq!(first.trim().parse::<u64>().unwrap(), last + 1);
     target.kill().await;
-    // Nothing else holds the pipe: not this process, not what criu left.
+    // The pipe is held neither by this process nor by leftovers of CRIU.
     reader.read_to_string(&mut first).unwrap();
 }
 
@@ -179,7 +179,7 @@ async fn a_restored_terminal_comes_with_its_master(world: World) {
     let mut line = String::new();
     BufReader::new(master.try_clone().unwrap()).read_line(&mut line).unwrap();
     line.trim().parse::<u64>().unwrap();
-    // It is the controlling terminal, as before: ^C ends the target.
+    // The controlling terminal, as before: ^C ends the target.
     master.write_all(b"\x03").unwrap();
     let drain = std::thread::spawn(move || std::io::copy(&mut master, &mut std::io::sink()));
     assert_ne!(target.child.wait().await.code, 0);

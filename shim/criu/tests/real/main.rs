@@ -1,10 +1,10 @@
 //! The crate against the real CRIU, on real process trees.
 //!
-//! Needs root, criu and util-linux, and a root file system in which CRIU works: the test bed has all that. It
-//! is run with `RUN_IN_BED` of the root Makefile, as the runtime's contract suite is. The sentences run one after the
-//! other, because children are the process's.
+//! Needs root, criu and util-linux, and a root filesystem in which CRIU works: the test bed has all
+//! of these. Run with `RUN_IN_BED` of the root Makefile, like the runtime's contract suite. The
+//! sentences run one after the other, because children belong to the process.
 
-// This crate is nothing but tests, which clippy only sees in functions marked as such.
+// This crate is nothing but tests, recognized by clippy only in functions marked as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod causes;

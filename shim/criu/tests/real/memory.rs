@@ -1,4 +1,4 @@
-//! Images without memory, which is filled after the restore.
+//! Images without memory, filled after the restore.
 
 use std::fs::File;
 use std::ops::Range;
@@ -13,13 +13,13 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use crate::sys;
 use crate::world::{Sentence, Target, World, children, sentence, until};
 
-/// Small enough that the target's larger parts are runs, and its smaller ones are not.
+/// Least size of a run: between the target's larger parts and smaller ones.
 const LEAST: u64 = 256 << 10;
 
 pub(crate) fn sentences() -> Vec<Sentence> {
     vec![
         sentence!(a_family_gets_its_memory_back_when_all_of_it_is_filled),
-        sentence!(a_family_shares_what_it_shared_when_that_is_left_to_criu),
+        sentence!(a_family_keeps_its_shared_pages_if_they_are_left_to_criu),
         sentence!(images_without_their_memory_are_refused_by_criu_alone),
         sentence!(memory_that_is_not_filled_is_empty),
         sentence!(rewritten_images_are_restored_twice_and_again_from_a_new_dump),
@@ -28,10 +28,10 @@ pub(crate) fn sentences() -> Vec<Sentence> {
     ]
 }
 
-/// Memory that was taken out, and where it goes.
+/// Memory taken out, with addresses.
 type Taken = Vec<(i32, u64, Vec<u8>)>;
 
-/// Writes it back when all processes are about to run.
+/// Writes the memory back when all processes are about to run.
 struct Fill(Taken);
 
 #[async_trait]
@@ -76,7 +76,7 @@ async fn family_runs(world: &World) {
     }
 }
 
-/// A family that is dumped and gone.
+/// Dumps a family and waits for the end.
 async fn dumped_family(world: &World, things: &[&str]) {
     let target = world.target(things).await;
     family_runs(world).await;
@@ -88,13 +88,13 @@ async fn dumped_family(world: &World, things: &[&str]) {
     until("the family to end", || children().is_empty()).await;
 }
 
-/// Where the thread's part of its stack is, and an end of line.
+/// Returns the place of the thread's part of its stack, and an end of line.
 fn deep(world: &World) -> String {
     let text = std::fs::read_to_string(world.path("count.deep")).unwrap_or_default();
     if text.ends_with('\n') { text } else { String::new() }
 }
 
-/// Restores a family and waits until all have verified their memory.
+/// Returns a request for a restore with missing memory.
 fn cut(world: &World) -> RestoreRequest {
     RestoreRequest { cut: true, ..world.restore_request() }
 }
@@ -107,7 +107,7 @@ async fn restored_family(world: &World, taken: Taken) -> Target {
     target
 }
 
-/// Takes the runs out, and returns what they hold.
+/// Takes the runs out, and returns the contents.
 fn take(images: &Path, runs: &[Run]) -> Taken {
     let taken = runs.iter().map(read).collect();
     let (before, length) = (pages_in(images), runs.iter().map(|run| run.length).sum::<u64>());
@@ -118,7 +118,7 @@ fn take(images: &Path, runs: &[Run]) -> Taken {
 }
 
 async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
-    // The thread last: nothing may be forked once there is one.
+    // The thread last: nothing may be forked after a thread exists.
     dumped_family(&world, &["family", "deep"]).await;
     let images = world.path("images");
     let runs = images::runs(&images, LEAST, Inherited::Take).unwrap();
@@ -131,7 +131,7 @@ async fn a_family_gets_its_memory_back_when_all_of_it_is_filled(world: World) {
     restored_family(&world, taken).await.kill().await;
 }
 
-async fn a_family_shares_what_it_shared_when_that_is_left_to_criu(world: World) {
+async fn a_family_keeps_its_shared_pages_if_they_are_left_to_criu(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
     let runs = images::runs(&images, LEAST, Inherited::Leave).unwrap();
@@ -147,7 +147,7 @@ async fn a_family_shares_what_it_shared_when_that_is_left_to_criu(world: World) 
     target.kill().await;
 }
 
-/// Memory that a process shares with others and that is no file's, in KiB.
+/// Returns memory shared by a process with others, except files, in KiB.
 fn shared(pid: i32) -> u64 {
     let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
     let line = rollup.lines().find_map(|line| line.strip_prefix("Shared_Dirty:")).unwrap();
@@ -206,7 +206,7 @@ async fn images_that_nothing_is_taken_out_of_are_restored_as_before(world: World
 }
 
 async fn staging_memory_becomes_anonymous_again(world: World) {
-    // The file is in a mount that nobody sees any more, as the store's are outside of a container.
+    // The file is in a mount that nobody sees any more, like the store's outside of a container.
     let packs = world.folder("count.packs");
     rustix::mount::mount("tmpfs", &packs, "tmpfs", MountFlags::empty(), None).unwrap();
     let target = world.target(&["staging"]).await;

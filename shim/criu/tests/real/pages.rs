@@ -1,4 +1,4 @@
-//! The target's memory whose every page is known, so that it can tell whether it is still right.
+//! The target's memory: the contents of every page are known, for verification by the target.
 
 use std::fs::File;
 use std::io::Write;
@@ -11,7 +11,7 @@ use crate::target::{open, write_count};
 const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// Memory, and what is in each page: a number that all its words are made of, 0 for an empty one.
+/// Memory with expected contents: a number per page, repeated in all words, 0 for an empty page.
 pub(crate) struct Pages {
     memory: Memory,
     expected: Vec<u64>,
@@ -22,7 +22,7 @@ impl Pages {
         Self { memory: Memory::new(length), expected: vec![0; length / PAGE] }
     }
 
-    /// Writes to a part, which no other process's `salt` makes the same.
+    /// Writes to a part, with contents unique to the `salt`.
     fn write(&mut self, offset: usize, length: usize, salt: u64) {
         let pages = offset / PAGE..(offset + length) / PAGE;
         for page in pages {
@@ -37,15 +37,15 @@ impl Pages {
         self.expected[offset / PAGE..(offset + length) / PAGE].fill(0);
     }
 
-    /// Panics, which ends the process, if a page is not as it was.
+    /// Panics on a wrong page, which ends the process.
     pub(crate) fn verify(&mut self) {
         for (page, (words, expected)) in self.memory.words().chunks_exact(PAGE / 8).zip(&self.expected).enumerate() {
             assert_eq!(words, [*expected; PAGE / 8], "page {page}");
         }
     }
 
-    /// Verifies as long as the parent runs, and counts.
-    // A forked child has nothing to clean up that is not its parent's.
+    /// Verifies while the parent runs, and counts.
+    // A forked child must not clean up its parent's things.
     #[allow(clippy::disallowed_methods)]
     fn watch(&mut self, count: &File) -> ! {
         let parent = parent_id();
@@ -62,7 +62,8 @@ fn value(page: usize, salt: u64) -> u64 {
     u64::try_from(page + 1).unwrap().wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt
 }
 
-/// A process, its child and the child's child share 64 MiB, and each has written to parts of it, and emptied others.
+/// Makes a family: a process, its child and the child's child share 64 MiB. Each has written to
+/// parts, and emptied others.
 pub(crate) fn family(named: &dyn Fn(&str) -> String) -> Pages {
     let mut pages = Pages::new(64 * MIB);
     pages.write(0, 64 * MIB, 0);
@@ -71,9 +72,9 @@ pub(crate) fn family(named: &dyn Fn(&str) -> String) -> Pages {
         // A large part, and the first page.
         pages.write(8 * MIB, 8 * MIB, 1);
         pages.write(0, PAGE, 1);
-        // Not in the child, but in the parent.
+        // Emptied in the child, kept in the parent.
         pages.forget(16 * MIB, 4 * MIB);
-        // Little of it in the child, all of it in the parent.
+        // A small part in the child, the whole in the parent.
         pages.forget(24 * MIB, 4 * MIB);
         pages.write(25 * MIB, 32 * PAGE, 1);
         if fork() {
@@ -84,16 +85,16 @@ pub(crate) fn family(named: &dyn Fn(&str) -> String) -> Pages {
         pages.write(50 * MIB, 2 * MIB, 3);
         pages.watch(&child);
     }
-    // Not in the parent, but in the child.
+    // Emptied in the parent, kept in the child.
     pages.forget(32 * MIB, 4 * MIB);
-    // Little of it in the parent, all of it in the child.
+    // A small part in the parent, the whole in the child.
     pages.forget(40 * MIB, 4 * MIB);
     pages.write(41 * MIB, 32 * PAGE, 4);
     pages.write(56 * MIB, 4 * MIB, 4);
     pages
 }
 
-/// A thread with much on its stack, which the process does not outlive.
+/// Starts a thread with much on its stack. The end of the process ends the thread.
 pub(crate) fn deep_thread(named: &dyn Fn(&str) -> String) {
     let place = named("deep");
     let deep = move || {
@@ -109,7 +110,7 @@ pub(crate) fn deep_thread(named: &dyn Fn(&str) -> String) {
     std::thread::Builder::new().stack_size(16 * MIB).spawn(deep).unwrap();
 }
 
-/// 16 MiB, of which 12 are a file's and 4 empty, with a few pages that were written to since.
+/// Makes 16 MiB, of which 12 are a file's and 4 empty, with a few pages written since.
 pub(crate) fn staging(named: &dyn Fn(&str) -> String) -> Pages {
     let mut pages = Pages::new(16 * MIB);
     pages.write(0, 8 * MIB, 5);

@@ -1,4 +1,4 @@
-//! Things that processes have and Rust's libraries do not offer.
+//! Things of processes beyond Rust's libraries.
 
 use std::fs::File;
 use std::io;
@@ -6,11 +6,12 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// A ring for asynchronous operations.
+/// Makes a ring for asynchronous operations.
 pub(crate) fn io_uring() -> io::Result<OwnedFd> {
     // `struct io_uring_params`: 120 bytes that may be zero.
     let mut parameters = [0_u64; 15];
-    // SAFETY: the kernel reads and writes 120 bytes at the address, which are there and are nobody else's.
+    // SAFETY: the kernel reads and writes 120 bytes at the address; they exist and belong to this
+    // call alone.
     let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 8, parameters.as_mut_ptr()) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
@@ -20,7 +21,7 @@ pub(crate) fn io_uring() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Starts a child that is stopped by the parent's tracing it.
+/// Starts a child stopped by tracing.
 pub(crate) fn traced_child() {
     let mut command = Command::new("/bin/true");
     let ask = || {
@@ -30,21 +31,21 @@ pub(crate) fn traced_child() {
     };
     // SAFETY: the closure runs in the forked child, makes one system call, and allocates and locks nothing.
     unsafe { command.pre_exec(ask) };
-    // It stops when it executes its program. It is not waited for: the target is killed with it.
+    // The child stops at its exec. Nobody waits for it: the target's kill takes it along.
     let _ = command.spawn();
 }
 
-/// Whole pages of this process, for ever.
+/// Whole pages of this process, never unmapped.
 pub(crate) struct Memory {
     address: *mut libc::c_void,
     length: usize,
 }
 
 impl Memory {
-    /// Private and anonymous.
+    /// Maps private anonymous memory.
     pub(crate) fn new(length: usize) -> Self {
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: the kernel chooses the address, so that nothing that is there is replaced.
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let address = unsafe { libc::mmap(std::ptr::null_mut(), length, protection, flags, -1, 0) };
         assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
         Self { address, length }
@@ -55,12 +56,12 @@ impl Memory {
     }
 
     pub(crate) fn words(&mut self) -> &mut [u64] {
-        // SAFETY: the pages are there, readable and writable, as long as this process, aligned, and any bytes are words.
-        // This is the only way to them, and borrows them mutably.
+        // SAFETY: the pages exist, readable and writable, as long as this process, aligned, and any
+        // bytes are words. This is the only way to them, and borrows them mutably.
         unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.length / 8) }
     }
 
-    /// Lets a part be empty again.
+    /// Empties a part again.
     pub(crate) fn forget(&mut self, offset: usize, length: usize) {
         assert!(offset + length <= self.length);
         // SAFETY: the part is within these pages, and nothing borrows them.
@@ -74,16 +75,17 @@ impl Memory {
         let (fd, from) = file.map_or((-1, 0), |(file, from)| (file.as_raw_fd(), from));
         let kind = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | kind);
-        // SAFETY: what is replaced is a part of these pages, which nothing borrows, by pages as accessible.
+        // SAFETY: the replaced part is within these pages, not borrowed, and the new pages are as
+        // accessible.
         let address =
             unsafe { libc::mmap(self.address.wrapping_byte_add(offset), length, protection, flags, fd, from) };
         assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
     }
 }
 
-/// Forks. True in the child.
+/// Forks. Returns true in the child.
 pub(crate) fn fork() -> bool {
-    // SAFETY: this process has one thread, so that the child finds everything in order.
+    // SAFETY: this process has one thread, so the child finds everything in order.
     let pid = unsafe { libc::fork() };
     assert!(pid >= 0, "{}", io::Error::last_os_error());
     pid == 0

@@ -1,5 +1,5 @@
-//! The process that is dumped: this program again, as `target FILE [THING]...`. It counts in the file, and holds what
-//! it is told to.
+//! The process to be dumped: this program again, as `target FILE [THING]...`. The target counts in
+//! the file, and holds each named thing.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -15,18 +15,18 @@ use crate::sys;
 
 /// Argument that makes this program a target.
 pub(crate) const TARGET: &str = "target";
-/// Exit code of a target that cannot have the thing here.
+/// Exit code of a target unable to get the thing here.
 pub(crate) const CANNOT: u32 = 77;
 /// Size of the thing `memory`, in bytes.
 pub(crate) const MEMORY: usize = 512 << 20;
 
-/// Where the thing `unix` connects to.
+/// Environment variable with the address of the thing `unix`.
 pub(crate) const UNIX_SOCKET: &str = "UNIX_SOCKET";
 
 #[derive(Default)]
 struct Held {
     child: Option<Child>,
-    /// Two ends of one connection.
+    /// Both ends of one connection.
     talk: Option<(TcpStream, TcpStream)>,
     echo: bool,
     memory: Vec<u8>,
@@ -34,7 +34,7 @@ struct Held {
     files: Vec<OwnedFd>,
 }
 
-/// Counts until it is killed. Returns an exit code if it cannot.
+/// Counts until killed. Returns an exit code if that fails.
 pub(crate) fn main(arguments: &[String]) -> u8 {
     let [file, things @ ..] = arguments else { return 1 };
     if file == "echo-child" {
@@ -68,7 +68,7 @@ pub(crate) fn main(arguments: &[String]) -> u8 {
     1
 }
 
-/// Always the same length: a restore compares the sizes of files.
+/// Writes the count, always in the same length: a restore compares the sizes of files.
 pub(crate) fn write_count(count: &File, number: u64) {
     count.write_at(format!("{number:019}\n").as_bytes(), 0).unwrap();
 }
@@ -85,7 +85,7 @@ fn hold(held: &mut Held, file: &str, thing: &str) -> bool {
                 std::thread::spawn(|| std::thread::sleep(Duration::MAX));
             }
         }
-        // It passes each byte on through two pipes.
+        // The child passes each byte on through two pipes.
         "child" => held.child = Some(spawn(&["echo-child"])),
         "echo" => held.echo = true,
         "family" => held.pages = Some(pages::family(&named)),
@@ -140,7 +140,7 @@ fn hold(held: &mut Held, file: &str, thing: &str) -> bool {
     true
 }
 
-/// Ends when its input does. Nobody waits for it: the target never ends by itself.
+/// Starts a child that ends with the input. Nobody waits for it: the target only ends by a kill.
 #[allow(clippy::zombie_processes)]
 fn spawn(arguments: &[&str]) -> Child {
     let mut command = Command::new(std::env::current_exe().unwrap());

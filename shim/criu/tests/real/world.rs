@@ -1,4 +1,4 @@
-//! What the sentences need: targets to dump, and callbacks that misbehave at a stage.
+//! Common means of the sentences: targets to dump, and callbacks that misbehave at a stage.
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -19,13 +19,13 @@ use crate::target::{TARGET, UNIX_SOCKET};
 
 type Running = Pin<Box<dyn Future<Output = ()>>>;
 
-/// A test with its name.
+/// A test and a name.
 pub(crate) struct Sentence {
     name: String,
     run: Box<dyn FnOnce(World) -> Running + Send>,
 }
 
-/// A sentence of the name of an async function.
+/// Makes a sentence, named like an async function.
 macro_rules! sentence {
     ($function:ident) => {
         $crate::world::Sentence::new(stringify!($function).replace('_', " "), |world| Box::pin($function(world)))
@@ -61,7 +61,7 @@ impl Sentence {
     }
 }
 
-/// Kills what a failed sentence has left, so that the next one does not fail for it.
+/// Kills the leftovers of a failed sentence: the next one must not fail for the same reason.
 struct Cleaner;
 
 impl Drop for Cleaner {
@@ -87,7 +87,7 @@ fn unfit() -> Option<String> {
         .map(|program| format!("needs {program}, as in the test bed"))
 }
 
-/// One test's surroundings.
+/// Surroundings of one test.
 pub(crate) struct World {
     pub(crate) reaper: Reaper,
     pub(crate) criu: Criu,
@@ -103,7 +103,7 @@ impl World {
         Self { criu: Criu::new(reaper.clone()), reaper, folder }
     }
 
-    /// An existing folder of this name.
+    /// Returns an existing folder of this name.
     pub(crate) fn folder(&self, name: &str) -> PathBuf {
         let path = self.folder.path().join(name);
         std::fs::create_dir_all(&path).unwrap();
@@ -114,7 +114,7 @@ impl World {
         self.folder.path().join(name)
     }
 
-    /// A session of its own that counts, and holds `things`.
+    /// Starts a target in a new session, with `things`.
     pub(crate) async fn target(&self, things: &[&str]) -> Target {
         let mut command = self.command(&["setsid"], things);
         self.started(&mut command).await
@@ -160,7 +160,7 @@ impl World {
         }
     }
 
-    /// A target that is dumped and gone, and what it had counted to.
+    /// Dumps and ends a target; returns its count.
     pub(crate) async fn dumped(&self, things: &[&str]) -> u64 {
         let target = self.target(things).await;
         self.criu.dump(self.dump_request(&target), &mut ()).await.unwrap();
@@ -173,7 +173,7 @@ impl World {
         Target::of(restored.root, self)
     }
 
-    /// No image file is left, and no criu runs.
+    /// Checks that no image file is left, and no criu runs.
     pub(crate) async fn is_clean(&self, images: &Path) {
         until("criu to end", || criu_pids().is_empty()).await;
         let left = || names(images).into_iter().filter(|name| name.ends_with(".img")).collect::<Vec<_>>();
@@ -196,7 +196,7 @@ impl Target {
         std::fs::read_to_string(&self.count).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     }
 
-    /// Returns when it has counted on.
+    /// Waits until the target has counted on.
     pub(crate) async fn runs(&self) {
         let before = self.count();
         until("the target to count", || {
@@ -211,14 +211,14 @@ impl Target {
         self.child.signal(Signal::KILL).unwrap();
         self.child.wait().await;
         for pid in family {
-            // It may have followed by itself.
+            // The process may have followed already.
             let _ = rustix::process::kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
         }
         until("the target's children to end", || children().is_empty()).await;
     }
 }
 
-/// Polls for something that another process brings about.
+/// Polls for an effect of another process.
 pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let polling = async {
         while !condition() {
@@ -241,7 +241,7 @@ pub(crate) fn children_of(pid: i32) -> Vec<i32> {
     children
 }
 
-/// Children of this process that run criu's program.
+/// Returns children of this process with criu's program.
 pub(crate) fn criu_pids() -> Vec<i32> {
     let runs_criu = |pid: &i32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("criu"));
     children().into_iter().filter(runs_criu).collect()
@@ -262,7 +262,7 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// What a callback does at its stage.
+/// Misbehaviour of a callback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Does {
     /// Fails.
@@ -273,11 +273,11 @@ pub(crate) enum Does {
     Hang,
 }
 
-/// Callbacks that write down what they are called for, and misbehave at one stage.
+/// Callbacks with a record of calls, and misbehaviour at one stage.
 pub(crate) struct Saboteur {
     at: Option<(Stage, Does)>,
     pub(crate) seen: Vec<Stage>,
-    /// Told when it hangs.
+    /// Notified at a hang.
     pub(crate) hangs: Arc<tokio::sync::Notify>,
     criu: Option<Child>,
     pub(crate) terminal: Option<OwnedFd>,

@@ -1,4 +1,4 @@
-//! Files of images, whole and damaged.
+//! Files of images, complete and damaged.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use crate::{ImageError, check_pages, dump_stats, inspect, root_pid};
 
-/// The smallest directory that passes for an image: a tree whose root was process 7.
+/// Writes the smallest directory that passes for an image: a tree with process 7 as the root.
 pub(crate) fn write_image(folder: &Path) {
     file(&folder.join("inventory.img"), &[0x5831_3116], &[&[0x08, 2, 0x50, 1, 0x62, 4, 0x62, 2, b'x', b'y']]);
     file(&folder.join("pstree.img"), &[0x5456_4319, 0x5027_3030], &[&[0x08, 7, 0x10, 0]]);
@@ -31,7 +31,7 @@ fn an_inventory_tells_version_plugins_and_closed_connections() {
 }
 
 #[test]
-fn what_is_no_image_is_told_in_one_line() {
+fn a_folder_without_an_image_is_reported_in_one_line() {
     let folder = TempDir::new().unwrap();
     let line = |folder: &Path| inspect(folder).unwrap_err().to_string();
     assert!(line(folder.path()).ends_with("holds no checkpoint: there is no inventory.img"));

@@ -1,6 +1,6 @@
 //! Memory in images, on images of a few pages.
 
-// An array of one range of pages is what is meant.
+// An array with one range of pages is intended.
 #![allow(clippy::single_range_in_vec_init)]
 
 use std::ops::Range;
@@ -24,7 +24,7 @@ const READ_WRITE: u64 = 3;
 /// MAP_PRIVATE | MAP_ANONYMOUS.
 const ANONYMOUS: u64 = 0x22;
 const FILE: u64 = 0x02;
-/// What CRIU calls regular, with private anonymous memory or a private file.
+/// CRIU's marks: regular, with private anonymous memory or a private file.
 const PLAIN: u64 = 0x201;
 const PRIVATE_FILE: u64 = 0x41;
 /// PE_PARENT, PE_LAZY, PE_PRESENT.
@@ -32,7 +32,7 @@ const IN_PARENT: u64 = 1;
 const LAZY: u64 = 2;
 const PRESENT: u64 = 4;
 
-/// A message of numbers, and of a field that nobody knows.
+/// Returns a message of numbers, and of an unknown field.
 fn numbers(numbers: &[(u32, u64)]) -> Vec<u8> {
     let mut message = vec![];
     for (number, value) in numbers {
@@ -53,7 +53,7 @@ fn mapping((pages, protection, flags, status): &Mapping) -> Vec<u8> {
 struct Images(TempDir);
 
 impl Images {
-    /// Of processes, their parents and threads.
+    /// Makes images of processes, with parents and threads.
     fn new(processes: &[(u64, u64, &[u64])]) -> Self {
         let images = Self(TempDir::new().unwrap());
         write_image(images.path());
@@ -76,7 +76,8 @@ impl Images {
         file(&self.path().join(name), magic, &entries.iter().map(Vec::as_slice).collect::<Vec<_>>());
     }
 
-    /// A process's mappings, and its entries of pages with their flags. Each page holds its address's low byte of pages.
+    /// Adds a process's mappings, and its entries of pages with flags. Each page holds the low byte
+    /// of its page number.
     fn process(&self, pid: u64, mappings: &[Mapping], entries: &[(Range<u64>, u64)]) {
         let mut mm = numbers(&[(1, 5), (12, 6)]);
         for found in mappings {
@@ -103,7 +104,7 @@ impl Images {
         rewrite(self.path(), &[Changes { pid: 1, without, staging }]).map_err(|error| error.to_string())
     }
 
-    /// A message's repeated field.
+    /// Returns the contents of a message's repeated field.
     fn entries(&self, name: &str, magic: &[u32], number: u32) -> Vec<Vec<u8>> {
         let path = self.path().join(name);
         let mut found = vec![];
@@ -141,7 +142,8 @@ fn runs_are_found_across_entries_and_cut_at_mappings_and_rseq_areas() {
     core(&images, 2, Some((24 * PAGE - 16, 32)));
     core(&images, 3, None);
     let mappings = [(0..8, READ_WRITE, ANONYMOUS, PLAIN), (8..40, READ_WRITE, ANONYMOUS, PLAIN | 1 << 5)];
-    // Two that meet, a parent's and one left for later, one over the border, one with an rseq area, one too small.
+    // Two adjacent entries, a parent's and a lazy one, one over the border, one with an rseq area,
+    // one too small.
     let entries = [
         (0..2, PRESENT),
         (2..4, PRESENT | LAZY),
@@ -199,7 +201,7 @@ fn a_mapping_that_is_not_made_of_pages_is_refused() {
 fn only_plain_writable_memory_has_runs() {
     for (protection, flags, status, has) in [
         (READ_WRITE, ANONYMOUS, PLAIN, true),
-        // Locked, without reserve, a stack that a program has made for itself, the heap.
+        // Locked, without reserve, a program's own stack, the heap.
         (READ_WRITE, ANONYMOUS | 0x2_6000, PLAIN | 1 << 5, true),
         (READ, ANONYMOUS, PLAIN, false),
         (READ_WRITE, FILE, PRIVATE_FILE, false),
@@ -224,10 +226,10 @@ fn only_plain_writable_memory_has_runs() {
 }
 
 #[test]
-fn what_parent_and_child_have_in_common_is_left_when_asked_for() {
+fn pages_shared_by_parent_and_child_are_left_on_request() {
     let images = Images::new(&[(1, 0, &[]), (2, 1, &[])]);
     let plain = |pages| (pages, READ_WRITE, ANONYMOUS, PLAIN);
-    // The last mapping has another end, so that CRIU takes it for another one.
+    // The last mapping has another end: to CRIU it is a different one.
     images.process(1, &[plain(0..2048), plain(3000..3020)], &[(0..1000, PRESENT), (3000..3010, PRESENT)]);
     images.process(2, &[plain(0..2048), plain(3000..3021)], &[(500..1500, PRESENT), (3000..3010, PRESENT)]);
     let pages = images.path().join("pages-102.img");
@@ -251,7 +253,7 @@ fn what_parent_and_child_have_in_common_is_left_when_asked_for() {
 }
 
 #[test]
-fn what_is_taken_out_is_gone_and_everything_else_is_as_before() {
+fn memory_taken_out_is_gone_and_everything_else_is_unchanged() {
     let images = Images::new(&[(1, 0, &[])]);
     let mappings = [(0..32, READ_WRITE, ANONYMOUS, PLAIN)];
     images.process(1, &mappings, &[(0..8, PRESENT), (8..12, PRESENT | LAZY), (12..13, IN_PARENT), (16..24, PRESENT)]);
@@ -277,7 +279,7 @@ fn what_is_taken_out_is_gone_and_everything_else_is_as_before() {
         ],
     );
     let read = |images: &Images| std::fs::read(images.path().join("pagemap-1.img")).unwrap();
-    // The same but for the number of the file of pages.
+    // Equal except for the number of the file of pages.
     assert_eq!(read(&images)[13], 102);
     let mut rewritten = read(&images);
     rewritten[13] = 101;
@@ -346,7 +348,7 @@ fn ranges_that_do_not_fit_are_refused() {
         (&[2..4, 3..5], &[], "is named twice"),
         (&[2..4], &[0..8], "is named twice"),
         (&[4..4], &[], "is not made of pages"),
-        // A part of a file's mapping, a gap, what cannot be written to, guards.
+        // A part of a file's mapping, a gap, read-only memory, guards.
         (&[], &[4..12], private),
         (&[], &[0..28], private),
         (&[], &[8..20], private),

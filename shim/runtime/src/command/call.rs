@@ -1,4 +1,4 @@
-//! One call of the program.
+//! A single call of the program.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -15,14 +15,14 @@ use tempfile::TempDir;
 use super::{log, sys};
 use crate::{Operation, ProcessIo, RuntimeError};
 
-/// Variables by which systemd speaks to the service it started. A runtime that finds them takes them for a wish of the
-/// container's: runc would wait for the container to call `sd_notify`, or pass descriptors on.
+/// Variables of systemd's protocol with a service. A runtime would mistake these for the
+/// container's settings: runc would wait for the container's `sd_notify`, or pass descriptors on.
 const NOT_FOR_RUNTIMES: [&str; 4] = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
 
-/// The longest list of features, or message, that is read.
+/// Longest list of features, or message, to be read, in bytes.
 const OUTPUT_LIMIT: u64 = 1 << 20;
 
-/// Everything about one call but its arguments.
+/// Everything about one call except the arguments.
 pub(super) struct Call<'a> {
     pub(super) reaper: &'a Reaper,
     pub(super) binary: &'a Path,
@@ -55,7 +55,8 @@ impl Call<'_> {
         RuntimeError::File { action, path, operation: self.operation, container: self.container.to_owned(), source }
     }
 
-    /// The error with what CRIU's log says in place of the runtime's own words, which say only that CRIU failed.
+    /// Returns the error with the message in CRIU's log. The runtime's own message says only that
+    /// CRIU failed.
     pub(super) async fn explained(&self, error: RuntimeError, log: &Path) -> RuntimeError {
         if !matches!(error, RuntimeError::Refused { .. } | RuntimeError::Answer { .. }) {
             return error;
@@ -66,13 +67,14 @@ impl Call<'_> {
         criu::explain(log).map_or(error, |explanation| self.refused(explanation))
     }
 
-    /// The program's name, without its folder.
+    /// Returns the program's name, without the folder.
     fn runtime(&self) -> String {
         self.binary.file_name().unwrap_or(self.binary.as_os_str()).to_string_lossy().into_owned()
     }
 
-    /// A folder for the files of this call. It lies in the runtime's root, which is private, in memory as a rule, and
-    /// there in every call; the leading dot keeps it out of the runtime's lists.
+    /// Makes a folder for the files of this call. The parent is the runtime's root: private, in
+    /// memory as a rule, and present in every call. The leading dot keeps the folder out of the
+    /// runtime's lists.
     pub(super) fn scratch(&self) -> Result<Scratch, RuntimeError> {
         let make = || {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(self.root)?;
@@ -82,15 +84,16 @@ impl Call<'_> {
         Ok(Scratch { folder })
     }
 
-    /// Runs the program for something that leaves no process behind. What it prints is in the scratch folder.
+    /// Runs the program for an operation that leaves no process behind. Output goes to the scratch
+    /// folder.
     pub(super) async fn run(&self, scratch: &Scratch, arguments: Vec<OsString>) -> Result<(), RuntimeError> {
         let mut command = self.command(scratch, arguments);
         command.stdin(Stdio::null()).stdout(scratch.create(self, OUTPUT)?).stderr(scratch.create(self, ERRORS)?);
         self.finish(scratch, command).await
     }
 
-    /// Runs the program for an operation that leaves a process behind, and adopts that process. `criu_wrapper` is the folder
-    /// of a criu wrapper: with it, a restored tree is frozen.
+    /// Runs the program for an operation that leaves a process behind, and adopts the process. With
+    /// `criu_wrapper`, the folder of a criu wrapper, a restored tree is frozen.
     pub(super) async fn process(
         &self,
         scratch: &Scratch,
@@ -133,14 +136,14 @@ impl Call<'_> {
         for name in NOT_FOR_RUNTIMES {
             command.env_remove(name);
         }
-        // Not this process's group, so that a signal to the group does not reach a runtime half-way.
+        // Not this process's group: a signal to the group must not hit a runtime half-way.
         command.current_dir(working_directory()).process_group(0);
         sys::set_umask(&mut command);
         command
     }
 
-    /// Spawns the program and waits for its end. Takes the command, because it holds the container's descriptors,
-    /// which must not stay open here, or their other end would never see that the container closed them.
+    /// Spawns the program and waits for the end. Consumes the command with the container's
+    /// descriptors: open copies here would hide the container's close from the other ends.
     async fn finish(&self, scratch: &Scratch, mut command: std::process::Command) -> Result<(), RuntimeError> {
         let spawned = self.reaper.spawn(&mut command);
         drop(command);
@@ -158,7 +161,7 @@ impl Call<'_> {
         if exit.code == 0 {
             return Ok(());
         }
-        // What it printed is a second choice: usage, and whatever hooks printed, is among it.
+        // Standard error is the second choice: usage and the output of hooks are mixed in.
         match log.error.or_else(|| scratch.last_error()) {
             Some(message) => Err(self.refused(message)),
             None => Err(self.answer(death(exit))),
@@ -166,8 +169,8 @@ impl Call<'_> {
     }
 }
 
-/// This process's directory, which is the bundle for which the shim was started: wrappers of runc read config.json there.
-/// Once it is removed, a program cannot be started in it.
+/// Returns this process's directory: the bundle of the shim's start, in which wrappers of runc read
+/// config.json. A program cannot be started in a removed directory.
 fn working_directory() -> PathBuf {
     std::env::current_dir().unwrap_or_else(|_| "/".into())
 }
@@ -184,7 +187,7 @@ const PID: &str = "pid";
 const OUTPUT: &str = "stdout";
 const ERRORS: &str = "stderr";
 
-/// The files of one call, removed with it: several calls may run at a time.
+/// The files of one call, removed after the call. Separate folders allow several calls at a time.
 pub(super) struct Scratch {
     folder: TempDir,
 }
@@ -215,13 +218,13 @@ impl Scratch {
         }
     }
 
-    /// What the program printed.
+    /// Returns the program's output.
     pub(super) fn output(&self, call: &Call<'_>) -> Result<Vec<u8>, RuntimeError> {
         let path = self.path(OUTPUT);
         read(&path).map_err(|source| call.file("read", path, source))
     }
 
-    /// The last line that the program printed as an error, where that was not the container's.
+    /// Returns the last line of the program's standard error, if separate from the container's.
     fn last_error(&self) -> Option<String> {
         let text = read(&self.path(ERRORS)).ok()?;
         let text = String::from_utf8_lossy(&text).into_owned();

@@ -1,7 +1,8 @@
-//! The cgroup that a runtime has made, from its own notes, and what it leaves of it.
+//! A container's cgroup according to the runtime's own notes, and removal of the remains.
 //!
-//! runc and what wraps it keep `state.json`, crun keeps `status`. A runtime gives up removing a cgroup soon (runc after
-//! a third of a second), some tell nobody, and when its notes are gone nobody can ask it again.
+//! runc and wrappers of runc keep `state.json`, crun keeps `status`. A runtime soon gives up
+//! removing a cgroup (runc after a third of a second), in some cases silently. Once the notes are
+//! gone, nobody can ask again.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,13 +15,13 @@ use serde::de::DeserializeOwned;
 use super::Command;
 use crate::RuntimeError;
 
-/// No honest note is longer: it holds the container's whole configuration.
+/// Largest note, in bytes: a note holds the container's whole configuration.
 const LIMIT: u64 = 32 << 20;
 
-/// runc's note, as far as it is read here.
+/// runc's note, as far as needed.
 #[derive(Debug, Deserialize)]
 struct RuncState {
-    /// Directories, by controllers; the name of version 2 is empty.
+    /// Directories by controllers; version 2 has the empty name.
     cgroup_paths: BTreeMap<String, PathBuf>,
 }
 
@@ -33,7 +34,7 @@ struct CrunStatus {
 }
 
 impl Command {
-    /// Returns the cgroup by the runtime's note; None without a note that can be read.
+    /// Returns the cgroup in the runtime's note; `None` without a readable note.
     pub(super) fn noted_cgroup(&self, id: &str) -> Option<Cgroup> {
         noted(&self.inner.root.join(id))
     }
@@ -49,7 +50,7 @@ impl Command {
         }
     }
 
-    /// Removes the rest that the runtime has left of a deleted container's cgroup. Processes that are in it are not the
+    /// Removes the remains of a deleted container's cgroup. Processes inside are not the
     /// container's, and are left alone.
     pub(super) async fn remove_rest(&self, id: &str, cgroup: Cgroup) {
         let removed = tokio::task::spawn_blocking(move || cgroup.remove_empty()).await;

@@ -1,4 +1,5 @@
-//! Checkpoint and restore: the runtime drives CRIU, and says little when that fails. So CRIU's log is read too.
+//! Checkpoint and restore by a runtime that drives CRIU. CRIU's log is read too, because the
+//! runtime says little about a failure.
 
 use std::ffi::OsString;
 
@@ -24,7 +25,8 @@ impl Command {
         let scratch = call.scratch()?;
         let dumped = call.run(&scratch, arguments).await;
         if dumped.is_err() {
-            // The runtime may have been killed, and criu goes on; or criu, when it had blocked the container's network.
+            // After the death of the runtime criu may go on; after criu's death the container's
+            // network may still be blocked.
             criu::end_orphans(&work, &self.inner.reaper).await;
             criu::unblock_network(init, &self.inner.reaper).await;
         }
@@ -40,7 +42,7 @@ impl Command {
         if self.knows(&call)? {
             return Err(call.refused(format!("container with id {id} exists already")));
         }
-        // A damaged image would have CRIU wait for ever, and the runtime with it.
+        // With a damaged image CRIU would wait for ever, and the runtime too.
         images::check(&images).map_err(criu::RestoreError::Image)?;
         timeline.enter(Phase::Restore);
         let scratch = call.scratch()?;
@@ -50,11 +52,12 @@ impl Command {
             arguments.push("--no-pivot".into());
         }
         arguments.extend(flags(allow).map(OsString::from));
-        // crun keeps a process of its own in the container's cgroup until criu is done. It would be frozen, and crun wait for it.
+        // crun keeps its own process in the container's cgroup until criu is done. A freeze would
+        // catch that process, and crun wait for ever.
         let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
         let criu_wrapper = (frozen && !is_crun).then_some(work.as_path());
         let restored = match call.process(&scratch, arguments, io, criu_wrapper).await {
-            // One that is frozen already stays so.
+            // A container already frozen stays frozen.
             Ok(child) if frozen => {
                 let frozen = self
                     .cgroup_now(&id, child.process())
@@ -82,7 +85,7 @@ impl Command {
     }
 }
 
-/// The flags that all these runtimes have, for both directions.
+/// Returns the flags common to all runtimes and both directions.
 fn flags(allow: Allow) -> impl Iterator<Item = &'static str> {
     let flags = [
         (allow.tcp == Tcp::Keep, "--tcp-established"),

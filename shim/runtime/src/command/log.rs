@@ -1,7 +1,8 @@
-//! The log that a runtime writes on request, JSON objects one after the other.
+//! A runtime's log, written on request: a sequence of JSON objects.
 //!
-//! runc and nvidia-container-runtime write each on a line of its own, crun spreads it over several. All three have the
-//! keys `level` and `msg`. youki has `level` in capitals, and the message in `fields.message`.
+//! runc and nvidia-container-runtime write one object per line, crun spreads an object over several
+//! lines. All three have the keys `level` and `msg`. youki has `level` in capitals, and the message
+//! in `fields.message`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -9,15 +10,15 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-/// How much of the end of a log is read. An error is at its end, and is not as long as this.
+/// Bytes read from the end of a log. An error stands at the end, and is shorter.
 const TAIL: u64 = 256 << 10;
 
-/// What a call's log says.
+/// Messages in the log of one call.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Log {
     /// The last error, on one line.
     pub(super) error: Option<String>,
-    /// Everything that was called a warning.
+    /// All warnings.
     pub(super) warnings: Vec<String>,
 }
 
@@ -39,7 +40,7 @@ impl Entry {
     }
 }
 
-/// Reads a log. One that is not there, because the program did not come that far, is empty.
+/// Reads a log. A missing log is empty: the program ended too early.
 pub(super) fn read(path: &Path) -> Log {
     match tail(path) {
         Ok(tail) => parse(&tail),
@@ -65,7 +66,7 @@ fn parse(text: &str) -> Log {
     for entry in entries(text) {
         let level = entry.level.to_ascii_lowercase();
         let Some(mut message) = entry.message() else { continue };
-        // What a process in the container logged, crun's own process logs once more, as it came.
+        // crun's own process logs the message of a process in the container once more, unchanged.
         if let Some(inner) = entries(&message).pop().and_then(Entry::message) {
             message = inner;
         }
@@ -78,11 +79,11 @@ fn parse(text: &str) -> Log {
     log
 }
 
-/// The log's objects. Lines that are in none are a tail's first ones, or what a hook or a wrapper wrote: no runtime's
-/// own words.
+/// Returns the log's objects. Lines outside an object are skipped: the rest of a cut-off object, or
+/// the output of a hook or wrapper.
 fn entries(text: &str) -> Vec<Entry> {
     let mut entries = vec![];
-    // Lines since a brace that has not been closed.
+    // Lines since a brace still open.
     let mut open: Option<String> = None;
     for line in text.lines() {
         if let Ok(entry) = serde_json::from_str(line) {

@@ -1,6 +1,6 @@
 //! Runtimes with runc's command line: runc itself, crun, nvidia-container-runtime.
 //!
-//! One operation is one call of the program:
+//! Each operation is one call of the program:
 //!
 //! ```text
 //!  runc --root ROOT --log SCRATCH/log.json --log-format json [--systemd-cgroup] create --bundle B --pid-file ... ID
@@ -10,9 +10,9 @@
 //!       init, an orphan ──► this process, a subreaper, which has an adoption open since before the call
 //! ```
 //!
-//! For create and exec the program's descriptors 0, 1 and 2 are those of the container's process, which inherits them.
-//! So nothing is read from its standard error then. runc repeats its error there beside logging it, which cannot be
-//! prevented: whoever made the descriptors will find it in them when create or exec fails.
+//! For create and exec the container's process inherits the program's descriptors 0, 1 and 2. So
+//! the program's standard error is not read then. runc always logs an error and repeats it there:
+//! the owner of the descriptors reads the error after a failed create or exec.
 
 mod call;
 mod cgroup;
@@ -43,7 +43,7 @@ use call::Call;
 
 /// A program with runc's command line.
 ///
-/// A call that is dropped before it is done goes on in the background, so that it is done or undone as a whole.
+/// A call dropped too early goes on in the background: an operation is done or undone as a whole.
 #[derive(Clone, Debug)]
 pub struct Command {
     inner: Arc<Inner>,
@@ -58,8 +58,8 @@ struct Inner {
 }
 
 impl Command {
-    /// A runtime that is the program `binary`, a path or a name to be found in `PATH`. It keeps its containers' state
-    /// below `root`, and makes their cgroups itself or has systemd do it.
+    /// Returns a runtime for the program `binary`, a path or a name in `PATH`. The runtime keeps
+    /// containers' state below `root`, and makes cgroups directly or through systemd.
     #[must_use]
     pub fn new(reaper: Reaper, binary: PathBuf, root: PathBuf, systemd_cgroup: bool) -> Self {
         Self { inner: Arc::new(Inner { reaper, binary, root, systemd_cgroup }) }
@@ -70,7 +70,8 @@ impl Command {
         Call { reaper, binary, root, systemd_cgroup: *systemd_cgroup, operation, container }
     }
 
-    /// Runs `work` to its end even if the caller loses interest: half of an operation would leave half a container.
+    /// Runs `work` to its end even after the caller has gone: half an operation would leave half a
+    /// container.
     async fn detached<T, F>(
         &self,
         operation: Operation,
@@ -87,7 +88,7 @@ impl Command {
         }
     }
 
-    /// An operation that is no more than its name and the container's.
+    /// Runs an operation without further arguments.
     async fn simple(&self, operation: Operation, id: &str) -> Result<(), RuntimeError> {
         self.detached(operation, id, async move |command, id| {
             let call = command.call(operation, &id);
@@ -97,7 +98,7 @@ impl Command {
         .await
     }
 
-    /// Freezes the container. runc leaves one frozen that it could not freeze within its patience; here it is thawed.
+    /// Freezes the container. runc may give up and leave a frozen container, thawed here.
     async fn pause_now(&self, id: &str) -> Result<(), RuntimeError> {
         let call = self.call(Operation::Pause, id);
         let cgroup = self.noted_cgroup(id).filter(|cgroup| !cgroup.is_frozen().unwrap_or(true));
@@ -114,7 +115,8 @@ impl Command {
     async fn create_now(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
         let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
         let call = self.call(Operation::Create, &id);
-        // Asked here and not only by the runtime: what exists already must not be undone below.
+        // Checked here too, not only by the runtime: an existing container must not be undone
+        // below.
         if self.knows(&call)? {
             return Err(call.refused(format!("container with id {id} exists already")));
         }
@@ -139,7 +141,8 @@ impl Command {
         let ExecRequest { id, exec_id: _, bundle: _, mut process, io } = request;
         let call = self.call(Operation::Exec, &id);
         let scratch = call.scratch()?;
-        // A terminal without a socket to send it to, or the other way round, is refused with words nobody understands.
+        // Runtimes refuse a terminal without a socket, and a socket without a terminal, with
+        // obscure messages.
         process.set_terminal(Some(matches!(io, ProcessIo::Terminal { .. })));
         let file = scratch.write_json(&call, "process.json", &process)?;
         call.process(&scratch, vec!["exec".into(), "--detach".into(), "--process".into(), file.into()], io, None).await
@@ -147,12 +150,12 @@ impl Command {
 
     async fn delete_now(&self, id: &str) -> Result<(), RuntimeError> {
         let call = self.call(Operation::Delete, id);
-        // containerd cleans up after every shim, also when the container was deleted long before.
+        // containerd cleans up after every shim, even long after the container's deletion.
         if !self.knows(&call)? {
             return Ok(());
         }
         release_rootfs(&call)?;
-        // Asked before the runtime's notes are gone.
+        // Before the runtime's notes are gone.
         let cgroup = self.noted_cgroup(id);
         let deleted = self.delete_known(&call, id).await;
         if let (Ok(()), Some(cgroup)) = (&deleted, cgroup) {
@@ -163,15 +166,16 @@ impl Command {
 
     async fn delete_known(&self, call: &Call<'_>, id: &str) -> Result<(), RuntimeError> {
         let mut refused = Ok(());
-        // Without force first: runc's force sleeps 100 ms even for a process that has ended.
+        // Without force first: runc's force sleeps 100 ms even for an ended process.
         for arguments in [&["delete"][..], &["delete", "--force"]] {
             let scratch = call.scratch()?;
             let arguments = arguments.iter().copied().chain([id]).map(OsString::from).collect();
             match call.run(&scratch, arguments).await {
-                // The state goes last: what fails after that is a poststop hook, which must not count. Runtimes say so
-                // in different words, so none are looked for; crun even dies of a hook that does not read its input.
+                // The state goes last: any failure after that is a poststop hook's, and must not
+                // count. Messages differ between runtimes, so none is compared; crun even dies of a
+                // hook that does not read its input.
                 Err(error) if !self.knows(call)? => {
-                    tracing::warn!(container = id, %error, "a container is deleted all the same");
+                    tracing::warn!(container = id, %error, "the runtime failed, but the container is deleted");
                     return Ok(());
                 }
                 Ok(()) => return Ok(()),
@@ -181,7 +185,8 @@ impl Command {
         refused
     }
 
-    /// Whether the runtime has a container of this id: its state is a folder of that name, in all of these runtimes.
+    /// Returns whether the runtime has a container of this id: a folder of that name, in all of
+    /// these runtimes.
     fn knows(&self, call: &Call<'_>) -> Result<bool, RuntimeError> {
         let state = self.inner.root.join(call.container);
         match std::fs::symlink_metadata(&state) {
@@ -192,16 +197,16 @@ impl Command {
     }
 }
 
-/// Unmounts the container's root, which a runtime that was killed during a restore has left in the folder of its state: it
-/// removes that folder with all that is in it.
+/// Unmounts the container's root, left in the state folder by a runtime killed during a restore:
+/// the runtime's delete would remove that folder with everything inside.
 fn release_rootfs(call: &Call<'_>) -> Result<(), RuntimeError> {
     let mount = call.root.join(call.container).join("criu-root");
     match rustix::mount::unmount(&mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         Ok(()) => {
-            tracing::warn!(path = %mount.display(), "a dead runtime has left a mount, which is unmounted");
+            tracing::warn!(path = %mount.display(), "unmounting a mount of a dead runtime");
             Ok(())
         }
-        // There is no such folder, or nothing is mounted there.
+        // No such folder, or nothing mounted there.
         Err(Errno::NOENT | Errno::INVAL) => Ok(()),
         Err(error) => Err(call.file("unmount", mount, error.into())),
     }
@@ -270,7 +275,8 @@ impl OciRuntime for Command {
             let scratch = call.scratch()?;
             call.run(&scratch, vec!["features".into()]).await?;
             let output = scratch.output(&call)?;
-            serde_json::from_slice(&output).map_err(|error| call.answer(format!("what it printed is no list: {error}")))
+            serde_json::from_slice(&output)
+                .map_err(|error| call.answer(format!("the output is no list of features: {error}")))
         })
         .await
     }

@@ -5,8 +5,9 @@ use std::process::Command;
 
 use rustix::fs::Mode;
 
-/// Gives the program the usual umask, 022, whatever this process has: runtimes make mount points in the container's
-/// root with it, and users of a container under another umask would not get at them.
+/// Gives the program the usual umask, 022, whatever this process has: runtimes make mount points in
+/// the container's root with the inherited umask, and another one would shut out users of the
+/// container.
 pub(super) fn set_umask(command: &mut Command) {
     let set = || {
         rustix::process::umask(Mode::from_raw_mode(0o022));

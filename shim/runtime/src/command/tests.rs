@@ -1,4 +1,4 @@
-//! With a script for a runtime: what the real ones do is in the contract suite.
+//! Tests with a script as the runtime; the contract suite covers the real runtimes.
 
 use std::fs;
 use std::io::Read;
@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxMemoryBuilder, LinuxResourcesBuilder, ProcessBuilde
 
 use super::*;
 
-/// A runtime that is the shell script `script`, after a preamble that parses runc's global options.
+/// A runtime made of the shell script `script`, after a preamble that parses runc's global options.
 struct Bench {
     folder: tempfile::TempDir,
     command: Command,
@@ -101,7 +101,8 @@ fn nulls() -> ProcessIo {
     ProcessIo::Fds { stdin: null(), stdout: null(), stderr: null() }
 }
 
-// The tests of one process share its children: sub-reaping and P_ALL are per process, so they run as one.
+// The tests of one process share its children: sub-reaping and P_ALL are per process, so all run as
+// one.
 #[tokio::test]
 async fn a_runtime_that_is_a_program_is_called_and_understood() {
     rustix::process::set_child_subreaper(rustix::process::Pid::from_raw(1)).unwrap();
@@ -135,7 +136,7 @@ async fn the_process_of_a_creation_gets_the_descriptors_and_is_adopted(reaper: &
     std::io::Write::write_all(&mut line, b"it\n").unwrap();
     assert_eq!(child.wait().await.code, 7);
     let (mut out, mut err) = (String::new(), String::new());
-    // Ends only when no copy of the descriptor is left in this process.
+    // The end comes only after every copy of the descriptor in this process is closed.
     stdout.read_to_string(&mut out).unwrap();
     stderr.read_to_string(&mut err).unwrap();
     assert_eq!((out.as_str(), err.as_str()), ("got it\n", "bad\n"));
@@ -171,7 +172,7 @@ async fn options_become_flags(reaper: &Reaper) {
         "resume web",
         "update --resources resources.json web",
         "exec --detach --process process.json --pid-file pid web",
-        // Once: the second time there is nothing to delete.
+        // Once: the second call has nothing to delete.
         "delete web",
     ];
     assert_eq!(bench.calls(), expected.map(|call| format!("{global} {call}")));
@@ -223,7 +224,7 @@ async fn a_program_that_is_missing_is_named(reaper: &Reaper) {
     assert_eq!(source.kind(), io::ErrorKind::NotFound);
 }
 
-/// The shim's is the bundle, in which wrappers of runc look for config.json.
+/// Directory of the shim: the bundle, in which wrappers of runc look for config.json.
 async fn a_runtime_runs_in_the_directory_of_this_process(reaper: &Reaper) {
     let bench = Bench::new(reaper, "pwd >\"$0.pwd\"");
     bench.command.start("web").await.unwrap();

@@ -1,8 +1,8 @@
-//! The kernel's numbers of capabilities.
+//! Numbers of the kernel's capabilities.
 
 use oci_spec::runtime::Capability;
 
-/// All that are known, in the order of their numbers (linux/capability.h).
+/// All known capabilities, in numeric order (linux/capability.h).
 pub(super) const ALL: [Capability; 41] = [
     Capability::Chown,
     Capability::DacOverride,
@@ -47,17 +47,17 @@ pub(super) const ALL: [Capability; 41] = [
     Capability::CheckpointRestore,
 ];
 
-/// The name by which specifications call it.
+/// Returns the capability's name in specifications.
 pub(super) fn name(capability: Capability) -> String {
     format!("CAP_{capability}")
 }
 
-/// Its bit in a set as the kernel prints them.
+/// Returns the capability's bit in a set of the kernel.
 pub(super) fn bit(capability: Capability) -> u64 {
     ALL.iter().position(|known| *known == capability).map_or(0, |number| 1 << number)
 }
 
-/// Whether it is in such a set.
+/// Returns whether a capability is in a set of the kernel.
 pub(super) fn is_in(set: u64, capability: Capability) -> bool {
     set & bit(capability) != 0
 }

@@ -1,7 +1,8 @@
-//! Checkpoint: CRIU does it, told what libcontainer and the bundle know of the container.
+//! Checkpoint by CRIU, with the facts about the container from libcontainer and the bundle.
 //!
-//! libcontainer's own is not used: it refuses paused containers, and containerd pauses first; it knows no masked files
-//! and no devices; and it removes the container's cgroup afterwards, which the shim still reads.
+//! libcontainer's own checkpoint is not used: paused containers are refused, and containerd pauses
+//! first; masked files and devices are unknown to it; and the container's cgroup, still needed by
+//! the shim, is removed afterwards.
 
 use async_trait::async_trait;
 use criu::{BoxError, Criu, NotifyDump};
@@ -28,7 +29,7 @@ impl Client {
     }
 }
 
-/// Asked before CRIU ends a container or lets it go on.
+/// Last question before a container ends or goes on.
 struct LastWord {
     review: Option<Review>,
     cancel: Cancel,

@@ -1,4 +1,5 @@
-//! The shim's side: starts a helper, waits for its end, reads its reply, and cleans up after one that died.
+//! The shim's side: starts a helper, waits for the end, reads the reply, and cleans up after a dead
+//! helper.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -20,11 +21,11 @@ use super::protocol::{self, Create, Exec, Reply, Request, Step};
 use super::{HELPER, NAME, helper, sys};
 use crate::{CreateRequest, ExecRequest, Operation, ProcessIo, RuntimeError};
 
-/// What a helper, and what it clones before it becomes the user's program, is called in `ps`.
+/// Name in `ps` of a helper, and of clones before the exec of the user's program.
 const ARGUMENT_ZERO: &str = "containerd-shim-gpusnap-v2";
-/// Environment variable by which the processes of one helper are told from those of all others.
+/// Environment variable that marks the processes of one helper.
 const MARK: &str = "GPUSNAP_HELPER";
-/// What a helper keeps of the environment: how to reach systemd, and where to find newuidmap.
+/// Environment of a helper: access to systemd, and the path to newuidmap.
 const KEPT_ENVIRONMENT: [&str; 2] = ["PATH", "DBUS_SYSTEM_BUS_ADDRESS"];
 
 static NEXT_MARK: AtomicU64 = AtomicU64::new(0);
@@ -41,14 +42,14 @@ pub(super) struct Inner {
     pub(super) systemd_cgroup: bool,
 }
 
-/// What a helper left behind.
+/// Result of a helper.
 struct Outcome {
     reply: Reply,
-    /// Its mark, by which what it left behind is found.
+    /// Mark of the helper's processes.
     mark: String,
 }
 
-/// One operation on one container: what its errors have in common.
+/// Container and operation of a step: the common part of all errors.
 #[derive(Clone, Copy)]
 pub(super) struct Subject<'a> {
     pub(super) operation: Operation,
@@ -104,7 +105,8 @@ impl Client {
         detached(Subject { operation: Operation::Create, id: &id.clone() }, async move {
             let subject = Subject { operation: Operation::Create, id: &id };
             let state = client.inner.root.join(&id);
-            // Asked here and not only by the helper: what exists already must not be undone below.
+            // Checked here too, not only by the helper: an existing container must not be undone
+            // below.
             match std::fs::symlink_metadata(&state) {
                 Ok(_) => return Err(subject.refused("a container with this id exists".into())),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -135,7 +137,8 @@ impl Client {
         .await
     }
 
-    /// Freezes or thaws a container, which needs no helper: but a few files are written, and what is begun is ended.
+    /// Freezes or thaws a container without a helper: a few files are written, and a begun
+    /// operation always ends.
     pub(super) async fn freezer(
         &self,
         operation: Operation,
@@ -161,7 +164,7 @@ impl Client {
         })
     }
 
-    /// Runs a step that leaves a process behind, and adopts that process.
+    /// Runs a step that leaves a process behind, and adopts the process.
     async fn process(&self, subject: Subject<'_>, step: Step, io: ProcessIo) -> Result<Child, RuntimeError> {
         let adoption = self.inner.reaper.adoption();
         let outcome = self.helper(subject, &self.request(subject, step), Some(io)).await?;
@@ -169,7 +172,7 @@ impl Client {
             Ok(Some(pid)) => adoption
                 .adopt(pid.raw())
                 .map_err(|error| subject.answer(format!("its process {pid} cannot be adopted: {error}"))),
-            Ok(None) => Err(subject.answer("it names no process".into())),
+            Ok(None) => Err(subject.answer("the reply names no process".into())),
             Err(error) => Err(error),
         };
         if result.is_err() {
@@ -196,7 +199,7 @@ impl Client {
         Request { root: root.clone(), id: subject.id.into(), systemd_cgroup: *systemd_cgroup, step }
     }
 
-    /// Runs what blocks for a moment. Its errors are words.
+    /// Runs work that blocks for a moment, with text as the error.
     pub(super) async fn blocking<T: Send + 'static>(
         &self,
         subject: Subject<'_>,
@@ -209,14 +212,14 @@ impl Client {
         }
     }
 
-    /// Does what needs no helper.
+    /// Runs a step without a helper.
     async fn here(&self, subject: Subject<'_>, request: Request) -> Result<Option<Reply>, RuntimeError> {
-        // To kill a container takes as long as its processes take to die.
+        // Killing a container takes as long as its processes take to die.
         let done = tokio::task::spawn_blocking(move || helper::without_helper(&request)).await;
         done.map_err(|error| subject.answer(format!("the call was given up: {error}")))
     }
 
-    /// Starts a helper and waits for its end.
+    /// Starts a helper and waits for the end.
     async fn helper(
         &self,
         subject: Subject<'_>,
@@ -230,7 +233,8 @@ impl Client {
         let mark = format!("{}-{}", std::process::id(), NEXT_MARK.fetch_add(1, Ordering::Relaxed));
 
         let helper = spawn(reaper, &request, &reply, &mark, io.as_ref()).map_err(|error| subject.spawn(error))?;
-        // The process has its descriptors now. While they are open here too, their other ends see no end.
+        // The process has its descriptors now. Open copies here would hide their end from the
+        // peers.
         drop(io);
         let exit = helper.wait().await;
         let reply = match protocol::read_reply(&mut reply) {
@@ -242,7 +246,8 @@ impl Client {
     }
 }
 
-/// Runs an operation to its end even if the caller loses interest: half of one would leave a half-made container.
+/// Runs an operation to its end even after the caller has gone: half an operation would leave half
+/// a container.
 pub(super) async fn detached<T, F>(subject: Subject<'_>, operation: F) -> Result<T, RuntimeError>
 where
     T: Send + 'static,
@@ -293,14 +298,15 @@ fn death(exit: Exit) -> String {
     }
 }
 
-/// Kills what a helper left behind before it became the user's program. The helper's init would wait for its start for
-/// ever, and may not be in the container's cgroup yet.
+/// Kills a helper's leftover processes, except the user's program. The helper's init would wait for
+/// a start for ever, and may not be in the container's cgroup yet.
 ///
-/// Such processes are children of this one, and the adoption keeps their pids from being used again meanwhile.
+/// The leftovers are children of this process, and the adoption keeps their pids from reuse
+/// meanwhile.
 fn kill_marked(mark: &str, _adoption: &Adoption) {
     let marked = format!("{MARK}={mark}");
     let mut killed = HashSet::new();
-    // One that is killed may have cloned another just before, so look until there is nothing new.
+    // A killed process may have cloned another just before, so repeat until nothing new is found.
     loop {
         let found: Vec<HostPid> = proc::children(HostPid::own())
             .into_iter()
@@ -314,7 +320,8 @@ fn kill_marked(mark: &str, _adoption: &Adoption) {
     }
 }
 
-/// Whether a process has the mark in its environment. One that became the user's program, or is dead, has not.
+/// Returns whether a process has the mark in its environment. The user's program has none, nor has
+/// a dead process.
 fn is_marked(pid: HostPid, marked: &str) -> bool {
     let environment = std::fs::read(pid.path("environ")).unwrap_or_default();
     environment.split(|&byte| byte == 0).any(|variable| variable == marked.as_bytes())
@@ -322,7 +329,7 @@ fn is_marked(pid: HostPid, marked: &str) -> bool {
 
 fn kill(pid: HostPid) {
     match ProcessHandle::open(pid).and_then(|process| process.signal(Signal::KILL)) {
-        Ok(()) => tracing::debug!(%pid, "killed what a failed helper left behind"),
-        Err(error) => tracing::debug!(%pid, %error, "cannot kill what a failed helper left behind"),
+        Ok(()) => tracing::debug!(%pid, "killed a leftover process of a failed helper"),
+        Err(error) => tracing::debug!(%pid, %error, "cannot kill a leftover process of a failed helper"),
     }
 }

@@ -1,9 +1,9 @@
-//! This process's own executable, in a form that can be shown to a container.
+//! This process's own executable, in a form safe for containers.
 //!
-//! The helper, and what it clones, enters a container before it becomes the user's program. A container that follows
-//! `/proc/PID/exe` then has our executable open, and once nothing runs it any more could write to it: root on the host
-//! (CVE-2019-5736). So helpers are run from a detached, read-only mount of the file. Whoever opens it through
-//! `/proc/PID/exe` opens it through that mount, where it cannot be written.
+//! The helper and its clones enter a container before becoming the user's program. A container that
+//! opens `/proc/PID/exe` then has our executable open, and could write to the file once no process
+//! runs it: root on the host (CVE-2019-5736). So helpers run from a detached, read-only mount of
+//! the file. `/proc/PID/exe` leads to the file through that mount, which refuses writes.
 
 use std::fs::File;
 use std::io;
@@ -18,22 +18,22 @@ use super::sys;
 
 const OWN: &str = "/proc/self/exe";
 
-/// Made once per process. The descriptor keeps the mount: it has no place in any mount namespace.
+/// Made once per process. The descriptor keeps the mount, attached to no mount namespace.
 static PROTECTED: Mutex<Option<Protected>> = Mutex::new(None);
 
-/// An executable file that cannot be written through.
+/// An executable file without write access.
 #[derive(Debug)]
 pub(super) struct Protected(OwnedFd);
 
 impl Protected {
-    /// This process's own.
+    /// Returns this process's own executable.
     pub(super) fn own() -> io::Result<Self> {
         let mut cached = PROTECTED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(protected) = &*cached {
             return protected.try_clone();
         }
         let protected = clone_mount(Path::new(OWN)).or_else(|error| {
-            // Before Linux 5.12 there is no mount_setattr.
+            // mount_setattr is missing before Linux 5.12.
             tracing::debug!(%error, "cannot clone the mount of the executable: running helpers from a copy");
             copy(Path::new(OWN))
         })?;
@@ -46,7 +46,7 @@ impl Protected {
         self.0.try_clone().map(Self)
     }
 
-    /// A path to execute it by, in this process and in a child until it has done so.
+    /// Returns a path for executing the file, valid in this process and in a child until its exec.
     pub(super) fn path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.0.as_raw_fd()).into()
     }
@@ -69,7 +69,7 @@ fn copy(file: &Path) -> io::Result<Protected> {
     let mut memory = File::from(memory);
     io::copy(&mut File::open(file)?, &mut memory)?;
     rustix::fs::fcntl_add_seals(&memory, SealFlags::SEAL | SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK)?;
-    // A file that somebody has open for writing cannot be executed, sealed or not.
+    // A file open for writing cannot be executed, sealed or not.
     let read_only = File::open(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
     Ok(Protected(read_only.into()))
 }
@@ -80,7 +80,7 @@ mod tests {
 
     use super::*;
 
-    // Not the test's own executable: it runs, and so cannot be written anyway.
+    // Not the test's own executable: a running file cannot be written anyway.
     fn file() -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(b"program").unwrap();

@@ -1,4 +1,4 @@
-//! What this runtime supports, told honestly: containerd decides by it what it asks for.
+//! Features of this runtime, declared honestly: containerd's requests depend on them.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,7 @@ use oci_spec::runtime::{
 
 use super::capability;
 
-/// Options of mounts that do what they say. libcontainer also takes `sync`, `remount` and their like, and ignores them.
+/// Effective mount options. libcontainer also accepts `sync`, `remount` and others, without effect.
 const MOUNT_OPTIONS: [&str; 46] = [
     "atime",
     "bind",
@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn containerd_finds_what_it_looks_for() {
         let features = serde_json::to_value(features()).unwrap();
-        // Recursive read-only mounts are asked for by this option.
+        // Recursive read-only mounts need this option.
         assert!(features["mountOptions"].as_array().unwrap().iter().any(|option| option == "rro"));
         // User namespaces of pods need id-mapped mounts.
         assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], false);

@@ -1,8 +1,8 @@
 //! The runtime inside this binary: libcontainer, run in helper processes.
 //!
-//! libcontainer changes the process that calls it (its OOM score, its dumpable flag, its working directory) and clones
-//! it without an exec, which only a single-threaded process survives. So each step that needs libcontainer runs in a
-//! helper: this executable again, started with [`HELPER`] as its first argument.
+//! libcontainer changes the calling process (OOM score, dumpable flag, working directory) and
+//! clones without an exec, safe only in a single-threaded process. So each step with libcontainer
+//! runs in a helper: this executable again, started with [`HELPER`] as its first argument.
 //!
 //! ```text
 //!  shim ──spawn──► helper ──clone(CLONE_PARENT)──► intermediate ──clone(CLONE_PARENT)──► init
@@ -11,10 +11,10 @@
 //!    └── parent of all three: reaps them, and adopts init
 //! ```
 //!
-//! libcontainer's builders leave gaps: they drop seccomp in further processes, signal by a pid that may be anybody's by
-//! then, and write state in place. So the helper calls what lies below them, `container_main_process`, with a
-//! specification that it has completed (`helper/adapt.rs`), finishes what libcontainer leaves undone
-//! (`helper/fixup.rs`), and keeps libcontainer's state files itself.
+//! libcontainer's builders have gaps: no seccomp in further processes, signals by a possibly reused
+//! pid, state written in place. So the helper calls the layer below, `container_main_process`, with
+//! a completed specification (`helper/adapt.rs`), finishes libcontainer's gaps (`helper/fixup.rs`),
+//! and keeps libcontainer's state files.
 
 mod capability;
 mod checkpoint;
@@ -41,16 +41,16 @@ use crate::{CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation
 use client::Client;
 use protocol::Step;
 
-/// First argument by which this binary knows that it is to be the helper.
+/// First argument that makes this binary the helper.
 pub const HELPER: &str = "libcontainer-helper";
 
 pub use helper::{is_mapper, mapper_main};
 
-/// How this runtime is called in messages.
+/// Name of this runtime in messages.
 const NAME: &str = "libcontainer";
 
-/// Does one step of one container, in the process that was started for it. To be called by `main` before it starts a
-/// thread, when the first argument is [`HELPER`].
+/// Runs one step of one container, in a process started for that step. `main` calls this before any
+/// thread, if the first argument is [`HELPER`].
 #[must_use]
 pub fn helper_main() -> ExitCode {
     helper::main()
@@ -58,14 +58,14 @@ pub fn helper_main() -> ExitCode {
 
 /// libcontainer, run in helper processes.
 ///
-/// A call that is dropped before it is done goes on in the background, so that it is done or undone as a whole.
+/// A call dropped too early goes on in the background: an operation is done or undone as a whole.
 #[derive(Debug)]
 pub struct Libcontainer {
     client: Client,
 }
 
 impl Libcontainer {
-    /// A runtime that keeps its containers' state below `root`, and makes their cgroups itself or has systemd do it.
+    /// Returns a runtime with state below `root`, and cgroups made directly or through systemd.
     #[must_use]
     pub fn new(reaper: Reaper, root: PathBuf, systemd_cgroup: bool) -> Self {
         Self { client: Client::new(reaper, root, systemd_cgroup) }

@@ -1,13 +1,13 @@
 //! Comparison of restored processes with the specification of their container.
 //!
-//! Images decide user, capabilities, seccomp filter and namespaces of the processes that CRIU makes of them, and their
-//! author can have written anything. So each thread is looked at when the tree is complete and nothing has run. A
-//! thread with more rights than a program that is started in the new container ends the restore. This refuses a saved
-//! container that was given more than the new one too, unless its owner says otherwise
-//! ([`Privileges::Snapshot`](crate::Privileges::Snapshot)).
+//! Images decide user, capabilities, seccomp filter and namespaces of CRIU's processes, and the
+//! images' author can have written anything. So each thread is checked when the tree is complete
+//! and nothing has run. A thread with more rights than a new program in the new container ends the
+//! restore. A saved container with more rights than the new one is refused too, unless the owner
+//! decides otherwise ([`Privileges::Snapshot`](crate::Privileges::Snapshot)).
 //!
-//! The rules of a seccomp filter are not compared, only that there is one. The user is not compared either: a user's
-//! power in a container is its capabilities.
+//! A seccomp filter must exist; the rules are not compared. The user is not compared either: a
+//! user's power in a container lies in capabilities.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,29 +20,29 @@ use proc::{Capabilities, HostPid, Seccomp, Status};
 
 use super::capability;
 
-/// Annotation by which somebody asks for the rights that a container was saved with.
+/// Annotation that asks for the saved container's rights.
 const ANNOTATION: &str = "gpusnap.dev/restore-privileges: snapshot";
 
-/// The most that a process of a container may have.
+/// Most rights for a process of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Allowed {
     bounding: u64,
-    /// The most of the other sets: given by the specification, or gained by executing a program.
+    /// Limit of the other sets: given by the specification, or gained by executing a program.
     others: u64,
     needs_filter: bool,
     needs_no_new_privileges: bool,
-    /// Normalized; None if the container has no user namespace that is made for it.
+    /// Normalized; `None` if the container gets no new user namespace.
     maps: Option<[Vec<[u64; 3]>; 2]>,
-    /// Namespaces in which it must not be in the host's.
+    /// Kinds of namespace that must not be the host's.
     own: Vec<Kind>,
-    /// Namespaces that it joins: their inodes.
+    /// Inodes of joined namespaces.
     joined: Vec<(Kind, u64)>,
-    /// AppArmor's profile, where there is AppArmor.
+    /// AppArmor's profile, if AppArmor is on.
     profile: Option<String>,
 }
 
-/// Namespaces that keep processes from what is not theirs. Those of cgroups and of time hide names and offsets, and a
-/// container is restored with the ones that it had.
+/// Kind of a namespace that isolates processes. Cgroup and time namespaces only hide names and
+/// offsets, and a container is restored with the old ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Kind(&'static str);
 
@@ -72,7 +72,7 @@ impl fmt::Display for Kind {
     }
 }
 
-/// The rights of one thread.
+/// Rights of one thread.
 #[derive(Clone, Debug)]
 struct Found {
     capabilities: Capabilities,
@@ -85,7 +85,7 @@ struct Found {
 }
 
 impl Allowed {
-    /// By the specification of the new container.
+    /// Returns the rights given by the specification of the new container.
     pub(super) fn by(spec: &Spec) -> io::Result<Self> {
         let process = spec.process().as_ref();
         let linux = spec.linux().as_ref();
@@ -117,12 +117,12 @@ impl Allowed {
         Ok(allowed)
     }
 
-    /// The profile for CRIU, in place of the one in the images.
+    /// Returns the profile for CRIU, in place of the images' own.
     pub(super) fn lsm_profile(&self) -> Option<String> {
         self.profile.as_ref().map(|profile| format!("apparmor:{profile}"))
     }
 
-    /// Compares a tree that stands still with it, thread by thread.
+    /// Compares a frozen tree with these rights, thread by thread.
     pub(super) fn check(&self, root: HostPid) -> Result<(), String> {
         let read = |pid: HostPid| {
             move |error: io::Error| format!("cannot look at what the restored process {pid} may do: {error}")
@@ -132,7 +132,7 @@ impl Allowed {
         while let Some(pid) = next.pop() {
             next.extend(proc::children(pid));
             let process = match Of::process(pid) {
-                // A zombie does nothing, and tells nothing.
+                // A zombie does nothing, and its files are empty.
                 Err(_) if proc::Stat::of(pid).is_ok_and(|stat| stat.has_ended()) => continue,
                 of => of.map_err(read(pid))?,
             };
@@ -150,7 +150,8 @@ impl Allowed {
         Ok(())
     }
 
-    /// Returns the right that a thread has too many, as it fits behind "the process"; None if all is well.
+    /// Returns the excess right of a thread, as a phrase after "the process"; `None` if there is
+    /// none.
     fn excess(&self, found: &Found, host: &BTreeMap<Kind, u64>, is_root: bool) -> Option<String> {
         let Capabilities { inheritable, permitted, effective, bounding, ambient } = found.capabilities;
         let sets = [
@@ -191,8 +192,8 @@ impl Allowed {
     }
 }
 
-/// The bounding set, and the most of the others. A program that is executed can gain what the bounding set has, unless
-/// nothing can be gained.
+/// Returns the bounding set, and the limit of the others. An executed program can gain the bounding
+/// set, except with no_new_privs.
 fn sets(given: Option<&LinuxCapabilities>, no_new_privileges: bool) -> (u64, u64) {
     let bits = |set: Option<&oci_spec::runtime::Capabilities>| {
         set.into_iter().flatten().fold(0, |bits, one| bits | capability::bit(*one))
@@ -220,7 +221,7 @@ fn sorted(lines: impl Iterator<Item = [u64; 3]>) -> Vec<[u64; 3]> {
     lines
 }
 
-/// AppArmor's profile that the specification asks for, where there is AppArmor.
+/// Returns the specification's AppArmor profile, if AppArmor is on.
 fn profile(process: Option<&Process>) -> Option<String> {
     let profile = process?.apparmor_profile().clone().filter(|profile| !profile.is_empty())?;
     Path::new("/sys/kernel/security/apparmor").exists().then_some(profile)
@@ -233,14 +234,14 @@ fn inode(path: &Path) -> io::Result<u64> {
 fn namespaces(pid: HostPid) -> io::Result<BTreeMap<Kind, u64>> {
     let of = |kind: Kind| match inode(&pid.path(&format!("ns/{}", kind.0))) {
         Ok(inode) => Ok(Some((kind, inode))),
-        // A kind that this kernel does not know.
+        // A kind unknown to this kernel.
         Err(error) if proc::is_gone(&error) && pid.path("ns/mnt").exists() => Ok(None),
         Err(error) => Err(error),
     };
     Kind::ALL.into_iter().filter_map(|kind| of(kind).transpose()).collect()
 }
 
-/// The part that the threads of a process have in common.
+/// Rights common to the threads of a process.
 struct Of {
     namespaces: BTreeMap<Kind, u64>,
     maps: [Vec<[u64; 3]>; 2],
@@ -273,7 +274,7 @@ impl Of {
     }
 }
 
-/// `PROFILE (enforce)`; older kernels have it in the folder itself.
+/// Returns the profile in `PROFILE (enforce)`; older kernels have the file in the folder itself.
 fn current_profile(folder: &Path) -> Option<String> {
     let files: [PathBuf; 2] = [folder.join("apparmor/current"), folder.join("current")];
     let text = files.iter().find_map(|file| fs::read_to_string(file).ok())?;
@@ -307,7 +308,7 @@ mod tests {
         SpecBuilder::default().process(process).linux(linux).build().unwrap()
     }
 
-    /// A thread as the specification would have it.
+    /// Returns a thread with exactly the specification's rights.
     fn thread(allowed: &Allowed) -> Found {
         Found {
             capabilities: Capabilities {
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thread_with_what_it_is_given_is_let_run() {
+    fn a_thread_with_the_specified_rights_may_run() {
         let allowed = Allowed::by(&spec(true)).unwrap();
         assert_eq!(allowed.excess(&thread(&allowed), &host(), true), None);
         let mut less = thread(&allowed);
@@ -406,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_within_what_it_has_itself() {
+    fn this_process_is_within_its_own_rights() {
         let own = HostPid::own();
         let found = Of::process(own).unwrap().thread(own, own.raw()).unwrap();
         let mut allowed = Allowed::by(&spec(false)).unwrap();

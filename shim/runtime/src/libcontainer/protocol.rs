@@ -1,8 +1,8 @@
-//! What the shim and its helper say to each other.
+//! Messages between the shim and a helper.
 //!
-//! Both sides are the same executable, so there is no version to agree on. The request and the reply each travel in a
-//! memfd: a pipe's end of file would not come while the container's init, which inherits every descriptor of the
-//! helper, waits for its start.
+//! Both sides are the same executable, so the protocol has no version. The request and the reply
+//! each travel in a memfd. A pipe would have no end of file while the container's init, with all of
+//! the helper's descriptors, waits for the start.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -14,9 +14,9 @@ use rustix::fs::MemfdFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// No reply is longer: it is a pid, or a few lines of text.
+/// Longest reply, in bytes: a pid, or a few lines of text.
 const REPLY_LIMIT: u64 = 256 << 10;
-/// A request holds at most a process description, which containerd got in a message of at most 16 MiB.
+/// Longest request, in bytes: a process description, from a containerd message of at most 16 MiB.
 const REQUEST_LIMIT: u64 = 32 << 20;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,9 +35,9 @@ pub(super) enum Step {
     Exec(Box<Exec>),
     Update(Box<LinuxResources>),
     Delete,
-    /// Makes the cgroup of a container that is being restored, around criu.
+    /// Makes the cgroup of a container during a restore, around criu.
     Join(Box<Join>),
-    /// Does what has to be done in the namespaces of a container that is being restored.
+    /// Sets up the namespaces of a container during a restore.
     SetUp {
         pid: HostPid,
         raise_loopback: bool,
@@ -46,7 +46,7 @@ pub(super) enum Step {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Join {
-    /// criu.
+    /// Pid of criu.
     pub(super) pid: HostPid,
     pub(super) resources: LinuxResources,
 }
@@ -70,13 +70,13 @@ pub(super) struct Exec {
 pub(super) enum Reply {
     /// Done. `pid` is the new process, a child of the shim, after create and exec.
     Done { pid: Option<HostPid>, warnings: Vec<String> },
-    /// Not done, and nothing is left of it.
+    /// Failed, with nothing left.
     Failed { message: String },
-    /// The helper gave up in the middle: what it had begun may be left.
+    /// The helper gave up in the middle: partial results may be left.
     Panicked { message: String },
 }
 
-/// A new file that holds `value`, or nothing.
+/// Returns a new file with `value`, or an empty one.
 pub(super) fn memory_file(value: Option<&Request>) -> io::Result<File> {
     let mut file = File::from(rustix::fs::memfd_create("gpusnap-helper", MemfdFlags::CLOEXEC)?);
     if let Some(value) = value {
@@ -89,7 +89,7 @@ pub(super) fn read_request(file: &mut File) -> io::Result<Request> {
     read(file, REQUEST_LIMIT)
 }
 
-/// Reads the reply; `None` when there is none.
+/// Reads the reply; `None` if the file is empty.
 pub(super) fn read_reply(file: &mut File) -> io::Result<Option<Reply>> {
     if file.metadata()?.len() == 0 {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! Restore, which libcontainer does not have: CRIU makes the processes, and everything around them is made here.
+//! Restore, missing from libcontainer: CRIU makes the processes, this module everything around.
 //!
 //! ```text
 //!  prepare        state directory, mount points, the root as a mount point       helper::prepare_restore
@@ -12,8 +12,8 @@
 //!  clean          the root's extra mount goes                                    helper::clean_restore
 //! ```
 //!
-//! criu is the shim's child, and so is the restored init (`rst_sibling`): it has the parent it would have had if it had
-//! been created. If anything fails, CRIU's part is undone by the criu crate and the rest by `delete`.
+//! criu is the shim's child, and so is the restored init (`rst_sibling`): the same parent as after
+//! a creation. A failure is undone by the criu crate for CRIU's part, and by `delete` for the rest.
 
 use std::fs::File;
 use std::io;
@@ -38,10 +38,11 @@ use super::privileges::Allowed;
 use super::protocol::{Join, Step};
 use crate::{Operation, Phase, Privileges, ProcessIo, RestoreRequest, RuntimeError, Timeline};
 
-/// Errors and warnings. All processes write to one log, each line at once, and at level 4 two lines for most pages: half of
-/// the restore of a tree of forked processes (docs/benchmarks.md).
+/// CRIU's log level: errors and warnings. All processes write to one log, each line at once, and at
+/// level 4 two lines for most pages: half of the restore of a tree of forked processes
+/// (docs/benchmarks.md).
 const LOG_LEVEL: i32 = 2;
-/// Environment variable with another, up to 4.
+/// Environment variable for another level, up to 4.
 const LOG_LEVEL_VARIABLE: &str = "GPUSNAP_CRIU_LOG_LEVEL";
 
 impl Client {
@@ -150,8 +151,8 @@ impl Client {
         Ok(restored?.root)
     }
 
-    /// Returns a callback that lets the killed processes of a frozen tree end. Otherwise a restore whose criu died
-    /// after the freeze would wait for them for ever.
+    /// Returns a callback that lets the killed processes of a frozen tree end. Without the
+    /// callback, a restore whose criu died after the freeze would wait for ever.
     fn thaw_the_killed(&self, id: &str) -> OnKilled {
         let (client, id) = (self.clone(), id.to_owned());
         OnKilled::new(move || {
@@ -168,36 +169,36 @@ fn log_level() -> i32 {
     asked.unwrap_or(LOG_LEVEL)
 }
 
-/// Returns the link of a descriptor of this process, as `/proc/PID/fd` has it.
+/// Returns the link of a descriptor of this process, as in `/proc/PID/fd`.
 fn link(fd: BorrowedFd<'_>) -> io::Result<String> {
     let link = std::fs::read_link(HostPid::own().path(&format!("fd/{}", fd.as_raw_fd())))?;
     Ok(link.to_string_lossy().into_owned())
 }
 
-/// The new streams in place of the pipes that the dumped process had.
+/// Returns the new streams in place of the dumped process's pipes.
 fn streams(dumped: &[String], new: [OwnedFd; 3]) -> Vec<Inherit> {
     let pairs = dumped.iter().zip(new).filter(|(link, _)| helper::is_pipe(link));
     pairs.map(|(link, fd)| Inherit { key: link.clone(), fd }).collect()
 }
 
-/// What belongs to CRIU's stages.
+/// State across CRIU's stages.
 struct Stages<'a> {
     client: &'a Client,
     subject: Subject<'a>,
-    /// None once the cgroup is made.
+    /// `None` once the cgroup is made.
     resources: Option<LinuxResources>,
     raise_loopback: bool,
     has_hooks: bool,
-    /// None unless it joins one.
+    /// `None` unless the container joins one.
     host_name: Option<Arc<HostName>>,
-    /// Where the terminal goes; None once it is there, or without one.
+    /// Receiver of the terminal; `None` once sent, or without a terminal.
     console_socket: Option<PathBuf>,
-    /// The tree is to be frozen before it runs.
+    /// Freeze the tree before the processes run.
     frozen: bool,
     streams: Streams,
-    /// The most that the tree may have; None if it may have what it had.
+    /// Most rights for the tree; `None` allows the saved rights.
     allowed: Option<Allowed>,
-    /// criu and the tree's root, once they are there.
+    /// criu and the tree's root, once known.
     criu: Option<HostPid>,
     root: Option<HostPid>,
     timeline: Timeline,
@@ -261,14 +262,14 @@ impl NotifyRestore for Stages<'_> {
         }
         let (true, Some(criu)) = (self.frozen, self.criu) else { return Ok(()) };
         let cgroup = self.client.cgroup(self.subject.id)?;
-        // criu holds every thread of the tree here, so that none runs before it is frozen.
+        // criu holds every thread of the tree here, so that none runs before the freeze.
         let frozen = move |_: &_| cgroup.freeze_around(&[criu], HostPid::own()).map_err(|error| phase::chain(&error));
         self.client.blocking(self.subject, frozen).await?;
         Ok(())
     }
 }
 
-/// Sends a terminal to whoever listens at a socket, as runtimes do at creation.
+/// Sends a terminal to the listener at a socket, as runtimes do at creation.
 fn send(socket: &PathBuf, master: &OwnedFd) -> io::Result<()> {
     let stream = UnixStream::connect(socket)?;
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

@@ -1,4 +1,4 @@
-//! One sentence tried on one runtime, and what it must not leave behind.
+//! A sentence tried on one runtime, and a check for leftovers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,11 +17,11 @@ use tempfile::TempDir;
 use crate::container::Bundle;
 use crate::world::{Which, World, cgroup_hierarchies};
 
-/// How long one sentence may take. The longest, a hundred containers, takes a tenth of it.
+/// Longest time for one sentence. The longest, a hundred containers, takes a tenth.
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// How long what a container left may take to go. The kernel removes namespaces and mounts after the last process,
-/// and orphans are reaped one after the other.
+/// Longest time for the leftovers of a container to go. The kernel removes namespaces and mounts
+/// after the last process, and orphans are reaped one after the other.
 const SETTLE: Duration = Duration::from_secs(10);
 
 /// A sentence about any runtime.
@@ -41,25 +41,26 @@ macro_rules! sentences {
 }
 pub(crate) use sentences;
 
-/// A runtime, and a folder for what one sentence makes.
+/// A runtime, and a folder for the files of one sentence.
 pub(crate) struct Bed {
     pub(crate) which: Which,
     pub(crate) world: Arc<World>,
     pub(crate) runtime: Arc<dyn OciRuntime>,
-    /// Where the runtime keeps its state.
+    /// Folder for the runtime's state.
     pub(crate) root: PathBuf,
     folder: TempDir,
     ids: Mutex<Vec<String>>,
-    /// Reason for which something of the sentence is not tried.
+    /// Reason for skipping a part of the sentence.
     not_tried: Mutex<Option<String>>,
 }
 
 impl Bed {
-    /// Tries a sentence out, and looks for what it left.
+    /// Tries a sentence, and looks for leftovers.
     pub(crate) fn try_out(world: &Arc<World>, which: Which, sentence: &Sentence) -> Result<Completion, Failed> {
         let _context = world.handle.enter();
         let bed = Self::new(world, which);
-        // The embedded runtime opens its executable once, and keeps it. Sentences may use it beside another one.
+        // The embedded runtime opens its executable once, and keeps it open. Sentences may use the
+        // embedded runtime beside another one.
         for which in [which, Which::Libcontainer] {
             let runtime = world.runtime(which, bed.root.clone());
             assert!(world.handle.block_on(runtime.start("contract-unknown")).is_err());
@@ -94,7 +95,7 @@ impl Bed {
         }
     }
 
-    /// Notes that the sentence, or a part of the sentence, is not tried on this runtime or machine.
+    /// Notes that the sentence, or a part, is not tried on this runtime or machine.
     pub(crate) fn not_tried(&self, reason: &str) {
         *self.not_tried.lock().unwrap() = Some(reason.to_owned());
     }
@@ -107,34 +108,34 @@ impl Bed {
         }
     }
 
-    /// The same place with another runtime.
+    /// Returns the same place with another runtime.
     pub(crate) fn beside(&self, which: Which) -> Self {
         Self::new(&self.world, which)
     }
 
-    /// A folder for what a sentence needs.
+    /// Returns a folder for the files of a sentence.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// A bundle for a new container.
+    /// Returns a bundle for a new container.
     pub(crate) fn bundle(&self, spec: &Spec) -> Bundle<'_> {
         let id = format!("contract-{}-{}", std::process::id(), self.world.number());
         self.ids.lock().unwrap().push(id.clone());
         Bundle::new(self, id, spec)
     }
 
-    /// Everything that this process has or leads to now.
+    /// Returns all traces of this process now.
     pub(crate) fn traces(&self) -> Traces {
         Traces::of(&self.world)
     }
 
-    /// Waits until all that is new since `before` is gone; returns what stays.
+    /// Waits until every trace newer than `before` is gone; returns the rest.
     pub(crate) fn settle(&self, before: &Traces) -> Vec<String> {
         self.settle_beside(before, "\0")
     }
 
-    /// The same while a container of this id runs.
+    /// Waits like [`Self::settle`], while a container of this id runs.
     pub(crate) fn settle_beside(&self, before: &Traces, id: &str) -> Vec<String> {
         let deadline = Instant::now() + SETTLE;
         loop {
@@ -148,17 +149,17 @@ impl Bed {
         }
     }
 
-    /// What the runtime keeps of containers.
+    /// Returns the runtime's state of containers.
     fn state(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(&self.root) else { return vec![] };
         let entries = entries.map(|entry| entry.unwrap());
-        // crun keeps things of its own beside those of containers: .cache, .empty-directory.
+        // crun's own folders lie beside those of containers: .cache, .empty-directory.
         let foreign = |name: &str| name.starts_with('.') && !name.starts_with(".gpusnap");
         let kept = entries.filter(|entry| !foreign(entry.file_name().to_str().unwrap()));
         kept.map(|entry| format!("state {}", entry.path().display())).collect()
     }
 
-    /// After a failure: the next sentence shall not fail because of this one.
+    /// Cleans up after a failure: the next sentence must not fail because of this one.
     fn clear(&self) {
         for id in self.ids.lock().unwrap().iter() {
             if self.root.join(id).exists() {
@@ -168,12 +169,12 @@ impl Bed {
     }
 }
 
-/// What can be left behind, and how it is called when it is: a process may have another name by then.
+/// Possible leftovers, each with its name: a process may have another name by then.
 #[derive(Debug)]
 pub(crate) struct Traces(BTreeMap<String, String>);
 
 impl Traces {
-    /// What is new since `before`.
+    /// Returns the traces newer than `before`.
     fn since(&self, before: &Self) -> Vec<String> {
         self.0.iter().filter(|(trace, _)| !before.0.contains_key(*trace)).map(|(_, name)| name.clone()).collect()
     }
@@ -181,7 +182,7 @@ impl Traces {
     fn of(world: &World) -> Self {
         let mut traces = vec![];
         for descriptor in fs::read_dir("/proc/self/fd").unwrap() {
-            // That of the listing itself is gone when its target is read.
+            // The listing's own descriptor is gone by now.
             if let Ok(target) = fs::read_link(descriptor.unwrap().path()) {
                 traces.push(format!("descriptor of {}", target.display()));
             }
@@ -191,7 +192,7 @@ impl Traces {
             let below = entries.map(|entry| entry.unwrap()).filter(|entry| entry.file_type().unwrap().is_dir());
             traces.extend(below.map(|entry| format!("cgroup {}", entry.path().display())));
         }
-        // Only those below our folder: others come and go when other tests run at the same time.
+        // Only mounts below our folder: others come and go with other tests.
         let folder = world.folder().to_str().unwrap();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mounts = mounts.lines().filter_map(|line| line.split(' ').nth(4));
@@ -205,7 +206,7 @@ impl Traces {
     }
 }
 
-/// The children of this process, of all its threads.
+/// Returns the children of this process, of all its threads.
 fn children() -> Vec<i32> {
     let tasks = fs::read_dir("/proc/self/task").unwrap();
     tasks

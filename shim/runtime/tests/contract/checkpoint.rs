@@ -1,4 +1,4 @@
-//! Containers that are saved.
+//! Checkpoints of containers.
 
 use std::fs;
 
@@ -24,13 +24,13 @@ sentences![
     a_container_is_saved_again_and_again,
 ];
 
-/// Counts the lines that it is told, and ends with its input.
+/// Script that counts input lines, and ends with the input.
 pub(crate) const COUNTER: &str = "n=0; echo up; while read line; do n=$((n+1)); echo \"$n $line\"; done; exit 7";
 
-/// Sends what it is told through a connection to itself, and says what comes back.
+/// Script that sends the input through a connection on loopback, and prints the echo.
 const CONNECTED: &str = "nc -l -p 7000 -e cat & echo up; until nc 127.0.0.1 7000 2>/dev/null; do sleep 0.01; done";
 
-/// A container that counts, and has been told one line.
+/// Returns a counting container after one line of input.
 pub(crate) async fn counter<'bed>(bed: &'bed Bed) -> (Bundle<'bed>, Running) {
     counter_as(bed, &shell(COUNTER)).await
 }
@@ -44,7 +44,7 @@ pub(crate) async fn counter_as<'bed>(bed: &'bed Bed, spec: &oci_spec::runtime::S
     (bundle, running)
 }
 
-/// Counts on as if nothing had been, and ends by itself.
+/// Checks that the count goes on undisturbed up to the end of the container.
 pub(crate) async fn counts_on(bundle: &Bundle<'_>, running: Running, next: u32) {
     running.tell("on");
     running.says(&format!("{next} on\n")).await;
@@ -121,7 +121,7 @@ async fn a_container_that_does_not_run_is_not_saved(bed: &Bed) {
     assert!(!image.images().join("inventory.img").exists());
 }
 
-/// A container that says what it is told.
+/// Returns a container that prints the input.
 async fn connected(bed: &Bed) -> (Bundle<'_>, Running) {
     let bundle = bed.bundle(&shell(CONNECTED));
     let running = bundle.start().await;
@@ -173,7 +173,7 @@ async fn a_connection_is_saved_where_that_is_allowed(bed: &Bed) {
         })
         .await
         .unwrap();
-    // It is not blocked any more.
+    // The connection is not blocked any more.
     running.tell("second");
     running.says("second\n").await;
     bundle.kill(running).await;

@@ -1,4 +1,4 @@
-//! Containers, and what they say.
+//! Containers, and the output of containers.
 
 use std::fs;
 use std::io::{PipeWriter, Write};
@@ -19,10 +19,10 @@ use crate::bed::Bed;
 use crate::spec;
 use crate::world::Which;
 
-/// How long something may take that happens within milliseconds when all is well.
+/// Longest time for steps that take milliseconds as a rule.
 const SOON: Duration = Duration::from_secs(20);
 
-/// A folder with a config.json and a mounted root, as containerd hands it over.
+/// A folder with a config.json and a mounted root, in containerd's layout.
 pub(crate) struct Bundle<'bed> {
     pub(crate) bed: &'bed Bed,
     pub(crate) id: String,
@@ -52,7 +52,8 @@ impl<'bed> Bundle<'bed> {
         self.folder.join("rootfs")
     }
 
-    /// Path of the container's cgroup in every hierarchy, from its root as this process sees it.
+    /// Returns the path of the container's cgroup in every hierarchy, from the root as seen by this
+    /// process.
     pub(crate) fn cgroup(&self) -> PathBuf {
         PathBuf::from("/").join(&self.bed.world.cgroup).join(&self.id)
     }
@@ -66,7 +67,7 @@ impl<'bed> Bundle<'bed> {
         fs::write(self.folder.join("config.json"), serde_json::to_vec_pretty(&spec).unwrap()).unwrap();
     }
 
-    /// Creates the container, its standard input and output being pipes.
+    /// Creates the container with pipes as standard input and output.
     pub(crate) async fn create(&self) -> Result<Running, RuntimeError> {
         let (io, pipes) = Pipes::new();
         self.create_with(io).await.map(|child| Running { child, pipes })
@@ -81,14 +82,14 @@ impl<'bed> Bundle<'bed> {
         CreateRequest { id, bundle, io, no_pivot_root: false, no_new_keyring: false }
     }
 
-    /// Creates and starts it.
+    /// Creates and starts the container.
     pub(crate) async fn start(&self) -> Running {
         let running = self.create().await.unwrap();
         self.bed.runtime.start(&self.id).await.unwrap();
         running
     }
 
-    /// Starts a further process in it.
+    /// Starts a further process in the container.
     pub(crate) async fn exec(&self, process: &Process) -> Result<Running, RuntimeError> {
         let (io, pipes) = Pipes::new();
         self.exec_with(process, io).await.map(|child| Running { child, pipes })
@@ -105,12 +106,12 @@ impl<'bed> Bundle<'bed> {
         self.bed.runtime.exec(request).await
     }
 
-    /// What a shell script says that is run in it; it must succeed.
+    /// Returns the output of a shell script in the container; the script must succeed.
     pub(crate) async fn ask(&self, script: &str) -> String {
         self.ask_as(script, &spec::DEFAULT_CAPABILITIES).await
     }
 
-    /// The same with these capabilities.
+    /// Runs [`Self::ask`] with these capabilities.
     pub(crate) async fn ask_as(&self, script: &str, capabilities: &[Capability]) -> String {
         let mut process = spec::process(&["/bin/sh", "-c", script]);
         process.set_capabilities(Some(spec::capabilities(capabilities)));
@@ -122,13 +123,13 @@ impl<'bed> Bundle<'bed> {
     pub(crate) async fn delete(&self) {
         self.bed.runtime.delete(&self.id).await.unwrap();
         if self.bed.which == Which::Crun {
-            // It does not see this hierarchy here, but the CRIU that it starts does.
+            // Invisible to this runtime, this hierarchy is used by its CRIU.
             let path = self.cgroup();
             let _ = fs::remove_dir(Path::new("/sys/fs/cgroup/unified").join(path.strip_prefix("/").unwrap()));
         }
     }
 
-    /// Kills a running container and deletes it.
+    /// Kills and deletes a running container.
     pub(crate) async fn kill(&self, running: Running) {
         let _ = running.child.signal(Signal::KILL);
         running.end().await;
@@ -138,13 +139,13 @@ impl<'bed> Bundle<'bed> {
 
 impl Drop for Bundle<'_> {
     fn drop(&mut self) {
-        // Lazily, as the shim does: after a failure something may still be in it.
+        // Lazily, as the shim does: after a failure the mount may still be in use.
         let _ = rustix::mount::unmount(self.rootfs(), UnmountFlags::DETACH);
     }
 }
 
 impl Bed {
-    /// Runs a container from its creation to its deletion.
+    /// Runs a container from creation to deletion.
     pub(crate) async fn run(&self, spec: &Spec) -> Ended {
         let bundle = self.bundle(spec);
         let ended = bundle.start().await.end().await;
@@ -152,14 +153,14 @@ impl Bed {
         ended
     }
 
-    /// What a container says that ends well.
+    /// Returns the output of a container that must succeed.
     pub(crate) async fn say(&self, spec: &Spec) -> String {
         let ended = self.run(spec).await;
         assert_eq!((ended.code, ended.stderr.as_str()), (0, ""), "it said {:?}", ended.stdout);
         ended.stdout
     }
 
-    /// The reason why a container cannot be created; nothing may be left of it.
+    /// Returns the reason of a refused creation; nothing may be left of the container.
     pub(crate) async fn refusal(&self, bundle: &Bundle<'_>) -> String {
         let before = self.traces();
         match bundle.create().await {
@@ -182,7 +183,7 @@ pub(crate) struct Running {
     pub(crate) pipes: Pipes,
 }
 
-/// How it ended and what it said.
+/// Exit code and output of a process.
 #[derive(Debug)]
 pub(crate) struct Ended {
     pub(crate) code: u32,
@@ -191,14 +192,15 @@ pub(crate) struct Ended {
 }
 
 impl Running {
-    /// Waits for its end, and for that of its output, which comes when nobody has the other end any more.
+    /// Waits for the process's end, and for the end of its output, after the last writer has
+    /// closed.
     pub(crate) async fn end(self) -> Ended {
         drop(self.pipes.stdin);
         let code = soon("the process ends", self.child.wait()).await.code;
         Ended { code, stdout: self.pipes.stdout.all().await, stderr: self.pipes.stderr.all().await }
     }
 
-    /// Waits until it has said something.
+    /// Waits for a piece of output.
     pub(crate) async fn says(&self, what: &str) {
         until(&format!("it says {what:?}"), || self.pipes.stdout.so_far().contains(what)).await;
     }
@@ -225,7 +227,7 @@ impl Pipes {
     }
 }
 
-/// What comes out of a pipe.
+/// Output of a pipe.
 pub(crate) struct Output {
     text: Arc<Mutex<Vec<u8>>>,
     done: tokio::task::JoinHandle<()>,
@@ -256,8 +258,8 @@ impl Output {
     }
 }
 
-/// The words for a program that is not there, by which clients know the case: those of runc, which containerd's tests
-/// look for, or crun's.
+/// Checks the message about a missing program, by which clients know the case: runc's, checked by
+/// containerd's tests, or crun's.
 pub(crate) fn assert_says_missing(error: &str, program: &str) {
     let words = match program.contains('/') {
         true => ["no such file or directory".to_owned(), "No such file or directory".to_owned()],
@@ -270,7 +272,7 @@ pub(crate) fn assert_says_missing(error: &str, program: &str) {
     assert!(error.contains(program), "{error}");
 }
 
-/// Waits for something that must come.
+/// Waits for something certain to come.
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(SOON, future).await {
         Ok(value) => value,
@@ -278,7 +280,7 @@ pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Waits for something that another process brings about.
+/// Waits for an effect of another process.
 pub(crate) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     soon(what, async {
         while !condition() {

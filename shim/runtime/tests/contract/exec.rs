@@ -37,7 +37,7 @@ fn sh(script: &str) -> Process {
     process(&["/bin/sh", "-c", script])
 }
 
-/// A container that waits to be killed.
+/// Returns a container that waits to be killed.
 async fn idle<'bed>(bed: &'bed Bed) -> (Bundle<'bed>, Running) {
     idle_as(bed, shell("echo up; sleep 600")).await
 }
@@ -49,14 +49,14 @@ async fn idle_as<'bed>(bed: &'bed Bed, spec: oci_spec::runtime::Spec) -> (Bundle
     (bundle, running)
 }
 
-/// What it says as such a process; it must succeed.
+/// Returns the output of such a process; the process must succeed.
 async fn says(bundle: &Bundle<'_>, process: &Process) -> String {
     let ended = bundle.exec(process).await.unwrap().end().await;
     assert_eq!((ended.code, ended.stderr.as_str()), (0, ""));
     ended.stdout
 }
 
-/// The value of a line of /proc/self/status.
+/// Returns the value of a line of /proc/self/status.
 async fn status(bundle: &Bundle<'_>, mut process: Process, key: &str) -> String {
     process.set_args(Some(["cat", "/proc/self/status"].map(str::to_owned).to_vec()));
     let status = says(bundle, &process).await;
@@ -167,7 +167,7 @@ async fn exec_has_its_own_capabilities(bed: &Bed) {
     let (bundle, running) = idle(bed).await;
     let mut process = process(&[]);
     process.set_capabilities(Some(capabilities(&[Capability::Chown, Capability::Kill])));
-    // Bit numbers are those of linux/capability.h: chown 0, kill 5.
+    // Bit numbers of linux/capability.h: chown 0, kill 5.
     for (set, expected) in
         [("CapBnd", "0000000000000021"), ("CapPrm", "0000000000000021"), ("CapEff", "0000000000000021")]
     {
@@ -176,7 +176,7 @@ async fn exec_has_its_own_capabilities(bed: &Bed) {
     for set in ["CapInh", "CapAmb"] {
         assert_eq!(status(&bundle, process.clone(), set).await, "0000000000000000", "{set}");
     }
-    // Another user has them only where they are ambient.
+    // Another user has them only if they are ambient.
     let user = UserBuilder::default().uid(1000_u32).gid(1000_u32).build().unwrap();
     process.set_user(user.clone());
     assert_eq!(status(&bundle, process.clone(), "CapEff").await, "0000000000000000");
@@ -228,7 +228,7 @@ async fn exec_has_its_own_limits(bed: &Bed) {
 
 async fn exec_has_no_descriptors_but_three(bed: &Bed) {
     let (bundle, running) = idle(bed).await;
-    // ls has the folder that it reads open as well.
+    // ls itself has the listed folder open as well.
     let count = |listing: String| listing.lines().count();
     assert_eq!(count(says(&bundle, &process(&["ls", "/proc/self/fd"])).await), 4);
     assert_eq!(count(bundle.ask("ls /proc/1/fd").await), 3);

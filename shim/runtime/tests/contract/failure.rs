@@ -1,4 +1,4 @@
-//! Creations that fail, of which nothing may stay: no process, cgroup, mount, descriptor or state.
+//! Failed creations, without leftovers: no process, cgroup, mount, descriptor or state.
 
 use std::fs;
 use std::path::Path;
@@ -73,7 +73,7 @@ async fn a_container_whose_hook_fails_is_refused(bed: &Bed) {
         let hooks = spec.hooks_mut().get_or_insert_default();
         match kind {
             "createRuntime" => hooks.set_create_runtime(Some(failing)),
-            // This one runs in the container's mount namespace, still with the host's root.
+            // This hook runs in the container's mount namespace, still with the host's root.
             _ => hooks.set_create_container(Some(failing)),
         };
         let error = bed.refusal(&bed.bundle(&spec)).await;

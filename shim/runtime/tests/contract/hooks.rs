@@ -1,4 +1,4 @@
-//! Programs of the host that a runtime runs at points of a container's life.
+//! Hooks: programs of the host, run by a runtime at points of a container's life.
 
 use std::fs;
 
@@ -19,7 +19,7 @@ sentences![
 
 const KINDS: [&str; 6] = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
 
-/// A container with a hook of each kind that runs the script that `script` makes of the kind's name.
+/// Adds a hook of each kind, which runs the script given by `script` for the kind's name.
 pub(crate) fn with_hooks(mut spec: Spec, script: impl Fn(&str) -> String) -> Spec {
     let one = |kind: &str| Some(vec![hook(&script(kind))]);
     let mut hooks = Hooks::default();
@@ -34,7 +34,8 @@ pub(crate) fn with_hooks(mut spec: Spec, script: impl Fn(&str) -> String) -> Spe
     spec
 }
 
-/// Where a hook leaves something: the folder is seen from the host, and by hooks and program inside the container.
+/// Returns the place of a hook's output: in a folder visible to the host, and to hooks and program
+/// inside the container.
 fn path(bundle: &Bundle<'_>, kind: &str, name: &str) -> String {
     match kind {
         "startContainer" => format!("/tmp/{name}"),
@@ -67,8 +68,9 @@ async fn hooks_run_in_order(bed: &Bed) {
     assert_eq!(read(&bundle, "order").matches("poststop").count(), 1);
 }
 
-/// runc before 1.5 runs poststart hooks at the end of create (opencontainers/runc#1710, #5186), and crun runs them while
-/// the startContainer hooks still run (containers/crun#1562).
+/// Removes known faults. runc before 1.5 runs poststart hooks at the end of create
+/// (opencontainers/runc#1710, #5186), and crun runs them while the startContainer hooks still run
+/// (containers/crun#1562).
 fn without_known_faults(which: Which, order: &str) -> String {
     let faulty = |kind: &&str| which != Which::Libcontainer && *kind == "poststart";
     order.lines().filter(|kind| !faulty(kind)).collect::<Vec<_>>().join(" ")
@@ -86,13 +88,14 @@ async fn hooks_are_told_of_their_container(bed: &Bed) {
     for kind in KINDS {
         let state: serde_json::Value = serde_json::from_str(&read(&bundle, kind)).unwrap();
         assert_eq!(state["id"], bundle.id.as_str(), "{kind}");
-        // crun tells the one inside that its bundle is the root.
+        // crun reports the root as the bundle to the hook inside.
         if kind != "startContainer" {
             assert_eq!(state["bundle"], bundle.folder.to_str().unwrap(), "{kind}");
         }
         assert_eq!(state["annotations"]["dev.example/key"], "value", "{kind}");
         assert!(state["ociVersion"].is_string(), "{kind}");
-        // Inside the pid is another one, and runc gives the hooks that run before the root is changed that one too.
+        // The pid inside is another one, and runc also passes it to hooks before the change of the
+        // root.
         if ["prestart", "createRuntime", "poststart"].contains(&kind) {
             assert_eq!(state["pid"], pid, "{kind}");
         }

@@ -1,4 +1,4 @@
-//! Checkpoints of containers, and containers made of them.
+//! Checkpoints of containers, and containers restored from checkpoints.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,10 +12,10 @@ use crate::container::{Bundle, Ended, Pipes, Running};
 use crate::spec::Edit;
 use crate::world::Which;
 
-/// Paths that specifications mask, and that are directories.
+/// Masked paths of specifications that are directories.
 const DIRECTORIES: [&str; 4] = ["/proc/acpi", "/proc/asound", "/proc/scsi", "/sys/firmware"];
 
-/// A folder for a checkpoint: its images, and the logs of who made and used it.
+/// A folder for a checkpoint: images, and the logs of makers and users.
 pub(crate) struct Image {
     folder: PathBuf,
 }
@@ -36,7 +36,7 @@ impl Image {
         self.folder.join("work")
     }
 
-    /// A copy, to be spoilt.
+    /// Returns a copy, to be damaged.
     pub(crate) fn copy(&self, bed: &Bed) -> Self {
         let copy = Self::new(bed);
         for entry in fs::read_dir(self.images()).unwrap().map(|entry| entry.unwrap()) {
@@ -54,7 +54,7 @@ impl Bundle<'_> {
         image
     }
 
-    /// Saves the container, which ends by that, and deletes it.
+    /// Saves, ends and deletes the container.
     pub(crate) async fn swap_out(&self, running: Running) -> (Image, Ended) {
         let image = Image::new(self.bed);
         self.checkpoint_to(&image, &running.child, |_| {}).await.unwrap();
@@ -85,7 +85,7 @@ impl Bundle<'_> {
         self.bed.runtime.checkpoint(request).await
     }
 
-    /// Makes the container from a checkpoint, its standard input and output being new pipes.
+    /// Restores the container from a checkpoint, with new pipes as standard input and output.
     pub(crate) async fn restore(&self, image: &Image) -> Running {
         self.restore_allowing(image, Allow::default()).await.unwrap()
     }
@@ -95,7 +95,7 @@ impl Bundle<'_> {
         self.restore_with(image, io, allow).await.map(|child| Running { child, pipes })
     }
 
-    /// Makes the container from a checkpoint and leaves it frozen.
+    /// Restores the container from a checkpoint, left frozen.
     pub(crate) async fn restore_frozen(&self, image: &Image) -> Running {
         self.try_restore_frozen(image).await.unwrap()
     }
@@ -129,8 +129,9 @@ impl Bundle<'_> {
 }
 
 impl Bed {
-    /// A specification like this one, of a container that can be restored. crun before 1.29 restores none that masks
-    /// directories, unless its state is where it has it by default: containers/crun#2239.
+    /// Returns `spec`, changed as far as needed for a restore. crun before 1.29 restores no
+    /// container with masked directories, unless the state is in the default folder:
+    /// containers/crun#2239.
     pub(crate) fn savable(&self, spec: &Spec) -> Spec {
         spec.clone().with_linux(|linux| {
             if self.which == Which::Crun {
@@ -142,7 +143,7 @@ impl Bed {
         })
     }
 
-    /// The reason why a container cannot be restored; nothing may be left of it.
+    /// Returns the reason of a refused restore; nothing may be left of the container.
     pub(crate) async fn restore_refusal(&self, bundle: &Bundle<'_>, image: &Image) -> String {
         let before = self.traces();
         match bundle.restore_allowing(image, Allow::default()).await {
@@ -159,7 +160,7 @@ impl Bed {
     }
 }
 
-/// An error with its causes.
+/// Returns an error with all causes.
 pub(crate) fn chain(error: &RuntimeError) -> String {
     let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")

@@ -1,4 +1,4 @@
-//! What a container is given, and what is kept from it.
+//! Things given to a container, and things kept from it.
 
 use std::collections::HashMap;
 use std::fs;
@@ -52,7 +52,7 @@ async fn a_container_has_the_environment_and_folder_it_asks_for(bed: &Bed) {
         });
     let ended = bed.run(&spec).await;
     assert_eq!(ended.stdout, "/home/user\na b=c\n0\n", "and nothing of ours");
-    // A folder that is not there is made, as runc does.
+    // A missing folder is made, as runc does.
     let spec = shell("pwd").with_process(|process| {
         process.set_cwd("/home/new".into());
     });
@@ -108,7 +108,7 @@ async fn a_container_has_the_oom_score_it_asks_for(bed: &Bed) {
 }
 
 async fn capabilities_that_cannot_be_had_are_left_out_or_refused(bed: &Bed) {
-    // As for privileged containers. In a container not all can be had.
+    // As for privileged containers. Inside a container some are missing.
     let features = bed.runtime.features().await.unwrap();
     let names = features.linux().as_ref().unwrap().capabilities().clone().unwrap();
     let all: Vec<Capability> = names.into_iter().map(|name| serde_json::from_value(name.into()).unwrap()).collect();
@@ -129,7 +129,7 @@ async fn capabilities_that_cannot_be_had_are_left_out_or_refused(bed: &Bed) {
 }
 
 async fn a_container_starts_with_clean_signals_in_a_session_of_its_own(bed: &Bed) {
-    // Rust programs ignore SIGPIPE, and what is ignored or blocked is inherited.
+    // Rust programs ignore SIGPIPE, and ignored or blocked signals are inherited.
     let clean = "grep -E '^Sig(Blk|Ign):' /proc/self/status | tr '\\t' ' '";
     let bundle = bed.bundle(&shell(&format!("exec 2>&1; {clean}; echo up; sleep 600")));
     let running = bundle.start().await;
@@ -147,8 +147,9 @@ async fn a_container_starts_with_clean_signals_in_a_session_of_its_own(bed: &Bed
     bundle.kill(running).await;
 }
 
-/// Sets of signals from `/proc/PID/status`, but for those that this process was started with ignored (by nohup or make,
-/// say): no runtime changes them. SIGPIPE is ignored by this program itself, and must not be passed on.
+/// Returns sets of signals from `/proc/PID/status`, except signals ignored from this process's
+/// start (by nohup or make, say): no runtime changes those. This program itself ignores SIGPIPE,
+/// which must not be passed on.
 fn signals(status: &str) -> Vec<(&str, u64)> {
     const SIGPIPE: u64 = 1 << 12;
     let own = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -217,7 +218,7 @@ async fn a_container_sees_its_own_processes_only(bed: &Bed) {
     let said = bed.say(&shell("echo $$; ls -d /proc/[0-9]* | grep -vx /proc/$$ | grep -c . | head -c 1; echo")).await;
     let (own, others) = said.split_once('\n').unwrap();
     assert_eq!(own, "1");
-    // Those of the pipeline itself.
+    // The processes of the pipeline itself.
     assert!(others.trim().parse::<u32>().unwrap() < 5, "{others}");
 }
 
@@ -340,7 +341,7 @@ async fn a_container_has_the_devices_it_asks_for(bed: &Bed) {
     let spec = shell("stat -c '%F %t %T %a %u %g' /dev/mine /dev/deep/er; head -c 1 /dev/mine | tr '\\0' 0")
         .with_linux(|linux| {
             let device = |path: &str| {
-                // That of /dev/zero.
+                // Number of /dev/zero.
                 LinuxDeviceBuilder::default()
                     .path(path)
                     .typ(LinuxDeviceType::C)
@@ -372,7 +373,7 @@ async fn a_device_that_is_not_allowed_cannot_be_opened(bed: &Bed) {
         )
         .unwrap();
     };
-    // /dev/null, and /dev/kmsg, which the rules do not have.
+    // /dev/null, and /dev/kmsg, missing from the rules.
     make("allowed", 3);
     make("kmsg", 11);
     let ended = bundle.start().await.end().await;
@@ -411,7 +412,7 @@ async fn a_readonly_root_cannot_be_written(bed: &Bed) {
 }
 
 async fn a_container_has_no_descriptors_but_three(bed: &Bed) {
-    // ls has the folder that it reads open as well.
+    // ls itself has the listed folder open as well.
     let said = bed.say(&program(&["ls", "/proc/self/fd"])).await;
     assert_eq!(said.lines().count(), 4, "{said}");
 }

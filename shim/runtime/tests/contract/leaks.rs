@@ -1,4 +1,4 @@
-//! What many containers add up to.
+//! Leaks of many containers.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ sentences![a_hundred_containers_leave_nothing, a_hundred_execs_leave_nothing];
 
 async fn a_hundred_containers_leave_nothing(bed: &Bed) {
     let bundle = bed.bundle(&program(&["true"]));
-    // The first ones may open what stays for the later ones.
+    // The first ones may open things for the later ones.
     for _ in 0..3 {
         assert_eq!(bundle.start().await.end().await.code, 0);
         bundle.delete().await;
@@ -51,7 +51,7 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// Bytes of memory that are this process's own, from /proc/self/status, which counts in KiB.
+/// Returns the bytes of this process's own memory, from /proc/self/status, which counts in KiB.
 fn memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();

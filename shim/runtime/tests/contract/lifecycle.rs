@@ -1,4 +1,4 @@
-//! From creation to deletion.
+//! The life of a container, from creation to deletion.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ sentences![
     a_created_container_waits_until_it_is_started,
     the_exit_code_is_the_programs,
     an_exit_before_start_returns_is_seen,
-    what_it_reads_and_writes_goes_through_its_descriptors,
+    input_and_output_go_through_the_given_descriptors,
     a_created_container_that_is_killed_is_seen_to_end,
     a_container_is_started_once,
     pause_stops_progress_and_resume_lets_it_go_on,
@@ -45,7 +45,7 @@ async fn a_created_container_waits_until_it_is_started(bed: &Bed) {
 
 async fn the_exit_code_is_the_programs(bed: &Bed) {
     assert_eq!(bed.run(&shell("exit 42")).await.code, 42);
-    // The first process of a pid namespace ignores signals of its own.
+    // The first process of a pid namespace ignores signals from inside.
     let bundle = bed.bundle(&shell("echo up; sleep 600"));
     let running = bundle.start().await;
     running.says("up").await;
@@ -67,7 +67,7 @@ async fn an_exit_before_start_returns_is_seen(bed: &Bed) {
     }
 }
 
-async fn what_it_reads_and_writes_goes_through_its_descriptors(bed: &Bed) {
+async fn input_and_output_go_through_the_given_descriptors(bed: &Bed) {
     let bundle = bed.bundle(&shell("while read line; do echo \"out $line\"; echo \"err $line\" >&2; done; echo end"));
     let running = bundle.start().await;
     running.tell("one");
@@ -107,7 +107,7 @@ async fn pause_stops_progress_and_resume_lets_it_go_on(bed: &Bed) {
     running.says(".").await;
     bed.runtime.pause(&bundle.id).await.unwrap();
     assert!(Cgroup::of_process(running.child.pid()).unwrap().is_frozen().unwrap());
-    // What was in the pipe may still come.
+    // The pipe's contents may still come.
     tokio::time::sleep(Duration::from_millis(50)).await;
     let paused = running.pipes.stdout.so_far().len();
     tokio::time::sleep(Duration::from_millis(200)).await;
@@ -138,7 +138,7 @@ async fn a_created_container_is_deleted(bed: &Bed) {
 }
 
 async fn a_running_container_is_deleted(bed: &Bed) {
-    // With a process that is not the first one's child, and one that ignores what can be ignored.
+    // With a process outside the first one's children, and one deaf to every ignorable signal.
     let bundle = bed.bundle(&shell("setsid sh -c 'sleep 600' & trap '' TERM INT HUP; echo up; sleep 600; sleep 600"));
     let running = bundle.start().await;
     running.says("up").await;
@@ -172,11 +172,11 @@ async fn delete_kills_all_that_runs_without_a_pid_namespace_of_its_own(bed: &Bed
     let running = bundle.start().await;
     running.says("up").await;
     let cgroup = Cgroup::of_process(running.child.pid());
-    // They keep the output open, so only the first process is waited for.
+    // The others keep the output open, so only the first process is waited for.
     assert_eq!(running.child.wait().await.code, 0);
     bundle.delete().await;
     running.end().await;
-    // It may have ended before it could be asked for its cgroup.
+    // The process may have ended before the look at its cgroup.
     if let Ok(cgroup) = cgroup {
         assert_eq!(cgroup.pids().unwrap(), [0; 0]);
     }

@@ -1,4 +1,4 @@
-//! What a container may use, by its cgroup.
+//! Limits of a container, by the cgroup.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,14 +27,14 @@ sentences![
     a_container_that_wants_too_much_memory_is_killed_and_counted,
 ];
 
-/// A file of the container's cgroup, by its name on v1 or on v2.
+/// Returns a file of the container's cgroup, by its name on v1 or on v2.
 fn read(bundle: &Bundle<'_>, v1: &str, v2: &str) -> String {
     let files = cgroups(bundle).into_iter().flat_map(|cgroup| [cgroup.join(v1), cgroup.join(v2)]);
     let value = files.filter_map(|path| fs::read_to_string(path).ok()).next();
     value.unwrap_or_else(|| panic!("neither {v1} nor {v2}")).trim().to_owned()
 }
 
-/// The container's cgroup in each hierarchy.
+/// Returns the container's cgroup in each hierarchy.
 fn cgroups(bundle: &Bundle<'_>) -> Vec<PathBuf> {
     let path = bundle.cgroup();
     let path = path.strip_prefix("/").unwrap();
@@ -57,12 +57,12 @@ pub(crate) fn limits(memory: i64, pids: i64) -> LinuxResources {
         .unwrap()
 }
 
-/// An idle container with these beside the usual device rules.
+/// Returns an idle container with `resources` beside the usual device rules.
 fn idle(resources: LinuxResources) -> Spec {
     with_limits(shell("echo up; sleep 600"), resources)
 }
 
-/// A container with these beside its device rules.
+/// Returns a container with `resources` beside the device rules.
 pub(crate) fn with_limits(spec: Spec, mut resources: LinuxResources) -> Spec {
     spec.with_linux(|linux| {
         resources.set_devices(linux.resources().as_ref().unwrap().devices().clone());
@@ -70,8 +70,8 @@ pub(crate) fn with_limits(spec: Spec, mut resources: LinuxResources) -> Spec {
     })
 }
 
-/// A process is in the container's cgroup, in every hierarchy. The named and the unified hierarchy of a machine that has
-/// v1 controllers are no business of all runtimes.
+/// Checks that a process is in the container's cgroup, in every hierarchy. Not every runtime cares
+/// about the named and the unified hierarchy of a machine with v1 controllers.
 pub(crate) fn assert_in_its_cgroup(bundle: &Bundle<'_>, child: &Child) {
     let outside = fs::read_to_string(format!("/proc/{}/cgroup", child.pid())).unwrap();
     for line in outside.lines().filter(has_controllers) {
@@ -105,7 +105,7 @@ async fn a_container_has_the_limits_of_its_resources(bed: &Bed) {
     let running = bundle.start().await;
     running.says("up").await;
     assert_eq!((memory(&bundle).as_str(), pids(&bundle).as_str()), ("67108864", "50"));
-    // The weight that v2 makes of 512 shares depends on the runtime's age.
+    // The weight of 512 shares on v2 depends on the runtime's age.
     let weight = read(&bundle, "cpu.shares", "cpu.weight");
     assert!(weight == "512" || (10..100).contains(&weight.parse::<u32>().unwrap()), "{weight}");
     let quota = read(&bundle, "cpu.cfs_quota_us", "cpu.max");
@@ -122,7 +122,7 @@ async fn update_changes_the_limits(bed: &Bed) {
         bed.runtime.update(&bundle.id, &new).await.unwrap();
         assert_eq!((memory(&bundle).as_str(), pids(&bundle).as_str()), expected);
     }
-    // As containerd's clients send it, with the swap that is on top.
+    // As sent by containerd's clients: memory and swap together.
     let both = LinuxMemoryBuilder::default().limit(256 << 20).swap(256 << 20).build().unwrap();
     bed.runtime.update(&bundle.id, &LinuxResourcesBuilder::default().memory(both).build().unwrap()).await.unwrap();
     assert_eq!(memory(&bundle), "268435456");
@@ -153,7 +153,7 @@ async fn a_cgroup_that_is_there_already_is_used(bed: &Bed) {
     running.says("up").await;
     assert_eq!(memory(&bundle), "67108864");
     bundle.kill(running).await;
-    // Those that the runtime does not use are still ours.
+    // Controllers unused by the runtime still have our cgroup.
     for cgroup in cgroups {
         let _ = fs::remove_dir(cgroup);
     }
@@ -202,7 +202,7 @@ async fn a_container_that_wants_too_much_memory_is_killed_and_counted(bed: &Bed)
     want_is_told(&bundle, running).await;
 }
 
-/// Lets a container that waits for a word run out of memory, and sees that it is told.
+/// Lets a waiting container run out of memory, and checks for the report.
 pub(crate) async fn want_is_told(bundle: &Bundle<'_>, running: Running) {
     let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
     let mut watch = match cgroup.watch_oom() {

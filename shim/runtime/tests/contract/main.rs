@@ -1,12 +1,14 @@
-//! What every OCI runtime must do, said once and tried on each: libcontainer in this binary, runc and crun.
+//! Duties of every OCI runtime, written once and tried on each: libcontainer in this binary, runc
+//! and crun.
 //!
-//! The sentences know the runtimes only as `dyn OciRuntime`. After each one the bed looks for what it may have left:
-//! processes, cgroups, mounts, descriptors of this process, state of the runtime. Needs root, a static busybox for the
-//! containers' root, and runc and crun in `PATH`: `make test-contract` runs it in the test bed, which has all of them.
+//! The sentences know the runtimes only as `dyn OciRuntime`. After each sentence the bed looks for
+//! leftovers: processes, cgroups, mounts, descriptors of this process, state of the runtime. Needs
+//! root, a static busybox for the containers' root, and runc and crun in `PATH`: `make
+//! test-contract` runs in the test bed, where all are present.
 //!
-//! The sentences run one after the other, because descriptors and children are the process's.
+//! The sentences run one after the other, because descriptors and children belong to the process.
 
-// This crate is nothing but tests, which clippy only sees in functions marked as such.
+// This crate is nothing but tests, recognized by clippy only in functions marked as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod bed;
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
     }
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
-    // What a listing shows needs no root and no busybox.
+    // A listing needs no root and no busybox.
     let world = if arguments.list { Err("only listed".to_owned()) } else { World::start().map(Arc::new) };
     let trials = Which::ALL
         .into_iter()
@@ -80,7 +82,8 @@ fn sentences() -> Vec<Sentence> {
     .concat()
 }
 
-/// Sentences about restores that do not hold on crun 1.28. Why has not been looked into: it is tried for its images.
+/// Sentences about restores that fail on crun 1.28, for an unknown reason: crun is tried for its
+/// images.
 const NOT_CRUNS: [&str; 5] = [
     "a_restore_that_fails_leaves_nothing_and_can_be_tried_again",
     "bind_mounts_come_from_the_new_container",
@@ -102,7 +105,7 @@ fn trial(world: &Result<Arc<World>, String>, which: Which, sentence: Sentence) -
     };
     Trial::ignorable_test(name, move || match world {
         Ok(world) => Bed::try_out(&world, which, &sentence),
-        // In the test bed everything is there: what is missing is broken.
+        // The test bed has everything: a missing part is a fault.
         Err(reason) if std::env::var_os("GPUSNAP_IN_TESTBED").is_some() => Err(reason.into()),
         Err(reason) => Ok(Completion::ignored_with(reason)),
     })

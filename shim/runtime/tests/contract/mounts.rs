@@ -1,4 +1,4 @@
-//! What is mounted in a container, and what it and the host see of each other's mounts.
+//! Mounts in a container, and visibility between container and host.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -92,12 +92,12 @@ async fn a_mount_with_mapped_owners_shows_them_mapped(bed: &Bed) {
     if supported == Some(true) {
         assert_eq!(bed.say(&spec).await, "5000 5000\n");
     } else {
-        // Not as if nothing had been asked.
+        // The option must not be ignored.
         bed.refusal(&bed.bundle(&spec)).await;
     }
 }
 
-/// Options of a mount, from the container's own mountinfo.
+/// Returns the options of a mount, from the container's own mountinfo.
 fn options(mountinfo: &str, place: &str) -> Vec<String> {
     let line = mountinfo.lines().rfind(|line| line.split(' ').nth(4) == Some(place));
     let line = line.unwrap_or_else(|| panic!("nothing is mounted at {place} in {mountinfo}"));
@@ -147,10 +147,10 @@ async fn the_place_of_a_mount_stays_inside_the_root(bed: &Bed) {
         .with_mount(mount("/link/inner", "bind", &source, &["rbind", "ro"]))
         .with_mount(mount("/up/inner", "bind", &source, &["rbind", "ro"]));
     let bundle = bed.bundle(&spec);
-    // In the container the first leads to a folder of this name in its own root.
+    // In the container the first link leads to a folder of this name in its own root.
     std::os::unix::fs::symlink(&outside, bundle.rootfs().join("link")).unwrap();
     std::os::unix::fs::symlink("../../../../../../../../tmp", bundle.rootfs().join("up")).unwrap();
-    // crun makes no folders through links that lead nowhere.
+    // crun makes no folders through dangling links.
     match bundle.create().await {
         Ok(running) => {
             bed.runtime.start(&bundle.id).await.unwrap();
@@ -173,7 +173,7 @@ async fn the_hosts_mounts_are_not_seen(bed: &Bed) {
     }
 }
 
-/// A mount of the host whose mounts are told to its peers.
+/// A mount of the host, shared with its peers.
 struct Shared {
     place: PathBuf,
 }
@@ -226,7 +226,7 @@ async fn a_slave_mount_follows_the_host(bed: &Bed) {
     let spec = shell("echo up; sleep 600")
         .with_mount(mount("/mnt", "bind", &shared.place, &["rbind", "rslave"]))
         .with_linux(|linux| {
-            // As the CRI asks for it together with such a mount.
+            // As requested by the CRI together with such a mount.
             linux.set_rootfs_propagation(Some("rslave".to_owned()));
         });
     let bundle = bed.bundle(&spec);
@@ -244,7 +244,7 @@ async fn a_shared_mount_is_followed_by_the_host(bed: &Bed) {
     let spec = shell("echo up; sleep 600")
         .with_mount(mount("/mnt", "bind", &shared.place, &["rbind", "rshared"]))
         .with_linux(|linux| {
-            // As the CRI asks for it together with such a mount.
+            // As requested by the CRI together with such a mount.
             linux.set_rootfs_propagation(Some("rshared".to_owned()));
         });
     let bundle = bed.bundle(&spec);

@@ -1,4 +1,4 @@
-//! Containers that have changed since their creation, and are restored; and images with more rights than a container.
+//! Restores of containers changed since the creation; and images with more rights than a container.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ sentences![
     an_exec_under_a_frozen_cgroup_is_refused,
 ];
 
-/// A pause without a program: a shell that waits for its vfork cannot be dumped.
+/// A pause without a program: a shell in a vfork cannot be dumped.
 const PAUSE: &str = "/bin/busybox mkfifo /dev/shm/pause; exec 9<>/dev/shm/pause; pause() { read -t 0.02 line <&9; }; ";
 
 async fn an_init_that_has_closed_its_streams_is_restored(bed: &Bed) {
@@ -44,7 +44,7 @@ async fn a_child_writes_to_the_streams_of_each_generation(bed: &Bed) {
     let script = format!("{PAUSE} (while :; do echo line; pause; done) & exec >/dev/null; wait");
     let bundle = bed.bundle(&bed.savable(&shell(&script)));
     let mut running = bundle.start().await;
-    // crun notes the streams that init has after a restore, and init has closed this one.
+    // crun records init's streams after a restore, and init has closed this one.
     let generations = if bed.which == Which::Crun { 1 } else { 3 };
     for _generation in 0..generations {
         running.says("line\nline\n").await;
@@ -65,7 +65,7 @@ fn move_below(hierarchies: &[PathBuf], cgroup: &Path, name: &str, pid: i32) {
             continue;
         }
         fs::create_dir(&below).unwrap();
-        // A new one of v1 has no processors and no memory.
+        // A new cgroup of v1 has no processors and no memory.
         for file in ["cpuset.cpus", "cpuset.mems"] {
             if below.join(file).exists() {
                 fs::write(below.join(file), fs::read(own.join(file)).unwrap()).unwrap();
@@ -89,7 +89,7 @@ async fn processes_in_cgroups_below_are_restored_there(bed: &Bed) {
         let hierarchies = cgroup_hierarchies();
         move_below(&hierarchies, &bundle.cgroup(), "a", init.raw());
         move_below(&hierarchies, &bundle.cgroup(), "b", child.raw());
-        // All of it is frozen by a pause, wherever it is.
+        // A pause freezes all processes, wherever they are.
         bed.runtime.pause(&bundle.id).await.unwrap();
         let cgroup = bed.runtime.cgroup(&bundle.id, init).unwrap();
         assert_eq!(cgroup.pids().unwrap().len(), 2);
@@ -142,13 +142,13 @@ async fn a_restore_with_more_rights_than_the_container_gives_is_refused(bed: &Be
     let refusal = bed.restore_refusal(&bundle, &image).await;
     assert!(refusal.contains("has CAP_SYS_ADMIN in its bounding set"), "{refusal}");
     assert!(refusal.contains("gpusnap.dev/restore-privileges"), "{refusal}");
-    // And of a container without a filter in one that has one.
+    // Also images of a container without a filter, in a container with one.
     let (bundle, running) = counter_as(bed, &shell(COUNTER).with_linux(|linux| _ = linux.set_seccomp(None))).await;
     let (image, _) = bundle.swap_out(running).await;
     let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
     let refusal = bed.restore_refusal(&bundle, &image).await;
     assert!(refusal.contains("has no seccomp filter"), "{refusal}");
-    // And of one in the host's network in one that has its own.
+    // Also images of a container in the host's network, in a container with its own.
     let network = LinuxNamespaceType::Network;
     let (bundle, running) = counter_as(bed, &shell(COUNTER).with_namespace(network, None)).await;
     let (image, _) = bundle.swap_out(running).await;

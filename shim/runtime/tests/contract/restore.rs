@@ -1,4 +1,4 @@
-//! Containers that are made from checkpoints.
+//! Containers restored from checkpoints.
 
 use std::fs;
 
@@ -36,8 +36,8 @@ sentences![
 ];
 
 async fn a_restored_container_goes_on_where_it_was(bed: &Bed) {
-    // Once into the same bundle, and once by itself in between.
-    // A pause without a program: a shell that waits for its vfork cannot be dumped.
+    // Once into the same bundle, and once by itself in between. A pause without a program: a shell
+    // in a vfork cannot be dumped.
     let script = "n=0; while :; do n=$((n+1)); echo $n; read -t 0.01 line; done";
     let bundle = bed.bundle(&bed.savable(&shell(script)));
     let running = bundle.start().await;
@@ -85,7 +85,7 @@ async fn exec_pause_resume_update_kill_and_delete_work_after_a_restore(bed: &Bed
     let (image, _) = bundle.swap_out(running).await;
     let running = bundle.restore(&image).await;
     let pid = running.child.pid();
-    // Exec, in its namespaces and its cgroup.
+    // Exec, in the container's namespaces and cgroup.
     let exec = bundle.exec(&process(&["/bin/sh", "-c", "echo up; read line; exit 9"])).await.unwrap();
     exec.says("up").await;
     for namespace in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
@@ -94,7 +94,8 @@ async fn exec_pause_resume_update_kill_and_delete_work_after_a_restore(bed: &Bed
     }
     let cgroup = |pid: i32| -> Vec<String> {
         let cgroup = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
-        // Beside v1, crun knows nothing of the unified hierarchy (world.rs), in which CRIU puts what it restores.
+        // Beside v1, crun ignores the unified hierarchy (world.rs), where CRIU puts restored
+        // processes.
         let lines = cgroup.lines().filter(|line| bed.which != Which::Crun || !line.starts_with("0::"));
         lines.map(str::to_owned).collect()
     };
@@ -111,14 +112,14 @@ async fn exec_pause_resume_update_kill_and_delete_work_after_a_restore(bed: &Bed
     // Update.
     bed.runtime.update(&bundle.id, &limits::limits(48 << 20, 70)).await.unwrap();
     assert_eq!((limits::memory(&bundle).as_str(), limits::pids(&bundle).as_str()), ("50331648", "70"));
-    // It is taken, and cannot be started.
+    // The id is taken, and the container cannot be started.
     bed.runtime.start(&bundle.id).await.unwrap_err();
     let error = bundle.create().await.err().unwrap().to_string();
     assert!(error.contains("exist"), "{error}");
     let error = bundle.restore_allowing(&image, Allow::default()).await.err().unwrap().to_string();
     assert!(error.contains("exist"), "{error}");
     assert_eq!(running.child.exit(), None);
-    // Kill and delete, and delete of what runs.
+    // Kill and delete, and delete of a running container.
     running.child.signal(Signal::KILL).unwrap();
     assert_eq!(running.end().await.code, 137);
     bundle.delete().await;
@@ -146,7 +147,7 @@ async fn a_restored_container_keeps_its_limits(bed: &Bed) {
     let running = bundle.restore(&image).await;
     assert_eq!((limits::memory(&bundle).as_str(), limits::pids(&bundle).as_str()), ("67108864", "50"));
     bundle.kill(running).await;
-    // Those of the new specification.
+    // The limits of the new specification.
     for (memory, pids, expected) in [(32 << 20, 40, ("33554432", "40")), (96 << 20, 60, ("100663296", "60"))] {
         let other = bed.bundle(&bed.savable(&spec(memory, pids)));
         let running = other.restore(&image).await;
@@ -221,7 +222,7 @@ async fn a_container_is_restored_several_times_at_once(bed: &Bed) {
     let (image, _) = bundle.swap_out(running).await;
     let one = async || {
         let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
-        // Logs of their own.
+        // Separate logs.
         let image = image.copy(bed);
         let running = bundle.restore(&image).await;
         counts_on(&bundle, running, 2).await;
@@ -237,7 +238,7 @@ async fn a_restored_container_is_saved_and_restored_again(bed: &Bed) {
         running = bundle.restore(&image).await;
         running.tell("again");
         running.says(&format!("{generation} again\n")).await;
-        // Of one that runs on, too.
+        // Also of a running container.
         bundle.checkpoint(&running).await;
     }
     counts_on(&bundle, running, 5).await;
@@ -260,7 +261,7 @@ async fn twenty_rounds_leave_nothing(bed: &Bed) {
 }
 
 async fn a_tree_of_processes_is_restored(bed: &Bed) {
-    // A child that ticks through a pipe, one in a session of its own, and one whose parent has gone.
+    // A child that ticks through a pipe, one in its own session, and an orphan.
     let script = "setsid sh -c 'while :; do sleep 1; done' & (sh -c 'while :; do sleep 2; done' &)
         (while read go; do echo tick; done) | (n=0; echo up; while read tick; do n=$((n+1)); echo \"$n $tick\"; done; echo end)";
     let bundle = bed.bundle(&bed.savable(&shell(script)));
@@ -268,7 +269,7 @@ async fn a_tree_of_processes_is_restored(bed: &Bed) {
     running.says("up\n").await;
     running.tell("first");
     running.says("1 tick\n").await;
-    // But for those that come and go.
+    // Without the short-lived ones.
     const PROCESSES: &str = "for p in /proc/[0-9]*; do
             read pid name state parent group session rest 2>/dev/null <$p/stat || continue
             case $name:$pid:$parent in \\(sh\\):$$:* | *:$$) ;; \\(sh\\):*) echo $pid $parent $group $session ;; esac
@@ -327,9 +328,10 @@ async fn a_restored_container_that_wants_too_much_memory_is_killed_and_counted(b
     limits::want_is_told(&bundle, running).await;
 }
 
-/// The other runtimes that can restore what this one saves, as far as they are here.
+/// Returns the other runtimes able to restore this one's checkpoints, as far as present.
 fn others(bed: &Bed) -> Vec<Bed> {
-    // runc wants to mount a cgroup itself in a cgroup namespace, and crun saves it as a mount from outside.
+    // runc wants to mount a cgroup itself in a cgroup namespace; crun saves it as a mount from
+    // outside.
     let possible = |which: &Which| (bed.which, *which) != (Which::Crun, Which::Runc);
     let others = Which::ALL.into_iter().filter(|which| *which != bed.which).filter(possible);
     let (here, missing): (Vec<_>, Vec<_>) = others.partition(|which| bed.world.missing(*which).is_none());
@@ -337,7 +339,7 @@ fn others(bed: &Bed) -> Vec<Bed> {
     here.into_iter().map(|which| bed.beside(which)).collect()
 }
 
-/// A specification like this one, of a container that one runtime saves and the other restores.
+/// Returns `spec`, changed for a container saved by one runtime and restored by the other.
 fn exchangeable(from: &Bed, to: &Bed, spec: &Spec) -> Spec {
     let mut spec = from.savable(&to.savable(spec));
     // crun looks for a masked file by its place, and the others save it as /dev/null.
@@ -368,7 +370,7 @@ async fn a_checkpoint_made_by_one_runtime_is_restored_by_another(bed: &Bed) {
             assert_eq!(bundle.ask("cat /proc/keys /proc/timer_list").await, "");
         }
         counts_on(&bundle, running, 2).await;
-        // And back, what the other one has restored.
+        // And back: the other one's restored container.
         if bed.which == Which::Crun {
             continue;
         }

@@ -1,4 +1,5 @@
-//! What a restored container is given, and what is kept from it: as before, but for what its new specification says.
+//! Things given to a restored container, and things kept from it: as before, except for the new
+//! specification.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -44,7 +45,7 @@ sentences![
     a_restore_whose_criu_is_killed_when_the_tree_is_frozen_leaves_nothing,
 ];
 
-/// Saves a container that counts, and restores it as another one.
+/// Saves a counting container, and restores another one from the images.
 async fn moved<'bed>(bed: &'bed Bed, old: &Spec, new: &Spec) -> (Bundle<'bed>, Running) {
     let (bundle, running) = counter_as(bed, old).await;
     let (image, _) = bundle.swap_out(running).await;
@@ -69,7 +70,8 @@ async fn a_container_can_be_restored_frozen(bed: &Bed) {
     counts_on(&bundle, running, 3).await;
 }
 
-/// Kills the criu that works in a folder as soon as the container's cgroup is about to freeze, unless `over` before.
+/// Kills the criu working in a folder as soon as the container's cgroup is about to freeze; gives
+/// up once `over` is set.
 fn kill_criu_at_the_freeze(runtime: &dyn OciRuntime, id: &str, work: &Path, over: &AtomicBool) {
     let is_ours = |pid: &HostPid| {
         proc::name(*pid).is_ok_and(|name| name == "criu") && fs::read_link(pid.path("cwd")).is_ok_and(|cwd| cwd == work)
@@ -96,7 +98,7 @@ async fn a_restore_whose_criu_is_killed_when_the_tree_is_frozen_leaves_nothing(b
     let (bundle, running) = counter_as(bed, &shell(COUNTER)).await;
     let (image, _) = bundle.swap_out(running).await;
     let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
-    // A criu that ends before the kill has restored the container, and another one is tried.
+    // A criu that ends before the kill has restored the container: try another one.
     for _ in 0..20 {
         let over = Arc::new(AtomicBool::new(false));
         let (runtime, id, work) = (bed.runtime.clone(), bundle.id.clone(), image.work());
@@ -133,24 +135,24 @@ async fn bind_mounts_come_from_the_new_container(bed: &Bed) {
     let (bundle, running) = moved(bed, &spec("old"), &spec("new")).await;
     let said = bundle.ask("cat /mnt/file /mnt/inner/file /missing/deep/file /etc/missing /etc/hostname").await;
     assert_eq!(said, "new outer\nnew inner\nnew deep\nnew file\nnew hostname\n");
-    // They are mounts, not copies.
+    // Mounts, not copies.
     bundle.ask("echo written >/mnt/written; ! echo x 2>/dev/null >/mnt/inner/file").await;
     assert_eq!(fs::read_to_string(bed.folder().join("new-outer/written")).unwrap(), "written\n");
     counts_on(&bundle, running, 2).await;
 }
 
-/// Places, file systems, options and propagation.
+/// Returns places, filesystems, options and propagation.
 fn mountinfo(running: &Running) -> Vec<String> {
     let text = fs::read_to_string(format!("/proc/{}/mountinfo", running.child.pid())).unwrap();
     let line = |line: &str| {
         let (mount, system) = line.split_once(" - ").unwrap();
         let fields: Vec<&str> = mount.split(' ').collect();
         let propagation: Vec<&str> = fields[6..].iter().map(|field| field.split(':').next().unwrap()).collect();
-        // Which options a file system has of its own is for its first mount to say.
+        // The first mount of a filesystem decides about the filesystem's own options.
         let kind = system.split(' ').next().unwrap();
         format!("{} {kind} {} {}", fields[4], fields[5], propagation.join(" "))
     };
-    // CRIU gives those that lie over files the options of one of them.
+    // CRIU gives all mounts over files the options of one of them.
     let is_mask = |line: &&str| line.contains(" /null ");
     let mut lines: Vec<String> = text.lines().filter(|line| !is_mask(line)).map(line).collect();
     lines.sort();
@@ -229,7 +231,7 @@ async fn hooks_run_at_a_restore(bed: &Bed) {
     let running = bundle.restore(&image).await;
     let order =
         || fs::read_to_string(told.join("order")).unwrap().lines().map(str::to_owned).collect::<Vec<_>>().join(" ");
-    // The container's other hooks ran when it was made the first time, as runc has it.
+    // The container's other hooks ran at the first creation, as with runc.
     assert_eq!(order(), "prestart createRuntime");
     let pid = running.child.pid();
     counts_on(&bundle, running, 2).await;
@@ -248,7 +250,7 @@ async fn hooks_run_at_a_restore(bed: &Bed) {
     }
 }
 
-/// A container in whose namespaces others are.
+/// Returns a container whose namespaces others join.
 async fn sandbox<'bed>(bed: &'bed Bed, name: &str) -> (Bundle<'bed>, Running) {
     let mut spec = shell("echo up; while :; do sleep 600; done");
     spec.set_hostname(Some(name.to_owned()));
@@ -283,7 +285,7 @@ async fn a_restored_container_of_a_pod_is_in_the_namespaces_of_the_new_pod(bed: 
         let bundle = bed.bundle(&bed.savable(&inside(shell(COUNTER), pause, &kinds)));
         let running = bundle.restore(&image).await;
         assert_eq!(namespaces(&running, &kinds), namespaces(pause, &kinds), "{name}");
-        // runc and crun leave it to CRIU, which gives the new pod the old one's name.
+        // runc and crun leave the name to CRIU, and the new pod gets the old one's.
         if bed.which == Which::Libcontainer {
             assert_eq!(bundle.ask("hostname").await, format!("{name}\n"));
         }
@@ -294,7 +296,8 @@ async fn a_restored_container_of_a_pod_is_in_the_namespaces_of_the_new_pod(bed: 
     new.kill(new_pause).await;
 }
 
-/// Where there are other processes, a pid may be taken, if only by a helper of CRIU's: the next try finds it free.
+/// Restores among other processes: a pid may be taken, if only by a helper of CRIU's, and free at
+/// the next try.
 async fn restore_among_others(bundle: &Bundle<'_>, image: &Image) -> Running {
     let mut refusals = Vec::new();
     while refusals.len() < 5 {
@@ -324,7 +327,7 @@ async fn a_restored_container_can_share_the_processes_of_another(bed: &Bed) {
     new.kill(new_pause).await;
 }
 
-/// What /proc says of who a process is and what it may do.
+/// Returns the identity and the rights of a process, from /proc.
 fn who(running: &Running) -> Vec<String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/{}/{name}", running.child.pid())).unwrap();
     let status = read("status");
@@ -404,7 +407,7 @@ async fn a_restored_process_is_who_it_was(bed: &Bed) {
     }
 }
 
-/// By its number in linux/capability.h.
+/// Number in linux/capability.h.
 const SYS_RESOURCE: u32 = 24;
 
 fn has_capability(number: u32) -> bool {
@@ -413,7 +416,7 @@ fn has_capability(number: u32) -> bool {
     u64::from_str_radix(effective.trim(), 16).unwrap() >> number & 1 == 1
 }
 
-/// The parts of [`COUNTER`].
+/// Parts of [`COUNTER`].
 const COUNTER_HEAD: &str = "n=0; echo up; ";
 const COUNTER_LOOP: &str = "while read line; do n=$((n+1)); echo \"$n $line\"; done; exit 7";
 
@@ -443,7 +446,7 @@ async fn a_restored_container_can_have_its_own_users(bed: &Bed) {
 async fn device_rules_hold_after_a_restore(bed: &Bed) {
     let script = "n=0; echo up; while read line; do n=$((n+1)); head -c 1 /mnt/kmsg 2>&1; cat /mnt/allowed; head -c 1 /dev/mine | tr '\\0' 0; echo \"$n $line\"; done; exit 7";
     let spec = shell(script).with_linux(|linux| {
-        // That of /dev/zero.
+        // Number of /dev/zero.
         let mine = LinuxDeviceBuilder::default()
             .path("/dev/mine")
             .typ(LinuxDeviceType::C)
@@ -457,7 +460,7 @@ async fn device_rules_hold_after_a_restore(bed: &Bed) {
         linux.set_devices(Some(vec![mine]));
     });
     let nodes = |bundle: &Bundle<'_>| {
-        // /dev/null, and /dev/kmsg, which the rules do not have.
+        // /dev/null, and /dev/kmsg, missing from the rules.
         for (name, minor) in [("allowed", 3), ("kmsg", 11)] {
             let path = bundle.rootfs().join("mnt").join(name);
             let device = rustix::fs::makedev(1, minor);
@@ -500,7 +503,7 @@ async fn a_cgroup_mount_shows_the_new_cgroup(bed: &Bed) {
             let own = hierarchy.join(bundle.cgroup().strip_prefix("/").unwrap());
             let outside = if is_all { hierarchy.clone() } else { own };
             let inside = PathBuf::from(format!("/proc/{}/root/sys/fs/cgroup", running.child.pid())).join(name);
-            // Named hierarchies, and the unified one beside v1, are no business of all runtimes.
+            // Not every runtime cares about named hierarchies, and the unified one beside v1.
             if ["systemd", "unified"].map(Path::new).contains(&name) {
                 continue;
             }
@@ -509,7 +512,7 @@ async fn a_cgroup_mount_shows_the_new_cgroup(bed: &Bed) {
             seen.insert(name.to_owned());
         }
         assert!(!seen.is_empty());
-        // And of the old one nothing is left but its namespace's root.
+        // Nothing of the old cgroup is left except the root of its namespace.
         let inside = bundle.ask("cat /proc/1/cgroup").await;
         let expected = if with_namespace { PathBuf::from("/") } else { bundle.cgroup() };
         for line in inside.lines().filter(|line| !line.contains("name=") && !line.starts_with("0::")) {

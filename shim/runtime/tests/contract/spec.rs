@@ -1,4 +1,4 @@
-//! Specifications like those that containerd and nerdctl generate.
+//! Specifications like those of containerd and nerdctl.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -11,12 +11,12 @@ use oci_spec::runtime::{
     RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
-/// A container that runs a shell script.
+/// Returns a container that runs a shell script.
 pub(crate) fn shell(script: &str) -> Spec {
     program(&["/bin/sh", "-c", script])
 }
 
-/// A container that runs a program. Where its cgroup is, is decided by its bundle.
+/// Returns a container that runs a program. The bundle decides about its cgroup.
 pub(crate) fn program(arguments: &[&str]) -> Spec {
     SpecBuilder::default()
         .version("1.2.0")
@@ -29,7 +29,7 @@ pub(crate) fn program(arguments: &[&str]) -> Spec {
         .unwrap()
 }
 
-/// A process of the kind that containerd's clients ask for, by default and for exec.
+/// Returns a process as requested by containerd's clients, by default and for exec.
 pub(crate) fn process(arguments: &[&str]) -> Process {
     ProcessBuilder::default()
         .terminal(false)
@@ -49,7 +49,7 @@ pub(crate) fn process(arguments: &[&str]) -> Process {
         .unwrap()
 }
 
-/// What Docker gave once, and everybody gives since.
+/// Docker's original default, now everybody's.
 pub(crate) const DEFAULT_CAPABILITIES: [Capability; 14] = [
     Capability::Chown,
     Capability::DacOverride,
@@ -152,7 +152,8 @@ pub(crate) fn namespace(kind: LinuxNamespaceType, path: Option<&Path>) -> LinuxN
     .unwrap()
 }
 
-/// Nothing, but the usual ones. Major and minor numbers are those of Documentation/admin-guide/devices.txt.
+/// Returns rules that forbid all devices except the usual ones. Major and minor numbers are from
+/// Documentation/admin-guide/devices.txt.
 fn device_rules() -> Vec<LinuxDeviceCgroup> {
     let mut rules = vec![LinuxDeviceCgroupBuilder::default().allow(false).access("rwm").build().unwrap()];
     // null, zero, full, random, urandom, tty, ptmx.
@@ -173,16 +174,18 @@ pub(crate) fn device_rule(major: i64, minor: Option<i64>) -> LinuxDeviceCgroup {
     .unwrap()
 }
 
-/// ENOSYS: not what these calls answer to a process without capabilities, so that the filter can be told from those.
+/// ENOSYS: a process without capabilities gets another error, so the filter's answer can be
+/// recognized.
 const FORBIDDEN_ERRNO: u32 = 38;
 
-/// As containerd lists them: with those whose programs the kernel runs too.
+/// Architectures as in containerd's list, including those of other programs that the kernel runs.
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURES: [Arch; 3] = [Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32];
 #[cfg(target_arch = "aarch64")]
 const ARCHITECTURES: [Arch; 2] = [Arch::ScmpArchAarch64, Arch::ScmpArchArm];
 
-/// Everything is allowed but two system calls; the real profile has the same shape, the other way round.
+/// Returns a filter that forbids two system calls; the real profile has the same shape, the other
+/// way round.
 fn seccomp() -> LinuxSeccomp {
     let forbidden = LinuxSyscallBuilder::default()
         .names(["sethostname", "setdomainname"].map(str::to_owned))
@@ -198,8 +201,8 @@ fn seccomp() -> LinuxSeccomp {
         .unwrap()
 }
 
-/// A hook that runs a shell script, with the container's state in `$state`. It reads that in any case: crun dies of
-/// SIGPIPE when a hook does not.
+/// Returns a hook that runs a shell script, with the container's state in `$state`. The hook always
+/// reads the state: crun dies of SIGPIPE otherwise.
 pub(crate) fn hook(script: &str) -> Hook {
     HookBuilder::default()
         .path("/bin/sh")
@@ -211,13 +214,13 @@ pub(crate) fn hook(script: &str) -> Hook {
 
 /// Short ways to the parts of a specification that sentences change.
 pub(crate) trait Edit: Sized {
-    /// With the process changed.
+    /// Returns the specification with the process changed.
     fn with_process(self, change: impl FnOnce(&mut Process)) -> Self;
-    /// With the Linux part changed.
+    /// Returns the specification with the Linux part changed.
     fn with_linux(self, change: impl FnOnce(&mut Linux)) -> Self;
-    /// With one more mount, or another one at its destination.
+    /// Returns the specification with one more mount, or another one at its destination.
     fn with_mount(self, mount: Mount) -> Self;
-    /// With other namespaces of one kind: `None` for the host's.
+    /// Returns the specification with other namespaces of one kind: `None` for the host's.
     fn with_namespace(self, kind: LinuxNamespaceType, namespace: Option<LinuxNamespace>) -> Self;
 }
 

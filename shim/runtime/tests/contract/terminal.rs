@@ -40,7 +40,7 @@ impl Console {
         ProcessIo::Terminal { console_socket: self.path.clone() }
     }
 
-    /// The master that the runtime has sent.
+    /// Receives the master from the runtime.
     pub(crate) async fn master(self) -> Master {
         let (stream, _) = soon("the runtime connects", self.listener.accept()).await.unwrap();
         let stream = stream.into_std().unwrap();
@@ -69,7 +69,7 @@ pub(crate) struct Master {
 }
 
 impl Master {
-    /// Reads until it hears `what`; returns all before that.
+    /// Reads until `what`; returns all output before.
     pub(crate) async fn hears(&mut self, what: &str) -> String {
         let Self { file, heard } = self;
         loop {
@@ -97,7 +97,7 @@ impl Master {
         rustix::termios::tcsetwinsize(&self.file, size).unwrap();
     }
 
-    /// Nobody has the other end any more.
+    /// Waits until nobody has the other end any more.
     pub(crate) async fn ends(mut self) {
         let end = tokio::task::spawn_blocking(move || {
             let mut buffer = [0; 1024];

@@ -1,4 +1,4 @@
-//! What all sentences share: this process's reaper, and the files of which every container's root is made.
+//! Common to all sentences: this process's reaper, and the files for every container's root.
 
 use std::fmt;
 use std::fs;
@@ -41,29 +41,29 @@ impl fmt::Display for Which {
 pub(crate) struct World {
     pub(crate) handle: Handle,
     pub(crate) reaper: Reaper,
-    /// Everything this run makes is below this folder.
+    /// Parent folder of all files of this run.
     folder: TempDir,
-    /// Everything this run makes in a cgroup hierarchy is below a cgroup of this name.
+    /// Parent cgroup of all cgroups of this run, in every hierarchy.
     pub(crate) cgroup: String,
     crun: PathBuf,
     ids: AtomicU32,
 }
 
 impl World {
-    /// `Err` says why no sentence can be tried here.
+    /// Makes the world. `Err` is the reason for skipping every sentence here.
     pub(crate) fn start() -> Result<Self, String> {
         if !rustix::process::geteuid().is_root() {
             return Err("needs root".into());
         }
         let busybox = static_busybox()?;
         rustix::process::set_child_subreaper(Pid::from_raw(1)).map_err(|error| error.to_string())?;
-        // Under /run, a tmpfs, as containerd's bundles are: an overlay can lie on it.
+        // Under /run, a tmpfs, like containerd's bundles: an overlay can lie on it.
         let folder = tempfile::Builder::new()
             .prefix("gpusnap-contract-")
             .tempdir_in("/run")
             .map_err(|error| format!("cannot make a folder in /run: {error}"))?;
-        // As on a machine with systemd, where all mounts are shared: what a runtime mounts must not show up here. And
-        // users of a container must get through to its root.
+        // All mounts are shared, as on a machine with systemd: a runtime's mounts must not show up
+        // here. And users of a container must get through to its root.
         rustix::mount::mount("tmpfs", folder.path(), "tmpfs", MountFlags::empty(), Some(c"mode=755"))
             .and_then(|()| rustix::mount::mount_change(folder.path(), MountPropagationFlags::SHARED))
             .map_err(|error| format!("cannot mount a tmpfs: {error}"))?;
@@ -78,7 +78,7 @@ impl World {
         Ok(Self { handle, reaper, folder, cgroup, crun, ids: AtomicU32::new(0) })
     }
 
-    /// Why a runtime cannot be tried here.
+    /// Returns the reason for skipping a runtime here.
     pub(crate) fn missing(&self, which: Which) -> Option<String> {
         match which {
             Which::Libcontainer => None,
@@ -95,7 +95,7 @@ impl World {
         }
     }
 
-    /// A number that nothing else in this run has.
+    /// Returns a number unique in this run.
     pub(crate) fn number(&self) -> u32 {
         self.ids.fetch_add(1, Ordering::Relaxed)
     }
@@ -104,7 +104,7 @@ impl World {
         self.folder.path()
     }
 
-    /// The lower layer of every container's root.
+    /// Returns the lower layer of every container's root.
     pub(crate) fn files(&self) -> PathBuf {
         self.folder.path().join("files")
     }
@@ -113,14 +113,14 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         let _ = rustix::mount::unmount(self.folder(), UnmountFlags::DETACH);
-        // Runtimes remove a container's cgroup, but not those above it.
+        // Runtimes remove a container's cgroup, but not its parents.
         for hierarchy in cgroup_hierarchies() {
             let _ = fs::remove_dir(hierarchy.join(&self.cgroup));
         }
     }
 }
 
-/// The folders of /sys/fs/cgroup in which cgroups are made.
+/// Returns the folders of /sys/fs/cgroup for making cgroups.
 pub(crate) fn cgroup_hierarchies() -> Vec<PathBuf> {
     let top = Path::new("/sys/fs/cgroup");
     if top.join("cgroup.procs").exists() {
@@ -130,8 +130,9 @@ pub(crate) fn cgroup_hierarchies() -> Vec<PathBuf> {
     entries.filter(|path| path.join("cgroup.procs").exists()).collect()
 }
 
-/// crun refuses to run on a machine with v1 controllers where the unified hierarchy has some too, be it only the ones
-/// that no v1 hierarchy has. There it is run in a mount namespace from which that hierarchy is gone.
+/// Returns a crun for machines with v1 controllers. crun refuses to run if the unified hierarchy
+/// has controllers too, even just those missing from v1. A mount namespace hides the unified
+/// hierarchy from crun then.
 fn crun(folder: &Path) -> PathBuf {
     let controllers = fs::read_to_string("/sys/fs/cgroup/unified/cgroup.controllers").unwrap_or_default();
     if controllers.trim().is_empty() {
@@ -158,7 +159,8 @@ fn static_busybox() -> Result<PathBuf, String> {
     Ok(path)
 }
 
-/// Whether an ELF file of 64 bits and this machine's byte order names no dynamic linker (PT_INTERP, 3 in elf.h).
+/// Returns whether an ELF file of 64 bits and this machine's byte order names no dynamic linker
+/// (PT_INTERP, 3 in elf.h).
 fn is_static(elf: &[u8]) -> bool {
     let number = |at: usize, length: usize| -> Option<usize> {
         let mut bytes = [0; size_of::<usize>()];
@@ -172,7 +174,7 @@ fn is_static(elf: &[u8]) -> bool {
     elf.starts_with(b"\x7fELF") && kinds().is_some_and(|kinds| !kinds.contains(&3))
 }
 
-/// The applets that the sentences use.
+/// Applets for the sentences.
 const APPLETS: [&str; 37] = [
     "cat", "chmod", "cp", "cut", "dd", "echo", "env", "false", "find", "grep", "head", "hostname", "id", "kill", "ln",
     "ls", "mkdir", "mknod", "mount", "mv", "nc", "ps", "pwd", "readlink", "rm", "setsid", "sh", "sleep", "sort",

@@ -1,10 +1,11 @@
 //! Taking a checkpoint: the shim's part. A session does the work (crate `session`).
 //!
-//! containerd has paused the container, as a rule, and resumes it after the answer. `State`, `Kill` and `Wait` are answered
-//! meanwhile. A checkpoint is cancelled when its client is gone or the container is killed.
+//! As a rule, containerd has paused the container and resumes it after the answer. `State`, `Kill`
+//! and `Wait` are answered meanwhile. A checkpoint is cancelled when the client disconnects or the
+//! container is killed.
 //!
-//! A client that is gone cannot resume the container that it paused for the checkpoint: containerd's deadline has passed
-//! for the resume too. Such a container is resumed here.
+//! A disconnected client cannot resume the container after pausing it for the checkpoint:
+//! containerd's deadline has passed for the resume too. The shim resumes such a container.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -17,12 +18,12 @@ use session::{CheckpointOrder, Failed, Stop, Subject};
 use super::{Actor, Status};
 use crate::error::TaskError;
 
-/// Time after a pause during which a checkpoint counts as the reason for the pause. containerd saves a writable layer in
-/// between.
+/// Time after a pause during which a checkpoint counts as the reason for the pause. containerd
+/// saves a writable layer in between.
 const PAUSED_FOR_IT: Duration = Duration::from_secs(60);
 
 impl Actor {
-    /// Returns this container, as sessions are told of it.
+    /// Returns this container, as described to sessions.
     pub(super) fn subject(&self) -> Subject {
         Subject {
             id: self.id.clone(),
@@ -34,7 +35,7 @@ impl Actor {
         }
     }
 
-    /// Saves the container as `options` say. `stop` cancels that.
+    /// Saves the container with `options`. `stop` cancels the checkpoint.
     pub(crate) fn checkpoint(
         &mut self,
         options: CheckpointOptions,
@@ -78,7 +79,7 @@ impl Actor {
                 if let Some(resumed) = resumed {
                     tracing::warn!(container = actor.id, "resumed, since the client of its checkpoint is gone");
                     if let Err(error) = resumed(actor) {
-                        tracing::error!(container = actor.id, "it stays paused: {}", phase::chain(&error));
+                        tracing::error!(container = actor.id, "the container stays paused: {}", phase::chain(&error));
                     }
                 }
                 let container_id = actor.id.clone();

@@ -1,4 +1,4 @@
-//! Making a container: everything between containerd's request and an actor that owns the result.
+//! Creation of a container: from containerd's request to an actor that owns the result.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use crate::table::Registration;
 use crate::{options, pod, rootfs};
 use checkpoint::{Annotations, DeviceNode, Shm};
 
-/// Parts of a config.json that the shim itself needs; the runtime reads the rest.
+/// Parts of a config.json for the shim's own use; the runtime reads the rest.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Spec {
@@ -68,7 +68,7 @@ impl Spec {
         spec.map_err(|source| TaskError::Bundle { container: container.to_owned(), source })
     }
 
-    /// The container's /dev/shm, if it comes from outside.
+    /// Returns the container's /dev/shm, if mounted from outside.
     fn shm(&self) -> Option<Shm> {
         let binds = self.mounts.iter().filter(|mount| mount.is_bind());
         Shm::find(binds.map(|mount| (mount.destination.as_path(), mount.source.as_path())))
@@ -76,12 +76,13 @@ impl Spec {
 
     fn pids(&self) -> PidNamespace {
         let mut namespaces = self.linux.iter().flat_map(|linux| &linux.namespaces);
-        // One without a path is made by the runtime, not joined.
+        // A namespace with a path is joined; without one, the runtime makes a new namespace.
         let is_own = namespaces.any(|namespace| namespace.kind == "pid" && namespace.path.is_empty());
         if is_own { PidNamespace::Own } else { PidNamespace::Shared }
     }
 
-    /// Returns the container's annotations about checkpoints. A typing error is told now, not at the checkpoint days later.
+    /// Returns the container's annotations about checkpoints. A typing error is reported at the
+    /// creation, not at the checkpoint days later.
     fn annotations(&self, container: &str) -> Result<Annotations, TaskError> {
         Annotations::parse(&self.annotations).map_err(|error| TaskError::BadRequest {
             container: container.to_owned(),
@@ -95,7 +96,7 @@ impl Spec {
     }
 }
 
-/// Makes the container that `request` describes. On failure nothing is left of it but containerd's own bundle.
+/// Makes the container of `request`. A failure leaves only containerd's own bundle.
 pub(crate) async fn create(
     context: &Context,
     request: CreateTaskRequest,
@@ -152,7 +153,7 @@ pub(crate) async fn create(
             operations: VecDeque::new(),
             registration: Some(registration),
         };
-        // Before the watch: nothing of a container may be told before its creation.
+        // Before the watch: no event of a container may precede its creation.
         tell_created(context, request, actor.init.pid());
         if let Some(child) = child {
             actor.watch(ProcessRef::Init, child);
@@ -206,8 +207,8 @@ struct Made {
 }
 
 impl NewContainer<'_> {
-    /// A container that is made from a checkpoint is made when it is started: until then containerd may still change
-    /// its root.
+    /// Makes the container, except one from a checkpoint: its processes are made at the start,
+    /// because containerd may change the root until then.
     async fn make_or_wait(&self) -> Result<Option<Made>, TaskError> {
         if self.request.checkpoint.is_empty() { self.make().await.map(Some) } else { Ok(None) }
     }
@@ -273,10 +274,10 @@ impl NewContainer<'_> {
     }
 }
 
-/// Removes a container that its runtime has made, and that cannot be used.
+/// Removes a container that the runtime has made and nobody can use.
 pub(super) async fn undo(runtime: &dyn OciRuntime, id: &str, child: &Child) {
     if let Err(error) = runtime.delete(id).await {
-        tracing::error!(container = id, "it may be left behind: {}", phase::chain(&error));
+        tracing::error!(container = id, "a container may be left behind: {}", phase::chain(&error));
     }
     end(child, &ProcessRef::Init.name(id)).await;
 }

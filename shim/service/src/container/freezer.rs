@@ -1,14 +1,16 @@
-//! The container's freezer, and who may thaw it.
+//! The container's freezer, and the right to thaw.
 //!
-//! A container is thawed by whoever froze it: a pause by its resume, a checkpoint by its own end. There is one exception. On
-//! cgroup v1 a frozen process does not die of SIGKILL, so that a kill of init has to thaw the container. A kill of
-//! another process does not: the container would run while clients take it for paused. The killed process dies then
-//! when the container is resumed, as under runc's shim.
+//! The operation behind a freeze also thaws: a resume after a pause, a checkpoint after its own
+//! freeze. There is one exception: a kill of init must thaw the container, because a frozen process
+//! on cgroup v1 does not die of SIGKILL. A kill of another process does not thaw: the container
+//! would run while clients take it for paused. The killed process dies at the resume, as under
+//! runc's shim.
 //!
-//! An operation that freezes or thaws has the freezer to itself. A kill of init that comes meanwhile takes effect when the
-//! operation gives the freezer back: until then the container may have no GPU state, or its files may be being saved.
+//! An operation that freezes or thaws borrows the freezer. A kill of init takes effect when the
+//! operation returns the freezer: until then GPU state may be missing, or files may be in the
+//! middle of a save.
 
-/// The freezer, lent to an operation or not.
+/// The freezer, lent to an operation or free.
 #[derive(Debug, Default)]
 pub(super) struct Freezer {
     lent: bool,
@@ -16,7 +18,7 @@ pub(super) struct Freezer {
     init_was_killed: bool,
 }
 
-/// Time at which killed processes are let die.
+/// Verdict on killed processes of a frozen container: let them die now, or not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub(super) enum LetDie {
@@ -25,12 +27,12 @@ pub(super) enum LetDie {
 }
 
 impl Freezer {
-    /// Gives it to an operation.
+    /// Lends the freezer to an operation.
     pub(super) fn lend(&mut self) {
         *self = Self { lent: true, init_was_killed: false };
     }
 
-    /// Takes it back at the end of an operation, which leaves the container frozen or not.
+    /// Takes the freezer back at the end of an operation. The container may be frozen or thawed.
     pub(super) fn take_back(&mut self) -> LetDie {
         let init_was_killed = std::mem::take(self).init_was_killed;
         if init_was_killed { LetDie::Now } else { LetDie::NotNow }
@@ -48,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_killed_init_is_let_die_at_once_while_nobody_has_the_freezer() {
+    fn a_killed_init_dies_at_once_unless_the_freezer_is_lent() {
         let mut freezer = Freezer::default();
         assert_eq!(freezer.init_is_killed(), LetDie::Now);
     }

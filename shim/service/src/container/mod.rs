@@ -11,20 +11,23 @@
 //!   exec process: Created (added) ──start──► Running ──► Stopped ──► (deleted)
 //! ```
 //!
-//! A container that is created from a checkpoint has no process until it is started. A checkpoint leaves the state as it
-//! is, or ends init like any other death.
+//! A container created from a checkpoint has no process until the start. A checkpoint leaves the
+//! state as before, or ends init like any other death.
 //!
-//! Work that takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an *operation*. Operations of one
-//! container begin in the order they came, beside the mailbox: `State`, `Kill`, `Wait`, `Pids` and `Stats` are answered
-//! at once whatever runs. An operation's future never touches the state; its completion does, in the actor.
+//! Work that takes time (start, restore, exec, pause, resume, update, checkpoint, delete) is an
+//! *operation*. Operations of one container begin in order of arrival, beside the mailbox: `State`,
+//! `Kill`, `Wait`, `Pids` and `Stats` are answered at once, whatever runs. An operation's future
+//! never touches the state; the completion does, in the actor.
 //!
-//! Operations run one at a time, but for the starts of execs: an exec may hang in its start, on a dead network mount
-//! say, and holds nothing up but what needs the container to itself ([`Company`]).
+//! Operations run one at a time, except the starts of execs: the start of an exec may hang, on a
+//! dead network mount say. Only operations that need the container alone wait for such a start
+//! ([`Company`]).
 //!
-//! Failure paths. An operation that fails leaves the state as it was. A client that goes away cancels nothing: what
-//! was begun is finished. Exits are reports to the mailbox; one that comes while its process is being started waits
-//! until the start has been told, and init's waits for those of all exec processes, because clients take init's exit
-//! as the last word. When init ends and its pid namespace is not its own, what is left in the cgroup is killed.
+//! Failure paths. A failed operation leaves the state as before. A disconnected client cancels
+//! nothing: an operation always runs to its end. Exits are messages to the mailbox. An exit during
+//! the start of the same process is published after the start. Clients take init's exit as the last
+//! word, so the exits of all execs are published before. When init ends in a shared pid namespace,
+//! the shim kills the rest of the cgroup.
 
 mod checkpoint;
 mod create;
@@ -65,44 +68,45 @@ use crate::table::Registration;
 use crate::task::timestamp;
 use ::checkpoint::{Annotations, DeviceNode, Shm};
 
-/// Things that all containers of one shim share.
+/// Context of all containers of one shim.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) namespace: String,
-    /// Bundle of the container that the shim was started for.
+    /// Bundle of the container for which the shim was started.
     pub(crate) bundle: PathBuf,
     /// Folder for logs of failed checkpoints and restores.
     pub(crate) logs: PathBuf,
     pub(crate) store: NodeStore,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
-    /// Makes the runtime that was chosen for a container.
+    /// Makes the runtime chosen for a container.
     pub(crate) runtime_of: RuntimeOf,
     /// Takes checkpoints and restores from them.
     pub(crate) conductor: Arc<dyn Conductor>,
 }
 
-/// Maker of the runtime that was chosen; tests put a fake one in.
+/// Maker of the chosen runtime; tests put in a fake.
 pub(crate) type RuntimeOf = Arc<dyn Fn(&Choice, &Reaper) -> Arc<dyn OciRuntime> + Send + Sync>;
 
 type Job = Box<dyn FnOnce(&mut Actor) + Send>;
 type Work = Pin<Box<dyn Future<Output = Job> + Send>>;
 type Begin = Box<dyn FnOnce(&mut Actor) -> Option<Work> + Send>;
 
-/// An operation that waits for its turn.
+/// A queued operation.
 struct Queued {
     operation: Operation,
     begin: Begin,
 }
 
-/// Other operations that may run beside one.
+/// Operations allowed to run beside another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Company {
     /// None.
     Alone,
     /// Starts of execs that began before.
     Execs,
-    /// The start of an exec: it begins when no other operation but such starts runs, and does not hold up the next.
+    /// The start of an exec: begins while only such starts run, and does not hold up the next
+    /// operation.
     Any,
 }
 
@@ -144,14 +148,15 @@ impl Container {
         self.send(|reply| {
             Box::new(move |actor| {
                 let answer = actor.check_exists().and_then(|()| job(actor));
-                // The client may have gone away.
+                // The client may have disconnected.
                 let _ = reply.send(answer);
             })
         })
         .await
     }
 
-    /// Queues an operation: `begin` checks the state and returns what to wait for, whose result is a completion.
+    /// Queues an operation: `begin` checks the state and returns a future, whose result is a
+    /// completion.
     pub(crate) async fn operate<T, F, C>(
         &self,
         operation: Operation,
@@ -185,7 +190,7 @@ impl Container {
         .await
     }
 
-    /// Runs an operation at once, whatever else runs: one that is no business of the runtime's.
+    /// Runs an operation at once, whatever else runs. Only for operations without the runtime.
     pub(crate) async fn operate_at_once<T, F, C>(
         &self,
         begin: impl FnOnce(&mut Actor) -> Result<F, TaskError> + Send + 'static,
@@ -201,7 +206,8 @@ impl Container {
 
     async fn send<T>(&self, job: impl FnOnce(oneshot::Sender<Result<T, TaskError>>) -> Job) -> Result<T, TaskError> {
         let (reply, answer) = oneshot::channel();
-        // The actor ends when its container has been deleted, or with a bug of ours, and then it has no answer.
+        // The actor ends after its container's deletion, or with a bug of ours, and then does not
+        // answer.
         let sent = self.mailbox.send(job(reply)).is_ok();
         match answer.await {
             Ok(answer) => answer,
@@ -211,12 +217,12 @@ impl Container {
     }
 }
 
-/// Parts of a container's specification that the shim itself needs.
+/// Parts of a container's specification for the shim's own use.
 struct Config {
-    /// Source of /dev/shm, if that comes from outside.
+    /// Source of /dev/shm, if mounted from outside.
     shm: Option<Shm>,
     annotations: Annotations,
-    /// Devices that it is given.
+    /// Devices of the container.
     devices: Vec<DeviceNode>,
     pids: PidNamespace,
 }
@@ -224,16 +230,16 @@ struct Config {
 /// Pid namespace of init.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PidNamespace {
-    /// A namespace of the container's: the kernel kills the other processes in it when init ends.
+    /// The container's own namespace: at init's end the kernel kills the other processes in it.
     Own,
     /// The host's, or another container's.
     Shared,
 }
 
-/// The container's cgroup, and what was told of it.
+/// The container's cgroup, and the events published about it.
 struct Accounts {
     cgroup: Cgroup,
-    /// Out-of-memory kills that were told, or came before the container.
+    /// Out-of-memory kills already published, or older than the container.
     oom_kills: u64,
 }
 
@@ -249,7 +255,7 @@ impl Accounts {
     }
 }
 
-/// The state of one container. Only its own task touches it.
+/// State of one container. Only the actor's own task touches it.
 pub(crate) struct Actor {
     pub(crate) id: String,
     pub(crate) bundle: PathBuf,
@@ -258,18 +264,18 @@ pub(crate) struct Actor {
     choice: Choice,
     owner: Owner,
     config: Config,
-    /// `None` before the start of a container that is made from a checkpoint.
+    /// `None` before the start of a container from a checkpoint.
     accounts: Option<Accounts>,
-    /// Checkpoint from which it is made.
+    /// Checkpoint for the restore, if any.
     checkpoint: Option<FromCheckpoint>,
     freezer: Freezer,
-    /// Stops the checkpoint or restore that is under way.
+    /// Stops the checkpoint or restore under way.
     session: Option<Stop>,
     init: Process,
     execs: BTreeMap<ExecId, Process>,
     mailbox: mpsc::WeakUnboundedSender<Job>,
     operations: VecDeque<Queued>,
-    /// None once the container is deleted.
+    /// `None` once the container is deleted.
     registration: Option<Registration>,
 }
 
@@ -309,7 +315,7 @@ impl Actor {
                 }
             }
         }
-        // Requests that came before their clients knew of the deletion are answered too.
+        // Requests sent before the clients knew of the deletion are answered too.
         jobs.close();
         while let Ok(job) = jobs.try_recv() {
             job(&mut self);
@@ -319,7 +325,7 @@ impl Actor {
         }
     }
 
-    /// Fails once the container is deleted, for what was asked of it before that was known.
+    /// Fails once the container is deleted, for requests sent before the clients knew.
     fn check_exists(&self) -> Result<(), TaskError> {
         match self.registration {
             Some(_) => Ok(()),
@@ -343,7 +349,7 @@ impl Actor {
         TaskError::NoProcess { container: self.id.clone(), exec: exec.as_str().to_owned() }
     }
 
-    /// Returns the refusal of what init's state does not allow.
+    /// Returns the refusal of an action in init's current state.
     fn wrong_state(&self, action: &'static str) -> TaskError {
         self.wrong_state_of(action, &ProcessRef::Init, self.init.true_status())
     }
@@ -354,11 +360,12 @@ impl Actor {
 
     /// Reports the exit of `child` to the mailbox.
     fn watch(&self, process: ProcessRef, child: Child) {
-        // Held until the process has ended: its exit is never lost, whoever else has let go of the container.
+        // Held until the process has ended: the exit is never lost, whoever else drops the
+        // container.
         let Some(mailbox) = self.mailbox.upgrade() else { return };
         tokio::spawn(async move {
             let exit = child.wait().await;
-            // The container may have been deleted meanwhile, with this exit in its answer.
+            // The deletion may have finished meanwhile, with this exit in the answer.
             let _ = mailbox.send(Box::new(move |actor| {
                 if actor.check_exists().is_ok() {
                     actor.ended(&process, exit);
@@ -394,7 +401,7 @@ impl Actor {
     fn ended(&mut self, process: &ProcessRef, exit: Exit) {
         match process {
             ProcessRef::Init => {
-                // The cgroup forgets its counters when it is removed, and CRI wants the reason before the exit.
+                // A removed cgroup forgets its counters, and CRI wants the reason before the exit.
                 self.tell_oom();
                 self.init.ended(exit);
                 let accounts = self.accounts.as_ref().filter(|_| self.config.pids == PidNamespace::Shared);
@@ -415,7 +422,7 @@ impl Actor {
         self.settle_init();
     }
 
-    /// Tells init's exit, once nothing that must be told before it is left.
+    /// Publishes init's exit, once no exec is alive.
     fn settle_init(&mut self) {
         if self.execs.values().any(Process::is_alive) {
             return;

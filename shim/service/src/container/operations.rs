@@ -1,4 +1,4 @@
-//! Operations on a container, and requests that its actor answers at once.
+//! Operations on a container, and requests answered by the actor at once.
 
 use std::future::Future;
 use std::time::Duration;
@@ -21,7 +21,8 @@ use crate::stdio::{Copies, Stdio};
 use crate::task::timestamp;
 use crate::{pod, rootfs};
 
-/// Longest time for a killed process to end. A process in an uninterruptible wait does not end, nor one frozen on v1.
+/// Longest time for a killed process to end. An uninterruptible wait delays the end, as does a
+/// freeze on v1.
 const END: Duration = Duration::from_secs(10);
 
 /// End of a deleted process.
@@ -33,7 +34,7 @@ pub(crate) struct Deleted {
 
 impl Deleted {
     fn of(process: &Process) -> Self {
-        // An exec that was never started has no end: containerd's Go shim answers with zeros as well.
+        // An exec without a start has no end: containerd's Go shim answers with zeros as well.
         let exit = process.exit().unwrap_or(Exit { code: 0, at: std::time::SystemTime::UNIX_EPOCH });
         Self { pid: process.pid(), exit }
     }
@@ -48,7 +49,7 @@ pub(crate) enum Target {
 }
 
 impl Actor {
-    /// Lets init run.
+    /// Starts init.
     pub(crate) fn start_init(
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<u32, TaskError> + use<>> + use<>, TaskError> {
@@ -74,7 +75,7 @@ impl Actor {
         })
     }
 
-    /// Adds an exec process, to be started later.
+    /// Adds an exec process, for a later start.
     pub(crate) fn add_exec(&mut self, exec: ExecId, spec: ProcessSpec, stdio: Stdio) -> Result<(), TaskError> {
         if self.execs.contains_key(&exec) {
             return Err(TaskError::ExecExists { container: self.id.clone(), exec: exec.into() });
@@ -86,7 +87,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Fails unless there is an init, which need not run yet, and which is not paused.
+    /// Fails unless there is an init, running or not, and not paused.
     fn check_takes_execs(&self) -> Result<(), TaskError> {
         match self.init.true_status() {
             Status::Created if self.init.child.is_some() => Ok(()),
@@ -155,7 +156,7 @@ impl Actor {
         Ok(pid)
     }
 
-    /// Freezes the container, if it can be between two moments in which a process of it waits for a vforked child.
+    /// Freezes the container, if possible at a moment when no process waits for a vforked child.
     pub(crate) fn pause(
         &mut self,
     ) -> Result<impl Future<Output = impl FnOnce(&mut Self) -> Result<(), TaskError> + use<>> + use<>, TaskError> {
@@ -256,13 +257,13 @@ impl Actor {
     }
 
     fn deleted(&mut self, exit: Option<Exit>) -> Deleted {
-        // The exit of a container that was never started may still be in the mailbox.
+        // The exit of a container without a start may still be in the mailbox.
         if self.init.status() != Status::Stopped
             && let Some(exit) = exit
         {
             self.ended(&ProcessRef::Init, exit);
         }
-        // Before the answer: whoever has it may use the id again, or ask whether a container is left.
+        // Before the answer: the client may then use the id again, or ask for remaining containers.
         self.registration = None;
         self.forget_checkpoint();
         pod::leave(&self.context.bundle, &self.bundle);
@@ -301,7 +302,7 @@ impl Actor {
         })
     }
 
-    /// Sends a signal. Signal 0 only asks whether there is a process.
+    /// Sends a signal. Signal 0 only tests for the process's existence.
     pub(crate) fn kill(&mut self, target: &Target, signal: u32) -> Result<(), TaskError> {
         let reference = match target {
             Target::Process(process) => process,
@@ -313,7 +314,7 @@ impl Actor {
         let Some(child) = process.child.clone() else {
             let kills_init = is_init && signal == Signal::KILL.as_raw().unsigned_abs();
             return match self.session.as_ref().filter(|_| kills_init) {
-                // The process to be killed is being restored.
+                // Init is still being restored.
                 Some(restore) => {
                     restore.stop("the container was killed");
                     Ok(())
@@ -344,7 +345,7 @@ impl Actor {
             },
         }
         if signal == Signal::KILL && is_init {
-            // A checkpoint of a container that is being killed gives the freezer back sooner.
+            // A cancelled checkpoint returns the freezer sooner.
             if let Some(checkpoint) = &self.session {
                 checkpoint.stop("the container was killed");
             }
@@ -355,14 +356,14 @@ impl Actor {
         Ok(())
     }
 
-    /// Ends what [`Freezer::lend`] began.
+    /// Takes the freezer back from the operation that borrowed it.
     pub(super) fn take_freezer_back(&mut self) {
         if self.freezer.take_back() == LetDie::Now {
             self.let_the_killed_die();
         }
     }
 
-    /// Stops a restore that is under way: its result is not wanted any more.
+    /// Stops a restore under way, whose result nobody wants any more.
     pub(crate) fn stop_restore(&mut self, reason: &str) {
         if let Some(restore) = self.session.as_ref().filter(|_| self.init.child.is_none()) {
             restore.stop(reason);
@@ -377,7 +378,7 @@ impl Actor {
     }
 
     fn bad_request(&self, field: &'static str, value: &dyn std::fmt::Display) -> TaskError {
-        TaskError::BadRequest { container: self.id.clone(), field, message: format!("{value} is not one") }
+        TaskError::BadRequest { container: self.id.clone(), field, message: format!("{value} is out of range") }
     }
 
     /// Sets the size of a process's terminal.
@@ -392,18 +393,18 @@ impl Actor {
         copies.resize(columns, rows).map_err(failed)
     }
 
-    /// Ends a process's standard input, once what was written to it is delivered.
+    /// Ends a process's standard input, after delivery of everything written.
     pub(crate) fn close_stdin(&mut self, process: &ProcessRef) -> Result<(), TaskError> {
         self.process(process)?.stdio.close_input();
         Ok(())
     }
 
-    /// Returns what tells a process's end.
+    /// Returns a watch on a process's end.
     pub(crate) fn exit_of(&mut self, process: &ProcessRef) -> Result<watch::Receiver<Option<Exit>>, TaskError> {
         Ok(self.process(process)?.watch_exit())
     }
 
-    /// Returns every process of the container, with the id of those that were started by exec.
+    /// Returns every process of the container, with the exec id of processes started by exec.
     pub(crate) fn pids(&mut self) -> Result<Vec<(u32, Option<ExecId>)>, TaskError> {
         let failed = |source| TaskError::Cgroup { action: "list", container: self.id.clone(), source };
         let Some(accounts) = &self.accounts else { return Ok(Vec::new()) };
@@ -412,8 +413,8 @@ impl Actor {
         Ok(pids.into_iter().map(i32::unsigned_abs).map(|pid| (pid, exec_of(pid))).collect())
     }
 
-    /// Returns the cgroup's statistics, until the container is deleted: containerd looks for out-of-memory kills after
-    /// the end.
+    /// Returns the cgroup's statistics, until the container is deleted: containerd looks for
+    /// out-of-memory kills after the end.
     pub(crate) fn metrics(&mut self) -> Result<Any, TaskError> {
         match self.cgroup()?.metrics() {
             Ok(metrics) => Ok(metrics),
@@ -431,30 +432,31 @@ impl Actor {
     }
 }
 
-/// Ends a process that cannot be used.
+/// Ends an unusable process.
 pub(super) async fn end(child: &Child, name: &str) {
-    // It may have ended by itself.
+    // The process may have ended before.
     let _ = child.signal(Signal::KILL);
     if tokio::time::timeout(END, child.wait()).await.is_err() {
         tracing::error!(pid = child.pid(), "{name}: a process is killed, and does not end");
     }
 }
 
-/// Waits until no process of a paused container waits for a child that it has vforked, letting it run for moments; one
-/// that never comes to rest stays paused as it is.
+/// Waits until no process of a paused container waits for a vforked child. The container runs for
+/// moments meanwhile. A container that never comes to rest stays paused as it is.
 ///
-/// A client may save the container's files next, and its processes after them. Processes that were caught so cannot be
-/// saved as they are: they would have to run on in between, and no longer fit the files.
+/// A client may save the container's files next, and the processes after the files. A process in
+/// the middle of a vfork cannot be saved: after running on in between, the process would no longer
+/// fit the files.
 async fn bring_to_rest(runtime: &dyn OciRuntime, id: String, cgroup: Cgroup) -> Result<(), TaskError> {
     let resting = cgroup.clone();
     let rested = tokio::task::spawn_blocking(move || resting.freeze_at_rest(true)).await;
     let Ok(Err(source)) = rested else { return Ok(()) };
     if cgroup.is_frozen().is_ok_and(|is_frozen| is_frozen) {
-        tracing::info!(container = id, "it is paused, but not at rest: {}", phase::chain(&source));
+        tracing::info!(container = id, "paused, but not at rest: {}", phase::chain(&source));
         return Ok(());
     }
     if let Err(error) = runtime.resume(&id).await {
-        tracing::error!(container = id, "it runs, and counts as paused: {}", phase::chain(&error));
+        tracing::error!(container = id, "the container runs, and counts as paused: {}", phase::chain(&error));
     }
     Err(TaskError::Cgroup { action: "freeze", container: id, source })
 }

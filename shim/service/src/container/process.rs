@@ -1,4 +1,4 @@
-//! Processes of a container, init and execs, and the stages of their lives.
+//! Processes of a container, init and execs, and the stages of a process's life.
 
 use std::fmt;
 use std::time::Instant;
@@ -33,7 +33,7 @@ pub(crate) enum ProcessRef {
 }
 
 impl ProcessRef {
-    /// Reads the `exec_id` of a request, which is empty for init.
+    /// Parses the `exec_id` of a request; empty means init.
     pub(crate) fn of(exec_id: &str) -> Self {
         if exec_id.is_empty() { Self::Init } else { Self::Exec(ExecId(exec_id.to_owned())) }
     }
@@ -76,7 +76,7 @@ impl fmt::Display for Status {
 #[derive(Debug)]
 enum Life {
     Created,
-    /// The runtime lets it run. An end that comes meanwhile is told after the start.
+    /// The runtime is starting the process. An end in this stage is published after the start.
     Starting {
         ended: Option<Exit>,
     },
@@ -84,7 +84,7 @@ enum Life {
     Paused {
         since: Instant,
     },
-    /// The process has ended, which cannot be told yet: clients see it as before.
+    /// The process has ended, unpublished so far: clients still see the stage `shown`.
     Ending {
         exit: Exit,
         shown: Status,
@@ -96,27 +96,27 @@ enum Life {
 pub(crate) struct Process {
     life: Life,
     pub(crate) stdio: Stdio,
-    /// `None` for an exec that was added and not started, and for an init that is yet to be restored.
+    /// `None` for an exec before the start, and for an init before the restore.
     pub(super) child: Option<Child>,
     pub(super) copies: Option<Copies>,
     /// Program of an exec.
     spec: Option<ProcessSpec>,
-    /// End of the process, once that is told.
+    /// End of the process, once published.
     exit: watch::Sender<Option<Exit>>,
 }
 
 impl Process {
-    /// Returns an init that was made, or is yet to be restored.
+    /// Returns an init, already made or still to be restored.
     pub(super) fn init(stdio: Stdio, child: Option<Child>, copies: Option<Copies>) -> Self {
         Self { life: Life::Created, stdio, child, copies, spec: None, exit: watch::Sender::new(None) }
     }
 
-    /// Returns an exec that is yet to be started.
+    /// Returns an exec before its start.
     pub(super) fn exec(stdio: Stdio, spec: ProcessSpec) -> Self {
         Self { spec: Some(spec), ..Self::init(stdio, None, None) }
     }
 
-    /// Returns the pid as containerd counts, 0 for none.
+    /// Returns the pid in containerd's type, 0 for none.
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().map_or(0, |child| child.pid().unsigned_abs())
     }
@@ -131,7 +131,7 @@ impl Process {
         }
     }
 
-    /// As [`Self::status`], but an end that is not told yet counts.
+    /// Returns the same as [`Self::status`], except that an unpublished end counts.
     pub(super) fn true_status(&self) -> Status {
         match self.life {
             Life::Ending { .. } | Life::Starting { ended: Some(_) } => Status::Stopped,
@@ -139,7 +139,7 @@ impl Process {
         }
     }
 
-    /// Returns the process's end, once it is told.
+    /// Returns the process's end, once published.
     pub(crate) fn exit(&self) -> Option<Exit> {
         *self.exit.borrow()
     }
@@ -148,12 +148,12 @@ impl Process {
         self.exit.subscribe()
     }
 
-    /// Returns true until the end is told, from the start on.
+    /// Returns true from the start until the end is published.
     pub(super) fn is_alive(&self) -> bool {
         !matches!(self.life, Life::Created | Life::Stopped)
     }
 
-    /// Returns the time of the pause, while it is paused.
+    /// Returns the time of the pause, while paused.
     pub(super) fn paused_since(&self) -> Option<Instant> {
         match self.life {
             Life::Paused { since } => Some(since),
@@ -161,7 +161,7 @@ impl Process {
         }
     }
 
-    /// Returns the program of an exec that was not started.
+    /// Returns the program of an exec before its start.
     pub(super) fn program(&self) -> Option<ProcessSpec> {
         self.spec.clone().filter(|_| matches!(self.life, Life::Created))
     }
@@ -179,7 +179,7 @@ impl Process {
         };
     }
 
-    /// Ends a start that has failed.
+    /// Ends a failed start.
     pub(super) fn not_started(&mut self) {
         self.life = match self.life {
             Life::Starting { ended: Some(exit) } => Life::Ending { exit, shown: Status::Created },
@@ -187,7 +187,7 @@ impl Process {
         };
     }
 
-    /// Notes a pause. The process may have ended while the runtime was at work: that is final.
+    /// Marks the process paused, unless the process has ended meanwhile.
     pub(super) fn paused(&mut self) {
         match &mut self.life {
             Life::Running => self.life = Life::Paused { since: Instant::now() },
@@ -196,7 +196,7 @@ impl Process {
         }
     }
 
-    /// As [`Self::paused`].
+    /// Marks the process resumed, unless the process has ended meanwhile.
     pub(super) fn resumed(&mut self) {
         match &mut self.life {
             Life::Paused { .. } => self.life = Life::Running,
@@ -205,7 +205,7 @@ impl Process {
         }
     }
 
-    /// Notes the end, which is told by [`Self::tell_end`].
+    /// Records the end, for [`Self::tell_end`] to publish.
     pub(super) fn ended(&mut self, exit: Exit) {
         match &mut self.life {
             Life::Starting { ended } => *ended = Some(exit),
@@ -214,7 +214,7 @@ impl Process {
         }
     }
 
-    /// Makes an end known that can be told; returns it the first time.
+    /// Publishes a recorded end; returns the end the first time.
     pub(super) fn tell_end(&mut self) -> Option<Exit> {
         let Life::Ending { exit, .. } = self.life else { return None };
         self.life = Life::Stopped;

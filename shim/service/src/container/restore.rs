@@ -1,4 +1,5 @@
-//! Starting a container from a checkpoint: the shim's part. A session does the work (crate `session`).
+//! Starting a container from a checkpoint: the shim's part. A session does the work (crate
+//! `session`).
 //!
 //! ```text
 //!   prepare the streams ─► session: processes made ─► init adopted, streams connected ─► session: memory, GPU ─► Running
@@ -25,14 +26,14 @@ use super::{Accounts, Actor, ProcessRef};
 use crate::error::{RestoreError, TaskError};
 use crate::stdio::{Copies, Owner, Stdio};
 
-/// Longest time for a process that the kernel counts as dead to be reaped, unless a tracer holds it.
+/// Longest time to reap a process dead for the kernel, unless a tracer holds it.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// The checkpoint that a container is to be made from.
+/// Checkpoint as the origin of a container.
 #[derive(Clone, Debug)]
 pub(super) struct FromCheckpoint {
     images: PathBuf,
-    /// Folder in which the client wants CRIU's log.
+    /// Folder for CRIU's log, as wanted by the client.
     work: Option<PathBuf>,
     no_pivot_root: bool,
 }
@@ -49,17 +50,17 @@ impl FromCheckpoint {
 }
 
 impl Actor {
-    /// A container that has no process until it is started.
+    /// Returns true for a container without a process before the start.
     pub(crate) fn is_to_be_restored(&self) -> bool {
         self.checkpoint.is_some() && self.init.child.is_none()
     }
 
-    /// The container's annotations about checkpoints.
+    /// Returns the container's annotations about checkpoints.
     pub(crate) fn annotations(&self) -> Annotations {
         self.config.annotations.clone()
     }
 
-    /// Makes the processes of a container that was created from a checkpoint. `stop` cancels that.
+    /// Restores the processes of a container created from a checkpoint. `stop` cancels the restore.
     pub(crate) fn restore_init(
         &mut self,
         stop: Stop,
@@ -104,10 +105,10 @@ impl Actor {
         })
     }
 
-    /// Nothing will be restored from it any more.
+    /// Forgets the checkpoint after its last use.
     pub(super) fn forget_checkpoint(&mut self) {
         if let Some(checkpoint) = self.checkpoint.take() {
-            // It may be large, and nobody waits for it.
+            // The folder may be large, and nobody waits for the removal.
             tokio::task::spawn_blocking(move || remove_if_containerds(&checkpoint.images));
         }
     }
@@ -116,11 +117,11 @@ impl Actor {
 struct Running {
     child: Child,
     copies: Copies,
-    /// `None` if the container has ended by now.
+    /// `None` if the container has already ended.
     cgroup: Option<Cgroup>,
 }
 
-/// One restore of one container.
+/// A single restore of a container.
 struct Restore {
     order: RestoreOrder,
     conductor: Arc<dyn Conductor>,
@@ -162,12 +163,12 @@ impl Restore {
         let cgroup = join(&*self.runtime, &container, &child).await;
         match (restored.go_on().await, cgroup) {
             (Ok(()), Ok(cgroup)) => {
-                // It may be large, and nobody waits for it.
+                // The folder may be large, and nobody waits for the removal.
                 tokio::task::spawn_blocking(move || remove_if_containerds(&images));
                 Ok(Running { child, copies, cgroup })
             }
             (Ok(()), Err(source)) => {
-                // It may have ended by itself.
+                // The process may have ended before.
                 let _ = child.signal(Signal::KILL);
                 Err(at(Phase::Resume, RestoreError::Cgroup(source)))
             }
@@ -180,14 +181,14 @@ impl Restore {
     }
 }
 
-/// Returns the container's cgroup, or `None` if init has ended by now: the last step of its life may have been all that was
-/// left to do, and that is a restore as good as any.
+/// Returns the container's cgroup, or `None` if init has ended: the process's last step may have
+/// been the only one left, and that restore has succeeded.
 async fn join(runtime: &dyn OciRuntime, id: &str, child: &Child) -> Result<Option<Cgroup>, RuntimeError> {
     if child.exit().is_some() {
         return Ok(None);
     }
     match runtime.cgroup(id, child.process()) {
-        // On version 1 the kernel says of a dead process that it is in no cgroup.
+        // On version 1 the kernel puts a dead process in no cgroup.
         Err(_) if tokio::time::timeout(ENDING, child.wait()).await.is_ok() => Ok(None),
         found => found.map(Some),
     }

@@ -39,13 +39,13 @@ mod execs;
 mod requests;
 mod sessions;
 
-/// A runtime whose containers are `sh -c SCRIPT`, held before the script until they are started.
+/// A runtime with `sh -c SCRIPT` as containers, held before the script until their start.
 struct FakeRuntime {
     reaper: Reaper,
     script: &'static str,
-    /// Operations that may go on; a test takes permits away to hold them up.
+    /// Permits for operations; a test takes permits away to hold operations up.
     may_go_on: Semaphore,
-    /// Starts of [`HANGING`] execs that may go on.
+    /// Permits for starts of [`HANGING`] execs.
     execs: Semaphore,
     fail: Mutex<Option<Operation>>,
     init: Mutex<Option<(Child, std::io::PipeWriter)>>,
@@ -72,7 +72,7 @@ impl FakeRuntime {
         Ok(())
     }
 
-    /// Runs `script`, on the standard input of `io` where no other is given.
+    /// Runs `script`, with `other` as standard input, or else the one in `io`.
     fn spawn(&self, script: &str, other: Option<OwnedFd>, io: ProcessIo) -> Child {
         let ProcessIo::Fds { stdin, stdout, stderr } = io else { panic!("no terminals here") };
         let mut command = Command::new("/bin/sh");
@@ -94,7 +94,7 @@ impl OciRuntime for FakeRuntime {
     }
 
     async fn start(&self, _id: &str) -> Result<(), RuntimeError> {
-        // The process runs before the answer is given, as with a real runtime.
+        // The process runs before the answer is sent, as with a real runtime.
         self.init.lock().unwrap().as_mut().unwrap().1.write_all(b"\n").unwrap();
         self.step(Operation::Start).await
     }
@@ -146,7 +146,7 @@ impl OciRuntime for FakeRuntime {
     }
 }
 
-/// A service with a fake runtime, one bundle, and the events it tells.
+/// A service with a fake runtime, one bundle, and a record of events.
 struct Bench {
     service: Arc<TaskService>,
     runtime: Arc<FakeRuntime>,
@@ -157,12 +157,12 @@ struct Bench {
 }
 
 const PLENTY: usize = 1000;
-/// Script for which the creation panics.
+/// Script with a panic in its creation.
 const PANIC: &str = "panic";
-/// Script of an exec whose start waits for a permit.
+/// Script of an exec, with a start that waits for a permit.
 const HANGING: &str = ": hanging";
 
-/// One reaper for all tests of this process: two would take each other's children for orphans.
+/// The reaper for all tests of this process: two would take each other's children for orphans.
 pub(crate) fn reaper() -> Reaper {
     static REAPER: OnceLock<Reaper> = OnceLock::new();
     let start = || {
@@ -194,7 +194,7 @@ impl Bench {
         });
         let fake = Arc::clone(&runtime);
         let (bundle, logs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        // A pid namespace of its own: without one the shim would kill this test's whole cgroup.
+        // Its own pid namespace: without one the shim would kill this test's whole cgroup.
         let config = r#"{"ociVersion":"1.2.0","linux":{"namespaces":[{"type":"pid"}]}}"#;
         std::fs::write(bundle.path().join("config.json"), config).unwrap();
         let context = Context {
@@ -212,40 +212,40 @@ impl Bench {
         Self { service, runtime, exit, events, bundle, _logs: logs }
     }
 
-    /// With a created container.
+    /// Returns a bench with a created container.
     async fn created(script: &'static str) -> Self {
         let bench = Self::new(script).await;
         bench.create().await.unwrap();
         bench
     }
 
-    /// With a started container.
+    /// Returns a bench with a started container.
     async fn started(script: &'static str) -> Self {
         let bench = Self::created(script).await;
         bench.start("").await.unwrap();
         bench
     }
 
-    /// A start that goes on until `let_go`.
+    /// Begins a start that lasts until `let_go`.
     async fn held_start(&self, exec_id: &str) -> JoinHandle<ttrpc::Result<()>> {
         self.hold().await;
         let service = Arc::clone(&self.service);
         let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
         let start = tokio::spawn(async move { service.start(&ctx(), request).await.map(drop) });
         tokio::task::yield_now().await;
-        // By the time that this is answered the start has begun.
+        // By the time of this answer the start has begun.
         self.status().await;
         start
     }
 
-    /// The start of an exec that hangs until the runtime has a permit for it.
+    /// Begins the start of an exec that hangs until the runtime has a permit.
     async fn hanging_exec(&self, exec_id: &str) -> JoinHandle<ttrpc::Result<()>> {
         self.add_exec(exec_id, HANGING).await.unwrap();
         let service = Arc::clone(&self.service);
         let request = StartRequest { id: "c".into(), exec_id: exec_id.into(), ..StartRequest::default() };
         let start = tokio::spawn(async move { service.start(&ctx(), request).await.map(drop) });
         tokio::task::yield_now().await;
-        // By the time that this is answered the start has begun.
+        // By the time of this answer the start has begun.
         self.status().await;
         start
     }
@@ -285,7 +285,7 @@ impl Bench {
         self.add_exec_with_input(exec_id, script, "").await
     }
 
-    /// `stdin` is a fifo, or nothing.
+    /// Adds an exec with a fifo, or nothing, as `stdin`.
     async fn add_exec_with_input(&self, exec_id: &str, script: &str, stdin: &str) -> ttrpc::Result<()> {
         let spec = serde_json::json!({"args": [script], "cwd": "/", "user": {"uid": 0, "gid": 0}});
         let spec = Any { value: spec.to_string().into_bytes(), ..Any::default() };
@@ -342,7 +342,7 @@ impl Bench {
         self.service.shutdown(&ctx(), ShutdownRequest::default()).await.unwrap();
     }
 
-    /// The topics told, up to and with `last`; exits with the process they are of.
+    /// Returns the topics published up to and including `last`; exits come with their process.
     async fn told(&mut self, last: &str) -> Vec<String> {
         let mut told = vec![];
         loop {
@@ -425,7 +425,7 @@ async fn the_exit_of_init_is_the_last_word() {
     let mut bench = Bench::started("sleep 1000").await;
     bench.exec("e", "sleep 1000").await.unwrap();
     bench.kill("", 9).await.unwrap();
-    // The fake has no pid namespace that would end the exec with its init.
+    // The fake has no pid namespace to end the exec with init.
     while bench.kill("", 0).await.is_ok() {
         tokio::task::yield_now().await;
     }
@@ -463,7 +463,7 @@ async fn what_does_not_fit_the_state_is_a_failed_precondition() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_not_found_and_what_is_cannot_be_made_again() {
+async fn missing_containers_are_not_found_and_existing_ones_cannot_be_made_again() {
     let bench = Bench::started("exit 0").await;
     assert_eq!(code(bench.create().await), Code::ALREADY_EXISTS);
     assert_eq!(code(bench.start("nope").await), Code::NOT_FOUND);

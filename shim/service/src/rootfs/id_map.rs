@@ -1,8 +1,8 @@
-//! Root filesystems whose files belong to the users of a user namespace.
+//! Root filesystems with the users of a user namespace as owners.
 //!
-//! A snapshotter keeps files as they are in the image, and asks the shim by the options `uidmap=` and `gidmap=` to show
-//! them with other owners. The options are containerd's own: the kernel wants an id-mapped mount. An overlay cannot be
-//! one; its lower folders can:
+//! A snapshotter keeps files as in the image; the options `uidmap=` and `gidmap=` ask the shim to
+//! show other owners. The options are containerd's own: the kernel wants an id-mapped mount. An
+//! overlay cannot be mapped, but the lower folders can:
 //!
 //! ```text
 //!   lower folder ── clone of its mount ── map_ids ──► FOLDER/0 ──┐
@@ -27,10 +27,10 @@ use crate::sys;
 const USERS: &str = "uidmap";
 const GROUPS: &str = "gidmap";
 const LOWER: &str = "lowerdir=";
-/// Parent of the folder for mapped lower folders. It is there with every shim, and on a tmpfs as a rule.
+/// Parent of the folder for mapped lower folders. Every shim has it, on a tmpfs as a rule.
 const FOLDER: &str = "/run/containerd/gpusnap";
 
-/// Ids of a user namespace, as its `uid_map` and `gid_map` take them.
+/// Ids of a user namespace, in the format of `uid_map` and `gid_map`.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct IdMap {
     users: String,
@@ -38,7 +38,7 @@ pub(super) struct IdMap {
 }
 
 impl IdMap {
-    /// Takes the mapping out of mount options; returns the other options as well.
+    /// Splits mount options into the mapping and the rest.
     pub(super) fn take(options: &[String]) -> Result<(Option<Self>, Vec<String>), RootfsError> {
         let (mut users, mut groups, mut others) = (None, None, Vec::new());
         for option in options {
@@ -55,7 +55,8 @@ impl IdMap {
         }
     }
 
-    /// Makes a user namespace with these ids. The process that has it ends here: the descriptor keeps the namespace.
+    /// Makes a user namespace with these ids, by a short-lived process. The descriptor keeps the
+    /// namespace.
     fn namespace(&self) -> Result<OwnedFd, RootfsError> {
         let pid = sys::spawn_in_user_namespace().map_err(RootfsError::Start)?;
         let made = self.namespace_of(pid);
@@ -96,7 +97,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Roo
     move |source| RootfsError::File { action, path, source }
 }
 
-/// Mounts `mount`, whose options without the mapping are `options`, on `target`.
+/// Mounts `mount` on `target`, with `options`, the mount's own without the mapping.
 pub(super) fn mount(mount: &Mount, mut options: Vec<String>, map: &IdMap, target: &Path) -> Result<(), RootfsError> {
     let namespace = map.namespace()?;
     if mount.type_ != "overlay" {
@@ -116,7 +117,7 @@ pub(super) fn mount(mount: &Mount, mut options: Vec<String>, map: &IdMap, target
     Ok(mount_plainly(mount, &options, target)?)
 }
 
-/// A clone of the mount at `path`, attached nowhere, with other owners.
+/// Returns a detached clone of the mount at `path`, with other owners.
 fn mapped(path: &Path, namespace: &OwnedFd) -> Result<OwnedFd, RootfsError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = rustix::mount::open_tree(CWD, path, flags);
@@ -130,7 +131,7 @@ fn attach(mount: &OwnedFd, target: &Path) -> Result<(), RootfsError> {
     attached.map_err(|error| file("mount on", target)(error.into()))
 }
 
-/// Lower folders with other owners, as long as an overlay of them is being mounted.
+/// Lower folders with other owners, during the mount of an overlay.
 struct MappedFolders {
     folder: TempDir,
     mounted: Vec<PathBuf>,
@@ -144,7 +145,7 @@ impl MappedFolders {
         Ok(Self { folder: made.map_err(file("make a folder in", parent))?, mounted: Vec::new() })
     }
 
-    /// Adds one; returns the path at which the overlay finds it.
+    /// Adds a lower folder; returns the path for the overlay.
     fn add(&mut self, lower: &Path, namespace: &OwnedFd) -> Result<String, RootfsError> {
         let path = self.folder.path().join(self.mounted.len().to_string());
         let mapped = mapped(lower, namespace)?;
@@ -158,7 +159,7 @@ impl MappedFolders {
 
 impl Drop for MappedFolders {
     fn drop(&mut self) {
-        // What stays mounted must not be removed with the folder: its files are the image's.
+        // A folder still mounted must not be removed: its files are the image's.
         for path in &self.mounted {
             if let Err(error) = rustix::mount::unmount(path, UnmountFlags::DETACH) {
                 tracing::error!("cannot unmount {}, which stays: {error}", path.display());

@@ -1,4 +1,4 @@
-//! Mounting a container's root filesystem.
+//! Mounts of a container's root filesystem.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,10 +11,10 @@ use crate::error::TaskError;
 
 mod id_map;
 
-/// Forced, lazy unmount: nothing that still holds the filesystem may keep the mount (MNT_DETACH).
+/// Forced, lazy unmount (MNT_DETACH): open files in the filesystem must not keep the mount.
 const DETACH: i32 = 2;
 
-/// Reason for which a root filesystem was not mounted.
+/// Failure to mount a root filesystem.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RootfsError {
     #[error(transparent)]
@@ -30,13 +30,13 @@ pub(crate) enum RootfsError {
     IdMap { option: String, name: &'static str },
     #[error("the mount options map ids of users or of groups, and not both")]
     HalfAnIdMap,
-    #[error("cannot start a thread or process for it")]
+    #[error("cannot start a thread or process for the mount")]
     Start(#[source] io::Error),
     #[error("the mount was cut off")]
     CutOff,
 }
 
-/// Mounts everything in `mounts`, in order, on `target`; on failure nothing of it stays mounted.
+/// Mounts everything in `mounts`, in order, on `target`; a failure leaves nothing mounted.
 pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> Result<(), TaskError> {
     if mounts.is_empty() {
         return Ok(());
@@ -44,8 +44,8 @@ pub(crate) async fn mount(container: &str, mounts: &[Mount], target: &Path) -> R
     let failed = |source| TaskError::Mount { container: container.to_owned(), target: target.to_owned(), source };
     let (mounts, folder) = (mounts.to_vec(), target.to_owned());
     let (done, result) = tokio::sync::oneshot::channel();
-    // containerd-shim changes the working directory of the thread that mounts an overlay with many layers: it gets a
-    // thread of its own.
+    // containerd-shim changes the working directory of the thread during a mount of many layers:
+    // use a separate thread.
     let thread = std::thread::Builder::new().spawn(move || {
         let mounted = std::fs::create_dir_all(&folder)
             .map_err(|source| RootfsError::File { action: "make", path: folder.clone(), source })
@@ -73,7 +73,7 @@ fn mount_plainly(mount: &Mount, options: &[String], target: &Path) -> containerd
     mount_rootfs(named(&mount.type_).as_deref(), named(&mount.source).as_deref(), options, target)
 }
 
-/// Unmounts everything at and below `target`. What cannot be is logged: the caller is cleaning up.
+/// Unmounts everything at and below `target`. A failure is logged: the caller is cleaning up.
 pub(crate) fn unmount(target: &Path) {
     let Some(path) = target.to_str() else { return };
     if let Err(error) = umount_recursive(Some(path), DETACH) {

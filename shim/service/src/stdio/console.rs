@@ -1,4 +1,4 @@
-//! Terminals: the socket on which a runtime hands one over, and its output.
+//! Terminals: the socket for the hand-over by a runtime, and the output.
 
 use std::fs::File;
 use std::io;
@@ -18,12 +18,13 @@ use tokio::net::UnixListener;
 
 use super::StdioError;
 
-/// Bundle paths are too long for a socket address (108 bytes); this is not, and it is on a tmpfs.
+/// Folder for sockets, on a tmpfs. Bundle paths are too long for a socket address (108 bytes).
 const FOLDER: &str = "/run/containerd/gpusnap";
-/// The runtime sends the terminal before its `create` returns; this only bounds a runtime that does not.
+/// Longest wait for the terminal. A runtime sends the terminal before `create` returns; the limit
+/// is for a faulty one.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A listening socket in a folder of its own, which goes away with it.
+/// A listening socket in its own folder, removed with the socket.
 pub(super) struct ConsoleSocket {
     listener: UnixListener,
     path: PathBuf,
@@ -50,7 +51,7 @@ impl ConsoleSocket {
         &self.path
     }
 
-    /// The terminal's master.
+    /// Receives the terminal's master.
     pub(super) async fn receive(self) -> Result<File, StdioError> {
         match tokio::time::timeout(TIMEOUT, self.accept()).await {
             Ok(received) => received.map_err(StdioError::NoTerminal),
@@ -71,7 +72,7 @@ impl ConsoleSocket {
 }
 
 fn receive_file(stream: &tokio::net::UnixStream) -> io::Result<File> {
-    // The message's bytes are the terminal's name, which nobody needs.
+    // The message's bytes are the terminal's name, unused here.
     let mut name = [0; 4096];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -87,10 +88,11 @@ fn receive_file(stream: &tokio::net::UnixStream) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::InvalidData, "the message carried no file"))
 }
 
-/// Output of a terminal, read from its master, which ends as a pipe does.
+/// Output of a terminal, read from its master, with the end of file of a pipe.
 ///
-/// The kernel says EIO when the last process has closed its side of a terminal. `tokio::io::copy` gives up on an error at
-/// once, with what it has read and not written yet; at an end of file it writes that first.
+/// The kernel reports EIO after the last process has closed the slave. On an error,
+/// `tokio::io::copy` drops the bytes not yet written; at an end of file such bytes are written
+/// first.
 pub(super) struct TerminalOutput(pub(super) Pty);
 
 impl AsyncRead for TerminalOutput {

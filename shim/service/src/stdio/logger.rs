@@ -1,7 +1,8 @@
-//! Loggers: programs that read a process's output themselves.
+//! Loggers: programs that read a process's output.
 //!
-//! The protocol is containerd's: the logger gets standard output on descriptor 3, standard error on 4, and closes 5
-//! when it is ready (`binary-v2`: after writing a byte to it). `CONTAINER_ID` and `CONTAINER_NAMESPACE` say whose.
+//! The protocol is containerd's: the logger gets standard output on descriptor 3, standard error on
+//! 4, and closes 5 when ready (`binary-v2`: after writing a byte there). `CONTAINER_ID` and
+//! `CONTAINER_NAMESPACE` name the container.
 
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use super::{Owner, StdioError};
 
 /// Longest time for a logger to get ready, as in containerd's Go shim.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest time for a logger to finish by itself once all output has ended.
+/// Longest time for a logger to finish alone after the end of all output.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest time for a logger to end after SIGTERM, as in containerd's Go shim.
 const TERM_TIMEOUT: Duration = Duration::from_secs(12);
@@ -29,10 +30,10 @@ pub(super) struct Logger {
     child: Child,
 }
 
-/// Pipes that a logger reads.
+/// Pipes for a logger to read.
 pub(super) struct LoggerPipes {
     pub(super) stdout: OwnedFd,
-    /// None with a terminal, which has one output.
+    /// `None` with a terminal, which has one output.
     pub(super) stderr: Option<OwnedFd>,
 }
 
@@ -47,7 +48,8 @@ impl Logger {
         let (ready, ready_write) = io::pipe().map_err(failed)?;
         let stderr = match pipes.stderr {
             Some(stderr) => stderr,
-            // At its end from the start. Not /dev/null: nerdctl's logger polls it, and a device cannot be polled.
+            // At its end from the start. Not /dev/null: nerdctl's logger polls, and a device cannot
+            // be polled.
             None => io::pipe().map_err(failed)?.0.into(),
         };
         let mut command = Command::new(&uri.path);
@@ -66,12 +68,12 @@ impl Logger {
             ])
             .map_err(|error| failed(io::Error::other(error)))?;
         let child = reaper.spawn(&mut command).map_err(failed)?;
-        // The command holds the shim's copies of the descriptors, which would keep the pipes open.
+        // The command holds the shim's copies of the descriptors, and would keep the pipes open.
         drop(command);
         let logger = Self { child };
         if let Err(error) = tokio::time::timeout(READY_TIMEOUT, wait_ready(ready, uri.writes_when_ready))
             .await
-            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it did not get ready")))
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "the logger did not get ready")))
         {
             logger.kill().await;
             return Err(failed(error));
@@ -79,12 +81,12 @@ impl Logger {
         Ok(logger)
     }
 
-    /// Waits until it has finished with what it has read; a logger that does not is made to.
+    /// Waits until the logger has processed its input; signals a logger that does not end.
     pub(super) async fn stop(self) {
         if tokio::time::timeout(FINISH_TIMEOUT, self.child.wait()).await.is_ok() {
             return;
         }
-        // Already gone is what is wanted.
+        // A logger already gone is the goal.
         let _ = self.child.signal(Signal::TERM);
         if tokio::time::timeout(TERM_TIMEOUT, self.child.wait()).await.is_err() {
             tracing::warn!(pid = self.child.pid(), "a logger does not end, and is killed");
@@ -98,12 +100,12 @@ impl Logger {
     }
 }
 
-/// Ready is the end of the pipe, or its first byte.
+/// Waits for the end of the pipe, or for its first byte.
 async fn wait_ready(ready: impl Into<OwnedFd> + Read, needs_byte: bool) -> io::Result<()> {
     let mut byte = [0];
     let read = pipe::Receiver::from_owned_fd(ready.into())?.read(&mut byte).await?;
     if read == 0 && needs_byte {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it gave up before it was ready"));
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the logger gave up before it was ready"));
     }
     Ok(())
 }

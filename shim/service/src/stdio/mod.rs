@@ -1,7 +1,8 @@
 //! Standard input and output of container processes.
 //!
-//! A process never holds what containerd named: it gets pipes, or a terminal, and the shim copies. So a process
-//! survives containerd's restarts, and CRIU finds only pipes and terminals to dump, which it can put back.
+//! A process never holds containerd's own files: the shim gives it pipes, or a terminal, and
+//! copies. So a process survives containerd's restarts, and CRIU has only pipes and terminals to
+//! dump, both restorable.
 //!
 //! ```text
 //!            ┌──────────── shim ────────────┐
@@ -39,10 +40,10 @@ use self::console::{ConsoleSocket, TerminalOutput};
 use self::logger::{Logger, LoggerPipes};
 pub(crate) use self::target::Target;
 
-/// Longest time for copying a deleted process's output to files, as [`IoTasks`] has it for fifos.
+/// Longest time for copying a deleted process's output to files, as for fifos in [`IoTasks`].
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Failure to give a process its standard input and output.
+/// Failure to give a process standard input and output.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StdioError {
     #[error("{uri} is not a place for output: use a fifo's path, file://, binary:// or nothing")]
@@ -68,7 +69,8 @@ pub(crate) enum StdioError {
     NoTerminal(#[source] io::Error),
 }
 
-/// Standard streams of one process, as containerd asked for them, from before its start to after its end.
+/// Standard streams of one process, as requested by containerd, from before the start to after the
+/// end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stdio {
     pub(crate) stdin: String,
@@ -78,10 +80,11 @@ pub(crate) struct Stdio {
     input: Input,
 }
 
-/// The client's end of standard input, which lives as long as the process's entry in the shim.
+/// The client's end of standard input, with the lifetime of the process's entry in the shim.
 ///
-/// Clones share it. The copy out of the fifo exists only from the start on, and CloseIO may come before: a client whose
-/// input is short closes it while the runtime still makes the process.
+/// Clones share one state. The copy out of the fifo exists only from the start on, and CloseIO may
+/// come before: a client with short input closes the fifo while the runtime still makes the
+/// process.
 #[derive(Clone, Default)]
 struct Input(Arc<Mutex<InputState>>);
 
@@ -103,7 +106,7 @@ impl Input {
         state.fifos.close_input();
     }
 
-    /// Returns fresh copies for a start, for which an earlier [`Input::close`] counts.
+    /// Returns fresh copies for a start, and applies an earlier [`Input::close`].
     fn renew(&self) -> IoTasks {
         let mut state = self.state();
         state.fifos = IoTasks::default();
@@ -120,12 +123,12 @@ impl fmt::Debug for Input {
     }
 }
 
-/// Identity of the process, for loggers, and owner of its pipes.
+/// Identity of the process, for loggers, and owner of the pipes.
 #[derive(Clone, Debug)]
 pub(crate) struct Owner {
     pub(crate) namespace: String,
     pub(crate) id: String,
-    /// Owner of the pipes; 0 leaves them root's.
+    /// Owner of the pipes; 0 leaves root as the owner.
     pub(crate) uid: u32,
     pub(crate) gid: u32,
 }
@@ -149,7 +152,7 @@ enum Sink {
     Pipe(OwnedFd),
 }
 
-/// The shim's side of a process that runs or has run.
+/// The shim's side of a process during and after its life.
 #[derive(Default)]
 pub(crate) struct Copies {
     fifos: IoTasks,
@@ -164,14 +167,15 @@ impl Stdio {
         Self { stdin, stdout, stderr, terminal, input: Input::default() }
     }
 
-    /// Ends standard input: the client writes no more. The process first reads what was written.
+    /// Ends standard input: the client writes no more. The process first reads everything written.
     ///
-    /// A call before or during the process's start counts for the start: the process finds its input at the end.
+    /// A call before or during the process's start counts for the start: the process finds the end
+    /// of file.
     pub(crate) fn close_input(&self) {
         self.input.close();
     }
 
-    /// Makes both sides: the process's streams, and the shim's copies of them.
+    /// Makes both sides: the process's streams, and the shim's copies.
     pub(crate) async fn prepare(&self, owner: &Owner, reaper: &Reaper) -> Result<(ProcessIo, Prepared), StdioError> {
         let stdout = Target::parse(&self.stdout)?;
         if self.terminal { self.terminal(stdout, owner, reaper).await } else { self.pipes(stdout, owner, reaper).await }
@@ -212,7 +216,8 @@ impl Stdio {
             read
         };
         let (stdout, stderr) = match (stdout, Target::parse(&self.stderr)?) {
-            // One logger serves both, whatever is said for stderr: its protocol has a descriptor for each.
+            // One logger serves both, whatever the setting for stderr: the protocol has a
+            // descriptor for each.
             (Target::Binary(uri), _) | (_, Target::Binary(uri)) => {
                 let (stdout_read, stdout_write) = pipe_for(owner)?;
                 let (stderr_read, stderr_write) = pipe_for(owner)?;
@@ -247,7 +252,7 @@ impl Prepared {
         Ok(copies)
     }
 
-    /// Lets everything go, when the process did not come to be.
+    /// Closes everything after a failed creation.
     pub(crate) async fn abandon(self) {
         self.copies.close(Duration::ZERO).await;
     }
@@ -268,7 +273,7 @@ impl Copies {
                 return Ok(write);
             }
             Target::File(path) => open_log(path)?,
-            // Both callers have taken loggers out before.
+            // Both callers have handled loggers before.
             Target::Binary(uri) => return Err(StdioError::Uri { uri: uri.to_string() }),
         };
         let (read, write) = pipe_for(owner)?;
@@ -287,7 +292,7 @@ impl Copies {
             tokio::select! {
                 () = cancel.cancelled() => {}
                 copied = tokio::io::copy(&mut from, &mut to) => {
-                    // A logger that is gone is EPIPE.
+                    // EPIPE from a dead logger ends here.
                     if let Err(error) = copied {
                         tracing::debug!("output copy ended: {error}");
                     }
@@ -299,14 +304,14 @@ impl Copies {
         });
     }
 
-    /// Sets the size of the terminal, in characters; a process without one has none to set.
+    /// Sets the size of the terminal, in characters; does nothing without a terminal.
     pub(crate) fn resize(&self, columns: u16, rows: u16) -> io::Result<()> {
         let Some(console) = &self.console else { return Ok(()) };
         let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
         Ok(rustix::termios::tcsetwinsize(console, size)?)
     }
 
-    /// Delivers what the process has written, and lets everything go.
+    /// Delivers the process's remaining output, and closes everything.
     pub(crate) async fn shut_down(self) {
         self.close(DRAIN_TIMEOUT).await;
     }
@@ -335,14 +340,14 @@ fn null(write: bool) -> Result<OwnedFd, StdioError> {
     }
 }
 
-/// A log file of the user's choice: made with its folders when it is not there, never truncated.
+/// Opens a log file of the user's choice for appending; makes missing folders, never truncates.
 fn open_log(path: PathBuf) -> Result<File, StdioError> {
     let opened = path.parent().map_or(Ok(()), std::fs::create_dir_all);
     let opened = opened.and_then(|()| OpenOptions::new().create(true).append(true).open(&path));
     opened.map_err(|source| StdioError::File { action: "open", path, source })
 }
 
-/// A pipe whose ends the process's user may open again through /proc.
+/// Makes a pipe with ends that the process's user may reopen through /proc.
 fn pipe_for(owner: &Owner) -> Result<(OwnedFd, OwnedFd), StdioError> {
     let (read, write) = io::pipe().map_err(StdioError::Pipe)?;
     if owner.uid != 0 || owner.gid != 0 {

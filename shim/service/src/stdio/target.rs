@@ -1,4 +1,4 @@
-//! Destinations of output, as containerd names them.
+//! Destinations of output, in containerd's notation.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -25,7 +25,8 @@ pub(crate) enum Target {
 pub(crate) struct LoggerUri {
     pub(crate) path: PathBuf,
     pub(crate) arguments: Vec<String>,
-    /// `binary-v2://`: the logger says that it is ready by writing a byte, not by closing the descriptor alone.
+    /// `binary-v2://`: the logger reports ready by writing a byte, not just by closing the
+    /// descriptor.
     pub(crate) writes_when_ready: bool,
 }
 

@@ -17,14 +17,14 @@ use crate::container::tests::reaper;
 
 /// Capacity of a pipe or fifo.
 const PIPE: usize = 65536;
-/// Bytes that fit into the copy's own buffer: less than 8 KiB, so that it reads on while it cannot write.
+/// Bytes for the copy's own buffer: less than 8 KiB, so the copy reads on while its writes block.
 const MORE: usize = 4000;
 
 fn owner() -> Owner {
     Owner { namespace: "test".into(), id: "c".into(), uid: 0, gid: 0 }
 }
 
-/// A folder with the fifos `in` and `out`.
+/// Makes a folder with the fifos `in` and `out`.
 pub(crate) fn fifos() -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in ["in", "out"] {
@@ -38,7 +38,7 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// Both sides of a terminal that passes bytes on as they are.
+/// Returns both sides of a terminal that passes bytes on unchanged.
 fn terminal() -> (OwnedFd, File) {
     let master = rustix::pty::openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     rustix::pty::grantpt(&master).unwrap();
@@ -65,11 +65,12 @@ fn pattern(bytes: usize) -> Vec<u8> {
     (0..bytes).map(|n| b'a' + u8::try_from(n % 23).unwrap()).collect()
 }
 
-/// Writes all of `data` to the terminal and closes it, as a process that ends does; meanwhile the copies run.
+/// Writes all of `data` to the terminal and closes it, as an ending process does; the copies run
+/// meanwhile.
 async fn write_and_end(mut slave: File, data: Vec<u8>) {
     let process = tokio::task::spawn_blocking(move || slave.write_all(&data).unwrap());
     process.await.unwrap();
-    // Enough for a copy to read until the terminal's end, though it cannot write.
+    // Enough for a copy to read until the terminal's end, without being able to write.
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }

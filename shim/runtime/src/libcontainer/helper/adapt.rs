@@ -1,5 +1,5 @@
-//! Specifications as libcontainer needs them: what runc takes for granted, and libcontainer takes for absent, is
-//! written out.
+//! Specifications for libcontainer: runc's defaults are written out, because libcontainer takes
+//! them for absent.
 //!
 //! | config.json | what libcontainer would do | here |
 //! |---|---|---|
@@ -62,11 +62,11 @@ pub(super) fn load(bundle: &Path) -> Result<Spec> {
     Ok(spec)
 }
 
-/// What libcontainer's builder checks before it makes anything, and what it lacks.
+/// Runs the checks of libcontainer's builder, and the checks missing there.
 pub(super) fn validate(spec: &Spec) -> Result<()> {
     Validator::validate_spec(spec)?;
     let syscall = create_syscall();
-    // With several ranges it only asks whether newuidmap is there.
+    // With several ranges the check only looks for newuidmap.
     if !id_maps::has_several(linux(spec)?) {
         validate_spec_for_new_user_ns(spec, &*syscall)?;
     }
@@ -98,7 +98,7 @@ pub(super) fn linux(spec: &Spec) -> Result<&Linux> {
     spec.linux().as_ref().ok_or_else(|| Failure::new("the specification has no section linux"))
 }
 
-/// Whether the container gets a namespace of this kind that is made for it.
+/// Returns whether the container gets a new namespace of this kind.
 pub(super) fn has_new(linux: &Linux, kind: LinuxNamespaceType) -> bool {
     linux.namespaces().iter().flatten().any(|namespace| {
         namespace.typ() == kind && namespace.path().as_ref().is_none_or(|path| path.as_os_str().is_empty())
@@ -109,7 +109,7 @@ fn process(spec: &Spec) -> Result<&Process> {
     spec.process().as_ref().ok_or_else(|| Failure::new("the specification has no process"))
 }
 
-/// The cgroup that a specification names, or a default.
+/// Returns the cgroup in a specification, or a default.
 pub(super) fn cgroup_path(linux: &Linux, systemd: bool, id: &str) -> PathBuf {
     match linux.cgroups_path() {
         Some(path) if !path.as_os_str().is_empty() => path.clone(),
@@ -118,7 +118,7 @@ pub(super) fn cgroup_path(linux: &Linux, systemd: bool, id: &str) -> PathBuf {
     }
 }
 
-/// Completes the specification of a new container. Gives what is to be done at its end.
+/// Completes the specification of a new container. Returns the last step of the creation.
 pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec<String>) -> Result<Program> {
     let mut process = process(spec)?.clone();
     let mut linux = linux(spec)?.clone();
@@ -128,7 +128,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     resolve_destinations(spec, &rootfs)?;
     for mount in spec.mounts_mut().iter_mut().flatten() {
         for option in mount.options_mut().iter_mut().flatten() {
-            // Of the two libcontainer knows the one that is also about the mounts below.
+            // libcontainer knows only the option that also covers the mounts below.
             if option == "nosymfollow" || option == "symfollow" {
                 option.insert(0, 'r');
             }
@@ -156,7 +156,8 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     Ok(program)
 }
 
-/// Completes the specification of a container that comes with its processes: what concerns those is theirs already.
+/// Completes the specification of a restored container. Settings of processes are skipped: restored
+/// processes have their own.
 pub(super) fn for_restore(spec: &mut Spec, cgroup_path: PathBuf) -> Result<()> {
     let mut linux = linux(spec)?.clone();
     let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
@@ -167,7 +168,7 @@ pub(super) fn for_restore(spec: &mut Spec, cgroup_path: PathBuf) -> Result<()> {
     Ok(())
 }
 
-/// Follows links to where mounts will really be.
+/// Follows links to the real places of mounts.
 fn resolve_destinations(spec: &mut Spec, rootfs: &Root) -> Result<()> {
     for mount in spec.mounts_mut().iter_mut().flatten() {
         let action = || format!("find {} in the container", mount.destination().display());
@@ -177,8 +178,8 @@ fn resolve_destinations(spec: &mut Spec, rootfs: &Root) -> Result<()> {
     Ok(())
 }
 
-/// What a further process of a container is started by: its specification with the process in place of the first one,
-/// and the namespaces of `init` to join.
+/// Returns the specification for a further process of a container: the process in place of the
+/// first one, and the namespaces of `init` to join.
 pub(super) fn for_exec(
     spec: &mut Spec,
     mut process: Process,
@@ -187,7 +188,7 @@ pub(super) fn for_exec(
     warnings: &mut Vec<String>,
 ) -> Result<Program> {
     let first = self::process(spec)?;
-    // As runc: what the new process does not say, the container says.
+    // As in runc: settings missing from the new process come from the container.
     if process.capabilities().is_none() {
         process.set_capabilities(first.capabilities().clone());
     }
@@ -202,7 +203,8 @@ pub(super) fn for_exec(
     }
     let root = Root::open(&init.path("root"))?;
     complete(&mut process, &root, warnings)?;
-    // Asked here, for libcontainer would only say that a system call failed. A user other than root may see less.
+    // Checked here, because libcontainer would only report a failed system call. A user other than
+    // root may see less.
     if let Err(error) = root.resolve(process.cwd(), OFlags::PATH | OFlags::DIRECTORY)
         && matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
     {
@@ -216,14 +218,14 @@ pub(super) fn for_exec(
         let path = namespace_of(init, namespace.typ());
         namespaces.push(LinuxNamespaceBuilder::default().typ(namespace.typ()).path(path).build()?);
     }
-    // CRIU makes a time namespace for what it restores, which no specification asks for.
+    // CRIU makes a time namespace for a restored container, though no specification asks for one.
     let has_time = namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Time);
     if !has_time && differs(init, LinuxNamespaceType::Time)? {
         let path = namespace_of(init, LinuxNamespaceType::Time);
         namespaces.push(LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Time).path(path).build()?);
     }
     let mut linux = LinuxBuilder::default().namespaces(namespaces).cgroups_path(cgroup_path).build()?;
-    // The builder has defaults for these that are no defaults of containers.
+    // The builder's own defaults are not those of containers.
     linux.set_devices(None).set_resources(None).set_masked_paths(None).set_readonly_paths(None);
     linux.set_personality(container.personality().clone()).set_seccomp(container.seccomp().clone());
     if let Some(seccomp) = linux.seccomp()
@@ -252,7 +254,8 @@ fn namespace_of(pid: HostPid, kind: LinuxNamespaceType) -> PathBuf {
     })
 }
 
-/// Whether a process is in another namespace of this kind than this process. Kernels know some kinds only since lately.
+/// Returns whether a process is in another namespace of this kind than this process. Some kinds
+/// need a recent kernel.
 fn differs(pid: HostPid, kind: LinuxNamespaceType) -> Result<bool> {
     let link = |pid: HostPid| {
         let path = namespace_of(pid, kind);
@@ -265,7 +268,7 @@ fn differs(pid: HostPid, kind: LinuxNamespaceType) -> Result<bool> {
     Ok(link(pid)? != link(HostPid::own())?)
 }
 
-/// Fills in what is the same for the first and every further process.
+/// Fills in settings common to the first and every further process.
 fn complete(process: &mut Process, root: &Root, warnings: &mut Vec<String>) -> Result<()> {
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(Failure::new("process.args is empty: there is nothing to run"));
@@ -304,7 +307,8 @@ fn has_apparmor() -> Result<bool> {
     }
 }
 
-/// Of several values for one variable the last counts, as if a shell had set them; the C library would take the first.
+/// Keeps the last of several values for a variable, as a shell would; the C library would take the
+/// first.
 fn deduplicate(environment: &mut Vec<String>) {
     fn name(variable: &str) -> &str {
         variable.split_once('=').map_or(variable, |(name, _)| name)
@@ -315,7 +319,7 @@ fn deduplicate(environment: &mut Vec<String>) {
     environment.retain(|_| last.next().unwrap_or(true));
 }
 
-/// All five sets, each with what the shim can give of it.
+/// Returns all five sets, limited to the shim's own capabilities.
 fn capabilities(given: Option<&LinuxCapabilities>, warnings: &mut Vec<String>) -> Result<LinuxCapabilities> {
     let own = Status::of(HostPid::own()).context(|| "read this process's capabilities")?;
     let available = own.capabilities().ok_or_else(|| Failure::new("the kernel does not tell capabilities"))?;
@@ -344,8 +348,8 @@ fn limited_to(given: Option<&LinuxCapabilities>, available: u64, warnings: &mut 
     all
 }
 
-/// Makes the working directory where it will be seen: in the root, or in a folder of the host that is mounted over it.
-/// In a file system that is yet to be mounted it cannot be made; libcontainer then says that it is missing.
+/// Makes the working directory at its visible place: in the root, or in a host folder mounted over
+/// it. A filesystem mounted later is out of reach; libcontainer then reports a missing directory.
 fn make_cwd(spec: &Spec, rootfs: &Root, cwd: &Path, owner: (u32, u32)) -> Result<()> {
     let cwd = rootfs.real_path(cwd).context(|| format!("find the working directory {}", cwd.display()))?;
     let over = spec
@@ -361,12 +365,12 @@ fn make_cwd(spec: &Spec, rootfs: &Root, cwd: &Path, owner: (u32, u32)) -> Result
     }
 }
 
-/// Who is root inside, outside.
+/// Returns the outside ids of root inside.
 pub(super) fn host_root(linux: &Linux) -> (u32, u32) {
     (host_id(linux.uid_mappings().as_deref(), 0), host_id(linux.gid_mappings().as_deref(), 0))
 }
 
-/// An id inside, outside.
+/// Returns the outside id of an id inside.
 pub(super) fn host_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> u32 {
     let found = mappings.into_iter().flatten().find_map(|mapping| {
         let offset = id.checked_sub(mapping.container_id())?;
@@ -387,7 +391,7 @@ mod tests {
 
     use super::*;
 
-    /// A specification of little, as JSON from Go would be read, and its root.
+    /// Returns a minimal specification, as read from Go's JSON, and its root.
     fn container() -> (TempDir, Spec) {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("etc")).unwrap();
@@ -504,7 +508,7 @@ mod tests {
     }
 
     #[test]
-    fn a_further_process_joins_the_first_and_inherits_what_it_does_not_say() {
+    fn a_further_process_joins_the_first_and_inherits_missing_settings() {
         let (_root, mut spec) = container();
         let first = spec.process_mut().as_mut().unwrap();
         first.set_oom_score_adj(Some(5)).set_apparmor_profile(None);

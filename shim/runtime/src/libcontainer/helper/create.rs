@@ -1,4 +1,4 @@
-//! Creation of a container, up to an init that waits for its start.
+//! Creation of a container, up to an init waiting for the start.
 
 use std::ffi::CString;
 use std::rc::Rc;
@@ -23,7 +23,7 @@ pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>
     check_terminal(&spec, request.console_socket.is_some())?;
     let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
     let place = Place::new(&path, helper.systemd_cgroup)?;
-    // It is the container's alone: whoever is in it dies with the container.
+    // The cgroup is the container's alone: processes inside die with the container.
     if place.is_populated()? {
         return Err(Failure::new(format!("the cgroup {} is in use", path.display())));
     }
@@ -31,7 +31,7 @@ pub(super) fn create(helper: &mut Helper, request: &Create, stdio: Option<Stdio>
     helper.directory.create()?;
     build(helper, request, spec, &place, stdio).inspect_err(|_| {
         if let Err(failure) = delete::delete(helper) {
-            tracing::error!("cannot undo it: {failure}");
+            tracing::error!("cannot undo the creation: {failure}");
         }
     })
 }
@@ -48,7 +48,7 @@ fn build(
     let mut state = container.state.clone();
     state.use_systemd = place.is_systemd();
     state.annotations = spec.annotations().clone();
-    // How the cgroup is found again is written down before there is one.
+    // The path of the cgroup is written down before the cgroup exists.
     helper.directory.save_state(&state)?;
     let mut program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
     let cgroups = v1_mounts::expand(&mut spec, place)?;
@@ -63,11 +63,12 @@ fn build(
     if !request.no_new_keyring {
         join_keyring(helper)?;
     }
-    // What hooks in the container are told. The first process of a new pid namespace knows its pid beforehand.
+    // State for hooks in the container. The first process of a new pid namespace knows its pid
+    // beforehand.
     let mut launched_state = state.clone();
     launched_state.pid = adapt::has_new(adapt::linux(&spec)?, LinuxNamespaceType::Pid).then_some(1);
     program.hooks = start_hooks(&mut spec, &launched_state).map(Rc::new);
-    // Only hooks want to know when the program has started.
+    // Only hooks need to know when the program has started.
     let has_poststart = spec.hooks().as_ref().is_some_and(|hooks| hooks.poststart().iter().flatten().next().is_some());
     let _starting = has_poststart.then(|| helper.directory.starting()).transpose()?;
     let rootfs = spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path().clone();
@@ -106,7 +107,8 @@ fn build(
     Ok(pid)
 }
 
-/// Takes the startContainer hooks out of the specification: [`Program`](super::program::Program) runs them.
+/// Takes the startContainer hooks out of the specification: [`Program`](super::program::Program)
+/// runs them.
 fn start_hooks(spec: &mut Spec, state: &State) -> Option<StartHooks> {
     let hooks = spec.hooks_mut().as_mut()?;
     let start = hooks.start_container().clone().filter(|hooks| !hooks.is_empty())?;
@@ -116,7 +118,7 @@ fn start_hooks(spec: &mut Spec, state: &State) -> Option<StartHooks> {
     Some(StartHooks { hooks: start, state })
 }
 
-/// A terminal needs somebody to send its master to.
+/// Checks that a terminal has a receiver for its master.
 pub(super) fn check_terminal(spec: &Spec, has_socket: bool) -> Result<()> {
     match (spec.process().as_ref().and_then(|process| process.terminal()).unwrap_or(false), has_socket) {
         (true, false) => Err(Failure::new("the process wants a terminal, but there is no console socket")),
@@ -125,8 +127,8 @@ pub(super) fn check_terminal(spec: &Spec, has_socket: bool) -> Result<()> {
     }
 }
 
-/// A session keyring of the container's own: it must not find keys in the shim's. Best effort, as in runc: a kernel
-/// may be without keyrings.
+/// Joins a session keyring of the container's own, without the keys in the shim's. Best effort, as
+/// in runc: a kernel may be without keyrings.
 pub(super) fn join_keyring(helper: &mut Helper) -> Result<()> {
     let name = CString::new(format!("_ses.{}", helper.id)).context(|| "name the session keyring")?;
     if let Err(error) = sys::join_session_keyring(&name)

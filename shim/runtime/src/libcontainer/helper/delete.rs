@@ -1,4 +1,4 @@
-//! Removal of a container in whatever state it is.
+//! Removal of a container in any state.
 
 use std::path::PathBuf;
 
@@ -11,8 +11,8 @@ use libcontainer::process::intel_rdt::cleanup_intel_rdt;
 use super::error::{Result, chain};
 use super::{Helper, adapt};
 
-/// Hooks need one, systemd must not keep the shim waiting, and what is not as it should be had better be looked into by
-/// a process of its own.
+/// Returns whether the shim can delete the container. Hooks need a helper, systemd must not keep
+/// the shim waiting, and anything unusual is better examined in a separate process.
 pub(super) fn needs_no_helper(helper: &Helper) -> bool {
     if helper.directory.exists().is_ok_and(|exists| !exists) {
         return true;
@@ -24,10 +24,10 @@ pub(super) fn needs_no_helper(helper: &Helper) -> bool {
         && config.hooks.is_none_or(|hooks| hooks.poststop().as_ref().is_none_or(Vec::is_empty))
 }
 
-/// Removes the container. One that is not there is no error.
+/// Removes the container. A missing container is no error.
 ///
-/// Nothing is signalled by the pid in the state: it may be another process's by now. Who is in the container, its
-/// cgroup knows.
+/// No signal goes by the pid in the state: the pid may be another process's by now. The cgroup
+/// lists the container's processes.
 pub(super) fn delete(helper: &mut Helper) -> Result<()> {
     if !helper.directory.exists()? {
         return Ok(());
@@ -57,13 +57,14 @@ pub(super) fn delete(helper: &mut Helper) -> Result<()> {
     helper.directory.remove()
 }
 
-/// Runs the poststop hooks, unless an earlier attempt did. The specification wants a failure to be a warning.
+/// Runs the poststop hooks, unless an earlier attempt did. The specification wants a failure to be
+/// a warning.
 fn poststop(helper: &mut Helper, mut state: State, mut config: YoukiConfig) -> Result<()> {
     let Some(hooks) = config.hooks.take() else { return Ok(()) };
     if hooks.poststop().as_ref().is_none_or(Vec::is_empty) {
         return Ok(());
     }
-    // Before they run, lest they run again when something fails from here on.
+    // Before the hooks run, so that a later failure does not run them again.
     helper.directory.save_config(&config)?;
     state.status = ContainerStatus::Stopped;
     state.pid = None;
@@ -78,7 +79,7 @@ impl Helper {
         read(self).map_err(|failure| self.warnings.push(format!("the container's {what} is lost: {failure}"))).ok()
     }
 
-    /// The cgroup by the bundle's config.json, when libcontainer's own note of it is lost.
+    /// Returns the cgroup in the bundle's config.json, in case libcontainer's own note is lost.
     fn cgroup_path(&self, state: Option<&State>) -> Option<PathBuf> {
         let spec = adapt::load(&state?.bundle).ok()?;
         Some(adapt::cgroup_path(spec.linux().as_ref()?, self.systemd_cgroup, &self.id))

@@ -1,8 +1,8 @@
-//! Where the standard streams of a container's init lead, kept from its creation on: by the time of a checkpoint it may
-//! have redirected its own, while its children still have them.
+//! Targets of the standard streams of a container's init, recorded at the creation: init may
+//! redirect streams before a checkpoint, while child processes keep the old ones.
 //!
-//! The file is runc's `descriptors.json`, in the state directory here and among the images there: three links as in
-//! `/proc/PID/fd`. Those that are pipes, `pipe:[INODE]`, are what a restore replaces.
+//! The file is runc's `descriptors.json`, in the state directory here and among the images there:
+//! three links as in `/proc/PID/fd`. A restore replaces pipes, `pipe:[INODE]`.
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ use super::state::read_json;
 
 const FILE: &str = "descriptors.json";
 
-/// Notes the streams of a process that has just been made, and has run nothing yet.
+/// Records the streams of a new process before any code of it has run.
 pub(super) fn note(pid: HostPid, directory: &Path) -> Result<()> {
     let link = |fd: i32| -> io::Result<String> {
         Ok(fs::read_link(pid.path(&format!("fd/{fd}")))?.to_string_lossy().into_owned())
@@ -24,11 +24,11 @@ pub(super) fn note(pid: HostPid, directory: &Path) -> Result<()> {
     write(&links.context(|| format!("look at the standard streams of process {pid}"))?, directory)
 }
 
-/// Notes the streams of a restored container: those that it had, with the new ones in place of the pipes that were
-/// replaced. The descriptors that init has now do not count: init may have closed or redirected them, while other
-/// processes of the container use them.
+/// Records the streams of a restored container: the old ones, except that new ones stand for the
+/// replaced pipes. Init's current descriptors do not count: init may have closed or redirected a
+/// stream still used by other processes.
 pub(super) fn note_restored(old: &[String], new: &[String], directory: &Path) -> Result<()> {
-    // Images that say nothing of streams had nothing replaced.
+    // Images without a record had nothing replaced.
     if old.is_empty() {
         return Ok(());
     }
@@ -51,7 +51,7 @@ fn write(links: &[String], directory: &Path) -> Result<()> {
     fs::write(&path, json).context(|| format!("write {}", path.display()))
 }
 
-/// Puts the note among the images, if there is one.
+/// Copies the record, if any, to the images.
 pub(super) fn copy(directory: &Path, images: &Path) -> Result<()> {
     let (from, to) = (directory.join(FILE), images.join(FILE));
     if !from.exists() {
@@ -60,7 +60,7 @@ pub(super) fn copy(directory: &Path, images: &Path) -> Result<()> {
     fs::copy(&from, &to).map(drop).context(|| format!("copy {} to {}", from.display(), to.display()))
 }
 
-/// The streams of the process in the images; none if they were made without a note of them.
+/// Returns the streams of the process in the images; none without a record.
 pub(super) fn read(images: &Path) -> Result<Vec<String>> {
     let path = images.join(FILE);
     if !path.exists() {

@@ -1,8 +1,9 @@
-//! Which devices a container may use.
+//! Access of a container to devices.
 //!
-//! On cgroup v1 the kernel keeps a list for each cgroup, which libcgroups writes. On v2 it asks a program, attached to
-//! the cgroup. That program is made here and not by libcgroups, which has none where systemd makes the cgroup, replaces
-//! it by a narrower one at each update, and sets the container's limit of locked memory on the way.
+//! On cgroup v1 the kernel keeps a list for each cgroup, written by libcgroups. On v2 the kernel
+//! asks a program attached to the cgroup. The program is made here, because libcgroups makes none
+//! for systemd's cgroups, and narrows the program at each update. libcgroups also sets the
+//! container's limit of locked memory on the way.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -14,7 +15,7 @@ use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceCgroupBuilder, Linu
 use super::error::{Context, Failure, Result};
 use crate::libcontainer::sys;
 
-// The bits and numbers of `struct bpf_cgroup_dev_ctx` (linux/bpf.h).
+// Bits and numbers of `struct bpf_cgroup_dev_ctx` (linux/bpf.h).
 const MAKE: i32 = 1;
 const READ: i32 = 2;
 const WRITE: i32 = 4;
@@ -22,7 +23,7 @@ const ALL: i32 = MAKE | READ | WRITE;
 const BLOCK: i32 = 1;
 const CHARACTER: i32 = 2;
 
-/// One of several rules, of which the last that matches counts.
+/// A rule of several; the last match counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Rule {
     allow: bool,
@@ -33,14 +34,15 @@ struct Rule {
     access: i32,
 }
 
-/// The rules of a container and what holds where none matches.
+/// The rules of a container, and the default without a match.
 #[derive(Debug, PartialEq, Eq)]
 struct Rules {
     default_allow: bool,
     rules: Vec<Rule>,
 }
 
-/// Devices that every container may use: null, zero, full, random, urandom, tty, console, ptmx, and any terminal.
+/// Devices allowed for every container: null, zero, full, random, urandom, tty, console, ptmx, and
+/// any terminal.
 const EVERYBODYS: [(i32, Option<i32>); 9] = [
     (1, Some(3)),
     (1, Some(5)),
@@ -53,8 +55,8 @@ const EVERYBODYS: [(i32, Option<i32>); 9] = [
     (136, None),
 ];
 
-/// Writes out what runc takes for granted: what no rule allows is forbidden. Without that, a v1 cgroup would keep the
-/// list of the one above it.
+/// Writes out runc's default: no device is allowed without a rule. Otherwise a v1 cgroup would keep
+/// its parent's list.
 pub(super) fn complete(resources: &mut LinuxResources) -> Result<()> {
     let devices = resources.devices_mut().get_or_insert_default();
     for device in devices.iter_mut() {
@@ -70,11 +72,11 @@ pub(super) fn complete(resources: &mut LinuxResources) -> Result<()> {
     Ok(())
 }
 
-/// Takes out devices whose place in the container another one before them has.
+/// Removes devices at a place already taken by an earlier one.
 pub(super) fn list_once(linux: &mut Linux) {
     let mut places = HashSet::new();
     if let Some(devices) = linux.devices_mut() {
-        // By their components: a path can be written in several ways.
+        // Compared by components: a path can be written in several ways.
         devices.retain(|device| places.insert(device.path().components().collect::<PathBuf>()));
     }
 }
@@ -100,7 +102,7 @@ impl Rules {
         let mut all = Self { default_allow: false, rules: Vec::new() };
         for device in devices {
             if is_for_all(device) {
-                // As on v1: whatever else it says, it is about everything, and the rules before it are forgotten.
+                // As on v1: such a rule covers everything, and the rules before it are forgotten.
                 all = Self { default_allow: device.allow(), rules: Vec::new() };
             } else {
                 all.rules.extend(Rule::new(device)?);
@@ -115,7 +117,7 @@ impl Rules {
         Ok(all)
     }
 
-    /// A program that gives 1 for what is allowed.
+    /// Returns a program with the result 1 for allowed access.
     fn program(&self) -> Vec<u64> {
         let mut program = vec![
             load(KIND, 0),
@@ -134,7 +136,7 @@ impl Rules {
 }
 
 impl Rule {
-    /// `None` for one that matches nothing.
+    /// Returns the rule, or `None` if it matches nothing.
     fn new(device: &LinuxDeviceCgroup) -> Result<Option<Self>> {
         let invalid = || Failure::new(format!("the device rule {device} makes no sense"));
         let kind = match device.typ().unwrap_or_default() {
@@ -156,16 +158,16 @@ impl Rule {
         Ok((access != 0).then_some(Self { allow: device.allow(), kind, major, minor, access }))
     }
 
-    /// The verdict, if everything matches; else it goes on behind it.
+    /// Returns code for the verdict on a match; without a match control passes to the next rule.
     fn instructions(&self) -> Vec<u64> {
         let mut steps = vec![Step::OutUnless(KIND, self.kind)];
         if self.allow && self.access != ALL {
-            // Everything that is wanted must be allowed by one rule.
+            // A single rule must allow the whole request.
             steps.push(Step::Do(move_register(SCRATCH, WANTED)));
             steps.push(Step::Do(and(SCRATCH, !self.access)));
             steps.push(Step::OutUnless(SCRATCH, 0));
         } else if !self.allow {
-            // Anything that is wanted may be what is forbidden.
+            // Any part of the request may be forbidden.
             steps.push(Step::Do(move_register(SCRATCH, WANTED)));
             steps.push(Step::Do(and(SCRATCH, self.access)));
             steps.push(Step::OutIf(SCRATCH, 0));
@@ -185,7 +187,7 @@ impl Rule {
     }
 }
 
-/// One instruction of a rule. The jumps lead behind the rule.
+/// An instruction of a rule. Jumps lead behind the rule.
 enum Step {
     Do(u64),
     OutIf(u8, i32),
@@ -201,14 +203,14 @@ const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 const SCRATCH: u8 = 6;
 
-/// `struct bpf_insn` (linux/bpf.h) on a little-endian machine, the only kind this is built for.
+/// Returns a `struct bpf_insn` (linux/bpf.h) for a little-endian machine, the only supported kind.
 const fn instruction(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> u64 {
     let [o0, o1] = offset.to_le_bytes();
     let [i0, i1, i2, i3] = immediate.to_le_bytes();
     u64::from_le_bytes([code, to | from << 4, o0, o1, i0, i1, i2, i3])
 }
 
-/// A word of the context. Leaves the upper half of the register zero, as all here do.
+/// Loads a word of the context. Leaves the upper half of the register zero, like all code here.
 fn load(to: u8, offset: i16) -> u64 {
     instruction(0x61, to, CONTEXT, offset, 0)
 }
@@ -303,7 +305,7 @@ mod tests {
         assert!(allows(&rules, CHARACTER, 1, 3, READ | WRITE));
         assert!(allows(&rules, CHARACTER, 136, 9, READ));
         assert!(!allows(&rules, CHARACTER, 1, 1, READ));
-        // It may make any, and open none of them.
+        // Such a device may be made, but not opened.
         assert!(allows(&rules, BLOCK, 254, 0, MAKE));
         assert!(!allows(&rules, BLOCK, 254, 0, READ));
     }
@@ -360,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_allowed_is_forbidden_even_if_no_rule_says_so() {
+    fn devices_without_a_rule_are_forbidden() {
         let mut resources = LinuxResources::default();
         resources.set_devices(Some(vec![rule(true, "c -1 -1 r")]));
         complete(&mut resources).unwrap();

@@ -1,5 +1,5 @@
-//! What CRIU is told about a running container, in the terms in which runc tells it: images made here can be restored
-//! by runc, and the other way round.
+//! CRIU's arguments for a running container, in runc's terms: runc can restore our images, and
+//! gpusnap runc's.
 
 use std::fs::File;
 use std::io;
@@ -18,15 +18,15 @@ use super::rootfs::Root;
 use super::{Helper, adapt, descriptors};
 use crate::{Allow, CheckpointRequest, Tcp};
 
-/// What stands for a masked file in images.
+/// Stand-in for a masked file in images.
 pub(super) const MASK: &str = "/dev/null";
-/// What the OCI runtime specification gives to every container.
+/// Devices of every container, by the OCI runtime specification.
 const DEVICES: [&str; 6] = ["/dev/full", "/dev/null", "/dev/random", "/dev/tty", "/dev/urandom", "/dev/zero"];
-/// Largest deleted file that is kept in the images. CRIU's own limit of 1 MiB refuses what programs do every day, a
-/// log that was rotated away; a bound it needs, because such files are copied byte by byte.
+/// Largest deleted file kept in the images. CRIU's own limit of 1 MiB refuses everyday cases, such
+/// as a rotated log. A bound is needed, because such files are copied byte by byte.
 const GHOST_LIMIT: u32 = 1 << 30;
 
-/// Has to be called while the container's processes stand still or do nothing to its mounts.
+/// Returns the request. The container's processes must stand still, or leave the mounts alone.
 pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<DumpRequest> {
     let allowed = [ContainerStatus::Running, ContainerStatus::Paused];
     let (state, init) = helper.directory.expect("checkpoint", &allowed)?;
@@ -57,12 +57,12 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
     })
 }
 
-/// What a dump and a restore have in common.
+/// Returns the options common to a dump and a restore.
 pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
     Options {
         tcp_established: allow.tcp == Tcp::Keep,
         tcp_close: allow.tcp == Tcp::Close,
-        // What nobody has accepted yet is closed like the rest.
+        // Connections still to be accepted are closed like the rest.
         tcp_skip_in_flight: allow.tcp == Tcp::Close,
         ext_unix_sk: allow.external_unix_sockets,
         shell_job: allow.shell_job,
@@ -70,10 +70,11 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
         link_remap: true,
         ghost_limit: Some(GHOST_LIMIT),
         orphan_pts_master: true,
-        // A network is made by whoever makes the container: hooks, or the CRI.
+        // The creator of a container makes its network: hooks, or the CRI.
         empty_network_namespace: true,
-        // CRIU blocks a network by running iptables-restore four times, 70 ms each way, so that nobody notices that the
-        // ends of connections are gone for a while. Where none survives there is nobody.
+        // CRIU blocks a network by four runs of iptables-restore, 70 ms each way, to hide the
+        // missing ends of connections for a while. Without surviving connections nobody would
+        // notice.
         network_lock: (allow.tcp != Tcp::Keep).then_some(criu::NetworkLock::Skip),
         manage_cgroups: Some(criu::CgroupMode::Default),
         config_file: Some("/etc/criu/gpusnap.conf".into()),
@@ -81,21 +82,21 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
     }
 }
 
-/// The container's cgroup in each hierarchy, wherever init is below it.
+/// Returns the container's cgroup in each hierarchy, wherever init is below.
 fn cgroup_roots(place: &Place, init: HostPid) -> Result<Vec<CgroupRoot>> {
     let paths = place.paths_of(init)?.into_iter();
     Ok(paths.map(|(controller, path)| CgroupRoot { controller, path: path.to_string_lossy().into_owned() }).collect())
 }
 
-/// The cgroup by which the container is frozen.
+/// Returns the cgroup with the container's freezer.
 fn freezer(place: &Place) -> Result<Option<PathBuf>> {
     let directories = place.directories()?;
     let with = |file: &str| directories.iter().find(|directory| directory.join(file).exists()).cloned();
-    // On a machine with both, libcgroups freezes by v1.
+    // With both versions on a machine, libcgroups freezes by v1.
     Ok(with("freezer.state").or_else(|| with("cgroup.freeze")))
 }
 
-/// Mounts whose contents come from outside.
+/// Returns the mounts with contents from outside.
 fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<ExternalMount>> {
     let mut mounts = Vec::new();
     let mut add = |path: &Path| {
@@ -110,11 +111,12 @@ fn external_mounts(spec: &Spec, place: &Place, root: &Root) -> Result<Vec<Extern
         if is_bind(mount) {
             add(&real);
         } else if mount.typ().as_deref() == Some("cgroup") && !has_new_cgroup(linux) {
-            // In a namespace of their own they are mounts that CRIU can make again.
+            // In their own namespace they are mounts that CRIU can make again.
             bound_cgroups(linux, place, &real)?.iter().for_each(|(path, _)| add(path));
         }
     }
-    // With a user namespace they are bind mounts. Otherwise there is no mount of this name, which CRIU does not mind.
+    // With a user namespace, devices are bind mounts. Otherwise there is no mount of this name, and
+    // CRIU does not mind.
     device_paths(linux).for_each(&mut add);
     for masked in linux.masked_paths().iter().flatten() {
         let path = Path::new(masked);
@@ -140,13 +142,13 @@ pub(super) fn bound_cgroups(linux: &Linux, place: &Place, mount: &Path) -> Resul
     Ok(directories.map(|(name, directory)| (mount.join(name), directory)).collect())
 }
 
-/// Devices of every container and those of this one.
+/// Returns the devices of every container and of this one.
 pub(super) fn device_paths(linux: &Linux) -> impl Iterator<Item = &Path> {
     let own = linux.devices().iter().flatten().map(|device| device.path().as_path());
     DEVICES.into_iter().map(Path::new).chain(own)
 }
 
-/// The container has a cgroup namespace of its own.
+/// Returns whether the container has its own cgroup namespace.
 fn has_new_cgroup(linux: &Linux) -> bool {
     let namespaces = linux.namespaces().iter().flatten();
     namespaces.into_iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Cgroup)
@@ -162,12 +164,12 @@ fn is_directory(file: impl std::os::fd::AsFd) -> Result<bool> {
     Ok(rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Directory)
 }
 
-/// Where the masked files of an image come from.
+/// Returns the source of the masked files in images.
 pub(super) fn mask() -> ExternalMount {
     ExternalMount { key: MASK.into(), value: MASK.into() }
 }
 
-/// Namespaces of others in which the container is.
+/// Returns the namespaces shared with others.
 fn external_namespaces(spec: &Spec) -> Result<Vec<External>> {
     let mut external = Vec::new();
     for (kind, path) in joined_namespaces(spec)? {
@@ -179,12 +181,12 @@ fn external_namespaces(spec: &Spec) -> Result<Vec<External>> {
     Ok(external)
 }
 
-/// CRIU takes these by a descriptor; others are joined by their path.
+/// Returns whether CRIU takes a namespace of this kind by a descriptor; others are joined by path.
 pub(super) fn is_inherited(kind: Namespace) -> bool {
     matches!(kind, Namespace::Network | Namespace::Pid)
 }
 
-/// The namespaces that the specification takes from somewhere, with their paths.
+/// Returns the namespaces that the specification joins, with their paths.
 pub(super) fn joined_namespaces(spec: &Spec) -> Result<Vec<(Namespace, PathBuf)>> {
     let namespaces = adapt::linux(spec)?.namespaces().iter().flatten();
     Ok(namespaces

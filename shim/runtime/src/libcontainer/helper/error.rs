@@ -1,11 +1,11 @@
-//! Errors of the helper: words, for they travel to the shim as words.
+//! Errors of the helper: text, as on the way to the shim.
 
 use std::error::Error;
 use std::fmt::{self, Display};
 
 pub(super) type Result<T> = std::result::Result<T, Failure>;
 
-/// Why a step was not done, on one line.
+/// Failure of a step, on one line.
 #[derive(Debug)]
 pub(super) struct Failure {
     message: String,
@@ -16,7 +16,7 @@ impl Failure {
         Self { message: one_line(&message.into()) }
     }
 
-    /// "cannot ACTION: " and the error with its sources.
+    /// Returns "cannot ACTION: " and the error with its sources.
     pub(super) fn because(action: impl Display, error: &dyn Error) -> Self {
         Self::new(format!("cannot {action}: {}", chain(error)))
     }
@@ -28,16 +28,16 @@ impl Display for Failure {
     }
 }
 
-// Failure is no Error itself, which leaves room for this: libcontainer has a dozen error types.
+// Failure is no Error, to leave room for this impl: libcontainer has a dozen error types.
 impl<E: Error> From<E> for Failure {
     fn from(error: E) -> Self {
         Self::new(chain(&error))
     }
 }
 
-/// Adds what was being done to an error.
+/// Adds the current action to an error.
 pub(super) trait Context<T> {
-    /// "cannot ACTION: " and the error.
+    /// Returns "cannot ACTION: " and the error.
     fn context<A: Display>(self, action: impl FnOnce() -> A) -> Result<T>;
 }
 
@@ -47,7 +47,7 @@ impl<T, E: Error> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// An error and its sources. libcontainer's errors often repeat their source's words, or say nothing but them.
+/// Returns an error and its sources. libcontainer's errors often repeat the source's message.
 pub(super) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -61,7 +61,7 @@ pub(super) fn chain(error: &dyn Error) -> String {
     text
 }
 
-/// What libcontainer puts around the words of the process that failed.
+/// libcontainer's phrases around the message of a failed process.
 const WRAPPERS: [&str; 5] = [
     "error in executing process : ",
     "failed to create container: ",
@@ -70,8 +70,8 @@ const WRAPPERS: [&str; 5] = [
     "invalid executable: ",
 ];
 
-/// Takes libcontainer's wrappers off, and the ends of lines. One process passes its error to another as text in a
-/// buffer that is not always filled, hence the zeros.
+/// Removes libcontainer's wrappers and the ends of lines. One process passes its error to another
+/// as text in a buffer, often not full, hence the zeros.
 fn one_line(text: &str) -> String {
     let mut text = text.replace('\0', "");
     for wrapper in WRAPPERS {

@@ -17,7 +17,7 @@ use super::program::Stdio;
 use super::{Helper, adapt, fixup};
 use crate::libcontainer::protocol::Exec;
 
-/// The last words of a process are a few lines.
+/// Most bytes of a process's last words: a few lines are usual.
 const WORDS_LIMIT: u64 = 64 << 10;
 
 pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<HostPid> {
@@ -25,7 +25,8 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     let allowed = [ContainerStatus::Created, ContainerStatus::Running];
     let (state, init) = helper.directory.expect("exec in", &allowed)?;
     let place = helper.place()?;
-    // Whoever froze it, or a cgroup above it: the new process would join it, stand still, and the helper wait for it.
+    // A frozen container, or a cgroup above: the new process would join it and freeze, and the
+    // helper wait for ever.
     if place.is_frozen()? {
         return Err(Failure::new("cannot exec in a paused container"));
     }
@@ -42,7 +43,7 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     program.stdio = stdio.map(Rc::new);
     join_keyring(helper)?;
 
-    // Its number is the new process's only as long as the helper lives, and so is the file.
+    // Named by the helper's pid: unique while the helper lives, and needed no longer.
     let notify_socket = format!("exec-{}.sock", std::process::id());
     let notify_path = helper.directory.path().join(&notify_socket);
     let container = Container { state, root: helper.directory.path().to_owned() };
@@ -73,16 +74,17 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     result
 }
 
-/// Between its birth and its start.
+/// Runs the steps between the process's birth and start.
 fn finish(init: Identity, pid: HostPid, terminal_user: Option<u32>) -> Result<()> {
-    // It joined the namespaces by the pid. The pid was init's before, and is now: so it was meanwhile.
+    // The process joined the namespaces by pid. The pid was init's before, and is now: so also
+    // meanwhile.
     if !init.is_alive().context(|| "look for the container's init")? {
         return Err(Failure::new("cannot exec in a stopped container"));
     }
     terminal_user.map_or(Ok(()), |uid| fixup::give_terminal(pid, uid))
 }
 
-/// The pipe ends with the exec of the user's program, without a word; or it holds what went wrong.
+/// Reads the pipe: empty after the exec of the user's program, else with an error message.
 fn last_words(pipe: File) -> Result<()> {
     let mut words = Vec::new();
     pipe.take(WORDS_LIMIT).read_to_end(&mut words).context(|| "wait for the process to start")?;

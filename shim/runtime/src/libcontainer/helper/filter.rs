@@ -1,8 +1,8 @@
-//! Seccomp profiles made into programs for the kernel.
+//! Seccomp profiles compiled to programs for the kernel.
 //!
-//! libseccomp takes 15 ms for the profile that most containers have, which is more than all else takes that is done for
-//! a process. So programs are kept in files, for later containers and processes. Each file holds the profile that it
-//! was made of, which is compared: a name can be met by chance, and a filter must not be somebody else's.
+//! libseccomp takes 15 ms for the profile of most containers, more than all other work for a
+//! process. So programs are kept in files, for later containers and processes. Each file holds the
+//! profile for comparison: file names can collide, and a filter must not be another profile's.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Seek, Write};
@@ -15,14 +15,15 @@ use rustix::fs::MemfdFlags;
 
 use super::error::{Context, Failure, Result};
 
-/// Where programs are kept; gone with the next boot, like the kernel that they are for.
+/// Folder for programs; gone with the next boot, like the kernel.
 const FOLDER: &str = "/run/gpusnap/seccomp";
-/// Nodes have a handful of profiles. One where every container has its own gains nothing by keeping them.
+/// Number of programs kept. Nodes have a handful of profiles; with a profile per container, more
+/// files would not help.
 const KEPT: usize = 64;
-/// A profile of some ten thousand bytes, and at most 4096 instructions.
+/// Largest file: a profile of some ten thousand bytes, and at most 4096 instructions.
 const FILE_LIMIT: u64 = 1 << 20;
 
-/// The program for a profile.
+/// Returns the program for a profile.
 pub(super) fn program(profile: &LinuxSeccomp) -> Result<Vec<u64>> {
     let key = key(profile)?;
     let path = Path::new(FOLDER).join(format!("{:016x}", hash(&key)));
@@ -30,14 +31,14 @@ pub(super) fn program(profile: &LinuxSeccomp) -> Result<Vec<u64>> {
         return Ok(program);
     }
     let program = compile(profile)?;
-    // The next container has to compile it too then.
+    // The next container has to compile the profile too then.
     if let Err(error) = keep(&path, &key, &program) {
         tracing::debug!("cannot keep a seccomp program in {}: {error}", path.display());
     }
     Ok(program)
 }
 
-/// All that a program depends on.
+/// Returns all inputs of a program.
 fn key(profile: &LinuxSeccomp) -> Result<Vec<u8>> {
     let version = ScmpVersion::current().context(|| "tell the version of libseccomp")?;
     let mut key = format!("{} {version} {}\n", env!("CARGO_PKG_VERSION"), std::env::consts::ARCH).into_bytes();
@@ -45,16 +46,16 @@ fn key(profile: &LinuxSeccomp) -> Result<Vec<u8>> {
     Ok(key)
 }
 
-/// FNV-1a. It names files; what is in them decides.
+/// Returns the FNV-1a hash for a file's name; the file's contents decide.
 fn hash(key: &[u8]) -> u64 {
     key.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// A file: the length of the key, the key, the program.
+/// Reads a file: the length of the key, the key, the program.
 fn recall(path: &Path, key: &[u8]) -> Option<Vec<u64>> {
     let file = File::open(path).ok()?;
     let metadata = file.metadata().ok()?;
-    // Nobody else's word is taken for what a container may do.
+    // Only our own files may decide about a container's rights.
     let is_own = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.permissions().mode() & 0o022 == 0;
     if !is_own || !metadata.is_file() || metadata.len() > FILE_LIMIT {
         return None;
@@ -104,11 +105,11 @@ fn compile(profile: &LinuxSeccomp) -> Result<Vec<u64>> {
         let action = action(rule.action(), rule.errno_ret())?;
         let conditions: Vec<ScmpArgCompare> = rule.args().iter().flatten().map(condition).collect::<Result<_>>()?;
         for name in rule.names() {
-            // One that libseccomp has not heard of: then it is answered like all that is unknown.
+            // Unknown to libseccomp: answered like every unknown call.
             let Ok(syscall) = ScmpSyscall::from_name(name) else { continue };
-            // Numbers that it made up, for what another architecture has, are negative.
+            // libseccomp's own numbers, for calls of other architectures, are negative.
             newest = newest.max(u32::try_from(i32::from(syscall)).ok());
-            // libseccomp refuses a rule that says what holds anyway.
+            // libseccomp refuses a rule equal to the default.
             if action != default {
                 add(&mut filter, action, syscall, rule.args().as_deref(), &conditions)
                     .context(|| format!("add a rule for {name} to a seccomp filter"))?;
@@ -127,7 +128,8 @@ fn compile(profile: &LinuxSeccomp) -> Result<Vec<u64>> {
     Ok(program)
 }
 
-/// Conditions of one rule must all hold. Several on one argument libseccomp cannot join: as in runc, each is a rule then.
+/// Adds a rule. All conditions of one rule must hold. libseccomp cannot join several on one
+/// argument: as in runc, each becomes a rule then.
 fn add(
     filter: &mut ScmpFilterContext,
     action: ScmpAction,
@@ -158,7 +160,7 @@ fn condition(argument: &LinuxSeccompArg) -> Result<ScmpArgCompare> {
         LinuxSeccompOperator::ScmpCmpEq => ScmpCompareOp::Equal,
         LinuxSeccompOperator::ScmpCmpGe => ScmpCompareOp::GreaterEqual,
         LinuxSeccompOperator::ScmpCmpGt => ScmpCompareOp::Greater,
-        // Here the first value is the mask, and the second what is compared with.
+        // Here the first value is the mask, and the second the value to compare.
         LinuxSeccompOperator::ScmpCmpMaskedEq => {
             let value = argument.value_two().unwrap_or_default();
             return Ok(ScmpArgCompare::new(index, ScmpCompareOp::MaskedEqual(argument.value()), value));
@@ -179,7 +181,7 @@ fn action(action: LinuxSeccompAction, errno: Option<u32>) -> Result<ScmpAction> 
         }
         LinuxSeccompAction::ScmpActAllow => ScmpAction::Allow,
         LinuxSeccompAction::ScmpActLog => ScmpAction::Log,
-        // Whoever has one of these is not asked for a program.
+        // Profiles with this action are handled elsewhere, without a program.
         LinuxSeccompAction::ScmpActNotify => {
             return Err(Failure::new("a profile with a listener cannot be compiled here"));
         }
@@ -215,11 +217,11 @@ fn architecture(architecture: Arch) -> ScmpArch {
     }
 }
 
-/// Whether system calls newer than `newest` are to be answered by ENOSYS.
+/// Returns whether system calls newer than `newest` get ENOSYS.
 ///
-/// A profile that lists what is allowed refuses all else. To a system call that is newer than the profile that is the
-/// wrong answer: the C library in the container takes EPERM for a refusal, while ENOSYS would have it do without. This
-/// is what runc does, too. From number 424 on all architectures have the same numbers.
+/// An allowlist refuses everything else. For a system call newer than the profile this is the wrong
+/// answer: the C library in the container takes EPERM for a refusal, but would do without after
+/// ENOSYS. runc does the same. From number 424 on all architectures have the same numbers.
 fn has_unknowns(profile: &LinuxSeccomp, newest: u32) -> bool {
     let refuses = match profile.default_action() {
         LinuxSeccompAction::ScmpActErrno => profile.default_errno_ret() != Some(libc::ENOSYS.unsigned_abs()),
@@ -236,9 +238,9 @@ fn has_unknowns(profile: &LinuxSeccomp, newest: u32) -> bool {
     refuses && newest >= 424
 }
 
-/// The beginning of a program that answers ENOSYS to all that is newer, and goes on with what follows else.
+/// Returns the beginning of a program: ENOSYS for newer calls, else on to the following code.
 fn unknown(newest: u32) -> Vec<u64> {
-    /// Marks the numbers of x32, which are those of x86-64 otherwise.
+    /// Mark of x32 numbers, otherwise equal to those of x86-64.
     const X32: u32 = 0x4000_0000;
     const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
     const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
@@ -253,7 +255,8 @@ fn unknown(newest: u32) -> Vec<u64> {
     ]
 }
 
-/// `struct sock_filter` (linux/filter.h) as it lies in memory. The jumps are over so many that follow.
+/// Returns a `struct sock_filter` (linux/filter.h) in memory order. Jumps count the following
+/// instructions.
 fn instruction(code: u16, if_true: u8, if_false: u8, operand: u32) -> u64 {
     let [c0, c1] = code.to_ne_bytes();
     let [k0, k1, k2, k3] = operand.to_ne_bytes();
@@ -329,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_is_allowed_and_all_else_refused() {
+    fn listed_calls_are_allowed_and_all_others_refused() {
         let program =
             compile(&listed(vec![rule(LinuxSeccompAction::ScmpActAllow, &["read", "no_such"], &[])])).unwrap();
         assert_eq!(run(&program, libc::SYS_read, 0), ALLOW);
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_unknown_to_a_profile_that_lists_what_is_refused() {
+    fn a_denylist_has_no_unknown_calls() {
         let refused = rule(LinuxSeccompAction::ScmpActErrno, &["openat2"], &[]);
         let program = compile(&profile(LinuxSeccompAction::ScmpActAllow, vec![refused])).unwrap();
         assert_eq!(run(&program, libc::SYS_openat2, 0), REFUSE);
@@ -379,7 +382,7 @@ mod tests {
         keep(&path, b"one", &[1, 2, 3]).unwrap();
         assert_eq!(recall(&path, b"one"), Some(vec![1, 2, 3]));
         assert_eq!(recall(&path, b"two"), None);
-        // Nor if others could have written it.
+        // Nor from a file writable for others.
         fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
         assert_eq!(recall(&path, b"one"), None);
     }

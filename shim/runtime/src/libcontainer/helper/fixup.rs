@@ -1,5 +1,5 @@
-//! What libcontainer leaves undone in a new container, done from outside between its creation and its start, when
-//! nothing of the user's runs in it.
+//! Steps missing from libcontainer's creation, done from outside before the start, while no user
+//! code runs in the container.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -20,7 +20,7 @@ use super::rootfs::Root;
 use super::v1_mounts::Written;
 use super::{adapt, sys};
 
-/// What is to be done to the mount at one place in the container.
+/// Changes to the mount at one place in the container.
 #[derive(Debug, PartialEq, Eq)]
 struct MountFixup {
     destination: PathBuf,
@@ -37,12 +37,12 @@ struct Propagation {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Attributes {
-    /// `MOUNT_ATTR_*`, in addition to those it has.
+    /// Additional `MOUNT_ATTR_*`.
     added: u64,
     recursive: bool,
 }
 
-/// Finishes a container whose init waits.
+/// Finishes a container with a waiting init.
 pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: HostPid, terminal: bool) -> Result<()> {
     if terminal {
         let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
@@ -65,7 +65,7 @@ pub(super) fn finish(spec: &Spec, cgroups: &[Written], init: HostPid, terminal: 
     })
 }
 
-/// The directories between `/dev` and the devices in it, like `/dev/net`.
+/// Returns the directories between `/dev` and the devices inside, like `/dev/net`.
 fn device_directories(linux: &Linux) -> BTreeSet<PathBuf> {
     let dev = Path::new("/dev");
     let devices = linux.devices().iter().flatten();
@@ -76,12 +76,12 @@ fn device_directories(linux: &Linux) -> BTreeSet<PathBuf> {
         .collect()
 }
 
-/// libcontainer makes such directories with a mask of 0.
+/// Protects a device directory: libcontainer makes it with a mask of 0.
 fn protect(root: &Root, directory: &Path) -> Result<()> {
     let action = || format!("protect {}", directory.display());
     let fd = match root.resolve(directory, OFlags::RDONLY | OFlags::DIRECTORY) {
         Ok(fd) => fd,
-        // A mount or a link may be in the way. Then libcontainer did not make it.
+        // A mount or a link may be in the way: not libcontainer's directory.
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(()),
         Err(error) => return Err(Failure::because(action(), &error)),
     };
@@ -92,7 +92,7 @@ fn protect(root: &Root, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Gives the process's terminal to the user who is to use it.
+/// Gives the process's terminal to its user.
 pub(super) fn give_terminal(pid: HostPid, uid: u32) -> Result<()> {
     let path = pid.path("fd/0");
     let terminal = rustix::fs::open(&path, OFlags::RDONLY | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
@@ -100,7 +100,7 @@ pub(super) fn give_terminal(pid: HostPid, uid: u32) -> Result<()> {
     give(terminal.as_fd(), uid)
 }
 
-/// Programs look for a controller by its name, also where it shares a hierarchy.
+/// Links each controller by name, also in a shared hierarchy: programs look for the name.
 fn link_controllers(root: &Root, cgroup: &Written) -> Result<()> {
     let action = || format!("link the controllers at {}", cgroup.destination.display());
     if cgroup.links.is_empty() {
@@ -116,7 +116,7 @@ fn link_controllers(root: &Root, cgroup: &Written) -> Result<()> {
     Ok(())
 }
 
-/// The container's root must not raise its own limits.
+/// Returns the fixup of a cgroup mount: the container's root must not raise its own limits.
 fn cgroup_fixup(cgroup: &Written) -> MountFixup {
     let read_only = if cgroup.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
     let always = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
@@ -127,8 +127,8 @@ fn cgroup_fixup(cgroup: &Written) -> MountFixup {
     }
 }
 
-/// libcontainer parses propagation options, but does not apply them. It mounts `/dev` writable whatever the options
-/// say.
+/// Returns the fixup of a mount. libcontainer parses propagation options without applying them, and
+/// mounts `/dev` writable whatever the options.
 fn mount_fixup(mount: &Mount) -> Option<MountFixup> {
     let options = mount.options().as_deref().unwrap_or_default();
     let propagation = options.iter().rev().find_map(|option| propagation(option));
@@ -183,8 +183,8 @@ impl MountFixup {
     }
 }
 
-/// A network namespace made for the container has a loopback device that is down. In one that was made before, that is
-/// the business of whoever made it.
+/// Raises the loopback device of a new network namespace, which starts down. In an older namespace
+/// the loopback is its creator's business.
 pub(super) fn raise_loopback(init: HostPid) -> Result<()> {
     /// The first device of every network namespace.
     const LOOPBACK: u32 = 1;
@@ -202,11 +202,11 @@ fn namespace(pid: HostPid, name: &str) -> Result<File> {
     File::open(&path).context(|| format!("open {}", path.display()))
 }
 
-/// Does something in the mount namespace of a process, with its root as root, and comes back.
+/// Runs `work` in the mount namespace of a process, with its root as root, and comes back.
 fn inside<T>(pid: HostPid, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let target = namespace(pid, "mnt")?;
     let own = namespace(HostPid::own(), "mnt")?;
-    // Coming back by namespace alone would lead to the namespace's root, which need not have been this process's.
+    // The namespace alone would lead back to its own root, possibly not this process's.
     let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context(|| "open the root")?;
     let enter = |namespace: &File| move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount));

@@ -1,5 +1,5 @@
-//! The host name of a UTS namespace that a restored container joins: the pod's. CRIU gives it the name that the
-//! namespace had in which the container was saved.
+//! Host name of the pod's UTS namespace, joined by a restored container. CRIU overwrites the name
+//! with the one at the checkpoint.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::error::{Context, Result};
 
-/// The names of a namespace, as they are to stay.
+/// The names of a namespace, to be kept.
 #[derive(Debug)]
 pub(in crate::libcontainer) struct HostName {
     namespace: File,
@@ -20,7 +20,7 @@ pub(in crate::libcontainer) struct HostName {
 }
 
 impl HostName {
-    /// The names of the namespace at `path`.
+    /// Reads the names of the namespace at `path`.
     pub(super) fn of(path: &Path) -> Result<Self> {
         let names = || -> io::Result<Self> {
             let namespace = File::open(path)?;
@@ -33,7 +33,7 @@ impl HostName {
         names().context(|| format!("read the host name of {}", path.display()))
     }
 
-    /// Gives the namespace its names again.
+    /// Sets the namespace's names again.
     pub(super) fn put_back(&self) -> Result<()> {
         inside(&self.namespace, || {
             sethostname(&self.host)?;
@@ -44,7 +44,7 @@ impl HostName {
     }
 }
 
-/// Does something in a UTS namespace, in a thread that ends there.
+/// Runs `work` in a UTS namespace, in a thread with no other use.
 fn inside<T: Send>(namespace: &File, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let kind = Some(LinkNameSpaceType::HostNameAndNISDomainName);
     std::thread::scope(|scope| {

@@ -1,6 +1,7 @@
-//! Id maps of several ranges. libcontainer leaves those to newuidmap and newgidmap, which serve users who are not root:
-//! they look into /etc/subuid, and may not be installed. Root can write the maps itself, as runc does, so this binary is
-//! what libcontainer finds under these names. It does not look at their exit codes: a failure is noted in a file.
+//! Id maps of several ranges. libcontainer leaves such maps to newuidmap and newgidmap. Both
+//! programs serve users other than root by /etc/subuid, and may not be installed. Root can write
+//! the maps directly, as runc does, so libcontainer finds this binary under both names.
+//! libcontainer ignores exit codes, so a failure is noted in a file.
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -14,12 +15,12 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Spec};
 use super::adapt;
 use super::error::{Context, Failure, Result};
 
-/// Names that this binary is started by, each with the map that it writes.
+/// Names for this binary, each with the map to write.
 const NAMES: [(&str, &str); 2] = [("newuidmap", "uid_map"), ("newgidmap", "gid_map")];
-/// Beside the links.
+/// Name of the note, beside the links.
 const NOTE: &str = "id-maps.failed";
 
-/// Links by which libcontainer finds this binary, until it is dropped.
+/// Links to this binary for libcontainer, removed on drop.
 pub(super) struct Mappers {
     folder: PathBuf,
 }
@@ -29,7 +30,8 @@ pub(super) fn has_several(linux: &Linux) -> bool {
     [linux.uid_mappings(), linux.gid_mappings()].into_iter().flatten().any(|maps| maps.len() > 1)
 }
 
-/// Returns libcontainer's configuration of a new user namespace, and the links that have to be kept until it is made.
+/// Returns libcontainer's configuration of a new user namespace, and the links to keep until the
+/// namespace exists.
 pub(super) fn config(spec: &Spec, folder: &Path) -> Result<(Option<UserNamespaceConfig>, Option<Mappers>)> {
     let linux = adapt::linux(spec)?;
     if !has_several(linux) || !adapt::has_new(linux, LinuxNamespaceType::User) {
@@ -46,13 +48,14 @@ impl Mappers {
     fn link(folder: &Path) -> io::Result<Self> {
         let mappers = Self { folder: folder.to_owned() };
         for (name, _) in NAMES {
-            // Of whoever executes it: a child of this process, which still is this executable.
+            // Resolved by the executing process: a child of this process, still with this
+            // executable.
             std::os::unix::fs::symlink("/proc/self/exe", folder.join(name))?;
         }
         Ok(mappers)
     }
 
-    /// Returns the reason why a map could not be written.
+    /// Returns the reason for a missing map.
     pub(super) fn failure(&self) -> Option<Failure> {
         fs::read_to_string(self.folder.join(NOTE)).ok().map(Failure::new)
     }
@@ -61,7 +64,7 @@ impl Mappers {
 impl Drop for Mappers {
     fn drop(&mut self) {
         for name in NAMES.map(|(name, _)| name).into_iter().chain([NOTE]) {
-            // The note is there only after a failure, and what stays goes with the folder.
+            // The note exists only after a failure; any rest goes with the folder.
             let _ = fs::remove_file(self.folder.join(name));
         }
     }
@@ -78,22 +81,22 @@ fn map(program: &Path) -> Option<&'static str> {
     NAMES.iter().find_map(|(mapper, map)| (name == *mapper).then_some(*map))
 }
 
-/// Writes a map: `newuidmap PID INSIDE OUTSIDE SIZE...`. To be run by `main` when [`is_mapper`] says so.
+/// Writes a map: `newuidmap PID INSIDE OUTSIDE SIZE...`. For `main`, if [`is_mapper`] returns true.
 #[must_use]
 pub fn mapper_main(program: &OsStr, arguments: impl Iterator<Item = OsString>) -> ExitCode {
     let program = Path::new(program);
     let arguments: Option<Vec<String>> = arguments.map(|argument| argument.into_string().ok()).collect();
     let written = match (map(program), arguments.as_deref().map(split)) {
         (Some(map), Some(Some((pid, ranges)))) => write(&format!("/proc/{pid}/{map}"), &ranges),
-        _ => Err("this is not how a map is asked for".to_owned()),
+        _ => Err("invalid arguments for an id map".to_owned()),
     };
     let Err(message) = written else { return ExitCode::SUCCESS };
-    // Nobody else can be told.
+    // Nobody else would hear of the failure.
     let _ = fs::write(program.with_file_name(NOTE), message);
     ExitCode::FAILURE
 }
 
-/// The pid, and the ranges as the kernel reads them.
+/// Splits the arguments into the pid and the ranges, in the kernel's format.
 fn split(arguments: &[String]) -> Option<(u32, String)> {
     let (pid, ranges) = arguments.split_first()?;
     let numbers = ranges.iter().map(|number| number.parse().ok()).collect::<Option<Vec<u32>>>()?;
@@ -104,7 +107,7 @@ fn split(arguments: &[String]) -> Option<(u32, String)> {
     Some((pid.parse().ok()?, lines.collect()))
 }
 
-/// The kernel takes a map in one write only.
+/// Writes a map in a single write, as the kernel requires.
 fn write(path: &str, ranges: &str) -> std::result::Result<(), String> {
     fs::write(path, ranges).map_err(|error| {
         format!("cannot write {path}: {error}; the ranges are {}", ranges.trim_end().replace('\n', ", "))
@@ -136,7 +139,7 @@ mod tests {
         let mappers = Mappers::link(folder.path()).unwrap();
         assert!(mappers.failure().is_none());
         let program = folder.path().join("newgidmap");
-        // This process has a map already.
+        // This process already has a map.
         let pid = std::process::id().to_string();
         let arguments = [pid.as_str(), "0", "1000", "1", "1", "2000", "5"].map(OsString::from);
         let _ = mapper_main(program.as_os_str(), arguments.into_iter());

@@ -1,4 +1,4 @@
-//! Has libcontainer start a process, as the first of a container or a further one.
+//! Start of a process by libcontainer, as the first of a container or a further one.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -23,7 +23,7 @@ use super::error::{Context, Result};
 use super::id_maps;
 use super::program::{Program, Stdio, is_null};
 
-/// What to start.
+/// Arguments of a start.
 pub(super) struct Launch<'a> {
     pub(super) kind: ContainerType,
     pub(super) container: Container,
@@ -32,19 +32,19 @@ pub(super) struct Launch<'a> {
     pub(super) place: &'a Place,
     pub(super) program: Program,
     pub(super) no_pivot_root: bool,
-    /// Where the new process waits to be told to go on.
+    /// Socket at which the new process waits.
     pub(super) notify_socket: &'a Path,
     pub(super) console_socket: Option<&'a Path>,
 }
 
-/// A process that waits at its notify socket.
+/// A process waiting at its notify socket.
 pub(super) struct Launched {
     pub(super) pid: HostPid,
     pub(super) intel_rdt_dir: Option<PathBuf>,
     pub(super) intel_rdt_monitoring_dir: Option<PathBuf>,
 }
 
-/// Starts it, up to where it waits. When that fails, the process ends by itself; but see [`kill`].
+/// Starts the process, up to the wait. After a failure the process ends; but see [`kill`].
 pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
     let Launch { kind, container, spec, rootfs, place, program, no_pivot_root, notify_socket, console_socket } = launch;
     let console_socket = console_socket
@@ -57,7 +57,7 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
         let path = "/proc/self/oom_score_adj";
         fs::write(path, score.to_string()).context(|| format!("write {score} to {path}"))?;
     }
-    // Whoever is in the container already must not look into a process that is about to join it.
+    // Processes already in the container must not look into a process about to join.
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "make the process undumpable")?;
 
     let intel_rdt = spec.linux().as_ref().and_then(|linux| linux.intel_rdt().clone());
@@ -98,16 +98,16 @@ pub(super) fn launch(launch: Launch<'_>) -> Result<Launched> {
     Ok(Launched { pid: process, intel_rdt_dir, intel_rdt_monitoring_dir })
 }
 
-/// Kills a process that was launched here. It is a child of the shim, which does not reap it while the helper runs, so
-/// its pid is still its own.
+/// Kills a launched process. The process is a child of the shim, not reaped while the helper runs,
+/// so the pid still belongs to the process.
 pub(super) fn kill(pid: HostPid) {
     if let Ok(process) = ProcessHandle::open(pid) {
-        // One that has ended needs no signal.
+        // An ended process needs no signal.
         let _ = process.signal(Signal::KILL);
     }
 }
 
-/// Gives pipes to the user who is to use them: a process that is not root could not open /dev/stdout else.
+/// Gives pipes to the process's user: otherwise a process without root could not open /dev/stdout.
 pub(super) fn give_stdio(stdio: &Stdio, uid: u32) -> Result<()> {
     for fd in [&stdio.stdin, &stdio.stdout, &stdio.stderr] {
         give(fd.as_fd(), uid)?;
@@ -120,7 +120,8 @@ pub(in crate::libcontainer) fn give_to(fd: BorrowedFd<'_>, uid: u32) -> std::res
     give(fd, uid).map_err(|failure| failure.to_string())
 }
 
-/// Gives one file to a user, as runc does: not /dev/null, and not where that cannot be.
+/// Gives one file to a user, as runc does: except /dev/null, and except where the filesystem
+/// cannot.
 pub(super) fn give(fd: BorrowedFd<'_>, uid: u32) -> Result<()> {
     let stat = rustix::fs::fstat(fd).context(|| "look at the process's standard input and output")?;
     if stat.st_uid == uid || is_null(fd).context(|| "look at the process's standard input and output")? {

@@ -1,4 +1,4 @@
-//! Start, pause, resume and update of a container that is there.
+//! Start, pause, resume and update of an existing container.
 
 use std::time::Duration;
 
@@ -13,18 +13,19 @@ use super::Helper;
 use super::error::{Context, Failure, Result, chain};
 use super::state::StateDirectory;
 
-/// Limit for a container to stand still. The kernel needs a millisecond, but a process that waits for a disk or
-/// a network file system stands still only when it has its answer. libcgroups and runc wait as long on version 2.
+/// Longest time for a container to freeze. The kernel needs a millisecond, but a process waiting
+/// for a disk or a network filesystem freezes only after the answer. libcgroups and runc wait as
+/// long on version 2.
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 impl Helper {
-    /// Where the container is accounted.
+    /// Returns the container's place in the cgroup hierarchies.
     pub(super) fn place(&self) -> Result<Place> {
         Ok(Place::new(&self.directory.config()?.cgroup_path, self.systemd_cgroup)?)
     }
 }
 
-/// Only hooks need one.
+/// Returns whether the shim can start the container: only hooks need a helper.
 pub(super) fn needs_no_helper(helper: &Helper) -> bool {
     let config = helper.directory.config();
     config.is_ok_and(|config| config.hooks.is_none_or(|hooks| hooks.poststart().as_ref().is_none_or(Vec::is_empty)))
@@ -38,7 +39,8 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
     helper.directory.save_state(&state)?;
     let hooks = config.hooks.as_ref().and_then(|hooks| hooks.poststart().as_ref()).filter(|hooks| !hooks.is_empty());
     if hooks.is_some() {
-        // They come after the program has started, and that after the startContainer hooks.
+        // Poststart hooks come after the program's start, and the start after the startContainer
+        // hooks.
         if !helper.directory.wait_started()? {
             helper.warnings.push("the program does not start: the poststart hooks are run before it has".into());
         }
@@ -50,13 +52,13 @@ pub(super) fn start(helper: &mut Helper) -> Result<()> {
     Ok(())
 }
 
-/// Freezes the container. The state says so before, and no longer when that fails: whoever reads it never takes a
-/// frozen container for one that runs.
+/// Freezes the container. The state says paused before the freeze, and running again after a
+/// failure: a reader never takes a frozen container for a running one.
 pub(super) fn pause(helper: &Helper) -> Result<()> {
     pause_by(&helper.directory, || Ok(helper.place()?.cgroup()?.freeze_within(PAUSE_LIMIT)?))
 }
 
-/// `freeze` undoes by itself what it has begun when it fails.
+/// Freezes by `freeze`, which undoes a failed attempt.
 fn pause_by(directory: &StateDirectory, freeze: impl FnOnce() -> Result<()>) -> Result<()> {
     let (mut state, _) = directory.expect("pause", &[ContainerStatus::Running])?;
     state.status = ContainerStatus::Paused;
@@ -69,7 +71,8 @@ fn pause_by(directory: &StateDirectory, freeze: impl FnOnce() -> Result<()>) -> 
     })
 }
 
-/// Thaws the container. The state says so afterwards: a container that could not be thawed can be resumed again.
+/// Thaws the container. The state says running afterwards: after a failed thaw, resume can be tried
+/// again.
 pub(super) fn resume(helper: &Helper) -> Result<()> {
     let (mut state, _) = helper.directory.expect("resume", &[ContainerStatus::Paused])?;
     helper.place()?.cgroup()?.thaw().context(|| "thaw the container")?;
@@ -81,7 +84,7 @@ pub(super) fn update(helper: &Helper, resources: &LinuxResources) -> Result<()> 
     let allowed = [ContainerStatus::Created, ContainerStatus::Running, ContainerStatus::Paused];
     helper.directory.expect("update", &allowed)?;
     let mut resources = resources.clone();
-    // An update is not about devices. On v1 what libcgroups adds to these is in the list already.
+    // An update never concerns devices. On v1 libcgroups would only add rules already in the list.
     resources.set_devices(None);
     let options =
         ControllerOpt { resources: &resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None };

@@ -1,5 +1,5 @@
-//! What libcontainer logs as an error is often the only place where it names the file, the mount or the errno. The
-//! processes that it clones log too, and die with what they know, so all write into one memfd that they inherit.
+//! libcontainer's log of errors: often the only place with the file, the mount or the errno. Cloned
+//! processes log too before dying, so all write into one inherited memfd.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -15,13 +15,13 @@ use tracing::{Event, Metadata, Subscriber};
 
 use crate::libcontainer::protocol::Reply;
 
-/// Errors are few and short; a mount or a process that is printed whole is not.
+/// Longest event, in bytes. Errors are few and short, except a whole mount or process in print.
 const EVENT_LIMIT: usize = 600;
 const LOG_LIMIT: u64 = 64 << 10;
-/// How many lines complete a message. The deepest names the thing, the next up often the error.
+/// Number of lines added to a message. The deepest names the thing, the next up often the error.
 const DETAILS: usize = 2;
 
-/// The errors logged by this process and those it cloned.
+/// Errors logged by this process and its clones.
 pub(super) struct Log {
     file: File,
 }
@@ -38,7 +38,8 @@ impl Log {
         let helper = std::process::id();
         std::panic::set_hook(Box::new(move |panic| {
             let message = describe(panic);
-            // A process that was cloned inherits the hook. Its panic is a detail of why the helper then fails.
+            // A cloned process inherits the hook. Its panic is a detail of the helper's later
+            // failure.
             if std::process::id() != helper {
                 append(&panics, &message);
             } else if let (Ok(mut reply), Ok(bytes)) = (
@@ -51,7 +52,8 @@ impl Log {
         Ok(Self { file })
     }
 
-    /// Adds to an error's message what was logged first, which is what failed deepest, unless that says nothing new.
+    /// Adds the first logged lines to an error's message, as the deepest failures, unless nothing
+    /// is new.
     pub(super) fn complete(mut self, message: String) -> String {
         let mut log = Vec::new();
         if self.file.rewind().and_then(|()| self.file.take(LOG_LIMIT).read_to_end(&mut log)).is_err() {
@@ -64,7 +66,8 @@ impl Log {
     }
 }
 
-/// An event often says that something failed, and then the message; or it says that nobody listens any more.
+/// Returns whether a detail adds to a message. Many events repeat the message, or report a closed
+/// channel.
 fn adds_to(message: &str, detail: &str) -> bool {
     let repeats = message.contains(detail) || detail.ends_with(message) || detail.contains(&format!("{message:?}"));
     !detail.is_empty() && !repeats && !detail.starts_with("failed sending error")
@@ -76,14 +79,14 @@ fn describe(panic: &PanicHookInfo<'_>) -> String {
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("without a word");
+        .unwrap_or("without a message");
     match panic.location() {
         Some(location) => format!("{words} ({location})"),
         None => words.to_owned(),
     }
 }
 
-/// One line in one write, so that lines of several processes do not mix.
+/// Writes one line at once, so that lines of several processes do not mix.
 fn append(file: &Mutex<File>, text: &str) {
     let mut line = text.replace(['\n', '\r'], " ");
     if line.len() > EVENT_LIMIT {
@@ -129,7 +132,7 @@ impl Subscriber for Collector {
     fn exit(&self, _span: &Id) {}
 }
 
-/// `message: error, field value, field value`
+/// Text of an event: `message: error, field value, field value`
 #[derive(Default)]
 struct Text {
     message: String,
@@ -167,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_message_says_already_is_not_said_again() {
+    fn details_already_in_the_message_are_not_repeated() {
         assert_eq!(log("no such file\n").complete("cannot open x: no such file".into()), "cannot open x: no such file");
         assert_eq!(log("failed to run: no such file\n").complete("no such file".into()), "no such file");
         assert_eq!(log("").complete("alone".into()), "alone");

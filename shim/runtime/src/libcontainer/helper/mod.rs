@@ -1,8 +1,8 @@
-//! The helper's side: one step of one container, in a single-threaded process that may be changed as libcontainer
-//! likes.
+//! The helper's side: one step of one container, in a single-threaded process for libcontainer to
+//! change at will.
 //!
-//! Errors go into the reply. Its own descriptors 0, 1 and 2 are not the container's: what a hook writes to its standard
-//! error ends up in the log.
+//! Errors go into the reply. The helper's descriptors 0, 1 and 2 are not the container's: a hook's
+//! standard error ends up in the log.
 
 mod adapt;
 mod cgroup;
@@ -47,12 +47,12 @@ use program::Stdio;
 use restore::{Prepared, Streams};
 use state::StateDirectory;
 
-/// What every step gets.
+/// Context of every step.
 struct Helper {
     id: String,
     systemd_cgroup: bool,
     directory: StateDirectory,
-    /// What went wrong without making the step fail.
+    /// Faults that did not fail the step.
     warnings: Vec<String>,
 }
 
@@ -63,14 +63,14 @@ impl Helper {
     }
 }
 
-/// What is read of everything that others wrote: a config.json of this size has no honest author.
+/// Largest file from others, in bytes: no honest config.json is larger.
 const FILE_LIMIT: u64 = 32 << 20;
 
-/// Arguments: descriptors of the request and of the reply, and unless the process gets a terminal or there is none, of
-/// its standard input, output and error.
+/// Runs the helper. Arguments: descriptors of the request and of the reply, then of the process's
+/// standard input, output and error (none with a terminal, or without a process).
 pub(super) fn main() -> ExitCode {
     let arguments: Vec<OsString> = std::env::args_os().skip(2).collect();
-    // Nobody but the shim can be told what is wrong with the arguments, and the shim reads only the reply.
+    // Only the shim could be told about wrong arguments, and the shim reads only the reply.
     let Some(mut fds) = arguments.iter().map(descriptor).collect::<Option<VecDeque<OwnedFd>>>() else {
         return ExitCode::from(2);
     };
@@ -98,9 +98,9 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<HostPid>, Vec<
         protocol::read_request(&mut request).context(|| "read the request")?;
     drop(request);
     validate_id(&id)?;
-    // The kernel names a process after the file it was executed from: here, a number.
+    // The kernel names a process after its executed file: here, a number.
     let _ = rustix::thread::set_name(c"gpusnap:helper");
-    // Directories that libcontainer makes in a container get the modes that they should have, whatever the shim's mask.
+    // libcontainer's directories in a container get the intended modes, whatever the shim's mask.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
 
     let mut helper = Helper::new(&root, &id, systemd_cgroup);
@@ -116,8 +116,9 @@ fn run(mut request: File, stdio: Option<Stdio>) -> Result<(Option<HostPid>, Vec<
     Ok((pid, helper.warnings))
 }
 
-/// Does a step in the calling process, if it can be done there: without hooks, starting and removing a container is but
-/// to read and write a few files, which takes a fraction of the time that a helper takes. `None` if it cannot.
+/// Runs a step in the calling process, if possible: without hooks, starting and removing a
+/// container only reads and writes a few files, in a fraction of a helper's time. `None` if a
+/// helper is needed.
 pub(super) fn without_helper(request: &Request) -> Option<Reply> {
     let Request { root, id, systemd_cgroup, step } = request;
     let mut helper = Helper::new(root, id, *systemd_cgroup);
@@ -140,7 +141,7 @@ pub(super) fn without_helper(request: &Request) -> Option<Reply> {
     })
 }
 
-/// What CRIU is to be asked to dump a container; a note of its streams is put among the images.
+/// Returns CRIU's request for a dump of a container; puts a record of the streams among the images.
 pub(super) fn dump_request(
     root: &Path,
     systemd_cgroup: bool,
@@ -149,7 +150,7 @@ pub(super) fn dump_request(
     dump::request(&Helper::new(root, &request.id, systemd_cgroup), request).map_err(|failure| failure.to_string())
 }
 
-/// Makes everything of a container but its cgroup and its processes.
+/// Makes everything of a container except cgroup and processes.
 pub(super) fn prepare_restore(
     root: &Path,
     systemd_cgroup: bool,
@@ -162,7 +163,7 @@ pub(super) fn prepare_restore(
         .map_err(|failure| failure.to_string())
 }
 
-/// Notes that the processes of a container are there.
+/// Records the existence of a container's processes.
 pub(super) fn finish_restore(
     root: &Path,
     id: &str,
@@ -182,18 +183,18 @@ pub(super) fn resume(root: &Path, id: &str, systemd_cgroup: bool) -> std::result
     lifecycle::resume(&Helper::new(root, id, systemd_cgroup)).map_err(|failure| failure.to_string())
 }
 
-/// A container's cgroup: the place that was made for it, wherever its processes have moved.
+/// Returns a container's cgroup: the cgroup of its creation, wherever the processes have moved.
 pub(super) fn cgroup(root: &Path, id: &str, systemd_cgroup: bool) -> std::result::Result<Cgroup, String> {
     let place = Helper::new(root, id, systemd_cgroup).place();
     place.and_then(|place| Ok(place.cgroup()?)).map_err(|failure| failure.to_string())
 }
 
-/// Gives the namespace that the container joins its host name again.
+/// Sets the host name of the joined namespace again.
 pub(super) fn put_back(host_name: &HostName) -> std::result::Result<(), String> {
     host_name.put_back().map_err(|failure| failure.to_string())
 }
 
-/// Takes away what only CRIU needed.
+/// Removes everything needed only by CRIU.
 pub(super) fn clean_restore(root: &Path, id: &str) -> std::result::Result<(), String> {
     StateDirectory::new(root, id).unmount_root().map_err(|failure| failure.to_string())
 }
@@ -204,7 +205,7 @@ pub(super) use host_name::HostName;
 pub use id_maps::{is_mapper, mapper_main};
 pub(super) use launch::give_to;
 
-/// The id becomes a file name below the root.
+/// Checks an id, which becomes a file name below the root.
 fn validate_id(id: &str) -> Result<()> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "_+-.".contains(c);
     if id.is_empty() || id == "." || id == ".." || !id.chars().all(allowed) {

@@ -1,7 +1,7 @@
-//! The last step of a process: finding the user's program, and becoming it.
+//! Last step of a process: search and exec of the user's program.
 //!
-//! Used in place of libcontainer's own executor, which wants a PATH in the environment, takes a program for executable
-//! only if everybody may execute it, and leaves SIGPIPE ignored.
+//! Replaces libcontainer's own executor, which needs a PATH in the environment, requires a program
+//! executable by everybody, and leaves SIGPIPE ignored.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -21,22 +21,22 @@ use rustix::termios::Winsize;
 use super::seccomp::Filter;
 use crate::libcontainer::sys;
 
-/// Where programs are looked for when the environment has no PATH.
+/// Search path without a PATH in the environment.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 #[derive(Clone, Debug)]
 pub(super) struct Program {
-    /// What the process may do from then on.
+    /// Filter from then on.
     pub(super) seccomp: Option<Filter>,
-    /// An error after the start of a container has nobody to go to but the user who reads its output.
+    /// Print errors: after a container's start, only a user reading the output learns of errors.
     pub(super) complain: bool,
-    /// What becomes its descriptors 0, 1 and 2, unless it has a terminal.
+    /// Descriptors 0, 1 and 2, unless the process has a terminal.
     pub(super) stdio: Option<Rc<Stdio>>,
-    /// What is run first.
+    /// Hooks to run first.
     pub(super) hooks: Option<Rc<StartHooks>>,
 }
 
-/// The startContainer hooks. They are not left to libcontainer, which tells them that the container is being created.
+/// The startContainer hooks. libcontainer's own run would pass them the status "creating".
 #[derive(Debug)]
 pub(super) struct StartHooks {
     pub(super) hooks: Vec<Hook>,
@@ -45,7 +45,7 @@ pub(super) struct StartHooks {
 
 impl StartHooks {
     fn run(&self, process: &Process) -> Result<(), String> {
-        // What a hook without an environment of its own gets, as by runc.
+        // Default environment of a hook, as by runc.
         let environment = process.env().iter().flatten().filter_map(|variable| variable.split_once('='));
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         run_hooks(Some(&self.hooks), Some(&self.state), None, None, Some(&environment))
@@ -54,13 +54,14 @@ impl StartHooks {
 }
 
 impl Executor for Program {
-    /// Runs inside the container as its user, before its start: what is wrong with the program can still be told.
+    /// Runs inside the container as its user, before the start: faults of the program can still be
+    /// reported.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         self.prepare(spec).map_err(ExecutorValidationError::ArgValidationError)
     }
 
     fn setup_envs(&self, _environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // It is handed over by execve, in the order in which the specification has it.
+        // execve passes the environment, in the specification's order.
         Ok(())
     }
 
@@ -71,14 +72,14 @@ impl Executor for Program {
         };
         if self.complain {
             let _ = writeln!(io::stderr(), "{words}");
-            // runc's code. The helper, to which libcontainer would report, has gone.
+            // runc's code. The helper, libcontainer's receiver of errors, has gone.
             sys::exit(1);
         }
         Err(ExecutorError::Other(words))
     }
 }
 
-/// A process's standard input, output and error.
+/// Standard input, output and error of a process.
 #[derive(Debug)]
 pub(super) struct Stdio {
     pub(super) stdin: OwnedFd,
@@ -87,8 +88,8 @@ pub(super) struct Stdio {
 }
 
 impl Stdio {
-    /// Makes them this process's. This is not left to libcontainer, which does it at once: then the container's output
-    /// would have the errors of hooks in it, and the shim would not.
+    /// Makes the streams this process's. libcontainer would do so at once: errors of hooks would
+    /// then go to the container's output, not to the shim.
     fn take_effect(&self) -> io::Result<()> {
         rustix::stdio::dup2_stdin(inner(&self.stdin)?)?;
         rustix::stdio::dup2_stdout(inner(&self.stdout)?)?;
@@ -97,7 +98,7 @@ impl Stdio {
     }
 }
 
-/// The container's own `/dev/null` in place of the host's; anything else as it is.
+/// Returns the container's own `/dev/null` for the host's; any other file unchanged.
 fn inner(fd: &OwnedFd) -> io::Result<OwnedFd> {
     if is_null(fd)?
         && let Ok(own) = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())
@@ -108,7 +109,7 @@ fn inner(fd: &OwnedFd) -> io::Result<OwnedFd> {
     fd.try_clone()
 }
 
-/// Whether it is the device that `/dev/null` should be.
+/// Returns whether a file is the real null device.
 pub(super) fn is_null(fd: impl AsFd) -> io::Result<bool> {
     let stat = rustix::fs::fstat(fd)?;
     let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
@@ -129,11 +130,11 @@ impl Program {
             let cells = |cells: u64| u16::try_from(cells).unwrap_or(u16::MAX);
             let size =
                 Winsize { ws_row: cells(size.height()), ws_col: cells(size.width()), ws_xpixel: 0, ws_ypixel: 0 };
-            // A wrong size is no reason not to start.
+            // A wrong size is no reason to fail the start.
             let _ = rustix::termios::tcsetwinsize(rustix::stdio::stdin(), size);
         }
         self.seccomp.as_ref().map_or(Ok(()), Filter::before_start)?;
-        // With the capabilities that the program will have: they decide what can be executed.
+        // With the program's later capabilities: execution depends on them.
         find(process).map(drop)
     }
 
@@ -160,7 +161,7 @@ fn process(spec: &Spec) -> Result<&Process, &'static str> {
     spec.process().as_ref().ok_or("the specification has no process")
 }
 
-/// The file to execute, found like runc (and Go) finds it. Clients look for runc's words.
+/// Returns the file to execute, found as by runc (and Go). Clients look for runc's messages.
 fn find(process: &Process) -> Result<PathBuf, String> {
     let name = process.args().as_ref().and_then(|args| args.first()).ok_or("process.args is empty")?;
     if name.contains('/') {
@@ -172,7 +173,7 @@ fn find(process: &Process) -> Result<PathBuf, String> {
     }
     let mut denied = false;
     for directory in path(process.env().as_deref().unwrap_or_default()).split(':') {
-        // An empty entry means the working directory, which nobody means.
+        // An empty entry means the working directory, which nobody intends.
         if directory.is_empty() {
             continue;
         }
@@ -193,7 +194,7 @@ fn path(environment: &[String]) -> &str {
     environment.iter().rev().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
 }
 
-/// Whether this user can execute it.
+/// Checks that this user can execute a file.
 fn executable(path: &Path) -> io::Result<()> {
     let stat = rustix::fs::stat(path)?;
     match FileType::from_raw_mode(stat.st_mode) {
@@ -203,7 +204,7 @@ fn executable(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The kernel's words, which Go writes in lower case and without the number.
+/// Returns the kernel's message in Go's form: lower case, without the number.
 pub(super) fn words(error: &io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error ").next().unwrap_or(&text);

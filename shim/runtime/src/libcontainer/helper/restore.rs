@@ -1,4 +1,4 @@
-//! The parts of a restore that are not CRIU's: state, places for mounts, cgroup, hooks.
+//! Parts of a restore outside CRIU: state, mount points, cgroup, hooks.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,52 +21,52 @@ use super::{Helper, adapt, delete, descriptors, devices, fixup};
 use crate::libcontainer::privileges::Allowed;
 use crate::libcontainer::protocol::Join;
 
-/// Links of a container's standard streams, as `/proc/PID/fd` has them.
+/// Links of a container's standard streams, as in `/proc/PID/fd`.
 #[derive(Clone, Debug, Default)]
 pub(in crate::libcontainer) struct Streams {
-    /// When it was dumped.
+    /// Links at the dump.
     pub(in crate::libcontainer) dumped: Vec<String>,
-    /// Those that it was given; none if it has a terminal.
+    /// Links of the new streams; none with a terminal.
     pub(in crate::libcontainer) new: Vec<String>,
 }
 
-/// A container that has everything but its processes.
+/// A complete container except for the processes.
 #[derive(Debug)]
 pub(in crate::libcontainer) struct Prepared {
-    /// Its root, as CRIU wants it: a mount point.
+    /// The root, in CRIU's form: a mount point.
     pub(in crate::libcontainer) root: PathBuf,
     pub(in crate::libcontainer) external_mounts: Vec<ExternalMount>,
-    /// Namespaces that CRIU joins.
+    /// Namespaces joined by CRIU.
     pub(in crate::libcontainer) joined: Vec<JoinNamespace>,
-    /// Namespaces that CRIU inherits as descriptors.
+    /// Namespaces inherited by CRIU as descriptors.
     pub(in crate::libcontainer) inherited: Vec<(Namespace, PathBuf)>,
-    /// What the standard streams were when the container was dumped.
+    /// Standard streams at the time of the dump.
     pub(in crate::libcontainer) streams: Vec<String>,
-    /// The host name of the namespace that it joins, to be put back when CRIU has set another one.
+    /// Host name of the joined namespace, to be set again after CRIU's own.
     pub(in crate::libcontainer) host_name: Option<Arc<HostName>>,
-    /// The most that its processes may have.
+    /// Most rights for the processes.
     pub(in crate::libcontainer) allowed: Allowed,
     /// The container's limits.
     pub(in crate::libcontainer) resources: LinuxResources,
-    /// Its network is new, and the loopback device in it down.
+    /// The network is new, with the loopback device down.
     pub(in crate::libcontainer) raise_loopback: bool,
-    /// Hooks have to run in its namespaces.
+    /// Hooks have to run in the container's namespaces.
     pub(in crate::libcontainer) has_hooks: bool,
-    /// The user to whom its standard streams are to belong, as the host has it.
+    /// Future owner of the standard streams, as a host id.
     pub(in crate::libcontainer) uid: u32,
 }
 
-/// Makes all that has to be there before CRIU; undone by [`delete`].
+/// Makes everything needed before CRIU; undone by [`delete`].
 pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, terminal: bool) -> Result<Prepared> {
     let mut spec = adapt::load(bundle)?;
     adapt::validate(&spec)?;
     check_terminal(&spec, terminal)?;
     let streams = descriptors::read(images)?;
-    // Where there is none of them, it may have a terminal or not: runc notes the streams before the terminal is there.
+    // Without pipes a terminal is possible: runc records the streams before the terminal exists.
     if terminal && streams.iter().any(|stream| stream.starts_with("pipe:[")) {
         return Err(Failure::new("the process wants a terminal, but the one in the checkpoint has none"));
     }
-    // Before its cgroup is found to be in use, by itself.
+    // Before the check of the cgroup, which would find the container's own in use.
     helper.directory.expect_none()?;
     let path = adapt::cgroup_path(adapt::linux(&spec)?, helper.systemd_cgroup, &helper.id);
     let place = Place::new(&path, helper.systemd_cgroup)?;
@@ -108,7 +108,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
     })();
     prepared.inspect_err(|_| {
         if let Err(failure) = delete::delete(helper) {
-            tracing::error!("cannot undo it: {failure}");
+            tracing::error!("cannot undo the preparation of a restore: {failure}");
         }
     })
 }
@@ -118,7 +118,7 @@ fn host_name(joined: &[(Namespace, PathBuf)]) -> Result<Option<Arc<HostName>>> {
     path.map(|path| HostName::of(path).map(Arc::new)).transpose()
 }
 
-/// What the mounts of the images are to be, by the names that [`dump`](super::dump) and runc give them.
+/// Returns the images' mounts, under the names given by [`dump`](super::dump) and runc.
 fn external_mounts(spec: &Spec, place: &Place, bundle: &Path) -> Result<Vec<ExternalMount>> {
     let mut mounts = vec![mask()];
     let mut add = |key: &Path, value: &Path| {
@@ -148,8 +148,8 @@ fn source(mount: &Mount) -> Result<&PathBuf> {
     mount.source().as_ref().ok_or_else(missing)
 }
 
-/// Makes the files and directories on which CRIU mounts, where the new container's root has them not. Those in file
-/// systems that CRIU fills it makes itself.
+/// Makes missing files and directories for CRIU's mounts in the new container's root. CRIU makes
+/// those in filesystems that it fills.
 fn make_mount_points(spec: &Spec, rootfs: &Path) -> Result<()> {
     let root = Root::open(rootfs)?;
     let owner = adapt::host_root(adapt::linux(spec)?);
@@ -168,7 +168,7 @@ fn make_mount_points(spec: &Spec, rootfs: &Path) -> Result<()> {
             None => make(&root, destination)?,
             Some(over) if is_bind(over) && over.destination() != destination => {
                 let inner = destination.strip_prefix(over.destination()).unwrap_or(destination);
-                // A file that is mounted has nothing below it.
+                // A mounted file has nothing below.
                 if source(over)?.is_dir() {
                     make(&Root::open(source(over)?)?, inner)?;
                 }
@@ -179,12 +179,12 @@ fn make_mount_points(spec: &Spec, rootfs: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Makes the cgroup with its limits, and moves criu into it, so that all that criu forks is in it.
+/// Makes the cgroup with its limits, and moves criu inside, so that all forks of criu are inside.
 pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
     let place = helper.place()?;
     let manager = super::cgroup::manager(&place, &helper.id)?;
     let path = place.path().display();
-    // The type is of a version of nix that is libcgroups' own affair.
+    // The type comes from libcgroups' own version of nix.
     let mut container = Container::default();
     let criu = container.set_pid(join.pid.raw()).pid().ok_or_else(|| Failure::new("criu has no pid"))?;
     manager.add_task(criu).context(|| format!("put criu into the cgroup {path}"))?;
@@ -204,8 +204,8 @@ pub(super) fn join(helper: &Helper, join: &Join) -> Result<()> {
     Ok(())
 }
 
-/// What is done in the container's namespaces when they are there and empty: hooks, which make its network, as by runc
-/// at this stage; without them, what [`fixup`] does to a new network.
+/// Prepares the container's namespaces while empty. Hooks make the network, as with runc at this
+/// stage; without hooks, [`fixup`] treats a new network.
 pub(super) fn set_up(helper: &Helper, pid: HostPid, raise_loopback: bool) -> Result<()> {
     let mut state = helper.directory.state()?;
     state.pid = Some(pid.raw());
@@ -218,7 +218,7 @@ pub(super) fn set_up(helper: &Helper, pid: HostPid, raise_loopback: bool) -> Res
     run(hooks.create_runtime().as_ref()).context(|| "run the createRuntime hooks")
 }
 
-/// The processes are there: from now on the container is like any other.
+/// Completes the container: from now on like any other.
 pub(super) fn finish(helper: &Helper, pid: HostPid, streams: &Streams) -> Result<()> {
     let died = || Failure::new("the container's init died while it was restored");
     let init = Identity::of_living(pid).context(|| "look at the restored init")?.ok_or_else(died)?;
@@ -269,7 +269,7 @@ mod tests {
         assert!(path("root/etc/hosts").is_file());
         assert!(path("volume/inner/file").is_file());
         assert!(!path("root/data/inner").exists());
-        // What is there already stays.
+        // Existing files stay.
         fs::write(path("root/etc/hosts"), "kept").unwrap();
         make_mount_points(&spec, &path("root")).unwrap();
         assert_eq!(fs::read_to_string(path("root/etc/hosts")).unwrap(), "kept");

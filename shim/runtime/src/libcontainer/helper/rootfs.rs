@@ -1,4 +1,4 @@
-//! Files below a container's root, which the container or its image may have filled with links that lead elsewhere.
+//! Files below a container's root, possibly full of links that lead elsewhere.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -12,10 +12,10 @@ use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
 use super::error::{Context, Result};
 
-/// A passwd file of this size has no honest author.
+/// Largest passwd file, in bytes; no honest one is larger.
 const PASSWD_LIMIT: u64 = 1 << 20;
 
-/// A directory that nothing opened through it gets out of.
+/// A directory that confines every path opened below.
 #[derive(Debug)]
 pub(super) struct Root {
     directory: OwnedFd,
@@ -36,9 +36,10 @@ impl Root {
         Ok(rustix::fs::openat2(&self.directory, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve)?)
     }
 
-    /// The path without links, as a process inside would see it. What is not there has no links: it is taken as it is.
+    /// Returns the path without links, as a process inside would see it. Missing parts are taken
+    /// unchanged.
     pub(super) fn real_path(&self, path: &Path) -> io::Result<PathBuf> {
-        /// As many as the kernel follows.
+        /// Most links, as in the kernel.
         const LINKS: usize = 40;
         let mut links = 0;
         let mut real = PathBuf::from("/");
@@ -74,7 +75,7 @@ impl Root {
         Ok(real)
     }
 
-    /// Makes a directory and those above it where they are missing, for this owner.
+    /// Makes a directory and its missing parents, for this owner.
     pub(super) fn make_directory(&self, path: &Path, owner: (u32, u32)) -> Result<()> {
         let make = || -> io::Result<()> {
             let open = OFlags::PATH | OFlags::DIRECTORY;
@@ -107,7 +108,7 @@ impl Root {
         make().context(|| format!("make the directory {} in {}", path.display(), self.path.display()))
     }
 
-    /// Makes an empty file and the directories above it where they are missing, for this owner.
+    /// Makes an empty file and its missing parents, for this owner.
     pub(super) fn make_file(&self, path: &Path, owner: (u32, u32)) -> Result<()> {
         let action = || format!("make the file {} in {}", path.display(), self.path.display());
         match self.resolve(path, OFlags::PATH) {
@@ -128,7 +129,7 @@ impl Root {
         make().context(action)
     }
 
-    /// The home of a user according to the container's passwd file.
+    /// Returns the home of a user according to the container's passwd file.
     pub(super) fn home(&self, uid: u32) -> Option<String> {
         let file = self.resolve(Path::new("/etc/passwd"), OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
         let file = File::from(file);
@@ -141,7 +142,7 @@ impl Root {
     }
 }
 
-/// The names in a path, `..` included.
+/// Returns the names in a path, `..` included.
 fn names(path: &Path) -> impl Iterator<Item = OsString> {
     path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -192,7 +193,7 @@ mod tests {
         fs::create_dir(directory.path().join("etc")).unwrap();
         symlink("../../../../../../../../etc/passwd", directory.path().join("etc/passwd")).unwrap();
         let root = Root::open(directory.path()).unwrap();
-        // The link leads to itself now, as it would for a process inside.
+        // The link now leads to itself, as for a process inside.
         assert_eq!(root.home(0), None);
     }
 

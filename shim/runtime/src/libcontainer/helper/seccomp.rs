@@ -1,11 +1,14 @@
-//! Loading a container's seccomp filter at the right moment.
+//! Loading of a container's seccomp filter at the right moment.
 //!
-//! Without `noNewPrivileges` only a privileged process may load a filter, so it must happen before the process gives up
-//! its capabilities; with it, as late as can be, so that the filter need not allow what the process does before it is
-//! the user's. libcontainer does neither for further processes of a container, takes an explicit `noNewPrivileges:
-//! false` for true, and mistakes the two values of a masked comparison for each other: with the profile that most
-//! containers have, it lets them make user namespaces. A filter that reports to a listener is left to libcontainer,
-//! with those values exchanged: the listener gets its descriptor from another process.
+//! Without `noNewPrivileges` only a privileged process may load a filter, so the load comes before
+//! the process drops capabilities. With `noNewPrivileges` the load comes as late as possible: the
+//! filter then need not allow the steps before the user's program.
+//!
+//! libcontainer does neither for further processes of a container, and takes an explicit
+//! `noNewPrivileges: false` for true. libcontainer also exchanges the two values of a masked
+//! comparison: with the profile of most containers, processes may then make user namespaces. A
+//! filter with a listener is left to libcontainer, with the values exchanged: the listener's
+//! descriptor comes from another process.
 
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::is_notify;
@@ -19,10 +22,10 @@ use super::error::{Result, chain};
 use super::filter;
 use crate::libcontainer::sys;
 
-/// To load a filter, and to give up from the bounding set the capability that this takes.
+/// Capabilities for loading a filter, and for dropping that capability from the bounding set.
 const TO_LOAD: [Capability; 2] = [Capability::SysAdmin, Capability::Setpcap];
 
-/// A filter, and when to load it.
+/// A filter, and the moment of the load.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
     program: Vec<u64>,
@@ -32,14 +35,15 @@ pub(super) struct Filter {
 
 #[derive(Clone, Debug)]
 enum Moment {
-    /// When the process is about to wait for its start. Then its capabilities become these.
+    /// Just before the wait for the start. The process's capabilities become these then.
     Privileged(Box<LinuxCapabilities>),
-    /// Right before it becomes the user's program.
+    /// Right before the user's program.
     Last,
 }
 
 impl Filter {
-    /// Takes the filter out of the specification, and gives the process the capabilities that it takes to load it.
+    /// Takes the filter out of the specification, and gives the process the capabilities for the
+    /// load.
     pub(super) fn take(process: &mut Process, linux: &mut Linux) -> Result<Option<Self>> {
         let Some(profile) = linux.seccomp().clone() else { return Ok(None) };
         if is_notify(&profile) {
@@ -66,7 +70,7 @@ impl Filter {
         Ok(Some(Self { program: filter::program(&profile)?, flags: flags(&profile), moment }))
     }
 
-    /// To be called when the process is about to wait for its start.
+    /// Loads a privileged filter. Called just before the process waits for its start.
     pub(super) fn before_start(&self) -> std::result::Result<(), String> {
         let Moment::Privileged(last) = &self.moment else { return Ok(()) };
         self.load()?;
@@ -74,7 +78,7 @@ impl Filter {
             .map_err(|error| format!("cannot drop capabilities: {}", chain(&error)))
     }
 
-    /// To be called right before the process becomes the user's program.
+    /// Loads an unprivileged filter. Called right before the user's program.
     pub(super) fn before_exec(&self) -> std::result::Result<(), String> {
         match self.moment {
             Moment::Privileged(_) => Ok(()),
@@ -87,7 +91,8 @@ impl Filter {
     }
 }
 
-/// With no flags given, runc's default: on a kernel before 5.16 a filter would cost every program a tenth of its speed.
+/// Returns the flags, by default runc's: on a kernel before 5.16 a filter would cost every program
+/// a tenth of its speed.
 fn flags(profile: &LinuxSeccomp) -> u64 {
     let Some(flags) = profile.flags() else { return libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW };
     flags.iter().fold(0, |all, flag| {
@@ -95,13 +100,13 @@ fn flags(profile: &LinuxSeccomp) -> u64 {
             LinuxSeccompFilterFlag::SeccompFilterFlagLog => libc::SECCOMP_FILTER_FLAG_LOG,
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => libc::SECCOMP_FILTER_FLAG_TSYNC,
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
-            // It is about listeners only, and refused without one.
+            // This flag is for listeners only, and refused without one.
             LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => 0,
         }
     })
 }
 
-/// The profile with the values of masked comparisons exchanged, as libcontainer understands them.
+/// Returns the profile with the values of masked comparisons exchanged, in libcontainer's order.
 fn exchanged(profile: &LinuxSeccomp) -> Result<LinuxSeccomp> {
     let mut profile = profile.clone();
     let mut rules = profile.syscalls().clone();
@@ -165,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_takes_to_load_a_filter_is_given_up_afterwards() {
+    fn capabilities_for_loading_a_filter_are_dropped_afterwards() {
         let (filter, process, linux) = take(None, LinuxSeccompAction::ScmpActAllow);
         let until_loaded = process.capabilities().as_ref().unwrap();
         for set in [until_loaded.bounding(), until_loaded.effective(), until_loaded.permitted()] {

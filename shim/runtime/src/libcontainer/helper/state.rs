@@ -1,5 +1,5 @@
-//! The state directory of a container: libcontainer's files in libcontainer's formats, written so that a reader never
-//! sees half of one.
+//! State directory of a container: libcontainer's files in libcontainer's formats, written
+//! atomically for readers.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -24,16 +24,16 @@ use super::error::{Context, Failure, Result};
 
 const STATE: &str = "state.json";
 const CONFIG: &str = "youki_config.json";
-/// Ours: which process `pid` in libcontainer's state means.
+/// Our file: identity of the process behind `pid` in libcontainer's state.
 const INIT: &str = "init.json";
 
-/// Ours: the container's root during a restore.
+/// Our folder: the container's root during a restore.
 const ROOT: &str = "criu-root";
-/// Ours: locked while init has not become the user's program.
+/// Our file: locked until init has become the user's program.
 const STARTING: &str = "starting.lock";
-/// Clients look for the last word.
+/// Message for an existing id. Clients look for the last word.
 const EXISTS: &str = "a container with this id exists";
-/// startContainer hooks may take their time.
+/// Longest wait for a start; startContainer hooks may take their time.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl StateDirectory {
         &self.path
     }
 
-    /// Makes it; an error when it is there already.
+    /// Makes the directory; fails if it exists.
     pub(super) fn create(&self) -> Result<()> {
         if let Some(root) = self.path.parent() {
             let mut builder = DirBuilder::new();
@@ -63,7 +63,7 @@ impl StateDirectory {
         }
     }
 
-    /// An error when it is there.
+    /// Fails if the directory exists.
     pub(super) fn expect_none(&self) -> Result<()> {
         if self.exists()? { Err(Failure::new(EXISTS)) } else { Ok(()) }
     }
@@ -72,8 +72,8 @@ impl StateDirectory {
         self.path.try_exists().context(|| format!("read {}", self.path.display()))
     }
 
-    /// Mounts the container's root, and what is mounted in it, where CRIU finds it: it wants a mount point that nothing
-    /// else is mounted over.
+    /// Mounts the container's root, with all mounts inside, for CRIU, which needs a mount point
+    /// under no other mount.
     pub(super) fn mount_root(&self, rootfs: &Path) -> Result<PathBuf> {
         let path = self.path.join(ROOT);
         DirBuilder::new().mode(0o700).create(&path).context(|| format!("make {}", path.display()))?;
@@ -86,7 +86,7 @@ impl StateDirectory {
     pub(super) fn unmount_root(&self) -> Result<()> {
         let path = self.path.join(ROOT);
         match rustix::mount::unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            // Not mounted, or not there.
+            // Not mounted, or missing.
             Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
             Err(error) => return Err(error).context(|| format!("unmount {}", path.display())),
         }
@@ -99,7 +99,7 @@ impl StateDirectory {
     }
 
     pub(super) fn remove(&self) -> Result<()> {
-        // First: what follows must not find the container's root below.
+        // First: the removal below must not find the container's root.
         self.unmount_root()?;
         match fs::remove_dir_all(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -109,20 +109,20 @@ impl StateDirectory {
         }
     }
 
-    /// Lets the process that waits at a socket in the directory go on. Not libcontainer's way, which is to go into the
-    /// directory: the shim may be the one who calls this.
+    /// Releases the process waiting at a socket in the directory. libcontainer would change into
+    /// the directory, but the caller may be the shim.
     pub(super) fn notify(&self, socket: &str) -> Result<()> {
         let notify = || -> io::Result<()> {
             let directory = File::open(&self.path)?;
-            // However long the path of the directory is, this one fits into an address.
+            // Short enough for an address, however long the directory's path is.
             let path = format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd());
             UnixStream::connect(path)?.write_all(b"start container")
         };
         notify().context(|| "tell the process to go on")
     }
 
-    /// A lock that the container's init inherits, and that is free when init has become the user's program, or is dead.
-    /// To be kept until init has been cloned.
+    /// Returns a lock for the container's init to inherit: free once init has become the user's
+    /// program, or is dead. Keep the lock until init has been cloned.
     pub(super) fn starting(&self) -> Result<File> {
         let path = self.path.join(STARTING);
         let lock = || -> io::Result<File> {
@@ -133,7 +133,7 @@ impl StateDirectory {
         lock().context(|| format!("lock {}", path.display()))
     }
 
-    /// Waits until init has become the user's program; false when it has not in time.
+    /// Waits until init has become the user's program; returns false at the deadline.
     pub(super) fn wait_started(&self) -> Result<bool> {
         let path = self.path.join(STARTING);
         let file = File::open(&path).context(|| format!("open {}", path.display()))?;
@@ -168,7 +168,7 @@ impl StateDirectory {
         self.write(INIT, &init)
     }
 
-    /// The container's init, if it is alive.
+    /// Returns the container's init, if alive.
     fn live_init(&self, state: &State) -> Result<Option<Identity>> {
         let Some(pid) = state.pid else { return Ok(None) };
         let init: Identity = self.read(INIT)?;
@@ -176,8 +176,8 @@ impl StateDirectory {
         Ok((init.pid.raw() == pid && is_alive).then_some(init))
     }
 
-    /// The state, and the init that it tells of; an error unless the container has one of these statuses and lives.
-    /// `action` is what is not done else: "exec in".
+    /// Returns the state and its init; fails unless the container is alive and has one of these
+    /// statuses. `action` names the refused action: "exec in".
     pub(super) fn expect(&self, action: &str, allowed: &[ContainerStatus]) -> Result<(State, Identity)> {
         if !self.exists()? {
             return Err(Failure::new("container does not exist"));
@@ -186,7 +186,7 @@ impl StateDirectory {
         let live = self.live_init(&state)?.filter(|_| state.status != ContainerStatus::Stopped);
         match live {
             Some(init) if allowed.contains(&state.status) => Ok((state, init)),
-            // runc's words: clients look for them.
+            // runc's message: clients look for it.
             Some(_) => Err(Failure::new(format!("cannot {action} a {} container", words(state.status)))),
             None => Err(Failure::new(format!("cannot {action} a stopped container"))),
         }
@@ -218,7 +218,7 @@ fn words(status: ContainerStatus) -> &'static str {
     }
 }
 
-/// Reads a file that somebody else may have written.
+/// Reads a file possibly written by others.
 pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let read = || -> io::Result<T> {
         let mut bytes = Vec::new();
@@ -244,7 +244,7 @@ mod tests {
         directory.save_state(&state).unwrap();
         let read = directory.state().unwrap();
         assert_eq!((read.status, read.pid, read.bundle), (ContainerStatus::Paused, Some(3), "/bundle".into()));
-        // libcontainer can read it too.
+        // libcontainer can read the file too.
         assert_eq!(State::load(directory.path()).unwrap().id, "one");
         directory.remove().unwrap();
         directory.remove().unwrap();

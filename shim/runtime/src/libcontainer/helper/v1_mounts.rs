@@ -1,9 +1,10 @@
 //! The cgroup v1 hierarchies inside a container.
 //!
-//! libcontainer would mount them for a mount of type `cgroup`, but it looks up its own pid, as the container's pid
-//! namespace has it, in the host's /proc: where a container joins another one's pid namespace, it finds some other
-//! process or none. So that mount is written out: a tmpfs, and a bind mount of the container's own directory for each
-//! hierarchy. What must wait until the container is there is in [`fixup`](super::fixup).
+//! For a mount of type `cgroup`, libcontainer would look up the calling process's pid in the host's
+//! /proc, with the number inside the container's pid namespace. A container in another one's pid
+//! namespace finds another process or none. So such a mount is written out: a tmpfs, and a bind
+//! mount of the container's own directory for each hierarchy. Later steps on the existing container
+//! are in [`fixup`](super::fixup).
 
 use std::path::{Path, PathBuf};
 
@@ -12,16 +13,17 @@ use oci_spec::runtime::{Mount, MountBuilder, Spec};
 
 use super::error::Result;
 
-/// A mount of all hierarchies that was written out, and what is left to do once the container is there.
+/// A written-out mount of all hierarchies, with the rest to do in the existing container.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Written {
     pub(super) destination: PathBuf,
     pub(super) read_only: bool,
-    /// Names of controllers that share a hierarchy, each with the hierarchy's: `cpu` in `cpu,cpuacct`.
+    /// Names of controllers in a shared hierarchy, each with the hierarchy's: `cpu` in
+    /// `cpu,cpuacct`.
     pub(super) links: Vec<(String, String)>,
 }
 
-/// Writes out the cgroup mounts of `spec`; on cgroup v2 there is nothing to do.
+/// Writes out the cgroup mounts of `spec`; does nothing on cgroup v2.
 pub(super) fn expand(spec: &mut Spec, place: &Place) -> Result<Vec<Written>> {
     let directories = place.v1_directories();
     let mut written = Vec::new();
@@ -55,8 +57,8 @@ fn links(hierarchy: &str) -> Vec<(String, String)> {
     names.filter(|&name| name != hierarchy).map(|name| (name.to_owned(), hierarchy.to_owned())).collect()
 }
 
-/// `directories`: name of each hierarchy, and the container's directory in it. All is writable here: the folders of the
-/// bind mounts have to be made in the tmpfs.
+/// Returns the mounts for `directories`: name of each hierarchy, and the container's directory
+/// inside. All are writable at first: the folders for the bind mounts are made in the tmpfs.
 fn write_out(mount: &Mount, directories: &[(String, PathBuf)]) -> Result<Vec<Mount>> {
     let build = |source: &Path, kind: &str, destination: PathBuf, options: &[&str]| {
         let options = options.iter().map(|&option| option.to_owned()).collect::<Vec<_>>();

@@ -1,4 +1,4 @@
-//! Execs: their input, their start beside other operations.
+//! Execs: input, and the start beside other operations.
 
 use super::*;
 
@@ -32,7 +32,7 @@ async fn input_that_ends_while_an_exec_is_started_ends_for_the_exec() {
 }
 
 #[tokio::test]
-async fn input_that_ends_before_an_exec_is_started_ends_for_every_try_to_start_it() {
+async fn input_closed_before_the_start_of_an_exec_stays_closed_for_every_attempt() {
     let bench = Bench::started("sleep 1000").await;
     let folder = stdio::tests::fifos();
     let stdin = folder.path().join("in");

@@ -1,4 +1,4 @@
-//! Requests that come early, late or twice, and clients that go away.
+//! Early, late and repeated requests, and clients that disconnect.
 
 use super::*;
 
@@ -64,7 +64,7 @@ async fn requests_for_a_container_that_could_not_be_made_are_not_found() {
 }
 
 #[tokio::test]
-async fn a_container_whose_client_has_gone_before_it_is_made_is_removed() {
+async fn a_container_is_removed_if_its_client_disconnects_during_the_creation() {
     let mut bench = Bench::new("sleep 1000").await;
     bench.hold().await;
     let service = Arc::clone(&bench.service);
@@ -75,12 +75,12 @@ async fn a_container_whose_client_has_gone_before_it_is_made_is_removed() {
     let _ = create.await;
     bench.let_go();
     assert_eq!(bench.told("delete").await, ["create", "exit c", "delete"]);
-    // Nobody knows of the shim: it ends though nobody tells it to.
+    // Nobody knows of the shim: it ends without a request.
     bench.exit.wait().await;
 }
 
 #[tokio::test]
-async fn a_container_goes_though_the_client_that_deletes_it_has_gone() {
+async fn a_deletion_finishes_after_its_client_has_disconnected() {
     let mut bench = Bench::started("exit 0").await;
     bench.wait("").await;
     bench.hold().await;
@@ -93,7 +93,7 @@ async fn a_container_goes_though_the_client_that_deletes_it_has_gone() {
     let _ = delete.await;
     bench.let_go();
     bench.told("delete").await;
-    // Nobody knows of the shim any more: it ends though nobody tells it to.
+    // Nobody knows of the shim any more: it ends without a request.
     bench.exit.wait().await;
 }
 

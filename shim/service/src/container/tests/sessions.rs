@@ -21,14 +21,14 @@ use tokio::task::JoinHandle;
 
 use super::{Bench, FakeRuntime, code, create_request, ctx};
 
-/// Restores run the script in the images.
+/// A conductor whose restores run the script in the images.
 pub(super) struct FakeConductor(pub(super) Arc<FakeRuntime>);
 
 impl FakeConductor {
     async fn step(&self, operation: Operation, phase: Phase, stop: &Stop) -> Result<(), Failed> {
         let failed = |cause| Failed { phase, cause, owed: None };
         self.0.step(operation).await.map_err(|error| failed(Failure::of(&error)))?;
-        // As a session, which looks between its steps.
+        // As a session does between steps.
         if stop.is_stopped() { Err(failed(Failure::new(stop.stopped().await))) } else { Ok(()) }
     }
 }
@@ -74,7 +74,7 @@ impl Bench {
         self.service.create(&ctx(), request).await.map(drop)
     }
 
-    /// A checkpoint that goes on until `let_go`.
+    /// Begins a checkpoint that lasts until `let_go`.
     async fn held_checkpoint_of_a_paused_container(&self, images: &Path) -> JoinHandle<ttrpc::Result<Empty>> {
         self.pause().await.unwrap();
         self.hold().await;
@@ -140,7 +140,7 @@ async fn a_failed_checkpoint_leaves_the_container_running() {
 }
 
 #[tokio::test]
-async fn only_what_runs_can_be_checkpointed() {
+async fn only_a_running_container_can_be_checkpointed() {
     let images = tempfile::tempdir().unwrap();
     let bench = Bench::created("exit 0").await;
     assert_eq!(code(bench.checkpoint(images.path(), None).await), Code::FAILED_PRECONDITION);
@@ -173,7 +173,7 @@ async fn a_container_paused_for_a_checkpoint_that_nobody_waits_for_runs_on() {
     assert_eq!(bench.status().await, ApiStatus::RUNNING);
 }
 
-/// A folder that is a checkpoint for the shim, and for the fake runtime runs `script`.
+/// Makes a folder that is a checkpoint for the shim, and for the fake runtime runs `script`.
 fn images_of(script: &str) -> TempDir {
     let images = tempfile::tempdir().unwrap();
     std::fs::write(images.path().join("script"), script).unwrap();
@@ -218,7 +218,7 @@ async fn a_container_that_was_never_restored_can_be_deleted() {
     assert_eq!(code(bench.delete("").await), Code::NOT_FOUND);
 }
 
-/// A restore that goes on until `let_go`.
+/// Begins a restore that lasts until `let_go`.
 async fn held_restore(bench: &Bench) -> (TempDir, JoinHandle<ttrpc::Result<()>>) {
     let images = images_of("sleep 1000");
     bench.create_from(images.path()).await.unwrap();
@@ -258,7 +258,7 @@ async fn a_client_that_goes_away_stops_its_restore() {
     start.abort();
     let _ = start.await;
     bench.let_go();
-    // The answer comes after the restore has ended.
+    // The answer comes after the end of the restore.
     bench.start("").await.unwrap();
     assert_eq!(bench.status().await, ApiStatus::RUNNING);
 }

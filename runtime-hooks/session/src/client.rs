@@ -155,7 +155,7 @@ impl Sessions {
         let undo = Order::Undo(Box::new(UndoOrder { checkpoint: order.clone() }));
         let mut lost = String::new();
         for _ in 0..MOST_SUCCESSORS {
-            let mut session = match self.start(&order.subject.id, &undo, None, Phase::Release, Duration::ZERO) {
+            let mut session = match self.start(&undo, None, Phase::Release, Duration::ZERO) {
                 Ok(session) => session,
                 Err(failure) => return Succession::Owes(phase::chain(&failure)),
             };
@@ -186,13 +186,12 @@ impl Sessions {
 
     fn start(
         &self,
-        container: &str,
         order: &Order,
         streams: Option<[OwnedFd; 3]>,
         first: Phase,
         patience: Duration,
     ) -> Result<Session, Failure> {
-        let started = spawn(&self.reaper, &self.program, container, streams);
+        let started = spawn(&self.reaper, &self.program, order, streams);
         let (process, socket) = started.map_err(|error| Failure::of(&error).within("cannot start a session"))?;
         let order = line(order).map_err(|error| Failure::of(&error).within("cannot word the order of a session"))?;
         Ok(Session {
@@ -222,7 +221,7 @@ impl Conductor for Sessions {
             return Err(failed(Phase::Freeze, cause));
         }
         let line = Order::Checkpoint(Box::new(order.clone()));
-        let session = self.start(&order.subject.id, &line, None, Phase::Freeze, patience);
+        let session = self.start(&line, None, Phase::Freeze, patience);
         let mut session = session.map_err(|cause| failed(Phase::Freeze, cause))?;
         match session.outcome(&stop).await {
             Ok(Report::Failed(failed)) => {
@@ -253,7 +252,7 @@ impl Conductor for Sessions {
         // Before anything can become this process's child: init stays a zombie until it is adopted, should it die.
         let adoption = self.reaper.adoption();
         let line = Order::Restore(Box::new(order.clone()));
-        let session = self.start(&order.subject.id, &line, streams, Phase::Inspect, Duration::ZERO);
+        let session = self.start(&line, streams, Phase::Inspect, Duration::ZERO);
         let mut session = session.map_err(|cause| failed(Phase::Inspect, cause))?;
         match session.outcome(&stop).await {
             Ok(Report::Restored { pid }) => match adoption.adopt(pid) {
@@ -457,19 +456,21 @@ fn line(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
 fn spawn(
     reaper: &Reaper,
     program: &Path,
-    container: &str,
+    order: &Order,
     streams: Option<[OwnedFd; 3]>,
 ) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = BlockingUnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let (log, log_of_session) = role::log_pipe()?;
     let mut command = SESSION.command(program, theirs.into(), log_of_session);
+    // For `ps`, and for the clean-up after a dead shim.
+    command.arg(order.kind()).arg(&order.subject().bundle);
     let streams = streams.into_iter().flatten();
     let mappings = streams.zip(sys::FIRST..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
     command.fd_mappings(mappings.collect()).map_err(io::Error::other)?;
     let process = reaper.spawn(&mut command)?;
     // The command holds this process's copies of the descriptors.
     drop(command);
-    tokio::spawn(role::forward(log, container.to_owned()));
+    tokio::spawn(role::forward(log, order.subject().id.clone()));
     Ok((process, UnixStream::from_std(ours)?))
 }

@@ -30,6 +30,7 @@ mod limits;
 mod machine;
 mod memory;
 mod order;
+mod orphans;
 mod process;
 mod restore;
 #[allow(unsafe_code)]
@@ -41,4 +42,5 @@ mod undo;
 pub use client::{Conductor, Restored, Sessions, Stop, StopGuard};
 pub use error::{Failed, SessionError};
 pub use order::{CheckpointOrder, NodeStore, RestoreOrder, Subject, UndoOrder};
+pub use orphans::end_restores;
 pub use process::{SESSION, session_main};

@@ -9,6 +9,7 @@ use runtime::Choice;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failed;
+use crate::orphans::RESTORES;
 
 /// The node's place for snapshots.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -104,12 +105,21 @@ pub(crate) enum Order {
 }
 
 impl Order {
-    /// Returns the id of the container.
-    pub(crate) fn id(&self) -> &str {
+    /// Returns the container.
+    pub(crate) fn subject(&self) -> &Subject {
         match self {
-            Self::Checkpoint(order) => &order.subject.id,
-            Self::Restore(order) => &order.subject.id,
-            Self::Undo(order) => &order.checkpoint.subject.id,
+            Self::Checkpoint(order) => &order.subject,
+            Self::Restore(order) => &order.subject,
+            Self::Undo(order) => &order.checkpoint.subject,
+        }
+    }
+
+    /// Returns the order's name in the arguments of its session.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Checkpoint(_) => "checkpoint",
+            Self::Restore(_) => RESTORES,
+            Self::Undo(_) => "undo",
         }
     }
 }

@@ -72,7 +72,7 @@ fn serve(order: Order, wire: Wire) -> io::Result<()> {
         Order::Restore(_) => Phase::Inspect,
         Order::Undo(_) => Phase::Release,
     };
-    let (observer, halts) = (reports.clone(), Halts::of(order.id()));
+    let (observer, halts) = (reports.clone(), Halts::of(&order.subject().id));
     halts.at(first);
     let timeline = Timeline::start(first).observed(Arc::new(move |phase| {
         observer.send(&Report::Began(phase));

@@ -223,6 +223,8 @@ fn features(choice: Choice) -> Result<Vec<u8>> {
 /// Removes the remains of a container: processes, cgroup, the runtime's state and mounts. `folder`
 /// holds the runtime choice.
 async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Result<()> {
+    let ended = session::end_restores(bundle)
+        .map_err(|err| Error::IoError { context: format!("end the restore of container {id}"), err });
     let deleted = match Choice::load(folder) {
         Ok(Some(choice)) => choice.runtime(reaper).delete(id).await.map_err(|error| failed(chain(&error))),
         // Without a choice the runtime never made anything; a mount may exist.
@@ -230,7 +232,7 @@ async fn clean_up(folder: &Path, bundle: &Path, id: &str, reaper: &Reaper) -> Re
         Err(err) => Err(Error::IoError { context: format!("read which runtime container {id} has"), err }),
     };
     rootfs::unmount(&bundle.join("rootfs"));
-    deleted
+    ended.and(deleted)
 }
 
 /// Returns true if the shim started in `bundle` still answers.

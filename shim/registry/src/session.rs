@@ -318,7 +318,7 @@ impl Session {
         let (registry, what) = (self.registry(), what.to_owned());
         let mut message = said(&body).map(|said| format!(" ({said})")).unwrap_or_default();
         if let Some(wait) = wait {
-            message += &format!(", and asks for {} s of peace", wait.as_secs());
+            message += &format!(", and asks for a pause of {} s", wait.as_secs());
         }
         Err(match status {
             StatusCode::UNAUTHORIZED => {
@@ -391,7 +391,7 @@ fn is_about_certificate(error: &(dyn std::error::Error + 'static)) -> bool {
     if matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))) {
         return true;
     }
-    // What an input error wraps is not its source.
+    // The wrapped error of an input error is not its source.
     let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     wrapped.is_some_and(|wrapped| is_about_certificate(wrapped)) || error.source().is_some_and(is_about_certificate)
 }

@@ -130,7 +130,7 @@ pub enum ConfigError {
     #[error("the config is larger than {DOCUMENT_LIMIT} bytes")]
     TooLarge,
     /// The config is not JSON, or a field is missing or of a wrong type.
-    #[error("the config is not understood")]
+    #[error("the config is not valid")]
     Json(#[source] serde_json::Error),
     /// The config is of a later version of gpusnap.
     #[error("the config is of version {found}, and this gpusnap knows {VERSION}: use a newer one")]

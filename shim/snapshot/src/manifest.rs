@@ -41,7 +41,7 @@ pub enum ManifestError {
     #[error("the manifest is larger than {DOCUMENT_LIMIT} bytes")]
     TooLarge,
     /// The manifest is not JSON, or a field is missing or of a wrong type.
-    #[error("the manifest is not understood")]
+    #[error("the manifest is not valid")]
     Json(#[source] serde_json::Error),
     /// The manifest is of another version of the image specification.
     #[error("the manifest is of schema version {found}, where {SCHEMA_VERSION} is known")]

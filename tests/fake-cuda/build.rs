@@ -6,7 +6,7 @@ use std::{env, fs, io};
 fn main() -> io::Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     let folder = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
-    // What `-lgcc_s` finds first: a linker script that names the static halves instead.
+    // The first match for `-lgcc_s`: a linker script that names the static halves instead.
     fs::write(folder.join("libgcc_s.so"), "GROUP ( -lgcc_eh -lgcc -lc )\n")?;
     println!("cargo:rustc-link-search=native={}", folder.display());
     Ok(())

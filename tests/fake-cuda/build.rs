@@ -1,4 +1,4 @@
-//! Links the unwinder into the library: containers without libgcc_s.so.1 load it too.
+//! Links the unwinder into the library, also for containers without libgcc_s.so.1.
 
 use std::path::PathBuf;
 use std::{env, fs, io};

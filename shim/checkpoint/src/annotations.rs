@@ -74,7 +74,7 @@ pub enum MemoryPlace {
 }
 
 impl Annotations {
-    /// Picks the known annotations, unchecked: each is checked when it is used.
+    /// Picks the known annotations, unchecked until their use.
     pub(crate) fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
         Self {

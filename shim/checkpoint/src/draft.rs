@@ -1,9 +1,9 @@
 //! A checkpoint being written: committed as a whole, or removed without a trace.
 //!
-//! containerd names an empty folder, or a folder chosen by the client with an earlier checkpoint in
-//! it. An empty folder receives the images directly, marked as incomplete by the [`Record`]. Beside
-//! an earlier checkpoint the images are written into a subfolder, and replace the earlier ones when
-//! they are complete.
+//! containerd names an empty folder, or a folder chosen by the client with an earlier checkpoint
+//! inside. An empty folder receives the images directly, marked as incomplete by the [`Record`].
+//! Beside an earlier checkpoint the images are written into a subfolder, and replace the earlier
+//! ones once complete.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};

@@ -26,8 +26,8 @@ pub struct SavedGpus {
 
 impl SavedGpus {
     /// Describes a suspended container; `None` without CUDA. `given` are the configuration's
-    /// devices. A configuration without a GPU leaves it to a hook: the nodes visible to the process
-    /// `init` are then the only source.
+    /// devices. If a hook brings the GPUs, the configuration has none, and the nodes visible to the
+    /// process `init` are the only source.
     #[must_use]
     pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;

@@ -1,4 +1,4 @@
-//! Folders of CRIU's logs. A bundle is removed with its container, and after a failed restore at
+//! Folders of CRIU's logs. A bundle is removed with the container, and after a failed restore at
 //! once: the logs have to stay readable.
 
 use std::fs::{DirBuilder, File};
@@ -62,7 +62,7 @@ impl LogFolder {
     }
 }
 
-/// Makes a folder, or uses an existing one, and takes its lock.
+/// Makes a folder, or uses an existing one, and takes the lock.
 fn make_locked(path: &Path) -> io::Result<File> {
     loop {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
@@ -95,7 +95,7 @@ fn is_at(folder: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Removes a folder, unless another operation holds its lock.
+/// Removes a folder, unless another operation holds the lock.
 fn remove_unused(path: &Path, folder: &File) -> io::Result<()> {
     match folder.try_lock() {
         Ok(()) if is_at(folder, path)? => std::fs::remove_dir_all(path),

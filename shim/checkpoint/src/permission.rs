@@ -80,7 +80,7 @@ pub fn registry(annotations: &Annotations, of_node: Option<&str>, said: Option<&
     annotations.registry().or_else(|| said.filter(within).or(of_node).map(str::to_owned))
 }
 
-/// Returns whether a repository is another, or below it. A tag or a digest may follow.
+/// Returns whether a repository is the other, or below the other. A tag or a digest may follow.
 fn is_within(repository: &str, other: &str) -> bool {
     let rest = repository.strip_prefix(other);
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '@']) || is_tag(rest))

@@ -64,7 +64,7 @@ pub enum FolderError {
         /// The record's version.
         found: u32,
     },
-    /// A file of the checkpoint is a link or a device: it would lead a restore to other files.
+    /// A file of the checkpoint is a link or a device, and would lead a restore to other files.
     #[error("{path} is not a regular file")]
     NotAFile {
         /// The file.
@@ -180,7 +180,7 @@ fn put_in_place(folder: &Path) -> io::Result<()> {
     std::fs::rename(folder.join(NEXT), folder.join(FILE))
 }
 
-/// A folder with a whole checkpoint, according to its record.
+/// A folder with a whole checkpoint, according to the record.
 #[derive(Debug)]
 pub struct Folder {
     /// Properties of the images.

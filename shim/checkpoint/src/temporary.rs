@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 /// Prefix of the folders' names; digits follow (`os.MkdirTemp`).
 const PREFIX: &str = "ctrd-checkpoint";
 
-/// Removes `folder` if its name and place are those of containerd's folders. Any other folder is
-/// left alone.
+/// Removes `folder` if the name and place match containerd's folders. Any other folder is left
+/// alone.
 pub fn remove_if_containerds(folder: &Path) {
     if !is_containerds(folder, &places()) {
         return;

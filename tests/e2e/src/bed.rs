@@ -23,7 +23,7 @@ type SharedBeds = HashMap<Target, Result<Arc<Bed>, String>>;
 
 static SHARED: Mutex<Option<SharedBeds>> = Mutex::new(None);
 
-/// The test bed's notes about its containerds.
+/// The test bed's notes about running containerds.
 const INSTANCES: &str = "/run/gpusnap-testbed/instances";
 
 /// Folder of containerd 2.4's programs in the test bed; those of 2.1 are Debian's.
@@ -58,7 +58,7 @@ impl Bed {
         Cmd::new("testbed").args(args).stdin_null().ok()
     }
 
-    /// Starts a containerd that finds the target's shim first in its PATH.
+    /// Starts a containerd with the target's shim first in the PATH.
     pub fn start(&self) -> Result<()> {
         let mut args = vec!["start", &self.name, "--containerd", self.target.containerd.version()];
         let folder = shim_folder(self.target.shim)?.map(|folder| folder.to_string_lossy().into_owned());
@@ -123,19 +123,19 @@ impl Bed {
         text.split_whitespace().next().unwrap_or_default().parse().with_context(|| format!("a pid in {text:?}"))
     }
 
-    /// Kills containerd with SIGKILL and starts it again; containers are left alone.
+    /// Kills containerd with SIGKILL and starts containerd again; containers are left alone.
     pub fn restart(&self) -> Result<()> {
         self.testbed(&["restart", &self.name]).map(drop)
     }
 
-    /// Kills containerd with SIGKILL; [`Bed::start`] brings it back.
+    /// Kills containerd with SIGKILL, until [`Bed::start`].
     pub fn kill_containerd(&self) -> Result<()> {
         let pid = self.containerd_pid()?;
         proc::kill(pid)?;
         proc::gone(pid)
     }
 
-    /// Stops containerd and removes its data.
+    /// Stops containerd and removes all data.
     pub fn stop(&self) -> Result<()> {
         self.testbed(&["stop", &self.name]).map(drop)
     }
@@ -148,7 +148,7 @@ pub fn leaks() -> Result<BTreeSet<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// A folder with our binary under the target's name for it.
+/// A folder with our binary under the target's name.
 fn shim_folder(shim: Shim) -> Result<Option<PathBuf>> {
     if !shim.is_ours() {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! A test and its exceptions: targets without the test.
+//! A test, with exceptions: targets without the test.
 
 use std::fmt;
 
@@ -27,7 +27,7 @@ pub enum Except {
     Target(Target),
 }
 
-/// Builds a [`Case`] named like its function.
+/// Builds a [`Case`] with the function's name.
 #[macro_export]
 macro_rules! case {
     ($body:ident) => {

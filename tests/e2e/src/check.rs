@@ -1,4 +1,4 @@
-//! Expectations of tests, and waits for them.
+//! Expectations and waits of tests.
 
 use std::fmt::Write as _;
 use std::thread::sleep;

@@ -1,4 +1,4 @@
-//! Client commands. At its deadline a command's whole process group is killed: a hanging shim fails
+//! Client commands. At the deadline a command's whole process group is killed: a hanging shim fails
 //! one test instead of stopping the suite.
 
 use std::io::{Read, Write};
@@ -137,7 +137,7 @@ impl Cmd {
         std::iter::once(&self.program).chain(&self.args).map(String::as_str).collect::<Vec<_>>().join(" ")
     }
 
-    /// Runs the command to its end, at any exit code. An error means a failed start or a missed
+    /// Runs the command to the end, at any exit code. An error means a failed start or a missed
     /// deadline.
     pub fn run(self) -> Result<Output> {
         self.spawn()?.wait()

@@ -33,7 +33,7 @@ impl<'a> Cri<'a> {
         bed.client("crictl").args(&["--timeout", "60s", "--runtime-endpoint", &endpoint]).args(args)
     }
 
-    /// `crictl runp --runtime HANDLER`, with these changes to the pod's config.
+    /// `crictl runp --runtime HANDLER`, with changes to the pod's config.
     pub fn pod(self, changes: &Value) -> Result<Pod<'a>> {
         let name = self.test.id("pod");
         let logs = self.test.folder()?.join("logs");
@@ -102,7 +102,7 @@ impl<'a> Cri<'a> {
 }
 
 impl Pod<'_> {
-    /// Creates and starts a container with this script, and with these changes to the config.
+    /// Creates and starts a container with this script, and with changes to the config.
     pub fn start(&self, role: &str, script: &str, changes: &Value) -> Result<String> {
         let id = self.create(role, script, changes)?;
         self.cri.cmd(&["start", &id]).ok()?;

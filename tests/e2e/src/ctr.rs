@@ -61,7 +61,7 @@ impl<'a> Ctr<'a> {
         self.cmd().arg("run").args(&self.runtime()).args(options).args(&["--config", config, id])
     }
 
-    /// Writable copy of the image's files in a folder of the test, for specs with their own root.
+    /// Writable copy of the image's files in a folder of the test, for specs with a separate root.
     pub fn rootfs(&self) -> Result<String> {
         let folder = self.test.folder()?.join(self.test.id("root"));
         std::fs::create_dir_all(&folder)?;
@@ -84,7 +84,7 @@ impl<'a> Ctr<'a> {
         Ok(spec)
     }
 
-    /// Runs a spec to its end.
+    /// Runs a spec to the end.
     pub fn run_value(&self, spec: &Value) -> Result<Output> {
         let file = self.test.file(&format!("{}.json", self.test.id("spec")), spec.to_string())?;
         self.run_spec(&self.test.id("c"), &["--rm"], &file).run()
@@ -96,7 +96,7 @@ impl<'a> Ctr<'a> {
         self.run_spec(id, &["--detach", "--null-io"], &file).ok().map(drop)
     }
 
-    /// Starts a container in the background, without its output.
+    /// Starts a container in the background, without output.
     pub fn start(&self, id: &str, options: &[&str], argv: &[&str]) -> Result<()> {
         let options = [&["--detach", "--null-io"], options].concat();
         self.run(id, &options, argv).ok().map(drop)
@@ -119,7 +119,7 @@ impl<'a> Ctr<'a> {
         self.task(&["checkpoint"]).args(options).arg(id)
     }
 
-    /// Removes the images of `ctr task checkpoint`: their names have whole seconds, so that two in
+    /// Removes the images of `ctr task checkpoint`: the names have whole seconds, so that two in
     /// one second collide.
     pub fn remove_checkpoints(&self, id: &str) -> Cmd {
         let ctr = self.cmd().line();
@@ -140,7 +140,7 @@ impl<'a> Ctr<'a> {
         self.cmd().args(&["container", "restore", "--live", "--rw", id, image])
     }
 
-    /// Checkpoints a container, removes it, and restores it under another id (or the same).
+    /// Checkpoints and removes a container, and restores it under another id (or the same).
     pub fn moves(&self, id: &str, to: &str) -> Result<()> {
         let image = self.test.id("checkpoint");
         self.checkpoint(id, &image).ok()?;

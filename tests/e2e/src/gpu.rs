@@ -1,4 +1,4 @@
-//! GPUs of a test's containers: real ones, or those of the simulated driver (tests/fake-cuda).
+//! GPUs of a test's containers: real or simulated ones (tests/fake-cuda).
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -21,7 +21,7 @@ const PROGRAM: &str = "tests/programs";
 /// `ID.PHASE`.
 pub const HALTS: &str = "/run/e2e/halts";
 
-/// Returns containerd's environment: the halts of sessions, and the simulated driver for its shims.
+/// Returns containerd's environment: the halts of sessions, and the simulated driver for shims.
 pub(crate) fn environment() -> Vec<String> {
     let halts = format!("GPUSNAP_TEST_HALTS={HALTS}");
     let Some(folder) = simulated() else { return vec![halts] };
@@ -46,7 +46,8 @@ const COMMAND: [&str; 4] = ["python3", "/opt/programs/gpu.py", "--log", "/dev/sh
 /// Nodes that every GPU needs.
 const COMMON: [&str; 2] = ["/dev/nvidiactl", "/dev/nvidia-uvm"];
 
-/// The driver's libraries: their folder, their folder in containers, and the loader's folder there.
+/// The driver's libraries: the folder here, the folder in containers, and the loader's folder
+/// there.
 struct Driver {
     source: PathBuf,
     target: String,
@@ -180,7 +181,7 @@ impl<'a> Gpu<'a> {
         self.computes(id)
     }
 
-    /// Starts the program in a container of nerdctl's, with these further options. Returns the id.
+    /// Starts the program in a container of nerdctl's, with further options. Returns the id.
     pub fn start_by_nerdctl(&self, name: &str, options: &[&str], arguments: &[&str]) -> Result<String> {
         // The same options except for the syntax of mounts.
         let own = self.options.iter().map(|option| option.replace(",options=rbind:ro", ",readonly"));

@@ -42,7 +42,7 @@ impl<'a> Nerdctl<'a> {
         self.cmd(&fixed).args(network).args(options).arg(image).args(argv)
     }
 
-    /// Runs a container to its end and returns the output.
+    /// Runs a container to the end and returns the output.
     pub fn prints(&self, options: &[&str], script: &str) -> Result<String> {
         let name = self.test.id("once");
         let options = [&["--rm"], options].concat();
@@ -71,8 +71,7 @@ impl<'a> Nerdctl<'a> {
         }
     }
 
-    /// `nerdctl checkpoint create` in a folder of the test: the files are in its subfolder of that
-    /// name.
+    /// `nerdctl checkpoint create` in a folder of the test, in the subfolder of that name.
     pub fn checkpoint(&self, name: &str, checkpoint: &str, options: &[&str]) -> Result<Cmd> {
         let folder = self.checkpoints()?.to_string_lossy().into_owned();
         let create = ["checkpoint", "create", "--checkpoint-dir", &folder];
@@ -85,9 +84,9 @@ impl<'a> Nerdctl<'a> {
         Ok(self.cmd(&["start", "--checkpoint-dir", &folder, "--checkpoint", checkpoint, name]))
     }
 
-    /// `nerdctl start --checkpoint` until it succeeds. nerdctl packs the files anew. If the result
-    /// is the same blob that `checkpoint create` made and released, the garbage collector may take
-    /// the blob before its use.
+    /// `nerdctl start --checkpoint` until a success. nerdctl packs the files anew. If the result is
+    /// the same blob that `checkpoint create` made and released, the garbage collector may take the
+    /// blob before its use.
     pub fn restored(&self, name: &str, checkpoint: &str) -> Result<()> {
         eventually(&format!("{name} to start from {checkpoint}"), || {
             let out = self.restore(name, checkpoint)?.run()?;

@@ -17,13 +17,13 @@ pub fn read(pid: u32, file: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// A line of `/proc/PID/status`, without its name.
+/// A line of `/proc/PID/status`, without the name.
 pub fn status(pid: u32, field: &str) -> Result<String> {
     let text = read(pid, "status")?;
     status_line(&text, field)
 }
 
-/// A line of a printed `status`, without its name.
+/// A line of a printed `status`, without the name.
 pub fn status_line(text: &str, field: &str) -> Result<String> {
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     Ok(line.with_context(|| format!("no {field} in {text:?}"))?.trim().to_owned())
@@ -80,7 +80,7 @@ pub fn all() -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// All processes of this name, or with it as their first argument.
+/// All processes of this name, or of this first argument.
 pub fn acting_as(role: &str) -> Vec<u32> {
     let is_it = |pid: &u32| {
         read(*pid, "comm").is_ok_and(|name| name.trim() == role) || cmdline(*pid).split(' ').nth(1) == Some(role)

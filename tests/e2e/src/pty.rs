@@ -78,7 +78,7 @@ impl Pty {
         set_size(&self.master, rows, cols)
     }
 
-    /// Kills the client at once, as when its terminal's machine goes away.
+    /// Kills the client at once, as for a terminal on a lost machine.
     pub fn vanish(mut self) -> Result<()> {
         kill_process(self.pid()?, Signal::KILL)?;
         self.child.wait()?;

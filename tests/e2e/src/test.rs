@@ -92,12 +92,12 @@ impl Test {
     }
 
     /// Registers a command for the end of the test, in any case; the latest runs first. The command
-    /// may fail: most tests remove their containers themselves.
+    /// may fail: most tests remove their containers already.
     pub fn at_end(&self, cmd: Cmd) {
         self.undo.borrow_mut().push(cmd.stdin_null());
     }
 
-    /// Notes an id that clients gave to a part of this test, to find its lines in the log.
+    /// Notes an id that clients gave to a part of this test, for a search in the log.
     pub fn note_id(&self, id: &str) {
         self.ids.borrow_mut().push(id.to_owned());
     }

@@ -1,8 +1,8 @@
-//! The page shared by a process with CUDA and its callers: one request at a time, one answer.
+//! The page shared by a process with CUDA and callers: one request at a time, one answer.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
-/// Name of the memfd; in maps it reads `/memfd:fake-cuda-control (deleted)`.
+/// Name of the memfd; in maps: `/memfd:fake-cuda-control (deleted)`.
 pub(crate) const NAME: &str = "fake-cuda-control";
 
 /// Value of `Control::magic` once the page is ready. The last digits are the version of the layout.
@@ -51,7 +51,7 @@ impl Operation {
     }
 }
 
-/// UUIDs of an old GPU and its substitute.
+/// UUIDs of an old GPU and the substitute.
 pub(crate) type Pair = ([u8; 16], [u8; 16]);
 
 /// The shared page. All fields are zero at first.
@@ -82,7 +82,7 @@ pub(crate) struct Control {
     pub(crate) pairs: [[AtomicU64; 4]; MAX_DEVICES],
 }
 
-/// Size of the memfd and of its mappings.
+/// Size of the memfd and of the mappings.
 pub(crate) const SIZE: usize = 4096;
 const _: () = assert!(size_of::<Control>() <= SIZE);
 
@@ -136,7 +136,7 @@ impl Control {
         (self.request.load(SeqCst) & !1).wrapping_add(2)
     }
 
-    /// The request with this number, unless it is incomplete or no longer the present one.
+    /// The request with this number, unless incomplete or no longer the present one.
     pub(crate) fn read(&self, number: u32) -> Option<Request> {
         use std::sync::atomic::Ordering::SeqCst;
         let mut pairs = [Pair::default(); MAX_DEVICES];

@@ -6,8 +6,8 @@ use crate::code::{Code, Result};
 use crate::node;
 use crate::sys::memory::{PAGE, Region};
 
-/// Lengths of the mappings of a GPU's node, in pages. As with the real driver, children inherit
-/// them.
+/// Lengths of the mappings of a GPU's node, in pages. As with the real driver, children inherit the
+/// mappings.
 const MAPPINGS: [usize; 4] = [1, 2, 16, 4];
 
 /// Number of descriptors of a GPU's node, beside one of /dev/nvidiactl.
@@ -54,7 +54,7 @@ impl Common {
     }
 }
 
-/// A GPU known to cuDeviceGet. Its place in the list is its ordinal, for ever; a restore on another
+/// A GPU known to cuDeviceGet. The place in the list is the ordinal, for ever; a restore on another
 /// GPU changes minor number and UUID.
 pub(crate) struct Device {
     pub(crate) minor: u32,

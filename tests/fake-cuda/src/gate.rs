@@ -1,4 +1,4 @@
-//! The CUDA lock: while closed, calls wait before they begin. The gate closes only after all calls
+//! The CUDA lock: while closed, calls wait at their begin. The gate closes only after all calls
 //! have ended, so the state is at rest then, whatever becomes of the waiting threads.
 
 use std::sync::atomic::AtomicU32;
@@ -36,8 +36,9 @@ impl Gate {
         }
     }
 
-    /// Keeps further calls out, and waits for those in progress until `give_up` returns true.
-    /// Returns whether the gate is closed without a call in progress; otherwise it is open again.
+    /// Keeps further calls out, and waits for calls in progress until `give_up` returns true.
+    /// Returns whether the gate is closed without a call in progress, and otherwise opens the gate
+    /// again.
     pub(crate) fn close(&self, mut give_up: impl FnMut() -> bool) -> bool {
         self.closed.store(1, SeqCst);
         loop {

@@ -1,8 +1,8 @@
-//! Modules, as far as the names in their PTX text, and the kernels with an effect here.
+//! Modules, as far as the names in the PTX text, and the kernels with an effect here.
 
 use crate::code::{Code, Result};
 
-/// A kernel by its name.
+/// A kernel by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     /// `spin(u64 nanoseconds)`: keeps the device busy.
@@ -53,7 +53,7 @@ pub(crate) fn entries(ptx: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The kernel of that name; a name without an effect here is refused, even if it is in the text.
+/// The kernel of that name; a name in the text without an effect here is refused, too.
 pub(crate) fn find(names: &[String], name: &str) -> Result<Kernel> {
     if !names.iter().any(|known| known == name) {
         return Err(Code::NOT_FOUND);

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use crate::control::MAX_DEVICES;
 use crate::sys::os;
 
-/// The simulated driver: its release, and the CUDA version as a number.
+/// The simulated driver: the release, and the CUDA version as a number.
 pub(crate) const DRIVER: &str = "580.159.04\0";
 pub(crate) const CUDA_VERSION: i32 = 13_000;
 
@@ -26,7 +26,7 @@ fn folder() -> &'static str {
     FOLDER.get_or_init(|| env::var("FAKE_CUDA_DEV").unwrap_or_else(|_| "/dev".to_owned()))
 }
 
-/// The machine's name in the environment; it moves with the program.
+/// The machine's name in the environment, which moves with the program.
 fn host_variable() -> Option<&'static str> {
     static HOST: OnceLock<Option<String>> = OnceLock::new();
     HOST.get_or_init(|| env::var("FAKE_CUDA_HOST").ok()).as_deref()
@@ -95,7 +95,7 @@ pub(crate) fn minors() -> impl Iterator<Item = u32> {
     0..u32::try_from(MAX_DEVICES).unwrap_or(0)
 }
 
-/// Minor numbers of existing nodes, even if they cannot be opened.
+/// Minor numbers of existing nodes, even of those without access.
 pub(crate) fn existing() -> Vec<u32> {
     minors().filter(|minor| Path::new(folder()).join(format!("nvidia{minor}")).exists()).collect()
 }
@@ -123,7 +123,7 @@ fn uuid_on(host: &[u8], minor: u32) -> [u8; 16] {
     uuid
 }
 
-/// `GPU-` and the UUID in its usual form.
+/// `GPU-` and the UUID in the usual form.
 pub(crate) fn uuid_text(uuid: &[u8; 16]) -> String {
     let mut text = "GPU-".to_owned();
     for (at, byte) in uuid.iter().enumerate() {

@@ -28,7 +28,7 @@ pub(crate) struct Allocation {
     pub(crate) place: Place,
 }
 
-/// A context; its handle is its place in the list plus one.
+/// A context; the handle is the place in the list plus one.
 pub(crate) struct Context {
     pub(crate) device: usize,
     pub(crate) primary: bool,
@@ -79,7 +79,7 @@ pub(crate) fn lock() -> Guard {
 }
 
 impl State {
-    /// The allocation with `length` bytes at `pointer`, and their offset in it.
+    /// The allocation with `length` bytes at `pointer`, and the offset in the allocation.
     pub(crate) fn find(&self, pointer: u64, length: usize) -> Result<(Allocation, usize)> {
         let address = usize::try_from(pointer).map_err(|_| Code::INVALID_VALUE)?;
         let inside = |allocation: &&Allocation| {
@@ -99,8 +99,7 @@ impl State {
         self.allocations.iter().filter(of_device).map(|allocation| allocation.region.length() as u64).sum()
     }
 
-    /// Takes pending work off the device's list and does it. Only for a device that is no longer
-    /// busy.
+    /// Does the pending work of the device. Only for a device that is no longer busy.
     pub(crate) fn settle(&mut self) {
         self.busy_until = 0;
         for at in 0..self.work.len() {

@@ -291,8 +291,8 @@ impl Server {
     }
 }
 
-/// The options in the file named by FAKE_CUDA_FILE, which replace those of FAKE_CUDA; `None`
-/// without such a file.
+/// The options in the file named by FAKE_CUDA_FILE, in the place of FAKE_CUDA's; `None` without
+/// such a file.
 fn options_in(file: &CStr, buffer: &mut [u8]) -> Option<Options> {
     let file = os::open(file, false)?;
     let text = str::from_utf8(os::read(file.as_fd(), buffer)).unwrap_or("not text");

@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 
 use common::{CHECKPOINTED, Machine, eventually};
 
-/// The program, and its output file.
+/// The program, and the output file.
 struct Python {
     child: Child,
     log: PathBuf,

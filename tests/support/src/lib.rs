@@ -45,12 +45,12 @@ pub struct Program {
     values: u64,
     delivered: u64,
     memory: File,
-    /// File and content that thaw the program so that it can die.
+    /// File and content that thaw the program, so that a kill works.
     thaw: RefCell<Option<(PathBuf, &'static str)>>,
 }
 
 impl Program {
-    /// Starts a program, and waits for all its threads.
+    /// Starts a program, and waits for all threads.
     pub fn play(name: &str) -> Self {
         Self::start(name, Command::new(own()))
     }
@@ -62,7 +62,7 @@ impl Program {
         Self::start(name, command)
     }
 
-    /// Starts a program in its own user and mount namespaces.
+    /// Starts a program in separate user and mount namespaces.
     pub fn play_apart(name: &str) -> Self {
         let mut command = Command::new("unshare");
         command.args(["--user", "--map-root-user", "--mount", "--net"]).arg(own());
@@ -155,7 +155,7 @@ impl Drop for Program {
     }
 }
 
-/// A cgroup with a freezer, removed when dropped: make it before the programs in it.
+/// A cgroup with a freezer, removed when dropped: make the cgroup before the programs.
 pub struct Freezer {
     directory: PathBuf,
     control: (&'static str, &'static str, &'static str),
@@ -226,7 +226,7 @@ impl Drop for Freezer {
     }
 }
 
-/// Waits for a condition, and fails without it.
+/// Waits for a condition, and fails otherwise.
 pub fn await_that(what: &str, mut is: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !is() {
@@ -261,7 +261,7 @@ fn role_command(test: &str, argument: &str) -> Command {
     command
 }
 
-/// The argument of this process's role; `None` in a run of the tests. The role ends with its
+/// The argument of this process's role; `None` in a run of the tests. The role ends with the
 /// parent.
 pub fn role() -> Option<String> {
     let argument = std::env::var(ROLE).ok()?;
@@ -291,7 +291,7 @@ fn count(number: usize) {
     VALUES[number].fetch_add(1, Ordering::Relaxed);
 }
 
-/// The thread of a driver: it takes no signals.
+/// The thread of a driver, which takes no signals.
 fn drivers_thread() {
     drivers_thread_that(|| {});
 }
@@ -335,7 +335,7 @@ fn many_of_the_program() -> ! {
     }
 }
 
-/// Sends a signal to the driver's thread of a process, which polls for it.
+/// Sends a signal to the driver's thread of a process; the thread polls for the signal.
 pub fn tell_driver(pid: i32) {
     let mut tids = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap());
     let is_driver = |entry: &fs::DirEntry| fs::read(entry.path().join("comm")).unwrap() == b"cuda0123456789a\n";
@@ -397,8 +397,8 @@ fn open_in(directory: &str, name: &str) -> File {
     File::options().read(true).write(true).open(file).unwrap()
 }
 
-/// Plays a program, or nothing in a run of the tests. It runs before `main`, in the first thread
-/// and without other threads: the tests' `main` runs tests in another thread.
+/// Plays a program, or nothing in a run of the tests. The play runs before `main`, in the first
+/// thread and without other threads: the tests' `main` runs tests in another thread.
 fn play() {
     let Ok(play) = std::env::var(PLAY) else { return };
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();

@@ -38,7 +38,7 @@ pub fn end_thread() -> ! {
     }
 }
 
-/// Sleeps in one system call, restarted by the kernel if necessary. `false` if it was interrupted.
+/// Sleeps in one system call, restarted by the kernel if necessary. `false` after an interruption.
 pub fn sleep_once(milliseconds: i64) -> bool {
     let time = libc::timespec { tv_sec: milliseconds / 1000, tv_nsec: milliseconds % 1000 * 1_000_000 };
     // SAFETY: the time lives on this stack until the call returns, and nothing is written.
@@ -60,7 +60,7 @@ pub fn signal_thread(pid: i32, tid: i32, signal: libc::c_int) -> io::Result<()> 
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Returns whether a signal waits for the process or the calling thread, which blocks it.
+/// Returns whether a signal waits for the process or the calling thread, which blocks the signal.
 pub fn is_pending(signal: libc::c_int) -> bool {
     let mut signals = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
     // SAFETY: a set of signals is written to a place for one.
@@ -90,7 +90,7 @@ pub fn filter(number: i64, action: u32) {
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }
 
-/// Computes with values in registers, and compares them with the expected ones.
+/// Computes with values in registers, and compares the results with the expected ones.
 pub fn compute() -> ! {
     let pattern: [u8; 64] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default() ^ 0xa5);
     loop {
@@ -177,7 +177,7 @@ pub fn exit(code: libc::c_int) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Gives the calling thread a stack for signal handlers; returns its address.
+/// Gives the calling thread a stack for signal handlers; returns the address.
 pub fn set_alternate_stack() -> usize {
     let memory = Box::leak(Box::new([0_u8; 65536]));
     let stack = libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: memory.len() };

@@ -1,8 +1,8 @@
 //! Contents of a container's `/dev/shm` from outside: a pod's, or a volume in memory.
 //!
-//! CRIU takes such a mount for external and does not save its files, although processes map them: a
-//! restore without the files fails, or finds them empty. A `/dev/shm` of the container alone is
-//! left to CRIU.
+//! CRIU takes such a mount for external and does not save the files in it, although processes map
+//! them. A restore without the files fails, or finds empty ones. A `/dev/shm` of the container
+//! alone is left to CRIU.
 //!
 //! Other containers of the pod run on meanwhile, and may be hostile: they may exchange a folder for
 //! a link while this process, root on the host, looks at it. So the kernel never resolves a path

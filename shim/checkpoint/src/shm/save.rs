@@ -33,8 +33,7 @@ pub(super) fn save(tree: &Tree, archive: &mut tar::Builder<impl io::Write>) -> i
     Ok(())
 }
 
-/// Adds an entry other than a folder. Sockets are left out, as nobody listens at them any more; so
-/// are devices.
+/// Adds an entry other than a folder. Sockets, without a listener now, and devices are left out.
 fn append(
     archive: &mut tar::Builder<impl io::Write>,
     path: &Path,
@@ -80,7 +79,7 @@ fn header(stat: &Stat, kind: tar::EntryType) -> tar::Header {
     header
 }
 
-/// Adds a file with its length at the time of opening, even if it is shortened meanwhile.
+/// Adds a file with the length at the time of opening, even if shortened meanwhile.
 pub(super) fn append_file(archive: &mut tar::Builder<impl io::Write>, path: &Path, file: &File) -> io::Result<()> {
     /// Unit of `st_blocks`.
     const BLOCK: u64 = 512;

@@ -42,7 +42,7 @@ impl Parameters {
     }
 }
 
-/// Name without a version at its end, as known to cuGetProcAddress.
+/// Name without a trailing version, as known to cuGetProcAddress.
 fn unversioned(name: &str) -> &str {
     match name.rsplit_once("_v") {
         Some((plain, version)) if version.bytes().all(|byte| byte.is_ascii_digit()) => plain,

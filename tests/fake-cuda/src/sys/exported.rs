@@ -48,7 +48,7 @@ impl<T> Out<T> {
 }
 
 impl Out<c_char> {
-    /// Writes a C string into a buffer of `length` bytes; `short` if it does not fit.
+    /// Writes a C string into a buffer of `length` bytes; `short` if the buffer is too small.
     pub(super) fn set_text(&self, text: &str, length: usize, short: Code) -> Result<()> {
         let bytes = text.trim_end_matches('\0').as_bytes();
         if bytes.len() >= length {
@@ -94,8 +94,8 @@ pub(super) struct Symbol(pub(super) *const c_void);
 // SAFETY: an address of code, which every thread may know.
 unsafe impl Sync for Symbol {}
 
-/// Defines exported functions with bodies that return a `Result`; with `table NAME` also a list of
-/// them by name.
+/// Defines exported functions with bodies that return a `Result`; with `table NAME` also a list by
+/// name.
 macro_rules! exports {
     (table $table:ident; $report:path; $($name:ident $arguments:tt $body:block)*) => {
         exports! { $report; $($name $arguments $body)* }

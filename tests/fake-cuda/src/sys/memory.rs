@@ -72,8 +72,8 @@ impl Region {
         map(None, pages(length)?, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
     }
 
-    /// Ordinary memory that the kernel does not join with its neighbours: maps show it with its own
-    /// size, between two pages without access.
+    /// Ordinary memory that the kernel does not join with neighbours: maps show the exact size,
+    /// between two pages without access.
     pub(crate) fn alone(length: usize) -> Result<Self> {
         let length = pages(length)?;
         let around = length.checked_add(2 * PAGE).ok_or(Code::OUT_OF_MEMORY)?;
@@ -186,7 +186,7 @@ pub(crate) struct ControlPage {
 }
 
 impl ControlPage {
-    /// Makes the page of this process, and the memfd by which others find it.
+    /// Makes the page of this process, and the memfd by which others find the page.
     pub(crate) fn create() -> Result<(Self, OwnedFd)> {
         let memory = memfd(CONTROL, control::SIZE)?;
         let region = map(None, control::SIZE, READ_WRITE, libc::MAP_SHARED, memory.as_raw_fd())?;
@@ -194,7 +194,7 @@ impl ControlPage {
         Ok((Self { region }, memory))
     }
 
-    /// Maps the page of another process, by its memfd.
+    /// Maps the page of another process, by memfd.
     pub(crate) fn open(memory: &File) -> Result<Self> {
         let length = memory.metadata().map_err(|_| Code::OPERATING_SYSTEM)?.len();
         if length < control::SIZE as u64 {

@@ -88,7 +88,7 @@ pub(crate) fn complain(message: &str) {
     unsafe { libc::write(2, message.as_ptr().cast::<c_void>(), message.len()) };
 }
 
-/// A lock on one byte of a file, owned by the open file: it ends with the last descriptor.
+/// A lock on one byte of a file, owned by the open file until the last descriptor closes.
 fn byte(offset: u64, kind: c_int) -> libc::flock {
     // SAFETY: a struct of integers.
     let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };

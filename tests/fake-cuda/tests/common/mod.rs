@@ -102,7 +102,7 @@ impl Machine {
         Call { child: command.spawn().unwrap() }
     }
 
-    /// Makes a call and returns its CUresult.
+    /// Makes a call and returns the CUresult.
     pub(crate) fn call(&self, arguments: &str) -> u32 {
         self.begin(arguments).result()
     }
@@ -161,7 +161,7 @@ impl Drop for Call {
     }
 }
 
-/// A program with a GPU; it ends with the test.
+/// A program with a GPU, killed at the end of the test.
 pub(crate) struct Program {
     child: Child,
     input: Option<ChildStdin>,

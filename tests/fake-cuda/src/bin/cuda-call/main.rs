@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Makes the call, prints a line about it and returns the result.
+/// Makes the call, prints a line and returns the result.
 fn call(arguments: &[&str]) -> Result<u32, String> {
     let (operation, pid, rest) = match arguments {
         ["gpus"] => return gpus(),

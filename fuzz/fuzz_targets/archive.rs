@@ -11,14 +11,14 @@ use tar::EntryType;
 
 const BLOCK: usize = 512;
 
-/// One for all inputs; what an input brings in is taken out again. `run` removes it.
+/// The store of all inputs; each input's content is removed again. `run` removes the store.
 static STORE: LazyLock<Store> = LazyLock::new(|| {
     let folder = tempfile::tempdir().expect("a folder can be made").keep();
     Store::open(&folder.join("store")).expect("a new store can be made")
 });
 
 fuzz_target!(|data: &[u8]| {
-    // A zero, and then what an archive is made of; anything else is one.
+    // A zero begins the parts of an archive; any other byte begins an archive.
     let archive = if let Some((0, data)) = data.split_first() { composed(data) } else { with_checksums(data) };
     if let Ok(imported) = STORE.import(&*archive, Import::default(), &|_| {}) {
         check(imported);
@@ -44,7 +44,7 @@ fn exported(snapshot: &Snapshot) -> Vec<u8> {
     bytes
 }
 
-/// An archive whose headers have the right checksums, which no mutation hits.
+/// An archive with right checksums in all headers: no mutation finds them.
 fn with_checksums(data: &[u8]) -> Vec<u8> {
     let mut bytes = data.to_vec();
     let mut at = 0;
@@ -61,7 +61,8 @@ fn with_checksums(data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// An archive of parts, in which `%dN` is the digest of part N and `%sN` its size: no mutation hits digests either.
+/// An archive of parts, with the digest of part N for `%dN` and its size for `%sN`: no mutation
+/// finds digests either.
 fn composed(data: &[u8]) -> Vec<u8> {
     let mut contents: Vec<Vec<u8>> = vec![];
     let mut archive = tar::Builder::new(Vec::new());
@@ -70,7 +71,7 @@ fn composed(data: &[u8]) -> Vec<u8> {
         let (path, content) = match kind % 8 {
             0 => ("oci-layout".to_owned(), &*content),
             1 => ("index.json".to_owned(), &*content),
-            // A path, and what is there.
+            // A path and the content.
             4..8 => {
                 let end = content.iter().position(|byte| *byte == b'\n').unwrap_or(content.len());
                 let (path, content) = content.split_at(end);

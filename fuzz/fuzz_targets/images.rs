@@ -1,4 +1,4 @@
-//! A folder of CRIU's images, and images without some of their memory; CRIU's log.
+//! A folder of CRIU's images, also with memory taken out; CRIU's log.
 
 #![no_main]
 
@@ -11,7 +11,7 @@ use gpusnap_fuzz::{parts, pieces};
 use images::{Changes, Inherited, Run, Staging, Unmarked, check, dump_stats, inspect, present, rewrite, runs};
 use libfuzzer_sys::fuzz_target;
 
-/// Names of files, and the magic numbers that they begin with (criu/include/magic.h).
+/// Names of files, with their leading magic numbers (criu/include/magic.h).
 const FILES: [(&str, &[u32]); 14] = [
     ("inventory.img", &[0x5831_3116]),
     ("pstree.img", &[COMMON, 0x5027_3030]),
@@ -32,11 +32,12 @@ const COMMON: u32 = 0x5456_4319;
 const MM: &[u32] = &[COMMON, 0x5749_2820];
 const PAGEMAP: &[u32] = &[COMMON, 0x5608_4025];
 const CORE: &[u32] = &[COMMON, 0x5505_3847];
-/// Has no entries.
+/// Magic numbers of a file without entries.
 const PAGES: &[u32] = &[];
-/// A part that is a file's bytes as they are; of others the frame is made here, as no mutation hits lengths and magic numbers.
+/// Flag of a part used as a file's bytes; other parts are framed here, as no mutation finds lengths
+/// and magic numbers.
 const AS_IS: u8 = 0x80;
-/// The kind of a part that says what to take out of the images.
+/// Kind of the part with the memory to take out.
 const WISHES: u8 = 15;
 const MOST_PAGES: usize = 64;
 
@@ -62,7 +63,7 @@ fuzz_target!(|data: &[u8]| {
 
 fn framed(magic: &[u32], part: &[u8]) -> Vec<u8> {
     if magic.is_empty() {
-        // Pages that are told apart by one byte.
+        // Pages that differ in one byte.
         return part.iter().take(MOST_PAGES).flat_map(|byte| std::iter::repeat_n(*byte, page())).collect();
     }
     let mut bytes: Vec<u8> = magic.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -117,7 +118,8 @@ fn end(run: &Run) -> u64 {
     run.address.checked_add(run.length).expect("a run ends in memory")
 }
 
-/// Takes out runs of process 1, one for each bit of the first wishes, and stages a range that the others say.
+/// Takes out runs of process 1, one for each bit of the first wishes, and stages the range of the
+/// others.
 fn take_out(images: &Path, wishes: &[u8]) {
     let Some((bits, staging)) = wishes.split_first() else { return };
     let Ok(runs) = runs(images, 1, Inherited::Take) else { return };
@@ -151,7 +153,7 @@ fn take_out(images: &Path, wishes: &[u8]) {
     assert_eq!(after, expected, "what is not taken out stays as it was");
 }
 
-/// The first byte of each page of process 1, as far as there are pages in the file.
+/// The first byte of each page of process 1, up to the last page in the file.
 fn contents(images: &Path) -> BTreeMap<u64, u8> {
     let mut contents = BTreeMap::new();
     for run in present(images, 1, 0..u64::MAX).unwrap_or_default() {

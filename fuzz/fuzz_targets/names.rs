@@ -1,4 +1,4 @@
-//! What people and other programs ask for: names, scopes, digests, references, sizes.
+//! Input from people and other programs: names, scopes, digests, references, sizes.
 
 #![no_main]
 
@@ -26,7 +26,7 @@ fuzz_target!(|text: &str| {
     }
 });
 
-/// What can become the name of a file of its own.
+/// Returns whether the part can serve as a file name.
 fn is_file_name(part: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     !part.is_empty() && part.chars().all(plain) && part.starts_with(|c: char| c.is_ascii_alphanumeric())

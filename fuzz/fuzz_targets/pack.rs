@@ -14,7 +14,8 @@ const CHECKSUM: usize = 16;
 
 fuzz_target!(|data: &[u8]| {
     check(data);
-    // No mutation hits a checksum, and a forger computes it: first that of the checksums, then those of the chunks too.
+    // No mutation finds a checksum, and a forger computes it: first the checksum of the checksums,
+    // then those of the chunks too.
     let mut bytes = data.to_vec();
     if let Some(split) = split(data) {
         forge_table(&mut bytes, split);
@@ -29,7 +30,7 @@ fuzz_target!(|data: &[u8]| {
     }
 });
 
-/// Where the checksums begin, by what the trailer says.
+/// Begin of the checksums, according to the trailer.
 fn split(data: &[u8]) -> Option<usize> {
     let (rest, trailer) = data.split_last_chunk::<{ Trailer::BYTES }>()?;
     let data = usize::try_from(u64::from_le_bytes(*trailer[16..].first_chunk()?)).ok()?;
@@ -51,7 +52,7 @@ fn check(bytes: &[u8]) {
     let whole = memory.chunks(chunk()).zip(rest.chunks(CHECKSUM)).all(|(chunk, sum)| checksum(chunk) == sum);
     assert_eq!(is_good(pack), whole, "verification is right");
     if whole {
-        // Somewhere else with each input.
+        // At another place with each input.
         let at = usize::from_le_bytes(*checksum(bytes).first_chunk().expect("8 of 16 bytes")) % bytes.len();
         let mut flipped = bytes.to_vec();
         flipped[at] ^= 1 << (at % 8);

@@ -1,4 +1,4 @@
-//! What comes from registries and from docker's configuration.
+//! Input from registries and from docker's configuration.
 
 #![no_main]
 
@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use registry::{Target, credentials, fuzzing};
 
-/// Where docker's configuration is looked for; `run` makes it, and lets no helper be found.
+/// Folder of docker's configuration; `run` makes it, without any helper in reach.
 static DOCKER: LazyLock<Option<PathBuf>> = LazyLock::new(|| std::env::var_os("DOCKER_CONFIG").map(PathBuf::from));
 
 fuzz_target!(|data: &[u8]| {

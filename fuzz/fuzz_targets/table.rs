@@ -8,7 +8,7 @@ use memory::{PAGE, Place, SegmentTable};
 
 fuzz_target!(|data: &[u8]| {
     check(data);
-    // No mutation hits a checksum, and a forger computes it.
+    // No mutation finds a checksum, and a forger computes it.
     if let Some((forged, _)) = data.split_last_chunk::<16>() {
         check(&[forged, &checksum(forged)].concat());
     }

@@ -1,10 +1,10 @@
-//! What the targets have in common.
+//! Functions common to the targets.
 
 use sha2::{Digest as _, Sha256};
 use twox_hash::XxHash3_128;
 
-/// An input that is several things: each a byte that says what, two bytes of length, and so many bytes, or those that are
-/// left. Any bytes are such an input, and a mutation in one part leaves the others where they are.
+/// Splits an input into parts: each a byte for the kind, two bytes of length, and as many bytes, or
+/// the rest. Any bytes are such an input, and a mutation in one part leaves the others in place.
 pub fn parts(mut data: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     std::iter::from_fn(move || {
         let ([kind, low, high], rest) = data.split_first_chunk()?;
@@ -15,7 +15,7 @@ pub fn parts(mut data: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
     })
 }
 
-/// Bytes in pieces, each after two bytes of length.
+/// Splits bytes into pieces, each after two bytes of length.
 pub fn pieces(mut data: &[u8]) -> impl Iterator<Item = &[u8]> {
     std::iter::from_fn(move || {
         let (length, rest) = data.split_first_chunk()?;
@@ -26,7 +26,7 @@ pub fn pieces(mut data: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// The checksum that packs and tables have, computed apart from the crate that is fuzzed.
+/// The checksum of packs and tables, computed apart from the fuzzed crate.
 #[must_use]
 pub fn checksum(bytes: &[u8]) -> [u8; 16] {
     XxHash3_128::oneshot(bytes).to_le_bytes()

@@ -4,11 +4,11 @@
 #
 #   checkpoint.sh [ROUNDS [SIZE...]]      default 10 rounds, 10 and 1024 MB of random memory
 #
-# With FORKS=7 in its environment (`testbed in env FORKS=7 ...`) it is a tree of 8 processes that share this memory, of which
+# With FORKS=7 in its environment (`testbed in env FORKS=7 ...`) the container is a tree of 8 processes that share the memory;
 # each changes an eighth. VARIANTS chooses from runc-shim, gpusnap-libcontainer (big memory in the node store), gpusnap-images
-# (all of it in CRIU's images) and gpusnap-runc. Images and store are on the same disk; its cache is warm.
+# (all memory in CRIU's images) and gpusnap-runc. Images and store are on the same disk; its cache is warm.
 #
-# to folder   ctr task checkpoint --image-path: what the shim does, and nothing else
+# to folder   ctr task checkpoint --image-path: the shim's work alone
 # to image   ctr container checkpoint --task: containerd packs the folder into its content store as well
 # restore       ctr container restore --live: containerd unpacks it, and the shim restores
 set -euo pipefail
@@ -31,7 +31,7 @@ trap '"$testbed" stop bench-stock >/dev/null 2>&1 || :; "$testbed" stop bench-ou
 
 [ -x "$shims/containerd-shim-gpusnap-v2" ] || { echo "no shim in $shims: make build" >&2; exit 1; }
 mkdir "$work/shims"
-# Under runc's name: clients do more work with others, because they do not know that there is nothing else to save.
+# Under runc's name: clients do more work with other shims, unaware that nothing else is to be saved.
 ln -s "$shims/containerd-shim-gpusnap-v2" "$work/shims/containerd-shim-runc-v2"
 
 ctr() { command ctr --address "/run/$instance/containerd.sock" "$@"; }

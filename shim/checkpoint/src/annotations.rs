@@ -1,4 +1,4 @@
-//! The container's annotations that concern checkpoints.
+//! Annotations of a container about checkpoints.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,29 +6,29 @@ use std::time::Duration;
 use runtime::{Privileges, Tcp};
 use serde::{Deserialize, Serialize};
 
-/// The beginning of the names of all of them.
+/// Prefix of the names.
 const PREFIX: &str = "gpusnap.dev/";
-/// `exit` or `continue`: what becomes of the container where the client does not say. nerdctl and the CRI say it to
-/// runtimes of runc's name only.
+/// `exit` or `continue`: the container's fate if the client does not choose. nerdctl and the CRI
+/// pass a choice to runtimes named runc only.
 pub(crate) const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
-/// `refuse`, `keep` or `close`: what is done about established TCP connections.
+/// `refuse`, `keep` or `close`: treatment of established TCP connections.
 pub(crate) const TCP: &str = "gpusnap.dev/tcp";
-/// Seconds for which a checkpoint waits for GPU work that is under way.
+/// Seconds for which a checkpoint waits for running GPU work.
 pub(crate) const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
 /// `store`, `inline` or `images`: the place of big memory.
 pub(crate) const MEMORY: &str = "gpusnap.dev/memory";
-/// The repository in a registry from which the snapshot can be pulled where it is not in the node's store.
+/// Repository in a registry from which a snapshot missing in the node's store can be pulled.
 const REGISTRY: &str = "gpusnap.dev/registry";
-/// `container` or `snapshot`: whose rights restored processes have.
+/// `container` or `snapshot`: origin of the privileges of restored processes.
 const PRIVILEGES: &str = "gpusnap.dev/restore-privileges";
-/// All of ours, in the order in which they are told.
+/// Known annotations, in the order of messages.
 const KNOWN: [&str; 6] = [GPU_PATIENCE, MEMORY, ON_CHECKPOINT, REGISTRY, PRIVILEGES, TCP];
-/// The Kubernetes namespace of the pod, by the CRI.
+/// The pod's Kubernetes namespace, from the CRI.
 const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
-/// Long enough for most work that is not training, and below the deadlines of those who ask for checkpoints.
+/// Default patience: long enough for most work but training, and below the deadlines of clients.
 pub(crate) const DEFAULT_GPU_PATIENCE: Duration = Duration::from_secs(60);
 
-/// The container's annotations that concern checkpoints.
+/// Annotations of a container about checkpoints.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Annotations {
     on_checkpoint: Option<String>,
@@ -40,41 +40,41 @@ pub struct Annotations {
     pod_namespace: Option<String>,
 }
 
-/// An annotation that is not understood.
+/// Failure to read an annotation.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AnnotationError {
-    /// There is none of this name.
-    #[error("there is no annotation {name}; gpusnap has {}", KNOWN.join(", "))]
+    /// No annotation has this name.
+    #[error("unknown annotation {name}: gpusnap knows {}", KNOWN.join(", "))]
     Unknown {
         /// The name.
         name: String,
     },
-    /// The annotation has a value that it cannot have.
+    /// The value is not allowed for the annotation.
     #[error("{name}: {value:?} is {rule}")]
     Value {
         /// The name.
         name: &'static str,
         /// The value.
         value: String,
-        /// What the value is or is not.
+        /// The violated rule, as it reads after "is".
         rule: &'static str,
     },
 }
 
-/// The place of the big memory of a checkpoint.
+/// Place of a checkpoint's big memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryPlace {
-    /// In the node's store, as part of a snapshot.
+    /// The node's store, as part of a snapshot.
     #[default]
     Store,
-    /// Beside the images, which then stand alone.
+    /// Files beside the images; the folder then stands alone.
     Inline,
-    /// In the images, as CRIU writes them: what runc can restore.
+    /// The images, as CRIU writes them: the form that runc can restore.
     Images,
 }
 
 impl Annotations {
-    /// Picks them out of all annotations, unchecked: each is checked when it is used.
+    /// Picks the known annotations, unchecked until their use.
     pub(crate) fn of(all: &HashMap<String, String>) -> Self {
         let of = |name| all.get(name).cloned();
         Self {
@@ -88,11 +88,11 @@ impl Annotations {
         }
     }
 
-    /// Picks them out of all annotations and checks each. Called when a container is created: a typing error must not
-    /// surface at the checkpoint, days later.
+    /// Picks and checks the annotations. Called when a container is created: a typing error must
+    /// not surface at the checkpoint, days later.
     ///
     /// # Errors
-    /// An annotation with our prefix that gpusnap does not know, or a value that the annotation cannot have.
+    /// An unknown annotation with our prefix, or a value that is not allowed.
     pub fn parse(all: &HashMap<String, String>) -> Result<Self, AnnotationError> {
         let ours = all.keys().filter(|name| name.starts_with(PREFIX));
         if let Some(name) = ours.into_iter().find(|name| !KNOWN.contains(&name.as_str())) {
@@ -107,19 +107,19 @@ impl Annotations {
         Ok(annotations)
     }
 
-    /// Returns from where the snapshot can be pulled.
+    /// Returns the repository for pulls.
     #[must_use]
     pub fn registry(&self) -> Option<String> {
         self.registry.clone().filter(|registry| !registry.is_empty())
     }
 
-    /// Returns the Kubernetes namespace of the pod.
+    /// Returns the pod's Kubernetes namespace.
     #[must_use]
     pub fn pod_namespace(&self) -> Option<&str> {
         self.pod_namespace.as_deref()
     }
 
-    /// Returns whether the container ends with its checkpoint where the client does not say.
+    /// Returns whether the container ends with the checkpoint if the client does not choose.
     pub(crate) fn exit(&self) -> Result<bool, AnnotationError> {
         match self.on_checkpoint.as_deref() {
             None | Some("continue") => Ok(false),
@@ -143,10 +143,10 @@ impl Annotations {
         }
     }
 
-    /// Returns what is done about TCP connections; None where nothing is said.
+    /// Returns the treatment of TCP connections; `None` without the annotation.
     ///
     /// # Errors
-    /// A value that is none.
+    /// A value that is not allowed.
     pub fn tcp(&self) -> Result<Option<Tcp>, AnnotationError> {
         match self.tcp.as_deref() {
             None => Ok(None),
@@ -157,10 +157,10 @@ impl Annotations {
         }
     }
 
-    /// Returns whose rights restored processes have.
+    /// Returns the origin of the privileges of restored processes.
     ///
     /// # Errors
-    /// A value that is none.
+    /// A value that is not allowed.
     pub fn privileges(&self) -> Result<Privileges, AnnotationError> {
         match self.privileges.as_deref() {
             None | Some("container") => Ok(Privileges::Container),
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn an_annotation_that_there_is_not_is_refused_with_those_that_there_are() {
+    fn an_unknown_annotation_is_refused_with_a_list_of_the_known_ones() {
         let error = parse(&[("gpusnap.dev/on-checkpiont", "exit")]).unwrap_err();
         assert!(error.contains("gpusnap.dev/on-checkpiont"), "{error}");
         assert!(KNOWN.iter().all(|known| error.contains(known)), "{error}");
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_an_annotation_cannot_have_is_refused_with_those_that_it_can() {
+    fn a_value_that_is_not_allowed_is_refused_with_a_list_of_the_allowed_ones() {
         for (name, value, said) in [
             (ON_CHECKPOINT, "stop", "\"continue\""),
             (TCP, "drop", "\"close\""),

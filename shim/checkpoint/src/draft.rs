@@ -1,8 +1,9 @@
-//! A checkpoint while it is written: it becomes one at once, or nothing of it is left.
+//! A checkpoint being written: committed as a whole, or removed without a trace.
 //!
-//! containerd names an empty folder of its own, or one that the client chose, which may hold an earlier checkpoint. In
-//! an empty one the images are written where they are to be: its [`Record`] says that they are none yet. Beside an
-//! earlier one they are written into a folder of their own and take its place when they are whole.
+//! containerd names an empty folder, or a folder chosen by the client with an earlier checkpoint
+//! inside. An empty folder receives the images directly, marked as incomplete by the [`Record`].
+//! Beside an earlier checkpoint the images are written into a subfolder, and replace the earlier
+//! ones once complete.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -16,21 +17,21 @@ use images::INVENTORY;
 use crate::manifest::Manifest;
 use crate::record::{self, Record};
 
-/// The beginning of the names of folders beside a checkpoint.
+/// Prefix of the names of folders beside a checkpoint.
 const PREFIX: &str = ".gpusnap-";
 
-/// A checkpoint that is being written. Dropped before it is published, it is removed.
+/// A checkpoint being written. Dropped before the publication, the draft is removed.
 #[derive(Debug)]
 pub struct Draft {
     target: PathBuf,
-    /// Names that were there before, and stay if nothing comes of it.
+    /// Names present before the draft, kept if the draft fails.
     before: BTreeSet<OsString>,
-    /// The folder in which it is written, if not the target itself.
+    /// The subfolder of the draft, if not the target itself.
     beside: Option<PathBuf>,
-    /// None once it is complete.
+    /// The record; `None` once the checkpoint is complete.
     record: Option<Record>,
     done: bool,
-    /// Held while it is written, so that nobody else writes one there.
+    /// Lock against a second draft in the same folder.
     _lock: File,
 }
 
@@ -92,16 +93,16 @@ impl Draft {
         Ok(Some(Self { target: target.to_owned(), before, beside, record: None, done: false, _lock: lock }))
     }
 
-    /// Returns the folder to write it in.
+    /// Returns the folder for the images.
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.beside.as_deref().unwrap_or(&self.target)
     }
 
-    /// Says in its record that it is complete.
+    /// Marks the record as complete.
     ///
     /// # Errors
-    /// A file that cannot be written. It is incomplete then.
+    /// A file that cannot be written. The checkpoint stays incomplete then.
     pub fn complete(&mut self, manifest: &Manifest) -> io::Result<()> {
         self.record.take().map_or(Ok(()), |record| record.complete(manifest))
     }
@@ -111,18 +112,19 @@ impl Draft {
         self.done = true;
     }
 
-    /// Puts what is complete in the place of what was there.
+    /// Replaces the earlier checkpoint by the complete one.
     ///
     /// # Errors
-    /// A file that cannot be removed or moved. What there is stays.
+    /// A file that cannot be removed or moved. All present files stay.
     pub fn publish(mut self) -> io::Result<()> {
-        // From here on all that there is of the container may be these files.
+        // From here on these files may be the only copy of the container.
         self.done = true;
         if self.record.is_some() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the checkpoint is not complete"));
         }
         if let Some(beside) = self.beside.take() {
-            // Without its inventory the earlier one is none any more: half of each is never taken for a whole.
+            // Without its inventory the earlier checkpoint is invalid: a mix of both is never taken
+            // for a whole.
             remove(&self.target, [&OsString::from(INVENTORY)])?;
             remove(&self.target, self.before.iter().filter(|name| is_ours(name)))?;
             for name in names(&beside)?.iter().filter(|name| *name != INVENTORY) {
@@ -143,7 +145,7 @@ fn lock(target: &Path) -> io::Result<File> {
             io::ErrorKind::ResourceBusy,
             "another checkpoint is being written there: wait for it, or name another folder",
         )),
-        // A file system without locks: whoever shares the folder has to know.
+        // A file system without locks: its users have to avoid a shared folder.
         Err(TryLockError::Error(_)) | Ok(()) => Ok(lock),
     }
 }
@@ -189,7 +191,7 @@ fn remove<'a>(folder: &Path, names: impl IntoIterator<Item = &'a OsString>) -> i
     Ok(())
 }
 
-/// Removes those folders beside a checkpoint that are stale, and whose makers were killed.
+/// Removes the stale folders of killed makers beside a checkpoint.
 fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<()> {
     for path in drafts(target)? {
         if !std::fs::symlink_metadata(&path).is_ok_and(|found| found.is_dir()) {
@@ -197,7 +199,7 @@ fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<(
         }
         let name = path.file_name().unwrap_or_default();
         let is_view = name.as_encoded_bytes().starts_with(images::UNMARKED_PREFIX.as_bytes());
-        // A restore holds the lock of the folder that it made.
+        // A restore holds the lock of its folder.
         let is_in_use = File::open(&path)?.try_lock().is_err();
         if !is_in_use && (is_view || is_stale(&path)) {
             std::fs::remove_dir_all(&path)?;
@@ -206,14 +208,14 @@ fn remove_stale(target: &Path, is_stale: &dyn Fn(&Path) -> bool) -> io::Result<(
     Ok(())
 }
 
-/// Whether a checkpoint writes files of this name, or left them when its writer was killed.
+/// Returns whether a checkpoint writes files of this name, or a killed writer may have left one.
 pub(crate) fn is_ours(name: &OsStr) -> bool {
     let fixed = ["stats-dump", "descriptors.json", crate::shm::FILE, record::FILE, record::NEXT];
     let path = Path::new(name);
     let has = |extension: &str| path.extension() == Some(OsStr::new(extension));
     let text = name.to_str().unwrap_or_default();
     let is_replacement = has("new") && ["inventory.", "mm-", "pagemap-"].iter().any(|start| text.starts_with(start));
-    // Of the time before the record.
+    // From the time before the record.
     let is_old = text
         .strip_prefix(".tmp")
         .is_some_and(|rest| rest.len() == 6 && rest.bytes().all(|byte| byte.is_ascii_alphanumeric()));
@@ -268,7 +270,7 @@ mod tests {
         complete(2, "core-2.img");
         of(2).unwrap().publish().unwrap();
         assert_eq!(list(folder.path()), ["core-2.img", "gpusnap.json", "inventory.img", "mine"]);
-        // Beside an earlier one.
+        // Beside an earlier checkpoint.
         complete(3, "core-3.img");
         drop(of(3).unwrap());
         assert_eq!(list(folder.path()), ["core-2.img", "gpusnap.json", "inventory.img", "mine"]);
@@ -331,7 +333,7 @@ mod tests {
         write(draft.folder(), &["inventory.img"]);
         publish(draft);
         assert_eq!(list(folder.path()), ["gpusnap.json", "inventory.img", "mine"]);
-        // Beside an earlier one.
+        // Beside an earlier checkpoint.
         let draft = Draft::begin(folder.path(), "c", 1).unwrap();
         write(draft.folder(), &["core-1.img", "inventory.img"]);
         draft.leave();

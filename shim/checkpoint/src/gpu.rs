@@ -1,4 +1,4 @@
-//! What a checkpoint says of GPUs, and which of this node take their place.
+//! The GPUs of a checkpoint, and their substitutes on this node.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,23 +10,24 @@ use gpu::{Suspended, SuspendedProcess};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
 use serde::{Deserialize, Serialize};
 
-/// What was on GPUs.
+/// GPU state of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SavedGpus {
     /// The driver's version.
     driver: String,
-    /// Those that the container could use.
+    /// GPUs that the container could use.
     gpus: Vec<Gpu>,
-    /// Its CUDA processes.
+    /// The container's CUDA processes.
     processes: Vec<SuspendedProcess>,
-    /// Forked processes that were freed of the GPU: how many.
+    /// Number of forked processes cleaned of GPU residue.
     cleaned: usize,
 }
 
 impl SavedGpus {
-    /// None for a container without CUDA. `given` are the devices of its configuration; where that has no GPU, because a hook
-    /// brought it, what the process `init` sees is all that is known.
+    /// Describes a suspended container; `None` without CUDA. `given` are the configuration's
+    /// devices. If a hook brings the GPUs, the configuration has none, and the nodes visible to the
+    /// process `init` are the only source.
     #[must_use]
     pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
@@ -34,7 +35,8 @@ impl SavedGpus {
             return None;
         }
         let Inventory { driver, gpus } = inventory.unwrap_or_default();
-        // The driver's library makes nodes of all GPUs of the machine, where it may; it cannot open them.
+        // The driver's library makes nodes of all the machine's GPUs if permitted, but cannot open
+        // them.
         let mut minors = DeviceNode::gpu_minors(given);
         if minors.is_empty() {
             minors = nodes_of(init);
@@ -52,29 +54,29 @@ impl SavedGpus {
         &self.driver
     }
 
-    /// Those that the container could use.
+    /// GPUs that the container could use.
     #[must_use]
     pub fn gpus(&self) -> &[Gpu] {
         &self.gpus
     }
 
-    /// Bytes that the driver moved to the memory of a process; None for one without CUDA.
+    /// Bytes that the driver moved to a process's memory; `None` without CUDA.
     #[must_use]
     pub fn staged(&self, pid: i32) -> Option<u64> {
         self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
     }
 
-    /// Some of its processes have state on a GPU.
+    /// Returns whether a process has state on a GPU.
     #[must_use]
     pub fn has_state(&self) -> bool {
         !self.processes.is_empty()
     }
 
-    /// Which GPU of this node takes the place of which one; nothing where all are the same. `minors` are those that the
-    /// new container is given, if that is known.
+    /// Pairs each saved GPU with a substitute on this node; empty if all GPUs are the same.
+    /// `minors` are the new container's GPUs, if known.
     ///
     /// # Errors
-    /// In words: what does not fit.
+    /// The mismatch, in words.
     pub fn pairs(&self, node: &Inventory, minors: &[u32]) -> Result<Vec<Pair>, String> {
         let here = of_nodes(node.gpus.clone(), minors);
         // The library is part of the saved processes, and fits its own kernel module only.
@@ -100,7 +102,7 @@ impl SavedGpus {
     }
 }
 
-/// The GPUs with these minor numbers; all of them if none is known.
+/// GPUs with these minor numbers; all GPUs if no number is known.
 fn of_nodes(mut gpus: Vec<Gpu>, minors: &[u32]) -> Vec<Gpu> {
     if !minors.is_empty() {
         gpus.retain(|gpu| minors.contains(&gpu.minor));
@@ -109,7 +111,7 @@ fn of_nodes(mut gpus: Vec<Gpu>, minors: &[u32]) -> Vec<Gpu> {
     gpus
 }
 
-/// N of every `/dev/nvidiaN` that a process sees.
+/// N of every `/dev/nvidiaN` visible to a process.
 fn nodes_of(pid: i32) -> Vec<u32> {
     let Ok(nodes) = std::fs::read_dir(format!("/proc/{pid}/root/dev")) else { return Vec::new() };
     nodes.flatten().filter_map(|node| minor(Path::new(&node.file_name()))).collect()
@@ -120,7 +122,7 @@ fn minor(node: &Path) -> Option<u32> {
     node.file_name()?.to_str()?.strip_prefix("nvidia")?.parse().ok()
 }
 
-/// A device that the container is given.
+/// A device of the container's configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceNode {
@@ -137,7 +139,7 @@ pub struct DeviceNode {
 }
 
 impl DeviceNode {
-    /// N of each that is `/dev/nvidiaN`.
+    /// N of every `/dev/nvidiaN` among the nodes.
     #[must_use]
     pub fn gpu_minors(nodes: &[Self]) -> Vec<u32> {
         nodes.iter().filter_map(|node| minor(&node.path)).collect()
@@ -147,8 +149,8 @@ impl DeviceNode {
         self.path.starts_with("/dev") && self.path.to_string_lossy().starts_with("/dev/nvidia")
     }
 
-    /// Makes NVIDIA's nodes that a process does not see yet: its `/dev` came out of the checkpoint, and has those of the
-    /// GPUs that were.
+    /// Makes NVIDIA's nodes that a process lacks: its `/dev` came out of the checkpoint, with the
+    /// nodes of the former GPUs.
     ///
     /// # Errors
     /// A node that cannot be made.
@@ -161,14 +163,14 @@ impl DeviceNode {
 
     fn make_for(&self, pid: i32) -> io::Result<()> {
         let inside = self.path.strip_prefix("/").unwrap_or(&self.path);
-        // The folder may be a link of the container's making, which must not lead out of it.
+        // The folder may be a link made by the container, which must not lead outside.
         let root = std::fs::File::open(format!("/proc/{pid}/root"))?;
         let (Some(folder), Some(name)) = (inside.parent(), inside.file_name()) else { return Ok(()) };
         let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
         let folder = match rustix::fs::openat2(&root, folder, flags, Mode::empty(), resolve) {
             Ok(folder) => folder,
-            // nvidia-caps, for instance, is not needed by whoever did not have it.
+            // A folder such as nvidia-caps is not needed if the checkpoint did not have it.
             Err(rustix::io::Errno::NOENT) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
@@ -182,8 +184,8 @@ impl DeviceNode {
     }
 }
 
-/// Gives a node that was just made its permissions, which a umask may have taken, and its owner. What somebody else has put in
-/// its place meanwhile, such as a link that leads out, stays as it is.
+/// Sets the owner and the permissions of a new node, which a umask may have reduced. Anything put
+/// in the node's place meanwhile, such as a link that leads outside, stays unchanged.
 fn own(
     folder: &OwnedFd,
     name: &OsStr,

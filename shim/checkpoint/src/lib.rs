@@ -1,14 +1,14 @@
-//! What a checkpoint is made of beside CRIU's images, and what containerd and the user ask for.
+//! Contents of a checkpoint beside CRIU's images, and the options of containerd and the user.
 //!
-//! The directory that containerd names receives flat files only, since the CRI flattens it:
+//! The directory named by containerd receives flat files only, since the CRI flattens it:
 //!
 //! | file | what |
 //! |---|---|
-//! | `*.img`, `stats-dump` | CRIU's |
+//! | `*.img`, `stats-dump` | CRIU's images and statistics |
 //! | `descriptors.json` | runc's note of the standard streams |
-//! | `dev-shm.tar` | the contents of a `/dev/shm` that comes from outside, if there are any |
-//! | `memory.segments`, `memory-*.pack` | big memory, where it is wanted beside the images |
-//! | `gpusnap.json` | [`Record`]: whether it is complete, and its [`Manifest`]: how it was made |
+//! | `dev-shm.tar` | the contents of a `/dev/shm` from outside, if not empty |
+//! | `memory.segments`, `memory-*.pack` | big memory, if requested beside the images |
+//! | `gpusnap.json` | [`Record`]: complete or not, with the [`Manifest`] |
 
 mod annotations;
 mod draft;

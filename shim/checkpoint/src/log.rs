@@ -1,5 +1,5 @@
-//! Where CRIU's logs go. A bundle is removed with its container, and a failed restore's container right away: what
-//! went wrong has to be readable afterwards.
+//! Folders of CRIU's logs. A bundle is removed with the container, and after a failed restore at
+//! once: the logs have to stay readable.
 
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -7,22 +7,22 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Where they go, a folder for each namespace.
+/// Folder of the logs, with a subfolder for each namespace.
 pub const ROOT: &str = "/var/log/gpusnap";
-/// Logs of failures that are kept in each namespace; the oldest go first. One is some ten MB at most.
+/// Logs of failures kept in each namespace; the oldest go first. A log has some ten MB at most.
 const KEPT: usize = 20;
 
 /// A folder for the log of one operation.
 #[derive(Debug)]
 pub struct LogFolder {
     path: PathBuf,
-    /// Held shared while the operation is under way, so that no other shim makes room by removing it. None for a folder
-    /// that the client chose, which nobody removes.
+    /// Shared lock during the operation, which keeps other shims from pruning the folder. `None`
+    /// for a folder chosen by the client, which is never removed.
     lock: Option<File>,
 }
 
 impl LogFolder {
-    /// The folder that the client chose, or one in `root` that is kept only if the operation fails.
+    /// Makes the folder chosen by the client, or one in `root`, kept only after a failure.
     ///
     /// # Errors
     /// A folder that cannot be made.
@@ -38,7 +38,7 @@ impl LogFolder {
             prune(&namespace, &path)?;
             Self { path, lock: Some(lock) }
         };
-        // What is told of a failure must not be an earlier one's.
+        // A failure must not be reported with an earlier failure's log.
         match std::fs::remove_file(folder.path.join(log)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -52,7 +52,7 @@ impl LogFolder {
         &self.path
     }
 
-    /// The operation has succeeded.
+    /// Removes the log of a successful operation.
     pub fn remove(self) {
         if let Some(lock) = &self.lock
             && let Err(error) = remove_unused(&self.path, lock)
@@ -62,18 +62,18 @@ impl LogFolder {
     }
 }
 
-/// Makes a folder, or takes the one that is there, and holds its lock.
+/// Makes a folder, or uses an existing one, and takes the lock.
 fn make_locked(path: &Path) -> io::Result<File> {
     loop {
         let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
         let folder = match made.and_then(|()| File::open(path)) {
             Ok(folder) => folder,
-            // Whoever makes room has removed it again: after it was made, or after it was found to be there.
+            // Another shim has pruned the folder, after it was made or found.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_file(path) => continue,
             Err(error) => return Err(error),
         };
-        // Nobody holds it against this for longer than a removal takes.
+        // Exclusive locks last only as long as a removal.
         folder.lock_shared()?;
         if is_at(&folder, path)? {
             return Ok(folder);
@@ -85,7 +85,7 @@ fn is_file(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|found| !found.is_dir())
 }
 
-/// Whether the open folder is the one at `path`.
+/// Returns whether the open folder is the one at `path`.
 fn is_at(folder: &File, path: &Path) -> io::Result<bool> {
     let opened = folder.metadata()?;
     match std::fs::symlink_metadata(path) {
@@ -95,7 +95,7 @@ fn is_at(folder: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Removes a folder, unless another operation holds its lock.
+/// Removes a folder, unless another operation holds the lock.
 fn remove_unused(path: &Path, folder: &File) -> io::Result<()> {
     match folder.try_lock() {
         Ok(()) if is_at(folder, path)? => std::fs::remove_dir_all(path),
@@ -104,12 +104,12 @@ fn remove_unused(path: &Path, folder: &File) -> io::Result<()> {
     }
 }
 
-/// Makes room for `newest`.
+/// Removes old folders to make room for `newest`.
 fn prune(namespace: &Path, newest: &Path) -> io::Result<()> {
     let mut folders: Vec<(SystemTime, PathBuf)> = Vec::new();
     for entry in std::fs::read_dir(namespace)? {
         let entry = entry?;
-        // Another container's shim may have removed it by now.
+        // Another container's shim may have removed the folder by now.
         let Ok(metadata) = entry.metadata() else { continue };
         if entry.path() != newest && metadata.is_dir() {
             folders.push((metadata.modified()?, entry.path()));

@@ -1,4 +1,4 @@
-//! Contents of `gpusnap.json`: how a checkpoint was made. Format: docs/format.md.
+//! Contents of `gpusnap.json`: origin of a checkpoint. Format: docs/format.md.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -7,29 +7,30 @@ use serde::{Deserialize, Serialize};
 
 use crate::SavedGpus;
 
-/// How a checkpoint was made, and what a restore has to allow therefore.
+/// Origin of a checkpoint, and the permissions that a restore needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Manifest {
-    /// The container that was saved.
+    /// The saved container.
     container: String,
     /// Seconds since 1970.
     created: u64,
-    /// The runtime that dumped it.
+    /// Runtime that made the dump.
     runtime: String,
     tcp: SavedTcp,
     external_unix_sockets: bool,
     shell_job: bool,
-    /// None without GPU state.
+    /// GPU state; `None` without any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     gpu: Option<SavedGpus>,
-    /// None if all memory is in the images.
+    /// Memory outside the images; `None` if all memory is in the images.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     memory: Option<bulk::Published>,
-    /// Bytes of memory that it had before, in no file, each page once; without what was on GPUs.
+    /// Bytes of memory before the checkpoint, in no file, each page counted once; GPU memory is
+    /// left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     resident: Option<u64>,
-    /// Seconds that each step took.
+    /// Durations of the steps, in seconds.
     phases: Vec<Step>,
 }
 
@@ -48,7 +49,7 @@ struct Step {
 }
 
 impl Manifest {
-    /// Tells of a checkpoint that has come this far.
+    /// Describes a checkpoint up to the current step of `timeline`.
     #[must_use]
     pub fn new(
         container: &str,
@@ -80,25 +81,25 @@ impl Manifest {
         }
     }
 
-    /// Returns what was on GPUs.
+    /// Returns the GPU state.
     #[must_use]
     pub fn gpu(&self) -> Option<&SavedGpus> {
         self.gpu.as_ref()
     }
 
-    /// Returns where the memory is that is not in the images.
+    /// Returns the memory outside the images.
     #[must_use]
     pub fn memory(&self) -> Option<&bulk::Published> {
         self.memory.as_ref()
     }
 
-    /// Returns how much memory it had, if that is known.
+    /// Returns the container's memory before the checkpoint, if known.
     #[must_use]
     pub fn resident(&self) -> Option<u64> {
         self.resident
     }
 
-    /// Returns what a restore has to allow, which [`crate::allow`] does not always do.
+    /// Returns the permissions that a restore needs; [`crate::allow`] may grant less.
     #[must_use]
     pub fn allow(&self) -> Allow {
         Allow {

@@ -1,4 +1,4 @@
-//! What a client asks of a checkpoint, and what the container's annotations say where the client says nothing.
+//! Options of a checkpoint: the client's, and the container's annotations as defaults.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::annotations::{AnnotationError, Annotations, MemoryPlace};
 
-/// A field of containerd 2.4's options that containerd-shim-protos does not know.
+/// A field of containerd 2.4's options, unknown to containerd-shim-protos.
 const PARENT_PATH: u32 = 10;
 const OPTIONS: &str = "containerd.runc.v1.CheckpointOptions";
 
-/// A request for a checkpoint that cannot be served as it is.
+/// A request for a checkpoint that cannot be served.
 #[derive(Debug, thiserror::Error)]
 #[error("request for container {container} carries an unusable {field}: {message}")]
 pub struct RequestError {
@@ -27,32 +27,32 @@ pub struct RequestError {
     pub message: String,
 }
 
-/// What is asked of one checkpoint.
+/// Options of one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointOptions {
-    /// The folder that becomes the checkpoint.
+    /// The checkpoint's folder.
     pub folder: PathBuf,
-    /// Where the client wants CRIU's log.
+    /// The client's folder for CRIU's log.
     pub work: Option<PathBuf>,
-    /// The container is to end.
+    /// True if the container is to end.
     pub exit: bool,
-    /// Reasons to fail that are none here.
+    /// Conditions that are tolerated instead of failing.
     pub allow: Allow,
-    /// How long GPU work may go on before it makes the checkpoint fail.
+    /// Longest wait for running GPU work before the checkpoint fails.
     pub patience: Duration,
     /// The place of big memory.
     pub memory: MemoryPlace,
-    /// From where the snapshot can be pulled.
+    /// The repository for pulls of the snapshot.
     pub registry: Option<String>,
-    /// The Kubernetes namespace to which the snapshot belongs.
+    /// The Kubernetes namespace of the snapshot.
     pub pod_namespace: Option<String>,
 }
 
 impl CheckpointOptions {
-    /// Reads a request; the annotations speak where the client says nothing.
+    /// Reads a request, with the annotations as defaults.
     ///
     /// # Errors
-    /// A field or an annotation that is not understood.
+    /// A field or an annotation that is not valid.
     pub fn of(request: &CheckpointTaskRequest, annotations: &Annotations) -> Result<Self, RequestError> {
         let bad = |field: &'static str, message: String| RequestError { container: request.id.clone(), field, message };
         let absolute = |field: &'static str, path: &str| {

@@ -1,9 +1,10 @@
-//! What a restore allows, whatever the checkpoint says that it needs.
+//! Permissions of a restore, independent of the checkpoint's claims.
 //!
-//! A checkpoint may come from anywhere, so its word is no permission. CRIU is root, and connects sockets and puts TCP
-//! connections together on behalf of the images. In a network namespace of the container's or the pod's own that reaches
-//! what the container reaches by itself. In the host's network namespace it would reach the host's abstract sockets as root,
-//! and other programs' connections: there the container's annotations have to say so.
+//! A checkpoint may come from anywhere, so its claims are no permission. CRIU is root, and connects
+//! sockets and rebuilds TCP connections on behalf of the images. In a network namespace of the
+//! container or the pod that reaches no more than the container itself. In the host's network
+//! namespace CRIU would reach the host's abstract sockets as root, and other programs' connections:
+//! the container's annotations have to allow that.
 
 use std::path::Path;
 
@@ -13,17 +14,18 @@ use runtime::{Allow, Privileges, Tcp};
 use crate::annotations::{AnnotationError, Annotations};
 use crate::manifest::Manifest;
 
-/// The network namespace that a container is in.
+/// The network namespace of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// Its own, or its pod's.
+    /// A namespace of the container or the pod.
     Own,
-    /// The host's, or one that is not known.
+    /// The host's namespace, or an unknown one.
     Hosts,
 }
 
 impl Network {
-    /// Reads the configuration in a bundle. A namespace by path counts as the container's own unless it is this process's.
+    /// Reads the configuration in a bundle. A namespace by path counts as the container's own
+    /// unless it is this process's.
     #[must_use]
     pub fn of_bundle(bundle: &Path) -> Self {
         let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
@@ -44,10 +46,11 @@ fn is_mine(path: &Path) -> bool {
     id(path) == id(Path::new("/proc/self/ns/net"))
 }
 
-/// Returns what a restore allows. Without a manifest another shim has made the checkpoint, and what it has was allowed then.
+/// Returns the permissions of a restore. A checkpoint without a manifest was made by another shim,
+/// and all its contents were allowed then.
 ///
 /// # Errors
-/// An annotation that is not understood.
+/// An annotation that is not valid.
 pub fn allow(
     image: &Image,
     manifest: Option<&Manifest>,
@@ -69,22 +72,22 @@ pub fn allow(
     Ok(allow)
 }
 
-/// Returns the repository from which a snapshot may be pulled: the one that the container's annotation names, or else the
-/// node's. What the checkpoint itself says counts only if it lies within the node's.
+/// Returns the repository from which a snapshot may be pulled: the container's annotation, or else
+/// the node's. The checkpoint's own entry counts only within the node's repository.
 #[must_use]
 pub fn registry(annotations: &Annotations, of_node: Option<&str>, said: Option<&str>) -> Option<String> {
     let within = |said: &&str| of_node.is_some_and(|node| is_within(said, node.trim_end_matches('/')));
     annotations.registry().or_else(|| said.filter(within).or(of_node).map(str::to_owned))
 }
 
-/// Whether a repository is another, or below it. A tag or a digest may follow.
+/// Returns whether a repository is the other, or below the other. A tag or a digest may follow.
 fn is_within(repository: &str, other: &str) -> bool {
     let rest = repository.strip_prefix(other);
     rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '@']) || is_tag(rest))
         && !repository.split('/').any(|part| part == "..")
 }
 
-/// Whether this is a tag, and not the port of another host.
+/// Returns whether the text is a tag, and not the port of another host.
 fn is_tag(rest: &str) -> bool {
     rest.starts_with(':') && !rest.contains('/')
 }

@@ -1,13 +1,13 @@
-//! The commit record: `gpusnap.json` from the first moment of a checkpoint to its last.
+//! The commit record: `gpusnap.json` from the first moment of a checkpoint to the last.
 //!
 //! ```text
 //!   Record::begin ──► "incomplete" ──► CRIU dumps, images are cut, memory is published ──► Record::complete ──► "complete"
 //!                          └── whoever dies in between leaves a folder that a restore refuses
 //! ```
 //!
-//! The record is written before there is anything to be taken for a checkpoint, so that no moment is left in which a
-//! folder looks whole and is not. The room for its last form is taken at the beginning: a disk that fills up meanwhile does
-//! not keep a checkpoint from being completed.
+//! The record is written before any other file, so that a folder never looks whole without being
+//! so. Room for the final record is reserved at the beginning: a disk that fills up meanwhile
+//! cannot prevent the commit.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -21,22 +21,23 @@ use serde::{Deserialize, Serialize};
 use crate::draft::is_ours;
 use crate::manifest::{Manifest, now};
 
-/// Its name among the images.
+/// Name of the record among the images.
 pub(crate) const FILE: &str = "gpusnap.json";
-/// The name of its last form before that counts.
+/// Name of the final record before the commit.
 pub(crate) const NEXT: &str = ".gpusnap.json.new";
-/// Version 1 has all memory in the images, version 2 may have it elsewhere. Neither has a state.
+/// Oldest known version. Version 1 has all memory in the images, version 2 may have memory
+/// elsewhere; both have no state.
 const OLDEST: u32 = 1;
 const VERSION: u32 = 3;
-/// A few hundred bytes are usual.
+/// Most bytes of a record; a few hundred are usual.
 const SIZE_LIMIT: u64 = 1 << 20;
 /// Room for the manifest of some hundred GPU processes.
 const RESERVE: u64 = 64 << 10;
 
-/// Why a folder is no checkpoint that can be restored.
+/// Failure to find a restorable checkpoint in a folder.
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
-    /// The images are none, or are damaged.
+    /// The images are missing or damaged.
     #[error(transparent)]
     Image(#[from] ImageError),
     /// The record cannot be read.
@@ -47,7 +48,7 @@ pub enum FolderError {
         /// The reason.
         source: io::Error,
     },
-    /// The record is not understood.
+    /// The record is not valid.
     #[error("{path} is damaged: {what}")]
     Damaged {
         /// The record.
@@ -60,10 +61,10 @@ pub enum FolderError {
     Version {
         /// The record.
         path: PathBuf,
-        /// Its version.
+        /// The record's version.
         found: u32,
     },
-    /// A file of it is a link or a device: it would lead whoever restores to other files.
+    /// A file of the checkpoint is a link or a device, and would lead a restore to other files.
     #[error("{path} is not a regular file")]
     NotAFile {
         /// The file.
@@ -77,12 +78,12 @@ pub enum FolderError {
     Incomplete {
         /// The folder.
         folder: PathBuf,
-        /// The container that was to be saved.
+        /// The container to be saved.
         container: String,
     },
-    /// Memory was cut from the images, and nothing says where it is.
+    /// Memory was cut from the images, and no record locates the memory.
     #[error(
-        "the images in {folder} are without the container's big memory, and there is no {FILE} that says where it is: \
+        "the images in {folder} lack the container's big memory, and no {FILE} locates it: \
          restore the whole folder as gpusnap wrote it, or take a new checkpoint"
     )]
     Cut {
@@ -91,7 +92,7 @@ pub enum FolderError {
     },
 }
 
-/// The state of a checkpoint, as its record has it.
+/// State of a checkpoint in the record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum State {
@@ -99,11 +100,11 @@ enum State {
     Complete,
 }
 
-/// What every record begins with.
+/// First fields of every record.
 #[derive(Debug, Deserialize)]
 struct Head {
     version: u32,
-    /// None in versions without one, which are complete.
+    /// The state; `None` in old versions, always of complete checkpoints.
     state: Option<State>,
     #[serde(default)]
     container: String,
@@ -129,18 +130,18 @@ struct Complete<'a> {
     manifest: &'a Manifest,
 }
 
-/// The record of a checkpoint that is being written.
+/// The record of a checkpoint in progress.
 #[derive(Debug)]
 pub struct Record {
     folder: PathBuf,
     began: u64,
-    /// Its last form, which has room already.
+    /// The final record, with room reserved.
     next: File,
 }
 
 impl Record {
-    /// Says in `folder` that a checkpoint of `container` is not complete. `began` is in milliseconds since 1970: by
-    /// both the checkpoint is known again.
+    /// Records in `folder` that a checkpoint of `container` has begun. `began` is in milliseconds since
+    /// 1970: both together identify the checkpoint.
     ///
     /// # Errors
     /// A file that cannot be written.
@@ -151,14 +152,14 @@ impl Record {
         put_in_place(folder)?;
         let next = create(folder)?;
         match rustix::fs::fallocate(&next, FallocateFlags::KEEP_SIZE, 0, RESERVE) {
-            // A file system that cannot take room in advance.
+            // A file system without reservation of room.
             Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {}
             Err(error) => return Err(error.into()),
         }
         Ok(Self { folder: folder.to_owned(), began, next })
     }
 
-    /// Says that the checkpoint is complete, at once or not at all.
+    /// Commits the checkpoint, atomically.
     ///
     /// # Errors
     /// A file that cannot be written. The record stays incomplete then.
@@ -178,28 +179,30 @@ fn create(folder: &Path) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// Not flushed: a flush waits for all that CRIU has written beside it, for tens of seconds on a slow disk, while the container
-/// stands still. After a power cut the images are no better than the record.
+/// Renames without a flush: a flush waits for all of CRIU's writes, for tens of seconds on a slow
+/// disk, while the container stands still. After a power cut the images are no better than the
+/// record.
 fn put_in_place(folder: &Path) -> io::Result<()> {
     std::fs::rename(folder.join(NEXT), folder.join(FILE))
 }
 
-/// A folder that is a whole checkpoint, as far as it says itself.
+/// A folder with a whole checkpoint, according to the record.
 #[derive(Debug)]
 pub struct Folder {
-    /// What the images say.
+    /// Properties of the images.
     pub image: Image,
-    /// None for a checkpoint that another shim made.
+    /// The manifest; `None` for a checkpoint of another shim.
     pub manifest: Option<Manifest>,
 }
 
 impl Folder {
-    /// Looks at the inventory, the threads and the record of a checkpoint.
+    /// Reads the inventory, the threads and the record of a checkpoint.
     ///
     /// # Errors
-    /// A folder that is no checkpoint, is incomplete, or lacks memory without saying where it is.
+    /// A folder without a checkpoint, with an incomplete one, or with cut images and no record of
+    /// the memory.
     pub fn inspect(folder: &Path) -> Result<Self, FolderError> {
-        // First: of an incomplete one nothing else has to be right.
+        // Read the record first: an incomplete checkpoint may lack anything else.
         let manifest = read(folder)?;
         let image = images::inspect(folder)?;
         check_files(folder)?;
@@ -212,7 +215,7 @@ impl Folder {
     }
 }
 
-/// Checks that what CRIU and the shim will read is in the folder itself.
+/// Checks that all files for CRIU and the shim are in the folder itself.
 fn check_files(folder: &Path) -> Result<(), FolderError> {
     let failed = |source| FolderError::Read { path: folder.to_owned(), source };
     for entry in std::fs::read_dir(folder).map_err(failed)? {
@@ -224,7 +227,7 @@ fn check_files(folder: &Path) -> Result<(), FolderError> {
     Ok(())
 }
 
-/// Reads the manifest of a complete checkpoint; None without a record.
+/// Reads the manifest of a complete checkpoint; `None` without a record.
 pub(crate) fn read(folder: &Path) -> Result<Option<Manifest>, FolderError> {
     let Some((bytes, head)) = read_head(folder)? else { return Ok(None) };
     let path = folder.join(FILE);
@@ -245,7 +248,8 @@ fn read_head(folder: &Path) -> Result<Option<(Vec<u8>, Head)>, FolderError> {
     let path = folder.join(FILE);
     let failed = |source| FolderError::Read { path: path.clone(), source };
     let damaged = |what: String| FolderError::Damaged { path: path.clone(), what };
-    // Not through a link, and without waiting for a fifo's other end: anybody may have made the folder.
+    // Through no link, and without waiting for a fifo's other end: anybody may have made the
+    // folder.
     let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(&path);
     let file = match file {
         Ok(file) => file,
@@ -315,15 +319,16 @@ mod tests {
         let error = Folder::inspect(folder.path()).unwrap_err().to_string();
         assert!(error.contains("web") && error.contains("incomplete") && error.contains("Take a new one"), "{error}");
         assert!(is_incomplete(folder.path()));
-        // As a killed shim leaves it.
+        // Left by a killed shim.
         drop(record);
         assert!(is_incomplete(folder.path()));
-        // The next one begins there all the same.
+        // The next checkpoint can begin there.
         Record::begin(folder.path(), "web", 1).unwrap().complete(&manifest()).unwrap();
         assert!(read(folder.path()).unwrap().is_some());
     }
 
-    /// The smallest folder that passes for a checkpoint, without processes. Its inventory names these plugins.
+    /// Writes the smallest folder that passes for a checkpoint, without processes. The inventory
+    /// names these plugins.
     fn write_images(folder: &Path, plugins: &[u8]) {
         let mut inventory = vec![0x16, 0x31, 0x31, 0x58, 0, 0, 0, 0, 8, 2];
         if !plugins.is_empty() {
@@ -403,7 +408,7 @@ mod tests {
     fn a_full_disk_does_not_keep_a_checkpoint_from_being_completed() {
         let folder = tempfile::tempdir().unwrap();
         let options = "size=256k,nr_inodes=64";
-        // Needs root, as all of these tests do in CI; without it there is no disk to fill.
+        // Requires root, as all of these tests do in CI; without root there is no disk to fill.
         let flags = rustix::mount::MountFlags::empty();
         let options = std::ffi::CString::new(options).unwrap();
         if rustix::mount::mount("tmpfs", folder.path(), "tmpfs", flags, options.as_c_str()).is_err() {

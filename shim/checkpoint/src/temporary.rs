@@ -1,13 +1,15 @@
-//! The folders into which containerd unpacks a checkpoint for Create, and which it never removes (containerd#10166).
+//! Folders into which containerd unpacks a checkpoint for Create, and that containerd never removes
+//! (containerd#10166).
 
 use std::ffi::OsStr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The start of their names; digits follow (`os.MkdirTemp`).
+/// Prefix of the folders' names; digits follow (`os.MkdirTemp`).
 const PREFIX: &str = "ctrd-checkpoint";
 
-/// Removes `folder` if it is one of those, by its name and its place. Anything else is left alone.
+/// Removes `folder` if the name and place match containerd's folders. Any other folder is left
+/// alone.
 pub fn remove_if_containerds(folder: &Path) {
     if !is_containerds(folder, &places()) {
         return;
@@ -18,7 +20,7 @@ pub fn remove_if_containerds(folder: &Path) {
     }
 }
 
-/// Where containerd makes them: the shim has its environment.
+/// Places of containerd's folders: the shim has containerd's environment.
 fn places() -> Vec<PathBuf> {
     let named = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     [named("XDG_RUNTIME_DIR"), named("TMPDIR"), Some("/tmp".into())].into_iter().flatten().collect()
@@ -28,7 +30,7 @@ fn is_containerds(folder: &Path, places: &[PathBuf]) -> bool {
     let suffix = folder.file_name().and_then(OsStr::to_str).and_then(|name| name.strip_prefix(PREFIX));
     let is_named = suffix.is_some_and(|suffix| !suffix.is_empty() && suffix.bytes().all(|byte| byte.is_ascii_digit()));
     let is_there = folder.parent().is_some_and(|parent| places.iter().any(|place| place == parent));
-    // Not a link that somebody put there, nor somebody else's folder.
+    // A link, or another user's folder, is left alone.
     let is_own = std::fs::symlink_metadata(folder)
         .is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == rustix::process::geteuid().as_raw());
     is_named && is_there && is_own

@@ -1,4 +1,4 @@
-//! What can be asked of `gpusnap`.
+//! The command line of `gpusnap`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,28 +13,29 @@ use crate::units::parse_age;
 const EXIT_CODES: &str = "\
 Exit codes:
   0    done
-  1    failed; the line on standard error says at what, and what to do
-  2    not a command line that is understood
-  3    there is no such snapshot, here or in the registry
-  4    something is damaged
+  1    failed; standard error has one line with the cause and the remedy
+  2    invalid usage
+  3    no such snapshot, here or in the registry
+  4    damaged data
   5    the snapshot is in use
   130  interrupted";
 
-/// Looks at, checks, removes and moves snapshots of containers with their GPU state.
+/// Lists, verifies, removes and moves snapshots of containers with their GPU state.
 ///
-/// Snapshots are in a store on this node, an OCI image layout. One is named NAMESPACE/NAME, or
-/// NAMESPACE/KUBERNETES-NAMESPACE/NAME if it is of a pod; NAME alone means the namespace of --namespace. Its digest, or the
-/// first digits of it (six at least), will do as well.
+/// Snapshots are in a store on this node, an OCI image layout. A snapshot is named NAMESPACE/NAME,
+/// or NAMESPACE/KUBERNETES-NAMESPACE/NAME for a pod's; NAME alone means the namespace of
+/// --namespace. The snapshot's digest, or the first digits of the digest (six at least), serve as
+/// well.
 #[derive(Debug, Parser)]
 #[command(name = "gpusnap", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
-    /// The store.
+    /// The store's folder.
     #[arg(long, global = true, env = "GPUSNAP_STORE", default_value = snapshot::DEFAULT_ROOT, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) store: PathBuf,
-    /// The containerd namespace of names without one.
+    /// The containerd namespace of names without a namespace.
     #[arg(short, long, global = true, env = "CONTAINERD_NAMESPACE", default_value = "default")]
     pub(crate) namespace: String,
-    /// No progress, and no word when all is well.
+    /// Print no progress, and nothing on success.
     #[arg(short, long, global = true)]
     pub(crate) quiet: bool,
     #[command(subcommand)]
@@ -43,70 +44,74 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// List snapshots, and what they take.
+    /// List snapshots and their sizes.
     #[command(visible_alias = "list")]
     Ls {
         #[command(flatten)]
         format: Format,
     },
-    /// Tell what is in a snapshot: processes, GPUs, sizes, sharing, and how long each step took.
+    /// Show a snapshot: processes, GPUs, sizes, sharing, and the duration of each step.
     Inspect {
-        /// Which.
+        /// Snapshot name or digest.
         snapshot: String,
         #[command(flatten)]
         format: Format,
     },
-    /// Read every byte of snapshots, or of all, and tell what is damaged.
+    /// Read every byte of some or all snapshots, and report damage.
     Verify {
-        /// Which; all of the store if none is given.
+        /// Snapshot names or digests; the whole store if none is given.
         snapshots: Vec<String>,
         #[command(flatten)]
         format: Format,
     },
-    /// Remove snapshots, and what no other one shares with them. Of several names of a snapshot, only the given one.
+    /// Remove snapshots, and all blobs that no other snapshot shares. If a snapshot has several
+    /// names, only the given name goes.
     Rm {
-        /// Which.
+        /// Snapshot names or digests.
         #[arg(required = true)]
         snapshots: Vec<String>,
-        /// Wait for a snapshot that is in use.
+        /// Wait for the end of a snapshot's use.
         #[arg(long)]
         wait: bool,
     },
-    /// Remove what nothing needs: drafts and transfers that were given up, and blobs that no snapshot has.
+    /// Remove garbage: abandoned drafts and transfers, and blobs without a snapshot.
     Prune {
-        /// Snapshots without a name as well that were not used for so long.
+        /// Also remove unnamed snapshots not used for this long.
         #[arg(long, value_name = "AGE", value_parser = parse_age)]
         unnamed: Option<Duration>,
-        /// Spare blobs and transfers that are younger: another program may be at them.
+        /// Spare younger blobs and transfers: another program may be writing them.
         #[arg(long, value_name = "AGE", value_parser = parse_age, default_value = "1h")]
         grace: Duration,
-        /// Snapshots that were not used for the longest time as well, until the rest is no more than this.
+        /// Also remove the least recently used snapshots, until the rest is at most this large.
         #[arg(long, value_name = "SIZE", value_parser = parse_size)]
         quota: Option<u64>,
     },
-    /// Give a snapshot a further name. A snapshot that has the name loses it.
+    /// Give a snapshot a further name. Another snapshot with this name loses the name.
     Tag {
-        /// Which.
+        /// Snapshot name or digest.
         snapshot: String,
         /// The further name.
         name: String,
     },
-    /// Send a snapshot to a registry. What is there already is not sent.
+    /// Send a snapshot to a registry; blobs that the registry has are skipped.
     Push {
-        /// Which.
+        /// Snapshot name or digest.
         snapshot: String,
         /// HOST[:PORT]/REPOSITORY[:TAG].
         target: String,
         #[command(flatten)]
         transfer: Transfer,
     },
-    /// Fetch a snapshot from a registry. What is here already is not fetched, even of a pull that was broken off.
+    /// Fetch a snapshot from a registry. Resumes an interrupted pull; blobs in the store are
+    /// skipped.
     Pull {
         /// HOST[:PORT]/REPOSITORY[:TAG], or @DIGEST instead of the tag.
         target: String,
-        /// Its name here; the last part of REPOSITORY if none is given. A snapshot that has the name loses it.
+        /// The name in the store; by default the last part of REPOSITORY. Another snapshot with
+        /// this name loses the name.
         name: Option<String>,
-        /// The most that the store may take: less recently used snapshots make room, and a larger one is not begun.
+        /// The largest size of the store: less recently used snapshots make room, and a larger
+        /// snapshot is not begun.
         #[arg(long, value_name = "SIZE", value_parser = parse_size, env = "GPUSNAP_QUOTA")]
         quota: Option<u64>,
         #[command(flatten)]
@@ -114,23 +119,24 @@ pub(crate) enum Command {
     },
     /// Write a snapshot into a file: a tar archive of an OCI image layout.
     Export {
-        /// Which.
+        /// Snapshot name or digest.
         snapshot: String,
-        /// The file; it must not be there yet. Standard output if none is given.
+        /// The file, which must not exist; by default standard output.
         #[arg(value_hint = ValueHint::FilePath)]
         file: Option<PathBuf>,
     },
-    /// Take a snapshot out of a file that `export` wrote.
+    /// Read a snapshot from a file written by `export`.
     Import {
-        /// The file; standard input if it is -.
+        /// The file, or - for standard input.
         #[arg(value_hint = ValueHint::FilePath)]
         file: PathBuf,
-        /// Its name here; the one in the file if none is given. A snapshot that has the name loses it.
+        /// The name in the store; by default the name in the file. Another snapshot with this name
+        /// loses the name.
         name: Option<String>,
     },
-    /// Write the completion of a shell to standard output.
+    /// Write a shell's completion script to standard output.
     Completion {
-        /// Which shell.
+        /// The shell.
         shell: Shell,
     },
     /// Write the manual pages into a folder, or the first one to standard output.
@@ -143,7 +149,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Args)]
 pub(crate) struct Format {
-    /// JSON instead of text.
+    /// Print JSON instead of text.
     #[arg(long)]
     pub(crate) json: bool,
 }
@@ -153,7 +159,7 @@ pub(crate) struct Transfer {
     /// Blobs moved at a time.
     #[arg(short, long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) jobs: u16,
-    /// Without TLS. This machine's own registries are spoken to without it anyway.
+    /// Connect without TLS, as always to registries on this machine.
     #[arg(long)]
     pub(crate) plain_http: bool,
 }

@@ -1,4 +1,4 @@
-//! What a command can fail with: what happened to which snapshot, what to do next, and the exit code.
+//! Errors of commands: snapshot, cause, remedy, and exit code.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use snapshot::{
     SnapshotError,
 };
 
-/// Why a command did not do what it was asked.
+/// Failure of a command.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CliError {
     #[error("cannot use the store {}", store.display())]
@@ -40,7 +40,7 @@ pub(crate) enum CliError {
     #[error("{count} {} damaged: remove the snapshots concerned with `gpusnap rm`, and pull or take them again",
         if *count == 1 { "thing is" } else { "things are" })]
     Damaged { count: usize },
-    #[error("an archive on a terminal is of no use: name a file, or redirect the output")]
+    #[error("refusing to write an archive to a terminal: name a file, or redirect the output")]
     Terminal,
     #[error("{what} was interrupted: {next}")]
     Interrupted { what: String, next: &'static str },
@@ -48,10 +48,10 @@ pub(crate) enum CliError {
     File { action: &'static str, path: PathBuf, source: std::io::Error },
 }
 
-/// What to do about a transfer that did not get to its end.
+/// Advice about an interrupted transfer.
 pub(crate) const AGAIN: &str = "the same command goes on from there";
 
-/// Exit codes, as `gpusnap --help` tells them.
+/// Exit codes, as in `gpusnap --help`.
 pub(crate) const FAILED: u8 = 1;
 const MISUSED: u8 = 2;
 const MISSING: u8 = 3;
@@ -93,13 +93,13 @@ impl CliError {
         }
     }
 
-    /// What to do next, where the message does not say it.
+    /// The next step, if the message has none.
     fn advice(&self) -> Option<&'static str> {
         match (self, self.code()) {
             (Self::Remove { .. }, IN_USE) => Some("try again later, or with --wait"),
             (Self::Snapshot { .. } | Self::Remove { .. }, MISSING) => Some("see `gpusnap ls`"),
             (Self::Snapshot { .. } | Self::Segments { .. } | Self::List { .. } | Self::Export { .. }, DAMAGED) => {
-                Some("`gpusnap verify` tells what else is")
+                Some("`gpusnap verify` lists all damage")
             }
             (Self::Pull { source, .. }, _) => match &**source {
                 PullError::Registry(error) if is_passing(error) => Some(AGAIN),
@@ -113,7 +113,7 @@ impl CliError {
         }
     }
 
-    /// One line: what happened, why, and what to do next.
+    /// The error on one line: the failure, the cause, and the next step.
     pub(crate) fn line(&self) -> String {
         let mut line = format!("gpusnap: {}", chain(self));
         if let Some(advice) = self.advice() {
@@ -125,7 +125,7 @@ impl CliError {
 
 pub(crate) use phase::chain;
 
-/// May be gone the next time.
+/// Returns whether a retry may succeed.
 fn is_passing(error: &RegistryError) -> bool {
     match error {
         RegistryError::Status { status, .. } => matches!(status, 408 | 429 | 500..),

@@ -1,7 +1,8 @@
-//! `gpusnap`: snapshots of containers with their GPU state, looked at, checked, removed, and moved between nodes.
+//! `gpusnap`: lists, verifies and removes snapshots of containers with their GPU state, and moves
+//! them between nodes.
 //!
-//! `docs/snapshots.md` is for its users. The shim runs `gpusnap pull` for a snapshot that the node lacks, so that HTTP and TLS
-//! are in no shim process.
+//! Users read `docs/snapshots.md`. The shim runs `gpusnap pull` for missing snapshots, so that no
+//! shim process has HTTP and TLS.
 
 mod args;
 mod commands;
@@ -18,7 +19,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::args::Arguments;
 
-/// What still runs when a command is over is waited for so long: writing out a piece that had been received.
+/// Longest wait for threads after a command: a thread may still write a received piece.
 const LAST_WORK: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
@@ -42,9 +43,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Shells allow 1024 open files for programs that wait for them in an old way, which this one does not.
+/// Raises the limit of open files. Shells allow 1024, for the sake of programs that use `select`.
 fn allow_many_files() {
     let limit = getrlimit(Resource::Nofile);
-    // Refused: then a transfer has fewer, and says so when they do not suffice.
+    // On failure a transfer has fewer files, and reports when they run out.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::error::CliError;
 
-/// Writes all of it at once. A reader that has gone (`gpusnap ls | head`) wants no more.
+/// Writes all text at once. A reader that has gone (`gpusnap ls | head`) is no error.
 pub(crate) fn print(text: &[u8]) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text).and_then(|()| out.flush()) {
@@ -28,7 +28,7 @@ pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CliError> {
     print(format!("{json}\n").as_bytes())
 }
 
-/// Lines with aligned columns; those from `right` on are aligned at their right end.
+/// Lines with aligned columns; columns from `right` on are right-aligned.
 pub(crate) fn table<const N: usize>(rows: &[[String; N]], right: usize) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default();
     let widths: [usize; N] = std::array::from_fn(width);
@@ -44,7 +44,7 @@ pub(crate) fn table<const N: usize>(rows: &[[String; N]], right: usize) -> Strin
     text
 }
 
-/// What was written into a snapshot by whoever made it, fit for a terminal.
+/// Text from a snapshot's maker, fit for a terminal.
 pub(crate) fn clean(text: &str) -> String {
     text.replace(|c: char| c.is_control(), "?")
 }

@@ -1,4 +1,4 @@
-//! How far something is: a bar on a terminal, a line now and then elsewhere.
+//! Progress: a bar on a terminal, a line now and then elsewhere.
 
 use std::io::IsTerminal;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -13,25 +13,25 @@ const ON_TERMINAL: Duration = Duration::from_millis(100);
 const ELSEWHERE: Duration = Duration::from_secs(10);
 const BAR: &str = "{msg} {bar:30} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}";
 
-/// A reading.
+/// A reading of the progress.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reading {
-    /// In bytes.
+    /// Finished bytes.
     pub(crate) done: u64,
-    /// In bytes; 0 while unknown.
+    /// All bytes; 0 while unknown.
     pub(crate) total: u64,
-    /// What is being tried again, if it was not told yet.
+    /// An error before a retry, if not shown yet.
     pub(crate) trouble: Option<String>,
 }
 
-/// Shows readings until it is dropped.
+/// A display of readings, until dropped.
 pub(crate) struct Shown {
     stop: Option<mpsc::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Shown {
-    /// Shows what `read` reads of `what`, on standard error; nothing if `quiet`.
+    /// Shows the readings of `read` on standard error, under the title `what`; nothing if `quiet`.
     pub(crate) fn begin(what: String, quiet: bool, read: impl Fn() -> Reading + Send + 'static) -> Self {
         let (stop, stopped) = mpsc::channel();
         let thread = (!quiet).then(|| {
@@ -53,7 +53,7 @@ impl Drop for Shown {
 
 fn bar(what: String, stopped: &mpsc::Receiver<()>, read: impl Fn() -> Reading) {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-    // The default would do as well: the template is right, or a test fails.
+    // The default is never used: a test checks the template.
     bar.set_style(ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(what);
     while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(ON_TERMINAL) {
@@ -82,7 +82,7 @@ fn lines(what: &str, stopped: &mpsc::Receiver<()>, read: impl Fn() -> Reading) {
     }
 }
 
-/// So many bytes in so long.
+/// Bytes per second, as text.
 pub(crate) fn rate(moved: u64, elapsed: Duration) -> String {
     let milliseconds = elapsed.as_millis().max(1);
     let per_second = u128::from(moved) * 1000 / milliseconds;

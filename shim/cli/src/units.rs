@@ -1,4 +1,4 @@
-//! Sizes and times as people write and read them.
+//! Sizes and times for people.
 
 use std::time::{Duration, SystemTime};
 
@@ -12,16 +12,16 @@ pub(crate) fn bytes(bytes: u64) -> String {
     if whole < 100 { format!("{whole}.{tenths} {name}") } else { format!("{whole} {name}") }
 }
 
-/// How long ago that was, in its largest unit.
+/// Age of a time, in the largest unit.
 pub(crate) fn age(time: SystemTime) -> String {
     let past = SystemTime::now().duration_since(time).unwrap_or_default().as_secs();
     let unit = SECONDS.into_iter().find(|(_, unit)| past >= *unit);
     unit.map_or_else(|| "now".to_owned(), |(name, unit)| format!("{}{name} ago", past / unit))
 }
 
-/// `90s`, `30m`, `12h`, `7d`, `2w`.
+/// Reads an age: `90s`, `30m`, `12h`, `7d`, `2w`.
 pub(crate) fn parse_age(text: &str) -> Result<Duration, String> {
-    let error = || format!("{text:?} is no age: write 90s, 30m, 12h, 7d or 2w");
+    let error = || format!("{text:?} is not an age: write 90s, 30m, 12h, 7d or 2w");
     let found = SECONDS.into_iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, unit)));
     let (number, unit) = found.ok_or_else(error)?;
     let number: u64 = number.parse().map_err(|_| error())?;

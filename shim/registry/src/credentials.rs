@@ -1,12 +1,12 @@
-//! Credentials as `docker login` leaves them.
+//! Credentials as stored by `docker login`.
 
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use oci_client::secrets::RegistryAuth;
 
-/// The key under which docker keeps the credentials of docker.io.
+/// Docker's key for the credentials of docker.io.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
-/// Why configured credentials cannot be used.
+/// Failure to use configured credentials.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
     /// config.json or a helper's answer cannot be read.
@@ -14,7 +14,7 @@ pub enum CredentialsError {
     Unusable {
         /// Host and port.
         registry: String,
-        /// What is wrong, in one line.
+        /// The fault, in one line.
         reason: String,
     },
     /// An OAuth refresh token, which oci-client cannot exchange.
@@ -27,11 +27,11 @@ pub enum CredentialsError {
     },
 }
 
-/// Credentials for a registry, from `config.json` in `$DOCKER_CONFIG` or `~/.docker`, its `credHelpers` and `credsStore`
-/// included; anonymous if there are none.
+/// Credentials for a registry, from `config.json` in `$DOCKER_CONFIG` or `~/.docker`, with its
+/// `credHelpers` and `credsStore`. Anonymous if there are none.
 ///
 /// # Errors
-/// A configuration that exists and cannot be used: going on without would only fail later and say less.
+/// An unusable configuration: an anonymous attempt would only fail later, and say less.
 pub fn credentials(registry: &str) -> Result<RegistryAuth, CredentialsError> {
     let key = if registry == "index.docker.io" { DOCKER_HUB } else { registry };
     let unusable = |reason: String| CredentialsError::Unusable { registry: registry.to_owned(), reason };
@@ -43,9 +43,9 @@ pub fn credentials(registry: &str) -> Result<RegistryAuth, CredentialsError> {
         Err(CredentialRetrievalError::NoCredentialConfigured | CredentialRetrievalError::ConfigNotFound) => {
             Ok(RegistryAuth::Anonymous)
         }
-        // The library says the same of a file that is missing and of one that is no JSON.
+        // The library reports a missing file and invalid JSON alike.
         Err(CredentialRetrievalError::ConfigReadError) if !config_exists() => Ok(RegistryAuth::Anonymous),
-        // What every helper of docker says, on standard output, of a registry that it does not know.
+        // Every helper of docker prints this on standard output for an unknown registry.
         Err(CredentialRetrievalError::HelperFailure { stdout, .. }) if stdout.contains("credentials not found") => {
             Ok(RegistryAuth::Anonymous)
         }
@@ -54,7 +54,7 @@ pub fn credentials(registry: &str) -> Result<RegistryAuth, CredentialsError> {
             Err(unusable(format!("{helper}: {}", crate::session::one_line(&said))))
         }
         Err(CredentialRetrievalError::HelperCommunicationError) => {
-            Err(unusable("the credential helper that it names cannot be run".to_owned()))
+            Err(unusable("the configured credential helper cannot be run".to_owned()))
         }
         Err(error) => Err(unusable(error.to_string())),
     }

@@ -1,4 +1,4 @@
-//! One blob from a registry into a file, over as many connections as it takes.
+//! Download of one blob from a registry into a file, over several connections if necessary.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -15,22 +15,22 @@ use crate::progress::Share;
 use crate::pull::PullError;
 use crate::session::{Failure, Session};
 
-/// Pieces between the connection and the disk: back-pressure for a registry that is faster.
+/// Pieces between the connection and the disk: back-pressure on a fast registry.
 const PIECES_IN_FLIGHT: usize = 16;
-/// What an attempt has to bring to count as one that got further, in bytes.
+/// Bytes by which an attempt must exceed the best one to count as progress.
 const FURTHER: u64 = 1 << 20;
 
-/// A blob of which a beginning is there, and the hash of that.
+/// The beginning of a blob, and its hash.
 struct Content {
     file: File,
-    /// Its lock must not be given back while a thread still writes.
+    /// Owner of the lock, kept while a thread still writes.
     partial: Partial,
     hasher: Sha256,
     length: u64,
 }
 
 impl Content {
-    /// Takes up what an earlier attempt left.
+    /// Continues with the bytes of an earlier attempt.
     fn take_up(file: File, partial: Partial) -> Result<Self, RegistryError> {
         let mut content = Self { file, partial, hasher: Sha256::new(), length: 0 };
         let mut buffer = vec![0; 1 << 20];
@@ -68,8 +68,8 @@ impl Content {
     }
 }
 
-/// Completes a blob, and verifies it. What there is of it stays after a failure, for another attempt to go on from; content that
-/// turned out wrong does not.
+/// Completes a blob, and verifies it. After a failure the bytes stay for another attempt, unless
+/// they are wrong.
 pub(crate) async fn download(
     session: &Session,
     blob: &Layer,
@@ -98,9 +98,10 @@ struct Download<'a> {
     what: String,
     content: Arc<Mutex<Content>>,
     share: &'a Arc<Share>,
-    /// The most bytes that were ever there: a registry that breaks off and begins anew does not get further.
+    /// The most bytes held so far: no progress if a registry breaks off and starts from the
+    /// beginning.
     best: u64,
-    /// The file was put together from several answers, or from what an earlier run left.
+    /// True if the file consists of several answers, or of an earlier run's bytes and an answer.
     joined: bool,
 }
 
@@ -136,11 +137,11 @@ impl Download<'_> {
         let error = self.session.wrong(&self.what, "its content has another digest");
         let joined = self.joined;
         self.start_over()?;
-        // What an earlier run left may have been damaged here.
+        // The bytes of an earlier run may have been damaged on this machine.
         Err(if joined { Failure::again(error) } else { error.into() })
     }
 
-    /// Asks for what is missing and adds what comes.
+    /// Requests the missing bytes and appends the answer.
     async fn receive(&mut self) -> Result<(), Failure> {
         let have = self.length();
         let url = self.session.url(&format!("blobs/{}", self.blob.digest))?;
@@ -156,7 +157,7 @@ impl Download<'_> {
             other => other?,
         };
         if response.status() != StatusCode::PARTIAL_CONTENT && have > 0 {
-            // It knows no ranges, and sends all.
+            // A registry without ranges sends all bytes.
             self.start_over()?;
         }
         let start = self.length();
@@ -182,7 +183,7 @@ impl Download<'_> {
         }
     }
 
-    /// Hashing and writing happen beside receiving, in a thread of their own.
+    /// Receives an answer; a thread hashes and writes meanwhile.
     async fn stream(&self, mut response: Response, left: u64) -> Result<(), Failure> {
         let (pieces, mut queue) = mpsc::channel(PIECES_IN_FLIGHT);
         let (content, share) = (Arc::clone(&self.content), Arc::clone(self.share));
@@ -209,7 +210,7 @@ impl Download<'_> {
                     return Err(self.session.wrong(&self.what, "more bytes than it has").into());
                 }
                 if pieces.send(piece).await.is_err() {
-                    // The writer has failed, and says why.
+                    // The writer has failed, and returns the error.
                     return Ok(());
                 }
             }
@@ -220,7 +221,7 @@ impl Download<'_> {
     }
 }
 
-/// Whether this is the part from `start` to the end of `size` bytes.
+/// Returns whether the answer is the part from `start` to the end of `size` bytes.
 fn continues(response: &Response, start: u64, size: u64) -> bool {
     let range = response.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok());
     range.is_some_and(|range| {
@@ -228,13 +229,13 @@ fn continues(response: &Response, start: u64, size: u64) -> bool {
     })
 }
 
-/// Runs what blocks in a thread of its own.
+/// Runs blocking work in a thread.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // Only a runtime that shuts down cancels a thread's work, and then nobody waits here.
+            // Only a runtime that shuts down cancels a thread's work; nobody waits here then.
             Err(_) => std::future::pending().await,
         },
     }
@@ -273,7 +274,7 @@ mod tests {
         }
     }
 
-    /// A store, and in it what an earlier process left of a blob.
+    /// A store with an earlier process's part of a blob.
     struct Begun {
         store: Store,
         _root: tempfile::TempDir,

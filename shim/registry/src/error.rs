@@ -1,21 +1,22 @@
-//! What a conversation with a registry can fail with.
+//! Errors of the communication with a registry.
 
 use std::path::PathBuf;
 
 use crate::credentials::CredentialsError;
 
-/// Why a registry did not do what it was asked.
+/// Failure of a request to a registry.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// Credentials are configured but cannot be had.
+    /// Configured credentials cannot be read.
     #[error(transparent)]
     Credentials(#[from] CredentialsError),
-    /// No HTTP client could be made: no trusted certificates, or a proxy variable that is no URL.
+    /// The HTTP client cannot be made: no trusted certificates, or a proxy variable with an invalid
+    /// URL.
     #[error("cannot prepare connections to {registry}")]
     Client {
         /// Host and port.
         registry: String,
-        /// What the HTTP library says.
+        /// The HTTP library's error.
         #[source]
         source: reqwest::Error,
     },
@@ -24,7 +25,7 @@ pub enum RegistryError {
     Login {
         /// Host and port.
         registry: String,
-        /// What the token service said, shortened.
+        /// The token service's message, shortened.
         message: String,
     },
     /// 401 or 403.
@@ -32,9 +33,9 @@ pub enum RegistryError {
     Refused {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
-        /// What the registry said, with its separator; may be empty.
+        /// The registry's message after a separator; may be empty.
         message: String,
     },
     /// 404.
@@ -42,97 +43,97 @@ pub enum RegistryError {
     NotFound {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
-        /// What the registry said, with its separator; may be empty.
+        /// The registry's message after a separator; may be empty.
         message: String,
     },
-    /// Another status that is no success, after all attempts that made sense.
+    /// Another status of failure, after all reasonable attempts.
     #[error("{registry} answers {status} to {what}{message}{}", tried(*attempts))]
     Status {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
         /// The HTTP status.
         status: u16,
-        /// What the registry said, with its separator; may be empty.
+        /// The registry's message after a separator; may be empty.
         message: String,
-        /// How often it was asked.
+        /// The number of attempts.
         attempts: u32,
     },
-    /// The connection broke, or none came about.
+    /// The connection broke, or could not be established.
     #[error("no working connection to {registry} for {what}{}", tried(*attempts))]
     Connection {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
-        /// How often it was tried.
+        /// The number of attempts.
         attempts: u32,
-        /// What the HTTP library says.
+        /// The HTTP library's error.
         #[source]
         source: reqwest::Error,
     },
-    /// Its certificate is none that this machine trusts.
+    /// This machine does not trust the registry's certificate.
     #[error("{registry} cannot be trusted: make its authority one of this machine's (`update-ca-certificates`)")]
     Certificate {
         /// Host and port.
         registry: String,
-        /// What the HTTP library says.
+        /// The HTTP library's error.
         #[source]
         source: reqwest::Error,
     },
-    /// Nothing moved for too long.
+    /// No byte moved for too long.
     #[error("{registry} stalls: no byte of {what} moved for {seconds} s{}", tried(*attempts))]
     Stalled {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
         /// The limit, in seconds.
         seconds: u64,
-        /// How often it was tried.
+        /// The number of attempts.
         attempts: u32,
     },
-    /// The connection ended in the middle.
+    /// The connection ended early.
     #[error("{registry} ended {what} after {got} of {size} bytes{}", tried(*attempts))]
     Short {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
-        /// Bytes that came.
+        /// Bytes received.
         got: u64,
-        /// Bytes that should have come.
+        /// Bytes expected.
         size: u64,
-        /// How often it was tried.
+        /// The number of attempts.
         attempts: u32,
     },
-    /// Content that is not what was named, or an answer that makes no sense.
+    /// The content does not match its digest, or the answer makes no sense.
     #[error("{registry} sent {what} that is wrong: {reason}; nothing of it was kept")]
     Wrong {
         /// Host and port.
         registry: String,
-        /// What was asked for.
+        /// The requested content.
         what: String,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
-    /// A blob of this machine is not what its name says.
+    /// A blob in the store does not match its digest.
     #[error("blob {digest} in the store is damaged and was not sent: run `gpusnap verify`")]
     Damaged {
-        /// Its digest.
+        /// The blob's digest.
         digest: String,
     },
-    /// A file of this machine.
+    /// A file on this machine failed.
     #[error("cannot {action} {path}")]
     File {
-        /// What was tried: a verb.
+        /// The failed operation: a verb.
         action: &'static str,
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         #[source]
         source: std::io::Error,
     },

@@ -1,10 +1,12 @@
-//! Snapshots to and from OCI registries.
+//! Transfer of snapshots to and from OCI registries.
 //!
-//! A snapshot is an OCI image manifest and its blobs; [`pull`] and [`push`] move what the other side lacks, several blobs at a
-//! time, each verified while it streams. Nothing a registry says is trusted: sizes are capped before memory or disk is spent,
-//! every wait ends when nothing moves for a while ([`Patience`]), and every failure is tried again a bounded number of times.
+//! A snapshot is an OCI image manifest and its blobs. [`pull`] and [`push`] move the missing blobs,
+//! several at a time, each verified while it streams. No registry is trusted: sizes are capped
+//! before memory or disk is spent, every wait ends if nothing moves for a while ([`Patience`]), and
+//! the number of retries is bounded.
 //!
-//! A crate of its own, because it links HTTP and TLS, which a shim process beside each container must not carry.
+//! A separate crate for the sake of HTTP and TLS: a shim process beside each container must not
+//! carry them.
 
 mod credentials;
 mod download;
@@ -26,26 +28,26 @@ pub use push::{PushError, push};
 pub use session::{Options, Patience};
 pub use target::{Target, TargetError};
 
-/// What fuzz targets call that nobody else outside has a use for.
+/// Functions for fuzz targets only.
 #[cfg(fuzzing)]
 pub mod fuzzing {
     use std::time::Duration;
 
     use reqwest::header::HeaderValue;
 
-    /// What an answer's body says of an error.
+    /// The error message in an answer's body.
     #[must_use]
     pub fn said(body: &[u8]) -> Option<String> {
         crate::session::said(body)
     }
 
-    /// A `Retry-After` header.
+    /// Parses a `Retry-After` header.
     #[must_use]
     pub fn seconds(header: &[u8]) -> Option<Duration> {
         crate::session::seconds(&HeaderValue::from_bytes(header).ok()?)
     }
 
-    /// Foreign text as it is shown.
+    /// Prepares foreign text for display.
     #[must_use]
     pub fn one_line(text: &str) -> String {
         crate::session::one_line(text)

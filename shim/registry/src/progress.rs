@@ -1,9 +1,9 @@
-//! How far a transfer is, for whoever shows it.
+//! Progress of a transfer, for display.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Counters of one transfer, which may be read while it runs.
+/// Counters of one transfer, readable while it runs.
 #[derive(Debug, Default)]
 pub struct Meter {
     total: AtomicU64,
@@ -16,18 +16,18 @@ pub struct Meter {
 /// A reading of a [`Meter`], in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// All blobs of the snapshot.
+    /// Bytes of all blobs of the snapshot.
     pub total: u64,
-    /// Moved over the network by this transfer, and kept.
+    /// Bytes moved over the network by this transfer, and kept.
     pub moved: u64,
-    /// Were there already, whole or in part.
+    /// Bytes present before the transfer, of whole blobs and of parts.
     pub present: u64,
-    /// Moved, and moved again since.
+    /// Bytes moved in vain, and moved again since.
     pub lost: u64,
 }
 
 impl Meter {
-    /// What has happened so far.
+    /// Reads the counters.
     #[must_use]
     pub fn read(&self) -> Totals {
         Totals {
@@ -38,7 +38,7 @@ impl Meter {
         }
     }
 
-    /// What the last attempt failed with that is being repeated, once: it is not there the next time.
+    /// Takes the error of the last attempt before a retry. A second call returns `None`.
     #[must_use]
     pub fn take_trouble(&self) -> Option<String> {
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -61,7 +61,7 @@ impl Meter {
     }
 }
 
-/// What one blob added to a meter, so that it can be taken back when the blob begins anew.
+/// Share of one blob in a meter, subtracted if the blob starts from the beginning.
 #[derive(Debug)]
 pub(crate) struct Share {
     meter: Arc<Meter>,
@@ -84,7 +84,7 @@ impl Share {
         self.meter.add_present(bytes);
     }
 
-    /// Bytes of this blob moved so far: an upload that stands still shows here.
+    /// Bytes of this blob moved so far: a stalled upload shows here.
     pub(crate) fn so_far(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
     }

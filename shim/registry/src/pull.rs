@@ -1,4 +1,4 @@
-//! A snapshot out of a registry into the store.
+//! Pull of a snapshot from a registry into the store.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -21,9 +21,9 @@ use crate::session::{Failure, Options, Session};
 use crate::target::Target;
 
 pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
-/// How often a blob that another process receives is looked for.
+/// Pause between two looks for a blob that another process receives.
 const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// What layers of a container's root are called.
+/// Prefix of the media types of a container's image layers.
 const IMAGE_LAYER: &str = "application/vnd.oci.image.layer.";
 const LAYERS: [&str; 5] = [
     snapshot::CRIU_TYPE,
@@ -33,55 +33,55 @@ const LAYERS: [&str; 5] = [
     snapshot::SHM_TYPE,
 ];
 
-/// What to pull, and what it is called here.
+/// A snapshot to pull, and its place in the store.
 #[derive(Clone, Debug)]
 pub struct Pull {
-    /// Where it is.
+    /// The snapshot's location in a registry.
     pub target: Target,
-    /// Its name in the store.
+    /// The name in the store.
     pub name: Option<Name>,
-    /// What if the name is taken.
+    /// Treatment of a name in use.
     pub if_taken: IfTaken,
-    /// The most that all of the store may take, in bytes.
+    /// Most bytes of the whole store.
     pub quota: Option<u64>,
 }
 
-/// Why nothing was pulled. What came is kept for the next attempt, unless it was wrong.
+/// Failure of a pull. Received bytes are kept for the next attempt, unless they are wrong.
 #[derive(Debug, thiserror::Error)]
 pub enum PullError {
-    /// The registry, or the way there.
+    /// The registry or the connection failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The manifest is of something else, or of a later version.
-    #[error("{target} is no snapshot that can be used")]
+    /// The manifest is not a snapshot's, or belongs to a later version.
+    #[error("{target} is not a usable snapshot")]
     Manifest {
-        /// Where it was found.
+        /// The location in a registry.
         target: String,
-        /// Why not.
+        /// The cause.
         #[source]
         source: ManifestError,
     },
     /// The config is damaged or of a later version.
-    #[error("{target} is no snapshot that can be used")]
+    #[error("{target} is not a usable snapshot")]
     Config {
-        /// Where it was found.
+        /// The location in a registry.
         target: String,
-        /// Why not.
+        /// The cause.
         #[source]
         source: ConfigError,
     },
-    /// A layer that this version would not know what to do with.
+    /// A layer's media type is unknown to this version.
     #[error("{target} has a layer of {media_type:?}, which this gpusnap does not know: use a newer one")]
     Layer {
-        /// Where it was found.
+        /// The location in a registry.
         target: String,
-        /// What it says it is, shortened.
+        /// The media type, shortened.
         media_type: String,
     },
     /// The file system has no room.
     #[error("{target} needs {needed} bytes more and {} has {free} free: make room, with `gpusnap rm` or `gpusnap prune`", store.display())]
     Space {
-        /// Where it was found.
+        /// The location in a registry.
         target: String,
         /// Bytes still to be received.
         needed: u64,
@@ -90,35 +90,36 @@ pub enum PullError {
         /// The store.
         store: PathBuf,
     },
-    /// It is more than the store may take beside what is in use there.
+    /// The snapshot and the store's used content exceed the quota.
     #[error(
         "{target} needs {missing} bytes more, the quota of the store is {quota}, and {used} of them cannot be freed"
     )]
     Quota {
-        /// Where it was found.
+        /// The location in a registry.
         target: String,
-        /// Bytes that the store lacks of it.
+        /// Bytes missing from the store.
         missing: u64,
-        /// Bytes of what stays.
+        /// Bytes that cannot be freed.
         used: u64,
-        /// Bytes that the store may take.
+        /// Most bytes of the store.
         quota: u64,
     },
-    /// The store.
+    /// The store failed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// No room could be made.
+    /// Making room failed.
     #[error(transparent)]
     Remove(#[from] RemoveError),
-    /// It was received, and could not be published.
+    /// The received snapshot could not be published.
     #[error(transparent)]
     Publish(#[from] PublishError),
 }
 
-/// Pulls a snapshot: what the store lacks is received, several blobs at a time, and verified; then it is published at once.
+/// Pulls a snapshot: receives and verifies the missing blobs, several at a time, then publishes the
+/// snapshot as a whole.
 ///
 /// # Errors
-/// What [`PullError`] says; the store is as it was, and a repetition goes on from what had come.
+/// See [`PullError`]; the store is unchanged, and another pull continues from the received bytes.
 pub async fn pull(store: &Store, pull: Pull, options: &Options, meter: &Arc<Meter>) -> Result<Snapshot, PullError> {
     let session = Session::open(&pull.target, RegistryOperation::Pull, &options.patience, meter).await?;
     let target = pull.target.to_string();
@@ -135,7 +136,7 @@ pub async fn pull(store: &Store, pull: Pull, options: &Options, meter: &Arc<Mete
     let draft = store.draft()?;
     let incoming = Incoming { session: &session, store, draft: &draft, meter, jobs: options.jobs.max(1) };
 
-    // The config says whether the rest is of any use.
+    // The config shows whether the rest can be used.
     incoming.receive([manifest.config().clone()]).await?;
     let path = incoming.take(manifest.config()).await?;
     let config = read(&draft.folder().join(&path))?;
@@ -165,7 +166,7 @@ fn is_known(media_type: &str) -> bool {
     LAYERS.contains(&media_type) || media_type.starts_with(IMAGE_LAYER)
 }
 
-/// The manifest's bytes, which have the digest that was asked for and the one that the registry says.
+/// The manifest's bytes, checked against the requested and the announced digest.
 async fn manifest(session: &Session) -> Result<Vec<u8>, Failure> {
     let version = session.target.version();
     let what = format!("manifest {}:{version}", session.target.repository());
@@ -174,7 +175,7 @@ async fn manifest(session: &Session) -> Result<Vec<u8>, Failure> {
     let said = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok().map(str::to_owned));
     let bytes = session.body(&what, response, DOCUMENT_LIMIT).await?;
     let digest = Digest::of(&bytes).to_string();
-    // Digests of other kinds than ours say nothing that could be checked.
+    // Digests of other kinds cannot be checked.
     let said = said.filter(|said| said.starts_with("sha256:"));
     let pinned = session.target.digest().map(str::to_owned);
     if said.into_iter().chain(pinned).any(|expected| expected != digest) {
@@ -183,14 +184,15 @@ async fn manifest(session: &Session) -> Result<Vec<u8>, Failure> {
     Ok(bytes)
 }
 
-/// Before the first byte of memory is received: there is room for all of it.
+/// Makes room for all memory before its first byte is received.
 fn make_room(
     store: &Store,
     target: &str,
     layers: &BTreeMap<Digest, Layer>,
     quota: Option<u64>,
 ) -> Result<(), PullError> {
-    // What goes to make room may be shared with this snapshot: then the draft has it, and it is missing from then on.
+    // Snapshots removed to make room may share blobs with this one. The draft keeps such blobs, and
+    // the store lacks them from then on.
     while let Some(quota) = quota {
         let missing = missing(store, layers)?;
         let over = |used| PullError::Quota { target: target.to_owned(), missing, used, quota };
@@ -214,7 +216,7 @@ fn make_room(
     Ok(())
 }
 
-/// What of these the store has not, in bytes.
+/// Bytes of these layers missing from the store.
 fn missing(store: &Store, layers: &BTreeMap<Digest, Layer>) -> Result<u64, FileError> {
     layers.values().try_fold(0, |sum, layer| {
         let there = store.blob_size(&layer.digest)? == Some(layer.size);
@@ -231,7 +233,7 @@ struct Incoming<'a> {
 }
 
 impl Incoming<'_> {
-    /// Receives what is not in the store. It is left where the next process finds it if this one does not get to the end.
+    /// Receives the blobs missing from the store. An interrupted blob stays for the next process.
     async fn receive(&self, blobs: impl IntoIterator<Item = Layer>) -> Result<(), PullError> {
         stream::iter(blobs)
             .map(async |blob| self.receive_one(&blob, &Arc::new(Share::new(self.meter))).await)
@@ -240,7 +242,7 @@ impl Incoming<'_> {
             .await
     }
 
-    /// What the store has already does not go before this pull is over.
+    /// Keeps the store's blobs until the end of this pull.
     fn keep(&self, layers: &BTreeMap<Digest, Layer>) -> Result<(), PullError> {
         layers.values().try_for_each(|layer| Ok(self.draft.reuse(&layer.digest, layer.size).map(drop)?))
     }
@@ -254,7 +256,7 @@ impl Incoming<'_> {
         download(self.session, blob, partial, share).await
     }
 
-    /// What there is of a blob. Waits for another process that receives it.
+    /// The received part of a blob. Waits for another process that receives the same blob.
     async fn partial(&self, blob: &Layer) -> Result<Partial, PullError> {
         loop {
             match self.store.partial(&blob.digest)? {
@@ -264,15 +266,15 @@ impl Incoming<'_> {
         }
     }
 
-    /// Puts a blob that was received into the draft. Locks are held while receiving only, lest two processes that want the
-    /// same blobs wait for each other; so another one may have published it since.
+    /// Puts a received blob into the draft. Locks are held while receiving only, so that two
+    /// processes never wait for each other. Another process may thus have published the blob.
     async fn take(&self, blob: &Layer) -> Result<PathBuf, PullError> {
         loop {
             if self.draft.reuse(&blob.digest, blob.size)? {
                 return Ok(blob.digest.hex().into());
             }
             let partial = self.partial(blob).await?;
-            // Whoever completed it has verified it.
+            // The process that completed the blob has verified it.
             if partial.received()? == blob.size {
                 return Ok(self.draft.take(partial)?);
             }
@@ -295,7 +297,7 @@ mod tests {
         Options { jobs: 3, patience: patience() }
     }
 
-    /// A registry with a snapshot in it, and the store that it was pushed from.
+    /// A registry with a snapshot, and the store of the push.
     async fn registry_with(layers: &[&[u8]]) -> (Fake, tempfile::TempDir) {
         let (fake, root) = (Fake::start(), tempfile::tempdir().unwrap());
         let snapshot = snapshot_of(root.path(), "default/vit", layers);
@@ -321,7 +323,7 @@ mod tests {
         (root, store)
     }
 
-    /// The fake's manifest with one text replaced by another.
+    /// Replaces a text in the fake's manifest.
     fn change_manifest(fake: &Fake, from: &str, to: &str) {
         let manifest = String::from_utf8(fake.manifest("warm").unwrap()).unwrap();
         assert!(manifest.contains(from), "{manifest}");

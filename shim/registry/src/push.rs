@@ -1,4 +1,4 @@
-//! A snapshot out of the store into a registry.
+//! Push of a snapshot from the store into a registry.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,27 +16,27 @@ use crate::session::{Failure, Options, Session};
 use crate::target::Target;
 use crate::upload::upload;
 
-/// Why a snapshot was not pushed. What arrived stays there and is not sent again.
+/// Failure of a push. Blobs that arrived stay in the registry and are not sent again.
 #[derive(Debug, thiserror::Error)]
 pub enum PushError {
-    /// The registry, or the way there.
+    /// The registry or the connection failed.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The target says which digest is meant, and it is another.
+    /// The target names the digest of another snapshot.
     #[error("{target} cannot become the snapshot {digest}: push to a tag")]
     Pinned {
-        /// Where it should go.
+        /// The target.
         target: String,
-        /// What was to be pushed.
+        /// The snapshot to push.
         digest: Digest,
     },
 }
 
-/// Pushes a snapshot: what the registry lacks is sent, several blobs at a time; the manifest goes last, so that a snapshot is
-/// there whole or not at all.
+/// Pushes a snapshot: sends the missing blobs, several at a time. The manifest goes last: the
+/// registry has a whole snapshot or none.
 ///
 /// # Errors
-/// What [`PushError`] says.
+/// See [`PushError`].
 pub async fn push(
     snapshot: &Snapshot,
     target: &Target,

@@ -1,4 +1,4 @@
-//! One registry, spoken to with patience: authorization, bounded answers, bounded repetition.
+//! Session with one registry: authorization, bounded answers, bounded retries.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,19 +16,19 @@ use crate::error::RegistryError;
 use crate::progress::Meter;
 use crate::target::Target;
 
-/// How much of an answer that says what went wrong is read, in bytes.
+/// Most bytes read of an answer with an error.
 const ERROR_BODY: usize = 16 << 10;
-/// How much of such an answer is shown, in characters.
+/// Most characters shown of such an answer.
 const ERROR_SHOWN: usize = 200;
-/// A pause between two attempts is at most this, unless the registry asks for more.
+/// Longest pause between two attempts, unless the registry requests more.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// How a transfer is done.
+/// Options of a transfer.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Blobs moved at a time.
     pub jobs: usize,
-    /// When to give up.
+    /// Limits of waits and attempts.
     pub patience: Patience,
 }
 
@@ -38,18 +38,18 @@ impl Default for Options {
     }
 }
 
-/// When to give up on a registry.
+/// Limits after which a transfer gives up on a registry.
 #[derive(Clone, Debug)]
 pub struct Patience {
-    /// A connection must come about within this.
+    /// Limit for establishing a connection.
     pub connect: Duration,
-    /// A byte must move within this, or the answer to what was sent must come.
+    /// Limit without a moved byte, or for the answer to a sent request.
     pub stall: Duration,
-    /// Attempts at one thing, if none of them gets it any further.
+    /// Attempts at one request without progress.
     pub attempts: u32,
-    /// The pause after the first attempt; it doubles after each further one.
+    /// Pause after the first attempt, doubled after each further one.
     pub pause: Duration,
-    /// The longest wait that a registry may ask for (`Retry-After`).
+    /// Longest wait that a registry may request (`Retry-After`).
     pub longest_wait: Duration,
 }
 
@@ -65,13 +65,13 @@ impl Default for Patience {
     }
 }
 
-/// Why one attempt failed, and whether another makes sense.
+/// Failure of one attempt, and whether a retry makes sense.
 pub(crate) enum Failure {
     Again {
         error: RegistryError,
-        /// What the registry asked for.
+        /// Wait requested by the registry.
         wait: Option<Duration>,
-        /// The attempt got further than those before it.
+        /// True if the attempt made progress.
         further: bool,
     },
     LoggedOut {
@@ -106,7 +106,7 @@ pub(crate) enum Authorization {
     Bearer(String),
 }
 
-/// An answer in the distribution specification's form for errors.
+/// An answer in the error format of the distribution specification.
 #[derive(Deserialize)]
 struct Envelope {
     errors: Vec<EnvelopeError>,
@@ -127,14 +127,14 @@ pub(crate) struct Session {
     credentials: RegistryAuth,
     operation: RegistryOperation,
     authorization: Mutex<Arc<Authorization>>,
-    /// One renewal at a time.
+    /// Lock that allows one renewal at a time.
     renewal: tokio::sync::Mutex<()>,
     pub(crate) patience: Patience,
     meter: Arc<Meter>,
 }
 
 impl Session {
-    /// A session that may do `operation`, logged in where the registry wants that.
+    /// Opens a session for `operation`, and logs in if the registry requires that.
     pub(crate) async fn open(
         target: &Target,
         operation: RegistryOperation,
@@ -142,10 +142,11 @@ impl Session {
         meter: &Arc<Meter>,
     ) -> Result<Self, RegistryError> {
         let registry = target.registry();
-        // Refused if a provider is installed already, which then serves as well.
+        // Fails if a provider is installed already; that one serves as well.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = |source| RegistryError::Client { registry: registry.to_owned(), source };
-        // No timeout for reading: reqwest's runs on while a request is sent, and would end every slow upload.
+        // No read timeout: reqwest's also runs while a request is sent, and would end every slow
+        // upload.
         let mut http = reqwest::Client::builder()
             .connect_timeout(patience.connect)
             .https_only(!target.plain_http)
@@ -156,7 +157,7 @@ impl Session {
         let scheme = if target.plain_http { "http" } else { "https" };
         let base = Url::parse(&format!("{scheme}://{registry}/v2/{}/", target.reference.repository()));
         let base = base.map_err(|error| wrong(registry, "its name", &error.to_string()))?;
-        // The only way to keep it from proxies: one of its own, for a scheme that is not used here and for no host.
+        // A made-up proxy, for an unused scheme and no host, is the only way to disable proxies.
         let no_proxy = target.is_loopback();
         let login = oci_client::Client::try_from(ClientConfig {
             https_proxy: no_proxy.then(|| "http://localhost".to_owned()),
@@ -192,7 +193,7 @@ impl Session {
                 return Err(self.connection_failed("the login", source));
             }
             Ok(Err(OciDistributionError::AuthenticationFailure(message))) => {
-                let message = said(message.as_bytes()).unwrap_or_else(|| "it gives no reason".to_owned());
+                let message = said(message.as_bytes()).unwrap_or_else(|| "no reason given".to_owned());
                 return Err(RegistryError::Login { registry: self.registry(), message }.into());
             }
             Ok(Err(error)) => return Err(self.wrong("an answer to the login", &error.to_string()).into()),
@@ -216,13 +217,13 @@ impl Session {
             return Ok(());
         }
         match self.log_in().await {
-            // These credentials were good when the session began.
+            // The credentials were valid when the session began.
             Err(Failure::Final(error @ RegistryError::Login { .. })) => Err(Failure::again(error)),
             other => other,
         }
     }
 
-    /// Repeats `attempt` for as long as that makes sense.
+    /// Repeats `attempt` within the limits of [`Patience`].
     pub(crate) async fn persist<T>(
         &self,
         mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
@@ -262,20 +263,20 @@ impl Session {
         }
     }
 
-    /// A place below the repository's own: `manifests/TAG`, `blobs/DIGEST`.
+    /// A URL below the repository's: `manifests/TAG`, `blobs/DIGEST`.
     pub(crate) fn url(&self, path: &str) -> Result<Url, Failure> {
         self.base.join(path).map_err(|error| self.wrong(path, &error.to_string()).into())
     }
 
-    /// The place that a `Location` header names, relative to the repository's own.
+    /// The URL of a `Location` header, relative to the request's.
     pub(crate) fn location(&self, what: &str, response: &Response) -> Result<Url, Failure> {
         let header = response.headers().get(reqwest::header::LOCATION).and_then(|value| value.to_str().ok());
         let url = header.and_then(|text| response.url().join(text).ok());
-        url.ok_or_else(|| self.wrong(what, "no Location to send it to").into())
+        url.ok_or_else(|| self.wrong(what, "no Location header").into())
     }
 
-    /// A request with authorization, if it goes to the registry itself: a place elsewhere (signed links of a cloud's
-    /// storage) must not see it.
+    /// A request, with authorization if sent to the registry itself. Other hosts, as of signed
+    /// links to a cloud's storage, must not see the authorization.
     pub(crate) fn request(&self, method: Method, url: Url) -> (RequestBuilder, Arc<Authorization>) {
         let authorization = self.authorization();
         let ours = url.origin() == self.base.origin();
@@ -288,7 +289,7 @@ impl Session {
         (request, authorization)
     }
 
-    /// Sends a request without a body of note, and sorts the answer.
+    /// Sends a request without a large body, and classifies the answer.
     pub(crate) async fn send(
         &self,
         what: &str,
@@ -301,7 +302,7 @@ impl Session {
         }
     }
 
-    /// The answer, if it is a success; what to do about it, if not.
+    /// Returns a successful answer; classifies any other as a failure.
     pub(crate) async fn sorted(
         &self,
         what: &str,
@@ -317,7 +318,7 @@ impl Session {
         let (registry, what) = (self.registry(), what.to_owned());
         let mut message = said(&body).map(|said| format!(" ({said})")).unwrap_or_default();
         if let Some(wait) = wait {
-            message += &format!(", and asks for {} s of peace", wait.as_secs());
+            message += &format!(", and asks for a pause of {} s", wait.as_secs());
         }
         Err(match status {
             StatusCode::UNAUTHORIZED => {
@@ -366,7 +367,7 @@ impl Session {
 
     pub(crate) fn connection_failed(&self, what: &str, source: reqwest::Error) -> Failure {
         let again = !(source.is_builder() || source.is_redirect());
-        // Its URL may carry the signature of a link to a cloud's storage.
+        // The error's URL may carry the signature of a link to a cloud's storage.
         let source = source.without_url();
         if is_about_certificate(&source) {
             return RegistryError::Certificate { registry: self.registry(), source }.into();
@@ -385,12 +386,12 @@ impl Session {
     }
 }
 
-/// No further attempt helps against those.
+/// Returns whether a certificate is at fault; retries cannot help.
 fn is_about_certificate(error: &(dyn std::error::Error + 'static)) -> bool {
     if matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))) {
         return true;
     }
-    // What an input error wraps is not its source.
+    // The wrapped error of an input error is not its source.
     let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
     wrapped.is_some_and(|wrapped| is_about_certificate(wrapped)) || error.source().is_some_and(is_about_certificate)
 }
@@ -399,12 +400,12 @@ fn wrong(registry: &str, what: &str, reason: &str) -> RegistryError {
     RegistryError::Wrong { registry: registry.to_owned(), what: what.to_owned(), reason: one_line(reason) }
 }
 
-/// `Retry-After` in seconds; the other form, a date, is for caches.
+/// Parses `Retry-After` in seconds; the other form, a date, is for caches.
 pub(crate) fn seconds(value: &HeaderValue) -> Option<Duration> {
     value.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
 }
 
-/// What an error's body says, fit to be shown.
+/// The message in an error's body, fit for display.
 pub(crate) fn said(body: &[u8]) -> Option<String> {
     let text = match serde_json::from_slice::<Envelope>(body) {
         Ok(Envelope { errors }) => {
@@ -413,12 +414,12 @@ pub(crate) fn said(body: &[u8]) -> Option<String> {
         }
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
-    // A page for browsers says nothing on a terminal.
+    // A page for browsers is of no use on a terminal.
     let text = one_line(&text);
     (!text.is_empty() && !text.starts_with('<')).then_some(text)
 }
 
-/// Foreign text on one line, shortened, without what could steer a terminal.
+/// Foreign text on one line, shortened, without control characters.
 pub(crate) fn one_line(text: &str) -> String {
     let mut line = String::new();
     for word in text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()) {

@@ -1,17 +1,17 @@
-//! Where a snapshot lies in a registry.
+//! Location of a snapshot in a registry.
 
 use std::net::IpAddr;
 
 use oci_client::Reference;
 
-/// A repository of a registry, and the tag or digest in it.
+/// A repository of a registry, with a tag or digest.
 #[derive(Clone, Debug)]
 pub struct Target {
     pub(crate) reference: Reference,
     pub(crate) plain_http: bool,
 }
 
-/// A text that names no place in a registry.
+/// Failure to read a target.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{text:?} names no place in a registry ({reason}): write HOST[:PORT]/REPOSITORY[:TAG] or HOST[:PORT]/REPOSITORY@DIGEST"
@@ -22,9 +22,11 @@ pub struct TargetError {
 }
 
 impl Target {
-    /// Reads `HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]`; without a tag it is `latest`, as everywhere else.
+    /// Reads `HOST[:PORT]/REPOSITORY[:TAG|@DIGEST]`; the default tag is `latest`, as everywhere
+    /// else.
     ///
-    /// TLS is left out for this machine itself (`localhost`, loopback addresses), and where `plain_http` asks for it.
+    /// TLS is left out for this machine itself (`localhost`, loopback addresses), and with
+    /// `plain_http`.
     ///
     /// # Errors
     /// A text of another form.
@@ -40,19 +42,19 @@ impl Target {
         }
         let reference: Reference = text.parse().map_err(|error| refuse(&format!("{error}")))?;
         if reference.digest().is_some_and(|digest| !digest.starts_with("sha256:")) {
-            return Err(refuse("only sha256 digests are understood"));
+            return Err(refuse("only sha256 digests are supported"));
         }
         let plain_http = plain_http || is_this_machine(reference.resolve_registry());
         Ok(Self { reference, plain_http })
     }
 
-    /// Host and port, as connected to.
+    /// Host and port of the connection.
     #[must_use]
     pub fn registry(&self) -> &str {
         self.reference.resolve_registry()
     }
 
-    /// The tag or digest, as the registry's API wants it.
+    /// The tag or digest for the registry's API.
     pub(crate) fn version(&self) -> &str {
         self.reference.digest().or(self.reference.tag()).unwrap_or("latest")
     }

@@ -1,4 +1,4 @@
-//! A registry in this process that misbehaves on demand.
+//! A registry in this process with faults on demand.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,24 +12,24 @@ use snapshot::Digest;
 use crate::session::Patience;
 use crate::target::Target;
 
-/// What goes wrong with one request.
+/// A fault of one request.
 #[derive(Clone)]
 pub(crate) enum Fault {
-    /// This status, with these further header lines and this body.
+    /// An answer with this status, these further header lines and this body.
     Status(u16, String, String),
-    /// The connection ends after so many bytes of the body.
+    /// The connection ends after this many bytes of the body.
     Cut(usize),
-    /// Nothing more comes after so many bytes of the body.
+    /// The body stalls after this many bytes.
     Stall(usize),
-    /// Another content, of the length that this has.
+    /// Other content in the blob's place.
     Lie(Vec<u8>),
-    /// The whole, whatever range was asked for; cut after so many bytes.
+    /// The whole content in spite of a range, cut after this many bytes.
     IgnoreRange(usize),
-    /// A body without a length that does not end.
+    /// An endless body without a length.
     Endless,
-    /// The connection ends when so many bytes of the request's body were read.
+    /// The connection ends after this many bytes of the request's body.
     CutRequest(usize),
-    /// Nothing of the request's body is read.
+    /// The request's body is never read.
     StallRequest,
 }
 
@@ -39,13 +39,13 @@ struct State {
     manifests: Mutex<HashMap<String, Vec<u8>>>,
     faults: Mutex<Vec<(&'static str, Fault)>>,
     log: Mutex<Vec<String>>,
-    /// User and password, and the tokens given for them that are still good.
+    /// User and password, and the tokens issued and still valid.
     login: Mutex<Option<(String, Vec<String>)>>,
     tokens: AtomicU64,
     sent: AtomicU64,
 }
 
-/// It serves until the test ends.
+/// A fake registry, which serves until the test ends.
 #[derive(Clone)]
 pub(crate) struct Fake {
     address: String,
@@ -77,7 +77,7 @@ impl Fake {
         Target::parse(&format!("{}/team/vit:warm", self.address), false).unwrap()
     }
 
-    /// The next requests whose line contains this go wrong, one for each call.
+    /// Makes the next request whose line contains `request` fail, once per call.
     pub(crate) fn fault(&self, request: &'static str, fault: Fault) {
         self.state.faults.lock().unwrap().push((request, fault));
     }
@@ -104,19 +104,19 @@ impl Fake {
         self.state.manifests.lock().unwrap().get(tag).cloned()
     }
 
-    /// Wants a token from now on.
+    /// Requires a token from now on.
     pub(crate) fn want_login(&self) {
         *self.state.login.lock().unwrap() = Some((String::new(), Vec::new()));
     }
 
-    /// Tokens given so far are no longer good.
+    /// Revokes all tokens.
     pub(crate) fn expire(&self) {
         if let Some((_, tokens)) = &mut *self.state.login.lock().unwrap() {
             tokens.clear();
         }
     }
 
-    /// Requests so far, as `METHOD PATH`, with the range that was asked for.
+    /// Requests so far, as `METHOD PATH`, with the requested range.
     pub(crate) fn log(&self) -> Vec<String> {
         self.state.log.lock().unwrap().clone()
     }
@@ -125,7 +125,7 @@ impl Fake {
         self.log().iter().filter(|line| line.contains(request)).count()
     }
 
-    /// Bytes of blobs that were sent.
+    /// Bytes of blobs sent so far.
     pub(crate) fn sent(&self) -> u64 {
         self.state.sent.load(Ordering::SeqCst)
     }
@@ -140,7 +140,7 @@ impl Fake {
             let at = faults.iter().position(|(matches, _)| request.line.contains(matches));
             at.map(|at| faults.remove(at).1)
         };
-        // A client that has gone is no failure of this test.
+        // A client that hangs up is no failure of the test.
         let _ = self.serve(&request, fault, reader, stream);
     }
 
@@ -278,7 +278,7 @@ fn respond(out: &mut TcpStream, status: u16, headers: &str, body: &[u8]) -> std:
     out.write_all(body)
 }
 
-/// Short enough for tests, long enough for a busy machine to answer within.
+/// Limits short enough for tests, and long enough for a busy machine to answer.
 pub(crate) fn patience() -> Patience {
     Patience {
         connect: Duration::from_secs(5),
@@ -291,7 +291,7 @@ pub(crate) fn patience() -> Patience {
 
 pub(crate) use phase::chain;
 
-/// A snapshot in a store of its own, with these layers of memory.
+/// A snapshot of these layers of memory, in a new store.
 pub(crate) fn snapshot_of(root: &std::path::Path, name: &str, layers: &[&[u8]]) -> snapshot::Snapshot {
     let store = snapshot::Store::open(root).unwrap();
     let draft = store.draft().unwrap();

@@ -1,4 +1,4 @@
-//! One blob from a file into a registry.
+//! Upload of one blob from a file into a registry.
 
 use std::fs::File;
 use std::io::Read;
@@ -16,11 +16,11 @@ use crate::error::RegistryError;
 use crate::progress::Share;
 use crate::session::{Failure, Session};
 
-/// How much is read and handed to the connection at a time, in bytes.
+/// Bytes read and handed to the connection at a time.
 const PIECE: usize = 256 << 10;
 const PIECES_IN_FLIGHT: usize = 8;
 
-/// Whether the registry has this blob.
+/// Returns whether the registry has this blob.
 pub(crate) async fn exists(session: &Session, blob: &Layer) -> Result<bool, Failure> {
     let what = format!("blob {}", blob.digest.short());
     let request = session.request(Method::HEAD, session.url(&format!("blobs/{}", blob.digest))?);
@@ -30,7 +30,7 @@ pub(crate) async fn exists(session: &Session, blob: &Layer) -> Result<bool, Fail
     };
     let length = response.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     match length {
-        // Some registries say 0 to a question without a body.
+        // Some registries answer 0 to a request without a body.
         Some(length) if length != blob.size && length != 0 => {
             let reason = format!("it has {length} bytes there and {} here", blob.size);
             Err(session.wrong(&what, &reason).into())
@@ -39,8 +39,9 @@ pub(crate) async fn exists(session: &Session, blob: &Layer) -> Result<bool, Fail
     }
 }
 
-/// Sends what `open` opens, unless the registry has it; `true` if it was sent. The blob goes in one request: packs are small
-/// enough to be sent again when a connection breaks, and registries differ in what they keep of a broken one.
+/// Sends the file of `open`, unless the registry has the blob; returns whether it was sent. The
+/// blob goes in one request: packs are small enough to be sent again after a broken connection, and
+/// registries differ in the treatment of a broken upload.
 pub(crate) async fn upload(
     session: &Session,
     blob: &Layer,
@@ -101,8 +102,8 @@ async fn send(session: &Session, blob: &Layer, file: File, share: &Arc<Share>) -
     }
 }
 
-/// A file as the body of a request, read and hashed in a thread. Its last piece is not sent unless all of it is what its
-/// digest says.
+/// A file as the body of a request, read and hashed in a thread. The last piece is sent only if the
+/// digest of all bytes matches.
 fn body(mut file: File, blob: &Layer, share: Arc<Share>, damaged: Arc<AtomicBool>) -> Body {
     let (pieces, mut queue) = mpsc::channel::<std::io::Result<Vec<u8>>>(PIECES_IN_FLIGHT);
     let (digest, size) = (blob.digest, blob.size);

@@ -1,4 +1,4 @@
-//! The config of a snapshot: what it was made from, where, and how. Format: docs/format.md.
+//! The config of a snapshot: the snapshot's origin and contents. Format: docs/format.md.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,48 +7,48 @@ use crate::manifest::DOCUMENT_LIMIT;
 
 const VERSION: u32 = 1;
 
-/// What a snapshot was made from, where, and how. Unknown fields are passed over: later gpusnaps may say more within a
-/// version.
+/// Origin and contents of a snapshot. Unknown fields are ignored: a later gpusnap may add fields
+/// within a version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Config {
     version: u32,
     /// Seconds since 1970.
     pub created: u64,
-    /// Id of the container that was saved.
+    /// Id of the saved container.
     pub container: String,
-    /// Reference of the image that it ran.
+    /// Reference of the container's image.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// Digest of what of its specification a restored container must have in common with it.
+    /// Digest of the part of the specification that a restored container must have in common.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec_digest: Option<Digest>,
-    /// Which runtime dumped it.
+    /// Runtime that made the dump.
     pub runtime: String,
-    /// The machine and the programs that made it.
+    /// Machine and programs that made the snapshot.
     pub host: Host,
-    /// The GPUs that the container could use.
+    /// GPUs that the container could use.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<Gpu>,
-    /// Its processes.
+    /// Processes of the container.
     pub processes: Vec<Process>,
-    /// How long each step took until it was published.
+    /// Duration of each step up to the publication.
     #[serde(default)]
     pub phases: Vec<Step>,
-    /// How much of what it has.
+    /// Sizes by kind of content.
     #[serde(default)]
     pub sizes: Sizes,
 }
 
-/// The machine and the programs that made a snapshot.
+/// Machine and programs that made a snapshot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Host {
     /// CRIU's version.
     pub criu: String,
-    /// The kernel's release, as `uname -r` says.
+    /// The kernel's release, as in `uname -r`.
     pub kernel: String,
-    /// The machine's architecture, as `uname -m` says.
+    /// The machine's architecture, as in `uname -m`.
     pub architecture: String,
     /// Flags of the CPU as in `/proc/cpuinfo`, sorted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -66,9 +66,9 @@ pub struct Gpu {
     pub uuid: String,
     /// The product's name.
     pub name: String,
-    /// N of its node `/dev/nvidiaN`.
+    /// N of the device node `/dev/nvidiaN`.
     pub minor: u32,
-    /// Its memory, in bytes.
+    /// The GPU's memory, in bytes.
     pub memory: u64,
 }
 
@@ -76,14 +76,14 @@ pub struct Gpu {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Process {
-    /// In its own, innermost pid namespace.
+    /// Pid in the process's innermost pid namespace.
     pub pid: i32,
-    /// Its name, as in `/proc/PID/comm`.
+    /// The process's name, as in `/proc/PID/comm`.
     pub comm: String,
-    /// It has state on a GPU.
+    /// True if the process has state on a GPU.
     #[serde(default)]
     pub gpu: bool,
-    /// Bytes that the driver moved from GPUs to its memory.
+    /// Bytes that the driver moved from GPUs to the process's memory.
     #[serde(default)]
     pub staged: u64,
 }
@@ -94,15 +94,15 @@ pub struct Process {
 pub struct Step {
     /// A name of `phase::Phase`.
     pub phase: String,
-    /// How long it took.
+    /// The step's duration.
     pub seconds: f64,
 }
 
-/// How much of what a snapshot has, in bytes.
+/// Sizes of a snapshot by kind of content, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Sizes {
-    /// CRIU's images and the rest that is small.
+    /// CRIU's images and other small parts.
     #[serde(default)]
     pub images: u64,
     /// GPU memory in packs.
@@ -111,36 +111,37 @@ pub struct Sizes {
     /// Host memory in packs.
     #[serde(default)]
     pub host_memory: u64,
-    /// Memory that is zero, and in no pack.
+    /// Memory of zeros, in no pack.
     #[serde(default)]
     pub zero: u64,
-    /// Memory equal to other memory of the snapshot, and in packs once.
+    /// Memory equal to other memory of the snapshot, stored once in the packs.
     #[serde(default)]
     pub shared: u64,
-    /// Memory that the container had before, in no file, each page once; without what was on GPUs. 0 if that is not known.
+    /// Memory of the container before the checkpoint, in no file, each page counted once; GPU
+    /// memory is left out. 0 if unknown.
     #[serde(default)]
     pub resident: u64,
 }
 
-/// Not a config that can be understood.
+/// Failure to read or write a config.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// Larger than any real one.
+    /// The config is larger than any real one.
     #[error("the config is larger than {DOCUMENT_LIMIT} bytes")]
     TooLarge,
-    /// Not JSON, or a field is missing or of a wrong type.
-    #[error("the config is not understood")]
+    /// The config is not JSON, or a field is missing or of a wrong type.
+    #[error("the config is not valid")]
     Json(#[source] serde_json::Error),
-    /// Of a later version of gpusnap.
+    /// The config is of a later version of gpusnap.
     #[error("the config is of version {found}, and this gpusnap knows {VERSION}: use a newer one")]
     Version {
-        /// Its version.
+        /// The config's version.
         found: u32,
     },
 }
 
 impl Config {
-    /// A config that says the least.
+    /// A config with the required fields only.
     #[must_use]
     pub fn new(created: u64, container: &str, runtime: &str, host: Host) -> Self {
         Self {
@@ -161,7 +162,7 @@ impl Config {
     /// Reads a config blob.
     ///
     /// # Errors
-    /// A blob that is too large, of another version, or no config.
+    /// A blob that is too large, of another version, or not a config.
     pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
         #[derive(Deserialize)]
         struct Version {
@@ -170,7 +171,7 @@ impl Config {
         if bytes.len() > DOCUMENT_LIMIT {
             return Err(ConfigError::TooLarge);
         }
-        // A later version may lack fields that this one must have: its number is looked at first.
+        // Check the version first: a later version may lack fields that are required here.
         let Version { version } = serde_json::from_slice(bytes).map_err(ConfigError::Json)?;
         if version != VERSION {
             return Err(ConfigError::Version { found: version });
@@ -178,10 +179,10 @@ impl Config {
         serde_json::from_slice(bytes).map_err(ConfigError::Json)
     }
 
-    /// What [`Config::parse`] reads.
+    /// The config as bytes for [`Config::parse`].
     ///
     /// # Errors
-    /// One that nobody could read: too large, or with a time that is no number.
+    /// A config that cannot be read back: too large, or with a duration that is not a number.
     pub fn to_bytes(&self) -> Result<Vec<u8>, ConfigError> {
         let bytes = serde_json::to_vec(self).map_err(ConfigError::Json)?;
         Self::parse(&bytes)?;

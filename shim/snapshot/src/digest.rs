@@ -1,4 +1,4 @@
-//! Digests: SHA-256 and nothing else, so that one can become a file name without another look at it.
+//! Digests: SHA-256 only, so that a digest is always a safe file name.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,11 +11,11 @@ use sha2::{Digest as _, Sha256};
 #[serde(into = "String", try_from = "String")]
 pub struct Digest([u8; 32]);
 
-/// Not a digest that this store knows.
+/// Failure to read a digest.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{given:?} is not sha256: and 64 lower-case hexadecimal digits")]
 pub struct DigestError {
-    /// What was given, at most its first 100 characters.
+    /// The given text, at most 100 characters.
     pub given: String,
 }
 
@@ -28,7 +28,7 @@ impl Digest {
         Self(Sha256::digest(bytes).into())
     }
 
-    /// 64 hexadecimal digits: the name of its file.
+    /// 64 hexadecimal digits: the name of the blob's file.
     #[must_use]
     pub fn hex(&self) -> String {
         use fmt::Write as _;
@@ -39,7 +39,7 @@ impl Digest {
         })
     }
 
-    /// Reads what [`Digest::hex`] writes.
+    /// Reads the result of [`Digest::hex`].
     ///
     /// # Errors
     /// Anything but 64 lower-case hexadecimal digits.
@@ -61,7 +61,7 @@ impl Digest {
         Ok(Self(bytes))
     }
 
-    /// Its first 12 hexadecimal digits, as people are shown them.
+    /// The first 12 hexadecimal digits, as shown to people.
     #[must_use]
     pub fn short(&self) -> String {
         let mut hex = self.hex();
@@ -70,7 +70,7 @@ impl Digest {
     }
 }
 
-/// What a SHA-256 computation ended with.
+/// A finished SHA-256 computation.
 impl From<[u8; 32]> for Digest {
     fn from(bytes: [u8; 32]) -> Self {
         Self(bytes)

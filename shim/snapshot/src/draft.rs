@@ -1,6 +1,7 @@
 //! Drafts: folders in which a snapshot is written before anybody else can see it.
 //!
-//! Whoever makes one holds its lock; when its maker is gone, so is the lock, and the draft is garbage.
+//! The maker of a draft holds the draft's lock. The lock goes with the maker, and an unlocked draft
+//! is garbage.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::Permissions;
@@ -16,7 +17,7 @@ use crate::folder::{FileError, Folder, Lock, unless_missing};
 use crate::store::Folders;
 use crate::{Digest, Store};
 
-/// A folder of one's own in the store. Dropped, it goes with all that is in it.
+/// A private folder in the store. A dropped draft is removed with all its files.
 #[derive(Debug)]
 pub struct Draft {
     pub(crate) store: Store,
@@ -28,7 +29,7 @@ impl Store {
     /// Begins a draft.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn draft(&self) -> Result<Draft, FileError> {
         let drafts = &self.folders.drafts;
         loop {
@@ -39,7 +40,7 @@ impl Store {
                 .tempdir_in(drafts.path());
             let path = made.map_err(FileError::new("make a draft in", drafts.path()))?.keep();
             let name = path.file_name().unwrap_or_default().to_owned();
-            // Before it was locked it may have been taken for garbage.
+            // An unlocked draft may have been removed as garbage.
             let locked = || -> io::Result<Option<Lock<Folder>>> {
                 let Some(folder) = unless_missing(drafts.sub(&name))? else { return Ok(None) };
                 let folder = Lock::wait(folder, FlockOperation::LockExclusive)?;
@@ -53,7 +54,7 @@ impl Store {
 }
 
 impl Draft {
-    /// Where to write. Files in it that are published must not be open for writing by then.
+    /// The folder to write to. Close all files in it for writing before the publication.
     #[must_use]
     pub fn folder(&self) -> &Path {
         self.files().path()
@@ -63,17 +64,18 @@ impl Draft {
         self.folder.file()
     }
 
-    /// The store that it is in.
+    /// The draft's store.
     #[must_use]
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// If the store has this blob in this size, puts it into the draft under its hexadecimal digest too, so that it is there
-    /// when the draft is published, whatever is removed meanwhile. Tells whether it has.
+    /// Links a blob of this size from the store into the draft, under its hexadecimal digest. The
+    /// blob is thus kept until the publication, whatever is removed meanwhile. Returns whether the
+    /// store has the blob.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn reuse(&self, digest: &Digest, size: u64) -> Result<bool, FileError> {
         let folders = &self.store.folders;
         let name = digest.hex();
@@ -82,7 +84,7 @@ impl Draft {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }
-            // It may be here from an earlier call, and gone from the store since.
+            // The blob may be linked from an earlier call, and gone from the store since.
             let Some(file) = unless_missing(self.files().file(&name))? else { return Ok(false) };
             let fits = file.metadata()?.len() == size;
             if !fits {
@@ -93,7 +95,7 @@ impl Draft {
         link().map_err(FileError::new("share", folders.blobs.join(&name)))
     }
 
-    /// The name in the draft of a path that is given relative to it or as a whole.
+    /// The path within the draft of a relative or an absolute path.
     pub(crate) fn inner<'a>(&self, path: &'a Path) -> &'a Path {
         path.strip_prefix(self.folder()).unwrap_or(path)
     }
@@ -107,12 +109,12 @@ impl Drop for Draft {
     }
 }
 
-/// The folder, and what is in it. Links are not followed: the standard library sees to that.
+/// Removes a folder and all its files. Links are not followed: the standard library sees to that.
 fn remove_folder(drafts: &Folder, name: &OsStr) -> io::Result<()> {
     unless_missing(std::fs::remove_dir_all(drafts.join(name))).map(drop)
 }
 
-/// Removes the drafts of makers that are gone. How many there were.
+/// Removes the drafts of dead makers; returns the number.
 pub(crate) fn collect(folders: &Arc<Folders>) -> Result<usize, FileError> {
     let drafts = &folders.drafts;
     let mut removed = 0;
@@ -127,7 +129,7 @@ pub(crate) fn collect(folders: &Arc<Folders>) -> Result<usize, FileError> {
             Ok(())
         };
         match collect() {
-            // Not a folder: nothing that a store puts there.
+            // A file, a link, a fifo: never made by a store.
             Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOTDIR | Errno::LOOP)) => {
                 unless_missing(drafts.unlink(&name)).map_err(FileError::new("remove", path))?;
                 removed += 1;
@@ -138,7 +140,8 @@ pub(crate) fn collect(folders: &Arc<Folders>) -> Result<usize, FileError> {
     Ok(removed)
 }
 
-/// Blobs on their way out. They are first moved away, which takes no time, and deleted when the store's lock is free again.
+/// Blobs to be deleted. The blobs are first moved away, in no time, and deleted after the store's
+/// lock has been released.
 #[derive(Debug)]
 pub(crate) struct Trash {
     folders: Arc<Folders>,
@@ -147,11 +150,12 @@ pub(crate) struct Trash {
 
 impl Trash {
     pub(crate) fn new(store: &Store) -> Self {
-        // On a full disk there may be no room for a folder; then blobs are deleted at once.
+        // A full disk may have no room for a folder: blobs are then deleted at once.
         Self { folders: Arc::clone(&store.folders), draft: store.draft().ok() }
     }
 
-    /// With the store's exclusive lock, and after the index that does not name the blob has been written.
+    /// Takes a blob. Requires the store's exclusive lock, and an index that no longer names the
+    /// blob.
     pub(crate) fn take(&self, digest: Digest) -> Result<(), FileError> {
         let (blobs, name) = (&self.folders.blobs, digest.hex());
         let moved = self.draft.as_ref().map(|draft| blobs.rename(&name, draft.files(), &name));

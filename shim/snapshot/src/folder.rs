@@ -1,4 +1,4 @@
-//! Files below a folder, reached without following a link: what lies there may have been put there by anybody.
+//! Files below a folder, reached without following links: anybody may have put anything there.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, ResolveFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-/// Something could not be done with a file.
+/// Failure of an operation on a file.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {}", path.display())]
 pub struct FileError {
-    /// What could not be done, as it fits behind "cannot".
+    /// The failed operation, as it reads after "cannot".
     pub action: &'static str,
     /// The file.
     pub path: PathBuf,
-    /// Why not.
+    /// The cause.
     #[source]
     pub source: io::Error,
 }
@@ -27,14 +27,14 @@ impl FileError {
         move |source| Self { action, path, source }
     }
 
-    /// The file is not there.
+    /// Returns whether the file does not exist.
     #[must_use]
     pub fn is_missing(&self) -> bool {
         self.source.kind() == io::ErrorKind::NotFound
     }
 }
 
-/// Something is about to change on the disk. Tests die here.
+/// Point before a change of the disk, at which tests kill the process.
 #[cfg(test)]
 use crate::tests::child::step;
 #[cfg(not(test))]
@@ -47,13 +47,13 @@ pub(crate) struct Folder {
     fd: OwnedFd,
 }
 
-/// Below the folder, and over no link.
+/// Resolution below the folder only, and through no link.
 fn inside() -> ResolveFlags {
     ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS
 }
 
 impl Folder {
-    /// Opens a folder at a path that the caller trusts.
+    /// Opens a folder at a trusted path.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = retry_on_intr(|| rustix::fs::openat(CWD, path, flags, Mode::empty()))?;
@@ -77,7 +77,7 @@ impl Folder {
     fn resolve(&self, name: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
         loop {
             match rustix::fs::openat2(&self.fd, name, flags | OFlags::CLOEXEC, mode, inside()) {
-                // Again: a rename elsewhere made it uncertain that nothing leads out.
+                // Try again: a rename elsewhere left open whether the path stays inside.
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 result => return Ok(result?),
             }
@@ -86,7 +86,7 @@ impl Folder {
 
     /// Opens a regular file for reading.
     pub(crate) fn file(&self, name: impl AsRef<Path>) -> io::Result<File> {
-        // Not blocking, lest somebody has put a fifo there.
+        // Non-blocking, in case somebody has put a fifo there.
         let file = File::from(self.resolve(name.as_ref(), OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty())?);
         if !file.metadata()?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not a regular file"));
@@ -94,7 +94,7 @@ impl Folder {
         Ok(file)
     }
 
-    /// Reads a small file; one of more than `limit` bytes is an error.
+    /// Reads a small file; more than `limit` bytes are an error.
     pub(crate) fn read(&self, name: impl AsRef<Path>, limit: usize) -> io::Result<Vec<u8>> {
         let file = self.file(name)?;
         let too_large = || io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {limit} bytes"));
@@ -109,21 +109,22 @@ impl Folder {
         Ok(bytes)
     }
 
-    /// Makes a file that was not there, for root alone.
+    /// Makes a new file, for root alone. An existing file is an error.
     pub(crate) fn create(&self, name: impl AsRef<Path>) -> io::Result<File> {
         step();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL;
         Ok(File::from(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?))
     }
 
-    /// Opens a file that is there for its lock and its times, and makes it if it is not.
+    /// Opens a file for its lock and times, and makes the file if it is missing.
     pub(crate) fn lockable(&self, name: impl AsRef<Path>) -> io::Result<File> {
         step();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NONBLOCK;
         Ok(File::from(self.resolve(name.as_ref(), flags, Mode::RUSR | Mode::WUSR)?))
     }
 
-    /// Makes a new file with this content, on the disk before this returns. What is left of it after a failure goes.
+    /// Makes a new file with this content, and flushes the file to the disk. A failure leaves no
+    /// file.
     pub(crate) fn write_new(&self, name: impl AsRef<Path>, bytes: &[u8]) -> io::Result<()> {
         let mut file = self.create(&name)?;
         step();
@@ -132,7 +133,7 @@ impl Folder {
         })
     }
 
-    /// Puts a file with this content in the place of what was there, at once or not at all. One writer at a time.
+    /// Replaces a file by one with this content, atomically. One writer at a time.
     pub(crate) fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let new = format!("{name}.new");
         unless_missing(self.unlink(&new))?;
@@ -157,7 +158,7 @@ impl Folder {
         Ok(rustix::fs::unlinkat(&self.fd, name.as_ref(), AtFlags::empty())?)
     }
 
-    /// Makes a folder for root alone, unless it is there.
+    /// Makes a folder for root alone, if it is missing.
     pub(crate) fn make(&self, name: &str) -> io::Result<()> {
         step();
         match rustix::fs::mkdirat(&self.fd, name, Mode::RWXU) {
@@ -166,7 +167,7 @@ impl Folder {
         }
     }
 
-    /// What is in it.
+    /// Names of the folder's entries.
     pub(crate) fn names(&self) -> io::Result<Vec<std::ffi::OsString>> {
         use std::os::unix::ffi::OsStrExt;
         let mut names = Vec::new();
@@ -180,7 +181,7 @@ impl Folder {
         Ok(names)
     }
 
-    /// Its entries are on the disk before this returns.
+    /// Flushes the folder's entries to the disk.
     pub(crate) fn sync(&self) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::fsync(&self.fd))?)
     }
@@ -192,7 +193,7 @@ impl AsFd for Folder {
     }
 }
 
-/// None for what is not there.
+/// Turns a missing file into `None`.
 pub(crate) fn unless_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(there) => Ok(Some(there)),
@@ -201,18 +202,18 @@ pub(crate) fn unless_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> 
     }
 }
 
-/// A lock on a file, for as long as this lives.
+/// A lock on a file, held until dropped.
 #[derive(Debug)]
 pub(crate) struct Lock<F: AsFd>(F);
 
 impl<F: AsFd> Lock<F> {
-    /// Waits for it.
+    /// Waits for the lock.
     pub(crate) fn wait(file: F, operation: FlockOperation) -> io::Result<Self> {
         retry_on_intr(|| rustix::fs::flock(&file, operation))?;
         Ok(Self(file))
     }
 
-    /// Takes it unless somebody else has it.
+    /// Takes the lock if it is free.
     pub(crate) fn attempt(file: F, operation: FlockOperation) -> io::Result<Option<Self>> {
         match retry_on_intr(|| rustix::fs::flock(&file, operation)) {
             Ok(()) => Ok(Some(Self(file))),
@@ -221,7 +222,7 @@ impl<F: AsFd> Lock<F> {
         }
     }
 
-    /// The file that is locked.
+    /// The locked file.
     pub(crate) fn file(&self) -> &F {
         &self.0
     }
@@ -229,7 +230,7 @@ impl<F: AsFd> Lock<F> {
 
 impl<F: AsFd> Drop for Lock<F> {
     fn drop(&mut self) {
-        // Closing is not enough: a process that was forked in this instant has a copy until it runs its program.
+        // Closing is not enough: a process forked just now has a copy until its exec.
         let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
     }
 }

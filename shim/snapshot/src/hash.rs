@@ -10,15 +10,15 @@ use sha2::{Digest as _, Sha256};
 use crate::Digest;
 use crate::folder::FileError;
 
-/// Told of each piece of work that is done, in bytes, from any thread.
+/// Callback for each finished piece of work, in bytes, from any thread.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 
 const BUFFER: usize = 1 << 20;
-/// More are of no use: memory is read at its full rate by then.
+/// Most threads: 64 read memory at its full rate.
 const MOST_THREADS: usize = 64;
 
-/// Digest and size in bytes of each of these files, with as many threads as there are CPUs. For who writes packs and wants to
-/// have their digests before they are published.
+/// Digests and sizes in bytes of files, with one thread per CPU. Writers of packs compute digests
+/// with this function before the publication.
 ///
 /// # Errors
 /// The first file that cannot be read.
@@ -29,12 +29,12 @@ pub fn hash_files(paths: &[PathBuf], progress: Progress<'_>) -> Result<Vec<(Dige
     })
 }
 
-/// Digest and size of what is read until its end.
+/// Digest and size of a source, read to the end.
 pub(crate) fn hash(source: &mut impl Read, progress: Progress<'_>) -> io::Result<(Digest, u64)> {
     copy(source, &mut io::sink(), progress)
 }
 
-/// Copies until the end; digest and size of what was copied.
+/// Copies a source to the end; returns the digest and the size of the copied bytes.
 pub(crate) fn copy(
     source: &mut impl Read,
     target: &mut impl io::Write,
@@ -57,8 +57,8 @@ pub(crate) fn copy(
     }
 }
 
-/// Does `work` for each item, with as many threads as there are CPUs; results in the order of the items. After the first
-/// failure nothing new is begun.
+/// Calls `work` for each item, with one thread per CPU; results are in the order of the items.
+/// After the first failure no new item is begun.
 pub(crate) fn in_parallel<I: Sync, T: Send, E: Send>(
     items: &[I],
     work: impl Fn(&I) -> Result<T, E> + Sync,

@@ -1,4 +1,4 @@
-//! `index.json`: which snapshots there are, and under which names.
+//! `index.json`: the snapshots of a store and their names.
 
 use std::collections::HashMap;
 
@@ -7,40 +7,41 @@ use oci_spec::image::{Descriptor, ImageIndex, ImageIndexBuilder, MediaType, SCHE
 use crate::manifest::{DOCUMENT_LIMIT, to_bytes};
 use crate::{ARTIFACT_TYPE, Digest, Manifest, Name};
 
-/// The annotation that the image specification gives names.
+/// The annotation for names, from the image specification.
 pub(crate) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// Not an index that can be understood, or that can grow.
+/// Failure to read or to extend an index.
 #[derive(Debug, thiserror::Error)]
 pub enum IndexError {
-    /// Larger than can be read back.
+    /// The index is too large to be read back.
     #[error("the index is larger than {DOCUMENT_LIMIT} bytes")]
     TooLarge,
-    /// Not JSON, or a field is missing or of a wrong type.
-    #[error("the index is not understood")]
+    /// The index is not JSON, or a field is missing or of a wrong type.
+    #[error("the index is not valid")]
     Json(#[source] serde_json::Error),
-    /// Of another version of the image specification.
+    /// The index is of another version of the image specification.
     #[error("the index is of schema version {found}, where {SCHEMA_VERSION} is known")]
     Schema {
-        /// Its version.
+        /// The index's version.
         found: u32,
     },
 }
 
-/// An index. What other tools have put into it is kept as it is.
+/// An index. Entries of other tools are kept unchanged.
 #[derive(Clone, Debug)]
 pub struct Index(ImageIndex);
 
-/// A line of the index that may be a snapshot.
+/// An entry of the index that may be a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Of the manifest.
+    /// The manifest's digest.
     pub digest: Digest,
-    /// Of the manifest, in bytes.
+    /// The manifest's size, in bytes.
     pub size: u64,
-    /// Its name, if it has one that is one.
+    /// The snapshot's name, if the annotation holds a valid one.
     pub name: Option<Name>,
-    /// It says that it is a snapshot. Tools that copy images do not always.
+    /// True if the entry has the artifact type of snapshots. Tools that copy images may drop the
+    /// type.
     pub certain: bool,
 }
 
@@ -56,7 +57,7 @@ impl Index {
     /// Reads an index.
     ///
     /// # Errors
-    /// One that is too large, of another version, or none.
+    /// An index that is too large, of another version, or not valid.
     pub fn parse(bytes: &[u8]) -> Result<Self, IndexError> {
         if bytes.len() > DOCUMENT_LIMIT {
             return Err(IndexError::TooLarge);
@@ -68,10 +69,10 @@ impl Index {
         Ok(Self(index))
     }
 
-    /// What [`Index::parse`] reads. Equal indices give equal bytes.
+    /// The index as bytes for [`Index::parse`]. Equal indices give equal bytes.
     ///
     /// # Errors
-    /// One that is too large to be read back.
+    /// An index that is too large to be read back.
     pub fn to_bytes(&self) -> Result<Vec<u8>, IndexError> {
         let bytes = to_bytes(&self.0).map_err(IndexError::Json)?;
         if bytes.len() > DOCUMENT_LIMIT {
@@ -84,12 +85,12 @@ impl Index {
         self.0.manifests()
     }
 
-    /// The lines that may be snapshots.
+    /// Entries that may be snapshots.
     pub fn entries(&self) -> impl Iterator<Item = Entry> {
         self.0.manifests().iter().filter_map(entry)
     }
 
-    /// What a name stands for.
+    /// The digest of the snapshot with this name.
     pub(crate) fn named(&self, name: &Name) -> Option<Digest> {
         self.entries().find(|entry| entry.name.as_ref() == Some(name)).map(|entry| entry.digest)
     }
@@ -98,7 +99,7 @@ impl Index {
         self.entries().any(|entry| entry.digest == digest)
     }
 
-    /// The name that the index gives a snapshot, whether it is one or not.
+    /// The name of a snapshot in the index, valid or not.
     pub(crate) fn raw_name(&self, digest: Digest) -> Option<&str> {
         let of_digest = |descriptor: &&Descriptor| entry(descriptor).is_some_and(|entry| entry.digest == digest);
         let mut annotations =
@@ -110,13 +111,13 @@ impl Index {
         self.entries().filter(|entry| entry.digest == digest).filter_map(|entry| entry.name).collect()
     }
 
-    /// Adds a snapshot. A name that stands for another one is taken from it, which stays without.
+    /// Adds a snapshot. Another snapshot with the same name loses the name, and stays without.
     pub(crate) fn add(&mut self, manifest: &Manifest, name: Option<&Name>) {
         if let Some(name) = name {
             self.take_name(name);
         }
         let digest = manifest.digest();
-        // A snapshot without a name needs one line, one with names none beside those.
+        // A snapshot without a name needs one entry; a snapshot with names needs none but theirs.
         self.retain(|entry| entry.digest != digest || entry.name.is_some());
         if name.is_none() && self.contains(digest) {
             return;
@@ -135,12 +136,12 @@ impl Index {
         self.0.set_manifests(descriptors);
     }
 
-    /// Keeps the lines of others, and of ours those that `keep` wants.
+    /// Keeps the entries of other tools, and snapshots for which `keep` is true.
     fn retain(&mut self, keep: impl Fn(&Entry) -> bool) {
         self.change(|descriptors| descriptors.retain(|descriptor| entry(descriptor).is_none_or(|entry| keep(&entry))));
     }
 
-    /// Takes a name away; the snapshot stays without, unless it has others.
+    /// Removes a name; the snapshot stays, without a name unless it has others.
     pub(crate) fn take_name(&mut self, name: &Name) {
         let Some(digest) = self.named(name) else { return };
         if self.names_of(digest).len() > 1 {
@@ -156,7 +157,7 @@ impl Index {
         });
     }
 
-    /// Takes a snapshot away with all its names.
+    /// Removes a snapshot with all its names.
     pub(crate) fn remove(&mut self, digest: Digest) {
         self.retain(|entry| entry.digest != digest);
     }

@@ -1,9 +1,13 @@
-//! The node's store of snapshots: an OCI image layout, with one image manifest for each. Format: docs/format.md.
+//! The node's store of snapshots: an OCI image layout, with one image manifest for each snapshot.
+//! Format: docs/format.md.
 //!
-//! - A snapshot is written into a [`Draft`] and published whole or not at all, by renaming; equal blobs are stored once.
-//! - Several processes may use one store. Who dies leaves garbage at most, never half a snapshot.
-//! - A [`Snapshot`] that is in use is not removed.
-//! - What is read back is believed to be anything: it is limited in size, and its digests are checked before they become paths.
+//! - A snapshot is written into a [`Draft`] and published by renaming, whole or not at all; equal
+//!   blobs are stored once.
+//! - Several processes may use one store. A process that dies leaves garbage at most, never half a
+//!   snapshot.
+//! - A [`Snapshot`] in use is not removed.
+//! - Files of the store are not trusted: sizes are limited, and digests are checked before they
+//!   become paths.
 
 #![deny(unsafe_code)]
 
@@ -50,7 +54,7 @@ pub use crate::snapshot::{ResolveError, Snapshot, SnapshotError};
 pub use crate::store::{DEFAULT_ROOT, Durability, OpenError, ReadError, Store};
 pub use crate::verify::{Inner, Problem, Report};
 
-/// What a manifest says that it is.
+/// Artifact type in the manifest of a snapshot.
 pub const ARTIFACT_TYPE: &str = "application/vnd.gpusnap.snapshot.v1+json";
 /// Media type of the config.
 pub const CONFIG_TYPE: &str = "application/vnd.gpusnap.snapshot.config.v1+json";
@@ -60,7 +64,7 @@ pub const CRIU_TYPE: &str = "application/vnd.gpusnap.criu.v1.tar+zstd";
 pub const GPU_MEMORY_TYPE: &str = "application/vnd.gpusnap.gpu-memory.v1";
 /// Media type of a pack of host memory.
 pub const HOST_MEMORY_TYPE: &str = "application/vnd.gpusnap.host-memory.v1";
-/// Media type of the layer that says which memory is in which pack.
+/// Media type of the layer that maps memory to packs.
 pub const SEGMENTS_TYPE: &str = "application/vnd.gpusnap.segments.v1";
 /// Media type of the contents of `/dev/shm`.
 pub const SHM_TYPE: &str = "application/vnd.gpusnap.shm.v1.tar";

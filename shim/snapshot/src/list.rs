@@ -1,4 +1,4 @@
-//! What the store has.
+//! Listing of the store's contents.
 
 use std::collections::BTreeMap;
 use std::time::SystemTime;
@@ -15,41 +15,41 @@ use crate::{Config, Digest, Manifest, ManifestError, Name, Store};
 /// A snapshot of the store.
 #[derive(Debug)]
 pub struct Listed {
-    /// Of its manifest.
+    /// Digest of the manifest.
     pub digest: Digest,
-    /// Its names, in the order in which they were given.
+    /// Names of the snapshot, oldest first.
     pub names: Vec<Name>,
-    /// When it was last used or published.
+    /// Time of the last use or of the publication.
     pub last_used: Option<SystemTime>,
-    /// Somebody uses it now.
+    /// True if a process uses the snapshot now.
     pub in_use: bool,
-    /// What its blobs take, in bytes, whoever else needs them.
+    /// Size of all the snapshot's blobs in bytes, shared ones included.
     pub size: u64,
-    /// What would be freed if it were removed, in bytes.
+    /// Bytes that a removal would free.
     pub unique: u64,
-    /// What it is, or why that cannot be said.
+    /// Manifest and config, or the reason for which they cannot be read.
     pub content: Result<(Manifest, Config), ReadError>,
 }
 
-/// What takes room in the store, in bytes.
+/// Sizes of a store's contents, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// All blobs.
     pub blobs: u64,
-    /// Those that nothing names.
+    /// Blobs that no entry needs.
     pub garbage: u64,
-    /// What the snapshots would take if nothing were shared.
+    /// Size of the snapshots if no blob were shared.
     pub unshared: u64,
 }
 
 impl Store {
-    /// All snapshots, sorted by name, those without a name last.
+    /// All snapshots, sorted by name; snapshots without a name come last.
     ///
     /// # Errors
-    /// A damaged index, and what the file system refuses. A damaged snapshot is listed.
+    /// A damaged index, and errors of the file system. A damaged snapshot is listed.
     pub fn list(&self) -> Result<Vec<Listed>, ReadError> {
         let folders = &self.folders;
-        // Exclusive: two who ask at once who uses a snapshot would find each other.
+        // Exclusive: two listings at once would take each other for users of a snapshot.
         let _lock = folders.lock(FlockOperation::LockExclusive)?;
         let index = folders.index()?;
         let (reach, files) = (Reach::of(folders, &index), blob_files(folders)?);
@@ -65,7 +65,7 @@ impl Store {
                 let config = folders.config(&manifest)?;
                 Ok((manifest, config))
             });
-            // An image that another tool has put there.
+            // An image stored by another tool.
             let foreign = matches!(&content, Err(ReadError::Manifest { source: ManifestError::Foreign { .. }, .. }));
             if foreign && !entry.certain {
                 continue;
@@ -94,10 +94,10 @@ impl Store {
         Ok(listed)
     }
 
-    /// What takes room.
+    /// Measures the store's contents.
     ///
     /// # Errors
-    /// A damaged index, and what the file system refuses.
+    /// A damaged index, and errors of the file system.
     pub fn usage(&self) -> Result<Usage, ReadError> {
         let folders = &self.folders;
         let _lock = folders.lock(FlockOperation::LockShared)?;

@@ -1,4 +1,4 @@
-//! The manifest of a snapshot: an OCI image manifest that lists its layers.
+//! The manifest of a snapshot: an OCI image manifest that lists the layers.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -6,23 +6,24 @@ use oci_spec::image::{Descriptor, ImageManifest, ImageManifestBuilder, MediaType
 
 use crate::{ARTIFACT_TYPE, CONFIG_TYPE, Digest};
 
-/// A manifest, a config or an index of more bytes than this is refused unread. A manifest of a terabyte in packs has about 1 MiB.
+/// Most bytes of a manifest, a config or an index; a larger document is refused unread. A manifest
+/// of a terabyte in packs has about 1 MiB.
 pub const DOCUMENT_LIMIT: usize = 4 << 20;
 
-/// A layer: a blob that has a meaning by its media type.
+/// A layer: a blob with a media type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// What it is.
+    /// Kind of content.
     pub media_type: String,
-    /// Of its bytes.
+    /// Digest of the bytes.
     pub digest: Digest,
-    /// In bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// What else is said of it.
+    /// Further annotations.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// The manifest of a snapshot, as its bytes are and what they mean.
+/// The manifest of a snapshot, as bytes and parsed.
 #[derive(Clone, Debug)]
 pub struct Manifest {
     bytes: Vec<u8>,
@@ -33,34 +34,34 @@ pub struct Manifest {
     annotations: BTreeMap<String, String>,
 }
 
-/// Not a manifest of a snapshot.
+/// Failure to read a manifest.
 #[derive(Debug, thiserror::Error)]
 pub enum ManifestError {
-    /// Larger than any real one.
+    /// The manifest is larger than any real one.
     #[error("the manifest is larger than {DOCUMENT_LIMIT} bytes")]
     TooLarge,
-    /// Not JSON, or a field is missing or of a wrong type.
-    #[error("the manifest is not understood")]
+    /// The manifest is not JSON, or a field is missing or of a wrong type.
+    #[error("the manifest is not valid")]
     Json(#[source] serde_json::Error),
-    /// Of another version of the image specification.
+    /// The manifest is of another version of the image specification.
     #[error("the manifest is of schema version {found}, where {SCHEMA_VERSION} is known")]
     Schema {
-        /// Its version.
+        /// The manifest's version.
         found: u32,
     },
-    /// An image or an artifact of something else, or of a later version of gpusnap.
+    /// The manifest belongs to another image or artifact, or to a later version of gpusnap.
     #[error("the manifest is of {found:?}, and not of a snapshot that this gpusnap knows ({ARTIFACT_TYPE})")]
     Foreign {
-        /// What it says it is, at most its first 100 characters.
+        /// The artifact type found, at most 100 characters.
         found: String,
     },
-    /// A blob in it has a digest that is not SHA-256.
+    /// A blob's digest is not SHA-256.
     #[error("the manifest names a blob that cannot be checked")]
     Digest(#[from] crate::DigestError),
-    /// Its sizes add up to more than can be.
-    #[error("the sizes in the manifest add up to more than can be")]
+    /// The sizes of the blobs overflow.
+    #[error("the sizes in the manifest overflow")]
     Sizes,
-    /// One blob is said to have two sizes.
+    /// Two sizes are given for one blob.
     #[error("the manifest gives {digest} two sizes")]
     Contradiction {
         /// The blob.
@@ -72,7 +73,7 @@ impl Manifest {
     /// Reads a manifest.
     ///
     /// # Errors
-    /// Anything that is no manifest of a snapshot.
+    /// Anything but the manifest of a snapshot.
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() > DOCUMENT_LIMIT {
             return Err(ManifestError::TooLarge);
@@ -101,7 +102,7 @@ impl Manifest {
         Ok(read)
     }
 
-    /// Each blob has one size, and all together one that can be counted.
+    /// Checks that each blob has one size, and that the sum of all sizes does not overflow.
     fn check_sizes(&self) -> Result<(), ManifestError> {
         let mut sizes = BTreeMap::new();
         let mut total = self.bytes.len() as u64;
@@ -137,7 +138,7 @@ impl Manifest {
         Self::parse(&to_bytes(&manifest).map_err(ManifestError::Json)?)
     }
 
-    /// Its bytes, whose digest is that of the snapshot.
+    /// The manifest's bytes; their digest is the snapshot's.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -155,30 +156,30 @@ impl Manifest {
         &self.config
     }
 
-    /// Its layers, in the order in which they were published.
+    /// The layers, in the order of publication.
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.layers
     }
 
-    /// What it belongs to, as a rule the image of the application.
+    /// The image or artifact to which the snapshot belongs, as a rule the application's image.
     #[must_use]
     pub fn subject(&self) -> Option<&Descriptor> {
         self.subject.as_ref()
     }
 
-    /// What else is said of it.
+    /// Further annotations.
     #[must_use]
     pub fn annotations(&self) -> &BTreeMap<String, String> {
         &self.annotations
     }
 
-    /// The config and the layers. A blob may come twice.
+    /// The config and the layers. A blob may occur twice.
     pub fn blobs(&self) -> impl Iterator<Item = &Layer> {
         std::iter::once(&self.config).chain(&self.layers)
     }
 
-    /// Size of all its blobs, each counted once, and of itself, in bytes.
+    /// Size of the manifest and of all blobs, each counted once, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         let blobs: BTreeMap<Digest, u64> = self.blobs().map(|blob| (blob.digest, blob.size)).collect();
@@ -213,7 +214,7 @@ pub(crate) fn unsorted(annotations: &BTreeMap<String, String>) -> HashMap<String
     annotations.clone().into_iter().collect()
 }
 
-/// JSON with sorted keys: the annotations of `oci-spec` are in no order.
+/// JSON with sorted keys: the annotations of `oci-spec` are unsorted.
 pub(crate) fn to_bytes(document: &impl serde::Serialize) -> Result<Vec<u8>, serde_json::Error> {
     let mut value = serde_json::to_value(document)?;
     value.sort_all_objects();

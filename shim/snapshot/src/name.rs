@@ -1,4 +1,4 @@
-//! Names of snapshots, and the ways in which one is asked for.
+//! Names of snapshots, and references to snapshots.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 
-/// containerd's limit for identifiers.
+/// containerd's limit for identifiers, in characters.
 const NAMESPACE_LIMIT: usize = 76;
-/// A DNS label.
+/// Limit of a DNS label, in characters.
 const KUBERNETES_LIMIT: usize = 63;
-/// A tag of a registry.
+/// Limit of a registry's tag, in characters.
 const NAME_LIMIT: usize = 128;
-/// Fewer digits would soon be ambiguous.
+/// Least digits of a prefix; fewer digits would soon be ambiguous.
 const PREFIX_LEAST: usize = 6;
 
-/// Whose a snapshot is: nobody can name one of another scope.
+/// Owner of a snapshot: nobody can name a snapshot of another scope.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Scope {
@@ -28,7 +28,7 @@ impl Scope {
     /// The scope of a namespace of containerd and, for pods, a namespace of Kubernetes.
     ///
     /// # Errors
-    /// Not a name that containerd or Kubernetes would give a namespace.
+    /// A name that is not valid for a namespace of containerd or Kubernetes.
     pub fn new(containerd: &str, kubernetes: Option<&str>) -> Result<Self, NameError> {
         check("the containerd namespace", containerd, NAMESPACE_LIMIT)?;
         if let Some(namespace) = kubernetes {
@@ -43,7 +43,7 @@ impl Scope {
         &self.containerd
     }
 
-    /// The namespace of Kubernetes.
+    /// The Kubernetes namespace.
     #[must_use]
     pub fn kubernetes(&self) -> Option<&str> {
         self.kubernetes.as_deref()
@@ -74,7 +74,7 @@ impl From<Scope> for String {
     }
 }
 
-/// The name of a snapshot: `NAMESPACE/NAME`, or `NAMESPACE/KUBERNETES-NAMESPACE/NAME` for one of a pod.
+/// The name of a snapshot: `NAMESPACE/NAME`, or `NAMESPACE/KUBERNETES-NAMESPACE/NAME` for a pod's.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct Name {
@@ -86,19 +86,20 @@ impl Name {
     /// A name in a scope.
     ///
     /// # Errors
-    /// Not letters and digits with single `.`, `_`, `-` between them, or more than 128 of them.
+    /// Anything but letters and digits with single `.`, `_`, `-` between them, or more than 128
+    /// characters.
     pub fn new(scope: Scope, name: &str) -> Result<Self, NameError> {
         check("the name", name, NAME_LIMIT)?;
         Ok(Self { scope, name: name.to_owned() })
     }
 
-    /// Whose it is.
+    /// The name's owner.
     #[must_use]
     pub fn scope(&self) -> &Scope {
         &self.scope
     }
 
-    /// Its last part.
+    /// The last part of the name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -138,15 +139,15 @@ impl From<Name> for String {
     }
 }
 
-/// Not a name of a snapshot.
+/// Failure to read a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {given:?} {rule}")]
 pub struct NameError {
-    /// Which part of it.
+    /// The part at fault.
     pub what: &'static str,
-    /// What it does not keep.
+    /// The violated rule.
     pub rule: &'static str,
-    /// What was given, at most its first 100 characters.
+    /// The given text, at most 100 characters.
     pub given: String,
 }
 
@@ -154,7 +155,7 @@ fn shown(given: &str) -> String {
     given.chars().take(100).collect()
 }
 
-/// The rule of containerd's identifiers, which that of names in an OCI layout includes.
+/// Checks the rule of containerd's identifiers, stricter than the rule of names in an OCI layout.
 fn check(what: &'static str, given: &str, limit: usize) -> Result<(), NameError> {
     let error = |rule| Err(NameError { what, rule, given: shown(given) });
     if given.is_empty() {
@@ -172,7 +173,7 @@ fn check(what: &'static str, given: &str, limit: usize) -> Result<(), NameError>
     Ok(())
 }
 
-/// The rule of Kubernetes, which allows several hyphens in a row.
+/// Checks the rule of Kubernetes, with several hyphens in a row allowed.
 fn check_label(given: &str) -> Result<(), NameError> {
     let error = |rule| Err(NameError { what: "the Kubernetes namespace", rule, given: shown(given) });
     if given.is_empty() || given.len() > KUBERNETES_LIMIT {
@@ -185,27 +186,28 @@ fn check_label(given: &str) -> Result<(), NameError> {
     Ok(())
 }
 
-/// How a snapshot is asked for. Written as its name, its digest, or the first digits of its digest, six at least.
+/// Reference to a snapshot. Written as the name, the digest, or the first digits of the digest, six
+/// at least.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Reference {
     /// By name.
     Name(Name),
     /// By the digest of its manifest.
     Digest(Digest),
-    /// By the first hexadecimal digits of that digest.
+    /// By the first hexadecimal digits of the manifest's digest.
     Prefix(String),
 }
 
-/// Not a way to ask for a snapshot.
+/// Failure to read a reference.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReferenceError {
-    /// It has a slash, and is no name.
+    /// The text has a slash, and is not a name.
     #[error(transparent)]
     Name(#[from] NameError),
-    /// It has none, and is no digest.
+    /// The text has no slash, and is not a digest.
     #[error("{given:?} is neither NAMESPACE/NAME, nor a digest, nor its first digits (six at least)")]
     Neither {
-        /// What was given, at most its first 100 characters.
+        /// The given text, at most 100 characters.
         given: String,
     },
 }

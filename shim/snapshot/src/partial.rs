@@ -1,4 +1,5 @@
-//! Blobs that come in piece by piece, and outlive the process that receives them, so that the next one goes on from there.
+//! Blobs received in pieces. A partial blob outlives its process; the next process continues the
+//! transfer.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +13,7 @@ use crate::folder::{FileError, Folder, Lock, unless_missing};
 use crate::store::Folders;
 use crate::{Digest, Store};
 
-/// A blob of which a beginning is there, or nothing yet. One process at a time has it; dropped, what is there stays.
+/// A blob received in part, or not yet begun. One process at a time has it; a drop keeps the bytes.
 #[derive(Debug)]
 pub struct Partial {
     file: Lock<File>,
@@ -21,10 +22,10 @@ pub struct Partial {
 }
 
 impl Store {
-    /// Takes up a blob where the last process left it. None while another one is at it.
+    /// Continues with a blob of an earlier process. `None` if another process has the blob.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn partial(&self, digest: &Digest) -> Result<Option<Partial>, FileError> {
         let (folder, name) = (&self.folders.partial, digest.hex());
         let path = folder.join(&name);
@@ -37,7 +38,8 @@ impl Store {
                 let Some(file) = Lock::attempt(file, FlockOperation::NonBlockingLockExclusive)? else {
                     return Ok(None);
                 };
-                // Whoever had the lock before may have published it, and then it must not be written to.
+                // The earlier owner of the lock may have published the file: never write to such a
+                // file.
                 if is_at(file.file(), folder, &name)? {
                     return Ok(Some(file));
                 }
@@ -49,20 +51,20 @@ impl Store {
 }
 
 impl Store {
-    /// How much of a blob an earlier process left, in bytes.
+    /// Bytes of a blob left by an earlier process.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn partial_size(&self, digest: &Digest) -> Result<u64, FileError> {
         let (folder, name) = (&self.folders.partial, digest.hex());
         let size = unless_missing(folder.file(&name).and_then(|file| Ok(file.metadata()?.len())));
         size.map(Option::unwrap_or_default).map_err(FileError::new("look at", folder.join(&name)))
     }
 
-    /// What the file system has free for the store, in bytes.
+    /// Free bytes of the store's file system.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn free_space(&self) -> Result<u64, FileError> {
         let free =
             rustix::fs::fstatvfs(&self.folders.root).map(|system| system.f_bavail.saturating_mul(system.f_frsize));
@@ -71,46 +73,47 @@ impl Store {
 }
 
 impl Partial {
-    /// Where it is.
+    /// The path of the blob.
     #[must_use]
     pub fn path(&self) -> &std::path::Path {
         &self.path
     }
 
-    /// How much of it is there, in bytes.
+    /// Bytes received so far.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn received(&self) -> Result<u64, FileError> {
         self.file.file().metadata().map(|metadata| metadata.len()).map_err(FileError::new("look at", &self.path))
     }
 
-    /// Its file, to be read and written; all of them have one position.
+    /// The file, for reading and writing; all copies share one position.
     ///
     /// # Errors
-    /// No more files can be open.
+    /// Too many open files.
     pub fn file(&self) -> Result<File, FileError> {
         self.file.file().try_clone().map_err(FileError::new("open", &self.path))
     }
 }
 
 impl Draft {
-    /// Moves a blob that is complete, and verified, into the draft, to be published with it. Tells where it is.
+    /// Moves a complete, verified blob into the draft for the publication. Returns the path in the
+    /// draft.
     ///
     /// # Errors
-    /// What the file system refuses.
+    /// Errors of the file system.
     pub fn take(&self, partial: Partial) -> Result<PathBuf, FileError> {
         let Partial { file, path, digest } = partial;
         let name = digest.hex();
         let moved = self.store.folders.partial.rename(&name, self.files(), &name);
         moved.map_err(FileError::new("move to a draft", path))?;
-        // Not before: its lock keeps others away.
+        // Release the lock after the move: until then it keeps others away.
         drop(file);
         Ok(PathBuf::from(name))
     }
 }
 
-/// Removes what nobody has added to for so long. How many bytes that were.
+/// Removes blobs without progress for `grace`; returns the number of bytes.
 pub(crate) fn collect(folders: &Folders, grace: Duration) -> Result<u64, FileError> {
     let folder = &folders.partial;
     let mut freed = 0;
@@ -118,7 +121,7 @@ pub(crate) fn collect(folders: &Folders, grace: Duration) -> Result<u64, FileErr
         let mut collect = || -> io::Result<()> {
             let Some(file) = unless_missing(folder.file(&name))? else { return Ok(()) };
             let metadata = file.metadata()?;
-            // A time in the future is one that nobody can wait for.
+            // A time in the future would never grow old.
             let age = SystemTime::now().duration_since(metadata.modified()?).unwrap_or(Duration::MAX);
             if age < grace {
                 return Ok(());
@@ -135,7 +138,7 @@ pub(crate) fn collect(folders: &Folders, grace: Duration) -> Result<u64, FileErr
     Ok(freed)
 }
 
-/// Whether this file still is the one of this name.
+/// Returns whether the open file is still the one of this name.
 fn is_at(file: &File, folder: &Folder, name: impl AsRef<std::path::Path>) -> io::Result<bool> {
     let here = rustix::fs::fstat(file)?;
     let there = unless_missing(folder.file(name).and_then(|file| Ok(rustix::fs::fstat(&file)?)))?;

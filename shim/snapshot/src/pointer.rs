@@ -1,4 +1,4 @@
-//! The pointer: what a checkpoint directory says of where its memory is.
+//! The pointer: the entry of a checkpoint directory that leads to the memory.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -8,10 +8,10 @@ use crate::{Digest, Name};
 
 const VERSION: u32 = 1;
 const PATH_LIMIT: usize = 4096;
-/// A host, a repository of 255 characters and a digest fit easily.
+/// Most characters of a reference: a host, a repository of 255 characters and a digest fit easily.
 const REGISTRY_LIMIT: usize = 512;
 
-/// Where the snapshot is that belongs to a checkpoint directory.
+/// Location of the snapshot that belongs to a checkpoint directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", try_from = "Raw")]
 pub struct Pointer {
@@ -35,35 +35,35 @@ struct Raw {
     registry: Option<String>,
 }
 
-/// Not a pointer that can be followed.
+/// Failure to follow a pointer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PointerError {
-    /// Of a later version of gpusnap.
+    /// The pointer is of a later version of gpusnap.
     #[error("the pointer to the snapshot is of version {found}, and this gpusnap knows {VERSION}: use a newer one")]
     Version {
-        /// Its version.
+        /// The pointer's version.
         found: u32,
     },
-    /// The store is no absolute path without `.` and `..`.
+    /// The store is not an absolute path without `.` and `..`.
     #[error("{} is not a place for a store", path.display())]
     Store {
-        /// What it says.
+        /// The path found.
         path: PathBuf,
     },
-    /// The reference into a registry is too long or has odd characters.
+    /// The reference to a registry is too long or has odd characters.
     #[error("{given:?} is not a reference into a registry")]
     Registry {
-        /// What it says, at most its first 100 characters.
+        /// The reference found, at most 100 characters.
         given: String,
     },
 }
 
 impl Pointer {
-    /// A pointer to the snapshot whose manifest has this digest, in the store at `store`. `registry` is a reference from
-    /// which it can be pulled if the store lacks it.
+    /// A pointer to the snapshot with this manifest digest in the store at `store`. `registry` is a
+    /// reference from which a store without the snapshot can pull it.
     ///
     /// # Errors
-    /// A store that is no plain absolute path; a reference that is none.
+    /// A store that is not a plain absolute path; a reference that is not valid.
     pub fn new(
         digest: Digest,
         store: &Path,
@@ -79,19 +79,19 @@ impl Pointer {
         self.digest
     }
 
-    /// The store that it was published in.
+    /// The store of the publication.
     #[must_use]
     pub fn store(&self) -> &Path {
         &self.store
     }
 
-    /// The name that it was published under.
+    /// The name of the snapshot at the publication.
     #[must_use]
     pub fn name(&self) -> Option<&Name> {
         self.name.as_ref()
     }
 
-    /// Where it can be pulled from.
+    /// The reference for a pull from a registry.
     #[must_use]
     pub fn registry(&self) -> Option<&str> {
         self.registry.as_deref()

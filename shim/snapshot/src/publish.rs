@@ -1,4 +1,4 @@
-//! Publication: a draft becomes a snapshot at once, or nothing of it does.
+//! Publication: a draft becomes a snapshot as a whole, or not at all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
@@ -16,64 +16,66 @@ use crate::snapshot::Snapshot;
 use crate::store::{Durability, ReadError};
 use crate::{CONFIG_TYPE, Config, ConfigError, Digest, Layer, Manifest, ManifestError, Name};
 
-/// What becomes of a name that stands for another snapshot already.
+/// Treatment of a name that stands for another snapshot already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum IfTaken {
-    /// It moves to the new one. The other stays, to be asked for by its digest, until it is pruned.
+    /// The name moves to the new snapshot. The other snapshot stays, reachable by digest, until the
+    /// next prune.
     #[default]
     Move,
-    /// Nothing is published.
+    /// The publication fails.
     Refuse,
 }
 
-/// A snapshot whose layers lie in a draft.
+/// A snapshot with all layers in a draft.
 #[derive(Debug)]
 pub struct NewSnapshot {
-    /// Its name. Without one it is asked for by its digest, and goes with the next prune.
+    /// The snapshot's name. Without a name the snapshot is reachable by digest, until the next
+    /// prune.
     pub name: Option<Name>,
-    /// What if the name is taken.
+    /// Treatment of a name in use.
     pub if_taken: IfTaken,
-    /// What it was made from.
+    /// The snapshot's origin.
     pub config: Config,
-    /// Its layers, in the order of the manifest.
+    /// The layers, in the order of the manifest.
     pub layers: Vec<NewLayer>,
-    /// What it belongs to, as a rule the image of the application.
+    /// The image or artifact to which the snapshot belongs, as a rule the application's image.
     pub subject: Option<Descriptor>,
-    /// What else is said of it.
+    /// Further annotations.
     pub annotations: BTreeMap<String, String>,
 }
 
 /// A file of a draft that becomes a layer.
 #[derive(Debug)]
 pub struct NewLayer {
-    /// What it is.
+    /// Kind of content.
     pub media_type: String,
-    /// Where it is in the draft.
+    /// Path in the draft.
     pub path: PathBuf,
-    /// Its digest if who wrote it has computed it, which is believed.
+    /// The digest if the writer has computed one; not checked again.
     pub digest: Option<Digest>,
-    /// What else is said of it.
+    /// Further annotations.
     pub annotations: BTreeMap<String, String>,
 }
 
-/// A snapshot that comes from elsewhere, by registry or archive: its manifest as it is, and the blobs in a draft. Blobs that are
-/// not among them must be in the store already; see [`Draft::reuse`].
+/// A snapshot from a registry or an archive: the unchanged manifest, and blobs in a draft. All
+/// other blobs must be in the store already; see [`Draft::reuse`].
 #[derive(Debug)]
 pub struct Received {
-    /// Its name.
+    /// The snapshot's name.
     pub name: Option<Name>,
-    /// What if the name is taken.
+    /// Treatment of a name in use.
     pub if_taken: IfTaken,
     /// The manifest.
     pub manifest: Manifest,
-    /// Where in the draft a blob is. Whoever received it has checked its digest.
+    /// Paths of the blobs in the draft. The receiver has checked the digests.
     pub blobs: BTreeMap<Digest, PathBuf>,
 }
 
-/// A draft could not be published. The store is as it was.
+/// Failure to publish a draft. The store is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
-    /// A file is out of reach, or the disk is full.
+    /// A file cannot be opened, or the disk is full.
     #[error(transparent)]
     File(#[from] FileError),
     /// The store is damaged.
@@ -96,7 +98,7 @@ pub enum PublishError {
     Taken {
         /// The name.
         name: Name,
-        /// What it stands for.
+        /// The snapshot that has the name.
         digest: Digest,
     },
     /// A blob is neither in the draft nor in the store.
@@ -105,27 +107,28 @@ pub enum PublishError {
         /// The blob.
         digest: Digest,
     },
-    /// A blob in the draft is not as long as the manifest says.
+    /// A blob in the draft has another size than in the manifest.
     #[error("{digest} has {found} bytes, where the manifest says {expected}")]
     Size {
         /// The blob.
         digest: Digest,
-        /// How long it is.
+        /// The blob's size in bytes.
         found: u64,
-        /// How long it should be.
+        /// The size in the manifest.
         expected: u64,
     },
 }
 
 impl Draft {
-    /// Makes a snapshot of what is in the draft. The rest of the draft goes. What comes back is in use until it is dropped,
-    /// so that no quota takes it before anybody could use it. `progress` is told of bytes that are hashed.
+    /// Publishes the draft as a snapshot; all other files of the draft are removed. The returned
+    /// snapshot is in use until it is dropped, and thus safe from a quota. `progress` counts the
+    /// hashed bytes.
     ///
-    /// Layers are moved by renaming, never copied, and no byte of them is changed: they may be mapped by live processes. Of
-    /// equal blobs the one that is in the store already stays.
+    /// Layers are moved by renaming, never copied, and never changed: live processes may have them
+    /// mapped. A blob that is in the store already stays there.
     ///
     /// # Errors
-    /// What [`PublishError`] says; the draft goes.
+    /// See [`PublishError`]; the draft is removed.
     pub fn publish(self, new: NewSnapshot, progress: Progress<'_>) -> Result<Snapshot, PublishError> {
         let layers = in_parallel(&new.layers, |layer| self.look_at(layer, progress))?;
         let mut blobs: BTreeMap<Digest, PathBuf> =
@@ -142,10 +145,10 @@ impl Draft {
         self.publish_received(Received { name: new.name, if_taken: new.if_taken, manifest, blobs })
     }
 
-    /// Publishes what came from elsewhere.
+    /// Publishes a snapshot received from elsewhere.
     ///
     /// # Errors
-    /// What [`PublishError`] says; the draft goes.
+    /// See [`PublishError`]; the draft is removed.
     pub fn publish_received(self, received: Received) -> Result<Snapshot, PublishError> {
         let Received { name, if_taken, manifest, mut blobs } = received;
         let digest = manifest.digest();
@@ -174,7 +177,7 @@ impl Draft {
                 return Err(PublishError::Missing { digest: *blob });
             }
         }
-        // Before it can be seen it is in use.
+        // Mark the snapshot as in use before anybody can see it.
         let snapshot_use = Snapshot::begin_use(folders, digest)?;
         let mut placed = Placed { draft: &self, blobs: Vec::new() };
         for (blob, path) in &files {
@@ -205,13 +208,13 @@ impl Draft {
 
     fn file(&self, path: &Path) -> Result<std::fs::File, PublishError> {
         self.files().file(self.inner(path)).map_err(|source| match Errno::from_io_error(&source) {
-            // Over `..`, or over a link.
+            // The path leads through `..` or a link.
             Some(Errno::XDEV | Errno::LOOP) => PublishError::Outside { path: path.to_owned() },
             _ => FileError::new("open", self.files().join(path))(source).into(),
         })
     }
 
-    /// A file of the draft is as long as it should be, for root alone, and on the disk if that is asked for.
+    /// Checks a file's size, closes it to other users, and flushes it if durability requires that.
     fn make_ready(&self, digest: Digest, path: &Path, expected: u64) -> Result<(), PublishError> {
         let file = self.file(path)?;
         let at = |action| FileError::new(action, self.files().join(path));
@@ -228,7 +231,7 @@ impl Draft {
         Ok(())
     }
 
-    /// Under a name that nobody else has chosen for a file in the draft.
+    /// Writes a document under an unused name in the draft.
     fn write_document(&self, bytes: &[u8]) -> Result<PathBuf, FileError> {
         let write = || -> io::Result<PathBuf> {
             let mut file = tempfile::Builder::new().prefix(".document-").tempfile_in(self.folder())?;
@@ -240,7 +243,7 @@ impl Draft {
     }
 }
 
-/// Blobs that were not there and that no index names yet. Dropped, they are removed.
+/// New blobs that no index names yet. A drop removes the blobs.
 struct Placed<'a> {
     draft: &'a Draft,
     blobs: Vec<Digest>,
@@ -253,7 +256,7 @@ impl Placed<'_> {
         if matches!(before, Ok(Some(found)) if found == size) {
             return Ok(());
         }
-        // Missing or damaged: what the draft has is right, and takes its place at once.
+        // Missing or damaged: the draft's blob is right, and replaces it atomically.
         let target = folders.blobs.join(digest.hex());
         self.draft
             .files()

@@ -1,4 +1,4 @@
-//! Which blobs are needed by what the index names.
+//! Reachability: the blobs that the entries of an index need.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,23 +11,23 @@ use crate::folder::{FileError, unless_missing};
 use crate::index::Index;
 use crate::store::{Folders, ReadError};
 
-/// An index of indexes of indexes is what nobody has.
+/// Deepest nesting of indexes: real layouts have no more.
 const DEEPEST: usize = 4;
 
-/// What each line of the index needs, by the digest that it names.
+/// Blobs needed by each entry of the index, by the entry's digest.
 #[derive(Debug, Default)]
 pub(crate) struct Reach {
     pub(crate) trees: BTreeMap<Digest, BTreeSet<Digest>>,
-    /// Manifests that cannot be read: nobody knows what they need.
+    /// Manifests that cannot be read, so that their blobs are unknown.
     pub(crate) unreadable: BTreeMap<Digest, ReadError>,
 }
 
 impl Reach {
-    /// With the store's lock.
+    /// Walks the index. Requires the store's lock.
     pub(crate) fn of(folders: &Folders, index: &Index) -> Self {
         let mut reach = Self::default();
         for descriptor in index.descriptors() {
-            // Blobs with other digests lie where no blob of ours is.
+            // Blobs with other digests lie outside of our folder.
             let Ok(top) = Digest::try_from(descriptor.digest()) else { continue };
             let mut blobs = BTreeSet::new();
             if let Err(error) = walk(folders, descriptor, 0, &mut blobs) {
@@ -38,7 +38,7 @@ impl Reach {
         reach
     }
 
-    /// How many lines need each blob.
+    /// Number of entries that need each blob.
     pub(crate) fn counts(&self) -> BTreeMap<Digest, usize> {
         let mut counts = BTreeMap::new();
         for blob in self.trees.values().flatten() {
@@ -76,16 +76,16 @@ fn walk(
     Ok(())
 }
 
-/// A file among the blobs.
+/// A file of a blob.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BlobFile {
-    /// In bytes.
+    /// Size in bytes.
     pub(crate) size: u64,
-    /// When it was written.
+    /// Time of the last write.
     pub(crate) written: SystemTime,
 }
 
-/// All blobs that there are. Files that are none are left out.
+/// All blobs of the store. Other files are left out.
 pub(crate) fn blob_files(folders: &Folders) -> Result<BTreeMap<Digest, BlobFile>, FileError> {
     let blobs = &folders.blobs;
     let mut files = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! What goes: snapshots that are removed, garbage, and what a quota leaves no room for.
+//! Removal of snapshots, of garbage, and of all that exceeds a quota.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -14,56 +14,57 @@ use crate::snapshot::{resolve, use_file};
 use crate::store::ReadError;
 use crate::{Digest, Reference, ResolveError, Store};
 
-/// Blobs that nothing names are left alone for this long by default: tools that know nothing of the store's lock write blobs
-/// first and the index last.
+/// Default age below which blobs without an entry are spared: tools that ignore the store's lock
+/// write blobs first and the index last.
 pub const GRACE: Duration = Duration::from_secs(3600);
 
-/// A transfer that was broken off is left for another attempt for this long.
+/// Age below which an interrupted transfer is kept for another attempt.
 const PARTIAL_GRACE: Duration = Duration::from_secs(24 * 3600);
 
-/// What if a snapshot that should go is in use.
+/// Treatment of a snapshot in use that is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IfInUse {
-    /// It stays, and that is an error.
+    /// The removal fails.
     Refuse,
-    /// Wait until it is not, however long that takes.
+    /// The removal waits for the end of the use, however long that takes.
     Wait,
 }
 
-/// What a prune takes.
+/// Limits of a prune.
 #[derive(Clone, Copy, Debug)]
 pub struct Prune {
-    /// Blobs that nothing names go if they are older than this.
+    /// Blobs without an entry are removed if older than this.
     pub grace: Duration,
-    /// Snapshots without a name go if they were last used this long ago. None keeps them.
+    /// Snapshots without a name are removed if last used this long ago. `None` keeps them.
     pub unnamed: Option<Duration>,
 }
 
-/// What is gone.
+/// Result of a removal.
 #[derive(Debug, Default)]
 pub struct Removed {
-    /// Snapshots.
+    /// Removed snapshots.
     pub snapshots: Vec<Digest>,
-    /// Blobs.
+    /// Number of removed blobs.
     pub blobs: usize,
-    /// Their size in bytes.
+    /// Size of the removed blobs in bytes.
     pub bytes: u64,
-    /// Drafts of makers that are gone.
+    /// Number of removed drafts of dead makers.
     pub drafts: usize,
-    /// What there was of blobs that came in part and were given up, in bytes.
+    /// Bytes of abandoned partial blobs.
     pub partial: u64,
-    /// Snapshots that stayed because they are in use.
+    /// Snapshots kept because they are in use.
     pub in_use: Vec<Digest>,
-    /// Manifests that cannot be read. As long as they are there nobody knows what they need, and no blob goes.
+    /// Manifests that cannot be read. While there is one, nobody knows its blobs, and no blob is
+    /// removed.
     pub unreadable: Vec<Digest>,
-    /// What the blobs that are left take, in bytes.
+    /// Size of the remaining blobs, in bytes.
     pub left: u64,
 }
 
-/// Something could not be removed. What is named is whole.
+/// Failure of a removal. All snapshots with an entry are whole.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoveError {
-    /// A file is out of reach.
+    /// A file cannot be opened.
     #[error(transparent)]
     File(#[from] FileError),
     /// The index is damaged.
@@ -72,7 +73,7 @@ pub enum RemoveError {
     /// There is no such snapshot.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
-    /// It is in use.
+    /// The snapshot is in use.
     #[error("the snapshot {digest} is in use")]
     InUse {
         /// The snapshot.
@@ -81,11 +82,11 @@ pub enum RemoveError {
 }
 
 impl Store {
-    /// Removes a snapshot, and the blobs that no other needs. Of one with several names that is asked for by name, only that
-    /// name goes.
+    /// Removes a snapshot, and the blobs that no other snapshot needs. If a reference by name finds
+    /// a snapshot with several names, only that name is removed.
     ///
     /// # Errors
-    /// No such snapshot, one in use, a damaged index, and what the file system refuses.
+    /// No such snapshot, a snapshot in use, a damaged index, and errors of the file system.
     pub fn remove(&self, reference: &Reference, if_in_use: IfInUse) -> Result<Removed, RemoveError> {
         loop {
             let mut sweep = Sweep::begin(self)?;
@@ -105,17 +106,18 @@ impl Store {
             }
             let file = use_file(&self.folders, digest)?;
             drop(sweep);
-            // Not to keep it: who opens a snapshot waits for this lock while they have the store's.
+            // Let the lock go at once: a process that opens a snapshot waits for it while holding
+            // the store's.
             let path = self.folders.uses.join(digest.hex());
             drop(Lock::wait(file, FlockOperation::LockExclusive).map_err(FileError::new("lock", path))?);
         }
     }
 
-    /// Removes garbage: drafts of makers that are gone, blobs that nothing names, and snapshots without a name if that is
-    /// asked for. What is in use stays.
+    /// Removes garbage: drafts of dead makers, blobs without an entry, and unnamed snapshots on
+    /// request. Snapshots in use stay.
     ///
     /// # Errors
-    /// A damaged index, and what the file system refuses.
+    /// A damaged index, and errors of the file system.
     pub fn prune(&self, prune: Prune) -> Result<Removed, RemoveError> {
         let drafts = collect(&self.folders)?;
         let mut sweep = Sweep::begin(self)?;
@@ -133,15 +135,15 @@ impl Store {
         Ok(removed)
     }
 
-    /// Removes garbage, and then snapshots that were not used for the longest time, until the blobs take at most this many
-    /// bytes. What is in use stays, even if there is too much then: see [`Removed::left`].
+    /// Removes garbage, then the least recently used snapshots, until the blobs take at most
+    /// `bytes`. Snapshots in use stay, even beyond the quota: see [`Removed::left`].
     ///
     /// # Errors
-    /// A damaged index, and what the file system refuses.
+    /// A damaged index, and errors of the file system.
     pub fn enforce_quota(&self, bytes: u64) -> Result<Removed, RemoveError> {
         let drafts = collect(&self.folders)?;
         let mut sweep = Sweep::begin(self)?;
-        // Removing snapshots frees nothing while nobody knows what an unreadable one needs.
+        // An unreadable manifest may need any blob, so that removing snapshots frees nothing.
         if sweep.reach.unreadable.is_empty() {
             for digest in sweep.by_last_use() {
                 if sweep.would_be_left(GRACE) <= bytes {
@@ -169,12 +171,12 @@ struct Sweep<'a> {
     changed: bool,
     reach: Reach,
     files: BTreeMap<Digest, BlobFile>,
-    /// What is still needed.
+    /// Number of entries that need each blob.
     counts: BTreeMap<Digest, usize>,
-    /// What was needed by what goes.
+    /// Blobs that removed snapshots needed.
     freed: BTreeSet<Digest>,
     removed: Removed,
-    /// Nobody uses what goes until it is gone.
+    /// Locks of the removed snapshots: nobody opens one before its end.
     uses: Vec<Lock<File>>,
     /// The store's lock.
     lock: Lock<File>,
@@ -205,9 +207,9 @@ impl<'a> Sweep<'a> {
         last_use(self.store, digest)
     }
 
-    /// The snapshots, the one that was not used for the longest time first.
+    /// All snapshots, the least recently used first.
     fn by_last_use(&self) -> Vec<Digest> {
-        // What other tools have put there without saying what it is may be an image.
+        // An entry of another tool without an artifact type may be an image.
         let is_snapshot = |entry: &Entry| entry.certain || self.store.folders.manifest(entry.digest).is_ok();
         let snapshots: BTreeSet<Digest> = self.index.entries().filter(is_snapshot).map(|entry| entry.digest).collect();
         let mut snapshots: Vec<Digest> = snapshots.into_iter().collect();
@@ -242,7 +244,8 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
-    /// What nothing needs and is not spared: freed by what goes, or garbage that is old enough.
+    /// Returns whether a blob goes: not needed, and either freed by a removed snapshot or old
+    /// garbage.
     fn goes(&self, digest: Digest, file: &BlobFile, grace: Option<Duration>) -> bool {
         let needed = self.counts.get(&digest).is_some_and(|count| *count > 0);
         let old = grace.is_some_and(|grace| is_older(Some(file.written), grace));
@@ -254,7 +257,7 @@ impl<'a> Sweep<'a> {
         left.map(|(_, file)| file.size).sum()
     }
 
-    /// Records of use that no snapshot has.
+    /// Removes the records of use without a snapshot.
     fn remove_uses_of_none(&self) -> Result<(), RemoveError> {
         let uses = &self.store.folders.uses;
         for name in uses.names().map_err(FileError::new("read", uses.path()))? {
@@ -266,7 +269,8 @@ impl<'a> Sweep<'a> {
         Ok(())
     }
 
-    /// Index first, then blobs: a crash leaves garbage and never a snapshot without its blobs.
+    /// Writes the index, then removes blobs: a crash leaves garbage and never a snapshot without
+    /// its blobs.
     fn finish(self, grace: Option<Duration>) -> Result<Removed, RemoveError> {
         let folders = &self.store.folders;
         if self.changed {
@@ -289,14 +293,14 @@ impl<'a> Sweep<'a> {
             unless_missing(uses.unlink(&name)).map_err(FileError::new("remove", uses.join(name)))?;
         }
         drop(self.lock);
-        // Deleting gigabytes takes a while, for which nobody has to wait.
+        // Deleting gigabytes takes a while: nobody has to wait for the lock.
         drop(trash);
         folders.keep_reserve();
         Ok(Removed { blobs, bytes, left, unreadable, ..self.removed })
     }
 }
 
-/// When a snapshot was last used.
+/// Time of a snapshot's last use.
 pub(crate) fn last_use(store: &Store, digest: Digest) -> Option<SystemTime> {
     std::fs::symlink_metadata(store.folders.uses.join(digest.hex())).ok()?.modified().ok()
 }

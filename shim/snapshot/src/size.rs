@@ -1,11 +1,11 @@
 //! Sizes as people write them.
 
-/// `500M`, `1.5TB`, `100GiB`, or bytes.
+/// Reads a size: `500M`, `1.5TB`, `100GiB`, or bytes.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// The fault, in words.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let error = || format!("{text:?} is no size: write 500M, 1.5T or 100GiB");
+    let error = || format!("{text:?} is not a size: write 500M, 1.5T or 100GiB");
     let (number, unit) = text.split_at(text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len()));
     let exponent = match unit.chars().next().map(|first| first.to_ascii_uppercase()) {
         None | Some('B') => 0,

@@ -1,4 +1,4 @@
-//! A snapshot that is in use: nothing takes it away meanwhile.
+//! A snapshot in use, safe from removal.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -19,33 +19,33 @@ pub struct Snapshot {
     names: Vec<Name>,
     manifest: Manifest,
     config: Config,
-    /// Its shared lock says that the snapshot is in use.
+    /// Shared lock that marks the snapshot as in use.
     _use: Lock<File>,
 }
 
-/// A reference does not lead to one snapshot.
+/// Failure to find one snapshot for a reference.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
-    /// There is none.
+    /// No snapshot has the name or digest.
     #[error("there is no snapshot {reference}")]
     Missing {
-        /// What was asked for.
+        /// The reference.
         reference: Reference,
     },
-    /// The digests of several begin so.
+    /// Several digests begin with the prefix.
     #[error("{prefix} is the beginning of {count} snapshots' digests")]
     Ambiguous {
-        /// What was asked for.
+        /// The prefix.
         prefix: String,
-        /// How many there are.
+        /// The number of snapshots.
         count: usize,
     },
 }
 
-/// A snapshot could not be opened.
+/// Failure to open a snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// A file is out of reach.
+    /// A file cannot be opened.
     #[error(transparent)]
     File(#[from] FileError),
     /// There is no such snapshot.
@@ -62,23 +62,23 @@ pub enum SnapshotError {
         /// The layer.
         blob: Digest,
     },
-    /// A layer is shorter or longer than it was.
+    /// A layer has another size than in the manifest.
     #[error("the snapshot {snapshot} is damaged: {blob} has {found} bytes, where the manifest says {expected}")]
     Size {
         /// The snapshot.
         snapshot: Digest,
         /// The layer.
         blob: Digest,
-        /// How long it is.
+        /// The layer's size in bytes.
         found: u64,
-        /// How long it should be.
+        /// The size in the manifest.
         expected: u64,
     },
 }
 
 impl Store {
-    /// Opens a snapshot to use it, and notes that it was used. Its manifest and config are checked against their digests and
-    /// its layers by their sizes; their bytes are not read.
+    /// Opens a snapshot for use, and notes the time of use. The digests of the manifest and the
+    /// config are checked. Layers are checked by size only; their bytes are not read.
     ///
     /// # Errors
     /// No such snapshot, a damaged one, or one of a later version.
@@ -107,10 +107,10 @@ impl Store {
 }
 
 impl Store {
-    /// Gives a snapshot a further name. Another one that has it is left without.
+    /// Gives a snapshot a further name. Another snapshot with the same name loses the name.
     ///
     /// # Errors
-    /// No such snapshot, a damaged one, or a damaged index; and what the file system refuses.
+    /// No such snapshot, a damaged one, or a damaged index; errors of the file system.
     pub fn tag(&self, reference: &Reference, name: &Name) -> Result<Digest, SnapshotError> {
         let folders = &self.folders;
         let _lock = folders.lock(FlockOperation::LockExclusive)?;
@@ -122,7 +122,7 @@ impl Store {
     }
 }
 
-/// The one snapshot that is meant.
+/// Finds the snapshot of a reference.
 pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, ResolveError> {
     let missing = || ResolveError::Missing { reference: reference.clone() };
     match reference {
@@ -141,13 +141,14 @@ pub(crate) fn resolve(index: &Index, reference: &Reference) -> Result<Digest, Re
     }
 }
 
-/// With the store's lock: marks a snapshot as in use until the file is closed.
+/// Marks a snapshot as in use until the file is closed. Requires the store's lock.
 pub(crate) fn hold(folders: &Folders, digest: Digest) -> Result<Lock<File>, FileError> {
     let held = Lock::wait(use_file(folders, digest)?, FlockOperation::LockShared);
     held.map_err(FileError::new("lock", folders.uses.join(digest.hex())))
 }
 
-/// The file whose lock says that a snapshot is in use, and whose time says when it last was.
+/// The record of use: a lock on the file marks a snapshot as in use, and the file's time is the
+/// last use.
 pub(crate) fn use_file(folders: &Folders, digest: Digest) -> Result<File, FileError> {
     folders.uses.lockable(digest.hex()).map_err(FileError::new("open", folders.uses.join(digest.hex())))
 }
@@ -163,7 +164,8 @@ impl Snapshot {
         Self { folders, names, manifest, config, _use: r#use }
     }
 
-    /// With the store's lock: marks a snapshot as in use until the file is closed, and notes the time.
+    /// Marks a snapshot as in use until the file is closed, and notes the time. Requires the
+    /// store's lock.
     pub(crate) fn begin_use(folders: &Folders, digest: Digest) -> Result<Lock<File>, FileError> {
         let held = hold(folders, digest)?;
         let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
@@ -173,25 +175,25 @@ impl Snapshot {
         Ok(held)
     }
 
-    /// The digest of its manifest.
+    /// The digest of the manifest.
     #[must_use]
     pub fn digest(&self) -> Digest {
         self.manifest.digest()
     }
 
-    /// Its names when it was opened.
+    /// The names at the time of opening.
     #[must_use]
     pub fn names(&self) -> &[Name] {
         &self.names
     }
 
-    /// Its manifest.
+    /// The manifest.
     #[must_use]
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// What it was made from.
+    /// The snapshot's origin.
     #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
@@ -202,7 +204,7 @@ impl Snapshot {
         self.manifest.layers().iter().filter(move |layer| layer.media_type == media_type)
     }
 
-    /// Where a blob of it is. The file must not be changed.
+    /// The path of a blob. Never change the file.
     #[must_use]
     pub fn path(&self, blob: &Digest) -> PathBuf {
         self.folders.blobs.join(blob.hex())
@@ -211,7 +213,7 @@ impl Snapshot {
     /// A layer's file, open for reading.
     ///
     /// # Errors
-    /// It is gone or no regular file.
+    /// The file is missing or not a regular file.
     pub fn open(&self, layer: &Layer) -> Result<File, FileError> {
         self.folders.blob(layer.digest)
     }

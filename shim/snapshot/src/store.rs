@@ -1,4 +1,4 @@
-//! The store: its folders, its lock, and what is read of it.
+//! The store: folders, lock, and reading.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -14,18 +14,18 @@ use crate::index::{Index, IndexError};
 use crate::manifest::{DOCUMENT_LIMIT, ManifestError};
 use crate::{Digest, Manifest};
 
-/// Where a node keeps its snapshots.
+/// Default folder of a node's snapshots.
 pub const DEFAULT_ROOT: &str = "/var/lib/gpusnap";
 
 const INDEX: &str = "index.json";
 const LAYOUT: &str = "oci-layout";
 pub(crate) const LAYOUT_CONTENT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 const LOCK: &str = "lock";
-/// Room for an index with less in it, so that snapshots can be removed on a full disk.
+/// File that keeps room for a smaller index, so that snapshots can be removed on a full disk.
 const RESERVE: &str = "reserve";
-/// An index of 500 snapshots.
+/// Size of the reserve in bytes: an index of 500 snapshots.
 const RESERVE_SIZE: u64 = 256 << 10;
-/// What a store consists of, and what a file system has when it is made.
+/// Entries of a store, and of a new file system.
 const KNOWN: [&str; 11] = [
     INDEX,
     RESERVE,
@@ -40,19 +40,20 @@ const KNOWN: [&str; 11] = [
     "lost+found",
 ];
 
-/// Whether a snapshot that is published survives a crash of the machine from then on.
+/// Guarantee that a published snapshot survives a crash of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Durability {
-    /// Only what is small is flushed: config, manifest and index. After a crash of the machine within about half a minute
-    /// layers may be missing or short, which opening the snapshot notices by their sizes; earlier snapshots and all
-    /// names are there.
+    /// Only config, manifest and index are flushed. A crash of the machine within about half a
+    /// minute may leave layers missing or short. Opening such a snapshot detects that by size;
+    /// earlier snapshots and all names survive.
     #[default]
     Process,
-    /// Layers are flushed before the index names them, at the speed of the disk: half a minute for 30 GB at 1 GB/s.
+    /// Layers are flushed before the index names them, at the speed of the disk: half a minute for
+    /// 30 GB at 1 GB/s.
     Machine,
 }
 
-/// A store of snapshots. Clones are the same store; so are stores of other processes with the same root.
+/// A store of snapshots. Clones share the store, as do other processes with the same root.
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) folders: Arc<Folders>,
@@ -68,96 +69,97 @@ pub(crate) struct Folders {
     pub(crate) uses: Folder,
 }
 
-/// A store could not be opened.
+/// Failure to open a store.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// A file or a folder of it is out of reach.
+    /// A file or a folder of the store cannot be opened.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The folder has something else in it.
+    /// The folder has an entry unknown to stores.
     #[error("{} is no store: it has {found:?} in it", path.display())]
     NotAStore {
         /// The folder.
         path: PathBuf,
-        /// What is in it.
+        /// The entry.
         found: String,
     },
-    /// There is no store, and none is made by who only reads.
+    /// The folder is not a store, and a reader makes none.
     #[error("{} is no store", path.display())]
     Missing {
         /// The folder.
         path: PathBuf,
     },
-    /// The folder is somebody else's, who could change what is restored.
+    /// The folder belongs to another user, able to change what is restored.
     #[error("{} belongs to user {owner}", path.display())]
     Owner {
         /// The folder.
         path: PathBuf,
-        /// Whose it is.
+        /// The owner's user id.
         owner: u32,
     },
-    /// It had snapshots, and its index is gone.
+    /// The store had snapshots, and the index is missing.
     #[error("{} is damaged: it has no {missing}", path.display())]
     Damaged {
         /// The folder.
         path: PathBuf,
-        /// What it lacks.
+        /// The missing file.
         missing: &'static str,
     },
-    /// Not an OCI image layout of a version that is known.
+    /// The folder is not an OCI image layout of a known version.
     #[error("{} is of a version that this gpusnap does not know", path.display())]
     Layout {
-        /// Its `oci-layout`.
+        /// The path of `oci-layout`.
         path: PathBuf,
     },
 }
 
-/// The store's index, or the manifest of a snapshot, could not be read.
+/// Failure to read the store's index, or a snapshot's manifest or config.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// A file is out of reach.
+    /// A file cannot be opened.
     #[error(transparent)]
     File(#[from] FileError),
     /// The index is damaged.
     #[error("{} is damaged", path.display())]
     Index {
-        /// Where it is.
+        /// The path of the index.
         path: PathBuf,
-        /// How.
+        /// The damage.
         #[source]
         source: IndexError,
     },
-    /// A manifest or a config is not what its digest says.
-    #[error("{digest} is damaged: its bytes are others")]
+    /// A manifest or a config does not match the digest.
+    #[error("{digest} is damaged: digest mismatch")]
     Digest {
-        /// What it should be.
+        /// The expected digest.
         digest: Digest,
     },
-    /// A manifest is none of a snapshot, or of a later version.
-    #[error("{digest} is not a snapshot that can be used")]
+    /// The manifest is not a snapshot's, or belongs to a later version.
+    #[error("{digest} is not a usable snapshot")]
     Manifest {
         /// The manifest.
         digest: Digest,
-        /// Why not.
+        /// The cause.
         #[source]
         source: ManifestError,
     },
-    /// A config is damaged or of a later version.
-    #[error("{digest} is not a snapshot that can be used")]
+    /// The config is damaged or belongs to a later version.
+    #[error("{digest} is not a usable snapshot")]
     Config {
         /// The manifest.
         digest: Digest,
-        /// Why not.
+        /// The cause.
         #[source]
         source: crate::ConfigError,
     },
 }
 
 impl Store {
-    /// Opens the store at `root`, which is made if it is missing. Only its owner can enter it.
+    /// Opens the store at `root`, and makes a missing one. Only the owner can enter the folder.
     ///
     /// # Errors
-    /// A folder of something else or of somebody else, a damaged store, and what the file system refuses.
+    /// A folder of other content or of another user, a damaged store, and errors of the file
+    /// system.
     pub fn open(root: &Path) -> Result<Self, OpenError> {
         let at = |action| FileError::new(action, root);
         let root = std::path::absolute(root).map_err(at("find"))?;
@@ -169,7 +171,7 @@ impl Store {
             }
         }
         let metadata = check_owner(&root)?;
-        // The top of a file system that was made for the store is open to all.
+        // The top of a file system made for the store is open to all.
         if metadata.mode() & 0o777 != 0o700 {
             let closed = std::fs::Permissions::from_mode(0o700);
             std::fs::set_permissions(&root, closed).map_err(at("close to others"))?;
@@ -181,10 +183,10 @@ impl Store {
         Ok(Self { folders: Arc::new(folders), durability: Durability::default() })
     }
 
-    /// Opens the store at `root` to read it: nothing is made, and no permissions are changed, whatever is there.
+    /// Opens the store at `root` for reading: no file is made, and no permissions are changed.
     ///
     /// # Errors
-    /// No store; one of somebody else, a damaged one, and what the file system refuses.
+    /// No store, a damaged one, one of another user, and errors of the file system.
     pub fn open_to_read(root: &Path) -> Result<Self, OpenError> {
         let at = |action| FileError::new(action, root);
         let root = std::path::absolute(root).map_err(at("find"))?;
@@ -199,29 +201,30 @@ impl Store {
         Ok(Self { folders: Arc::new(Folders::of(folder)?), durability: Durability::default() })
     }
 
-    /// The same store; what is published through it is as durable as this says.
+    /// The same store, with this durability for publications.
     #[must_use]
     pub fn with_durability(mut self, durability: Durability) -> Self {
         self.durability = durability;
         self
     }
 
-    /// Its folder.
+    /// The store's folder.
     #[must_use]
     pub fn root(&self) -> &Path {
         self.folders.root.path()
     }
 
-    /// Size in bytes of a blob that is there; None if it is not. For who decides what to transfer.
+    /// Size in bytes of a blob; `None` if it is missing. Transfers skip the blobs that are in the
+    /// store.
     ///
     /// # Errors
-    /// It is there and cannot be looked at, or is no regular file.
+    /// The blob cannot be examined, or is not a regular file.
     pub fn blob_size(&self, digest: &Digest) -> Result<Option<u64>, FileError> {
         self.folders.blob_size(*digest)
     }
 }
 
-/// Another owner could change what is restored.
+/// Checks the owner: another user could change what is restored.
 fn check_owner(root: &Path) -> Result<std::fs::Metadata, OpenError> {
     let metadata = std::fs::metadata(root).map_err(FileError::new("look at", root))?;
     if metadata.uid() != rustix::process::geteuid().as_raw() {
@@ -236,7 +239,7 @@ fn check_layout(folder: &Folder, layout: &[u8]) -> Result<(), OpenError> {
     if known { Ok(()) } else { Err(OpenError::Layout { path: folder.join(LAYOUT) }) }
 }
 
-/// Makes what is missing of a new store. What a crash left of this is completed.
+/// Makes the missing parts of a new store, also after a crash.
 fn initialise(folder: &Folder) -> Result<(), OpenError> {
     let path = |name: &str| folder.join(name);
     let layout = unless_missing(folder.read(LAYOUT, 4096)).map_err(FileError::new("read", path(LAYOUT)))?;
@@ -258,7 +261,7 @@ fn initialise(folder: &Folder) -> Result<(), OpenError> {
         let empty = Index::empty().to_bytes().expect("an empty index is small JSON");
         folder.replace(INDEX, &empty).map_err(FileError::new("write", path(INDEX)))?;
     }
-    // Last: from now on the index is never missing.
+    // Last step: from now on the index is never missing.
     folder.replace(LAYOUT, LAYOUT_CONTENT).map_err(FileError::new("write", path(LAYOUT)))?;
     Ok(())
 }
@@ -270,15 +273,16 @@ fn lock(root: &Folder, operation: FlockOperation) -> Result<Lock<File>, FileErro
 }
 
 impl Folders {
-    /// The folders of a store that is whole.
+    /// Opens the folders of a complete store.
     fn of(root: Folder) -> Result<Self, FileError> {
         let sub = |name| root.sub(name).map_err(FileError::new("open", root.join(name)));
         let (blobs, drafts, partial, uses) = (sub("blobs/sha256")?, sub("drafts")?, sub("partial")?, sub("uses")?);
         Ok(Self { root, blobs, drafts, partial, uses })
     }
 
-    /// Waits for the store's lock. `LockShared`: what the index names stays; `LockExclusive`: the index may be replaced.
-    /// It is held for renames and small reads only, never while bytes of layers are moved.
+    /// Waits for the store's lock. `LockShared`: all that the index names stays; `LockExclusive`:
+    /// the index may be replaced. The lock is held for renames and small reads only, never while
+    /// bytes of layers are moved.
     pub(crate) fn lock(&self, operation: FlockOperation) -> Result<Lock<File>, FileError> {
         lock(&self.root, operation)
     }
@@ -289,7 +293,8 @@ impl Folders {
         Index::parse(&bytes).map_err(|source| ReadError::Index { path, source })
     }
 
-    /// With the exclusive lock. On a full disk the reserve is given up for it if `with_reserve`.
+    /// Replaces the index. Requires the exclusive lock. With `with_reserve`, a full disk costs the
+    /// reserve.
     pub(crate) fn write_index(&self, index: &Index, with_reserve: bool) -> Result<(), ReadError> {
         let path = self.root.join(INDEX);
         let bytes = index.to_bytes().map_err(|source| ReadError::Index { path: path.clone(), source })?;
@@ -304,7 +309,8 @@ impl Folders {
         Ok(())
     }
 
-    /// Sees to it that there is a reserve. Without one a full disk cannot be relieved, but there is nothing to be done then.
+    /// Makes the reserve if it is missing. A failure is ignored: a full disk cannot be relieved
+    /// then, and no remedy exists.
     pub(crate) fn keep_reserve(&self) {
         let make = || -> io::Result<()> {
             let file = self.root.create(RESERVE)?;
@@ -320,7 +326,7 @@ impl Folders {
         }
     }
 
-    /// The bytes of a small blob, which are what its digest says.
+    /// The bytes of a small blob, checked against the digest.
     pub(crate) fn document(&self, digest: Digest) -> Result<Vec<u8>, ReadError> {
         let path = self.blobs.join(digest.hex());
         let bytes = self.blobs.read(digest.hex(), DOCUMENT_LIMIT).map_err(FileError::new("read", path))?;

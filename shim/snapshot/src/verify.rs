@@ -1,4 +1,4 @@
-//! Verification: every byte is read and compared with what is said of it.
+//! Verification: every byte is read and compared with digests and sizes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -14,34 +14,35 @@ use crate::snapshot::{hold, resolve};
 use crate::store::ReadError;
 use crate::{Digest, Layer, Reference, SnapshotError, Store};
 
-/// Looks into a layer whose digest is right: a pack's own checksums, say. In words what is wrong. Called from any thread.
+/// Check inside a layer after the digest, as of a pack's own checksums; returns the fault in words.
+/// Called from any thread.
 pub type Inner<'a> = &'a (dyn Fn(&Layer, &File) -> Result<(), String> + Sync);
 
-/// What a verification found.
+/// Result of a verification.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Snapshots that were looked at.
+    /// Number of verified snapshots.
     pub snapshots: usize,
-    /// Blobs that were read.
+    /// Number of blobs read.
     pub blobs: usize,
-    /// Their size in bytes.
+    /// Size of the blobs in bytes.
     pub bytes: u64,
-    /// What is wrong.
+    /// Faults found.
     pub problems: Vec<Problem>,
 }
 
-/// Something that is wrong.
+/// A fault.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where.
+    /// The place of the fault.
     pub place: String,
-    /// What.
+    /// The fault in words.
     pub what: String,
-    /// The snapshots that cannot be trusted therefore.
+    /// Snapshots that cannot be trusted any more.
     pub snapshots: Vec<Digest>,
 }
 
-/// One line.
+/// Prints a single line.
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.place, self.what)?;
@@ -53,11 +54,12 @@ impl fmt::Display for Problem {
 }
 
 impl Store {
-    /// Reads all bytes of one snapshot, or of all, and of each file of the store, and tells what is wrong. Snapshots are in use
-    /// meanwhile. `inner` looks into layers, `progress` is told of bytes that were read.
+    /// Reads all bytes of one snapshot, or of all snapshots, and checks each file of the store. The
+    /// snapshots are in use meanwhile. `inner` checks inside layers, `progress` counts the bytes
+    /// read.
     ///
     /// # Errors
-    /// No such snapshot; the lock is out of reach. Damage is no error.
+    /// No such snapshot; the lock cannot be taken. Damage is not an error.
     pub fn verify(
         &self,
         which: Option<&Reference>,
@@ -89,7 +91,7 @@ impl Store {
         for (digest, size) in entries {
             let manifest = match folders.manifest(digest) {
                 Ok(manifest) => manifest,
-                // An image that another tool has put there.
+                // An image stored by another tool.
                 Err(ReadError::Manifest { source: ManifestError::Foreign { .. }, .. }) if which.is_none() => continue,
                 Err(error) => {
                     report.snapshots += 1;
@@ -138,13 +140,13 @@ impl Store {
         }
         let (digest, size) = hash(&mut file, progress).map_err(|error| format!("it cannot be read: {error}"))?;
         if digest != layer.digest || size != layer.size {
-            return Err("its bytes are others".to_owned());
+            return Err("digest mismatch".to_owned());
         }
         file.rewind().map_err(|error| error.to_string())?;
         inner.map_or(Ok(()), |inner| inner(layer, &file))
     }
 
-    /// What the index and the folder of blobs say of themselves.
+    /// Checks the index and the folder of blobs.
     fn check_files(&self, index: &Index, report: &mut Report) {
         let mut names = BTreeSet::new();
         for name in index.entries().filter_map(|entry| entry.name) {

@@ -1,4 +1,4 @@
-//! A test and the targets it does not apply to.
+//! A test, with exceptions: targets without the test.
 
 use std::fmt;
 
@@ -7,27 +7,27 @@ use anyhow::Result;
 use crate::Test;
 use crate::target::{Shim, Target};
 
-/// One test of the suite, to be run on every chosen target.
+/// A test of the suite, run on every chosen target.
 pub struct Case {
-    /// A sentence: what holds.
+    /// The tested sentence.
     pub name: &'static str,
-    /// Its body.
+    /// The test's body.
     pub body: fn(&Test) -> Result<()>,
-    /// Whether no other test may run meanwhile.
+    /// True if no other test may run meanwhile.
     pub alone: bool,
     exceptions: Vec<(Except, &'static str)>,
 }
 
-/// Which targets an exception is about.
+/// Targets of an exception.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Except {
-    /// One shim on both containerds.
+    /// A shim on both containerds.
     Shim(Shim),
-    /// One cell.
+    /// A single cell.
     Target(Target),
 }
 
-/// Builds a [`Case`] named like its function.
+/// Builds a [`Case`] with the function's name.
 #[macro_export]
 macro_rules! case {
     ($body:ident) => {
@@ -41,28 +41,29 @@ impl Case {
         Self { name, body, alone: false, exceptions: vec![] }
     }
 
-    /// Keeps all other tests away while this one runs: it restarts containerd, or counts what is in the bed.
+    /// Keeps all other tests away meanwhile: this test restarts containerd, or counts leftovers in
+    /// the bed.
     #[must_use]
     pub fn alone(mut self) -> Self {
         self.alone = true;
         self
     }
 
-    /// Skips one shim, and says why.
+    /// Skips one shim, with the reason.
     #[must_use]
     pub fn except(mut self, shim: Shim, reason: &'static str) -> Self {
         self.exceptions.push((Except::Shim(shim), reason));
         self
     }
 
-    /// Skips one cell, and says why.
+    /// Skips one cell, with the reason.
     #[must_use]
     pub fn except_target(mut self, target: Target, reason: &'static str) -> Self {
         self.exceptions.push((Except::Target(target), reason));
         self
     }
 
-    /// Why this test does not run on that target, if so.
+    /// The reason if this test is skipped on that target.
     pub fn skipped_on(&self, target: Target) -> Option<&'static str> {
         let fits = |except: &Except| match except {
             Except::Shim(shim) => target.shim == *shim,
@@ -72,12 +73,12 @@ impl Case {
     }
 }
 
-/// The error of a test that finds out that it cannot run here.
+/// Error of a test that cannot run here.
 #[derive(Debug)]
 pub struct Skip(pub String);
 
 impl Skip {
-    /// As an error, for `return Err(...)`.
+    /// Makes an error for `return Err(...)`.
     pub fn because(reason: impl Into<String>) -> anyhow::Error {
         anyhow::Error::new(Self(reason.into()))
     }

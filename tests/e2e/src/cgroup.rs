@@ -1,4 +1,4 @@
-//! Reads a process's limits where the kernel keeps them, on cgroup v1 and v2.
+//! A process's limits in the kernel's files, on cgroup v1 and v2.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,12 +7,12 @@ use anyhow::{Context, Result, ensure};
 
 use crate::proc;
 
-/// Whether this machine has the unified hierarchy alone.
+/// Returns whether this machine has the unified hierarchy alone.
 pub fn is_v2() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
 }
 
-/// The folder of a process's cgroup for one v1 controller; on v2 the controller does not matter.
+/// Folder of a process's cgroup for one v1 controller; on v2 the controller does not matter.
 pub fn folder(pid: u32, controller: &str) -> Result<PathBuf> {
     let text = proc::read(pid, "cgroup")?;
     let mut found = None;
@@ -53,12 +53,12 @@ pub fn cpu_quota(pid: u32) -> Result<(u64, u64)> {
     Ok((quota.parse().with_context(|| format!("quota {quota:?}"))?, period.parse().context("period")?))
 }
 
-/// The most processes it may have.
+/// The largest permitted number of processes.
 pub fn pids_limit(pid: u32) -> Result<u64> {
     value(pid, "pids", "pids.max", "pids.max")?.parse().context("pids.max")
 }
 
-/// Whether it is frozen.
+/// Returns whether the cgroup is frozen.
 pub fn frozen(pid: u32) -> Result<bool> {
     let text = value(pid, "freezer", "freezer.state", "cgroup.events")?;
     Ok(text == "FROZEN" || text.lines().any(|line| line == "frozen 1"))

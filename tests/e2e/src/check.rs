@@ -1,4 +1,4 @@
-//! How a test says what it expected, and how it waits for it.
+//! Expectations and waits of tests.
 
 use std::fmt::Write as _;
 use std::thread::sleep;
@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};
 
-/// Long enough for a loaded two-core machine: a test that is right never waits this long, one that is
-/// wrong ends here.
+/// Limit of waits, long enough for a loaded two-core machine: only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Fails the test unless both sides are equal, and shows them.
@@ -29,7 +28,7 @@ macro_rules! ensure_eq {
     };
 }
 
-/// Fails the test unless the text holds the piece, and shows the text.
+/// Fails the test unless the text contains the piece, and shows the text.
 #[macro_export]
 macro_rules! ensure_has {
     ($text:expr, $piece:expr) => {
@@ -44,8 +43,9 @@ macro_rules! ensure_has {
     };
 }
 
-/// Tries until it succeeds. An error means "not yet"; the last one is reported when patience ends.
-/// Nothing here measures time: the clock only ends a wait that would last for ever.
+/// Tries until the first success. An error means "not yet"; the last error is reported at the end
+/// of the patience. Nothing here measures time: the clock only ends a wait that would last for
+/// ever.
 pub fn eventually<T>(what: &str, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let end = Instant::now() + PATIENCE;
     let mut pause = Duration::from_millis(20);

@@ -1,5 +1,5 @@
-//! Runs client commands. Each has a deadline, after which its whole process group is killed: a shim that
-//! hangs fails one test instead of stopping the suite.
+//! Client commands. At the deadline a command's whole process group is killed: a hanging shim fails
+//! one test instead of stopping the suite.
 
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -18,14 +18,14 @@ pub const TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Debug)]
 enum Stdin {
-    /// A pipe whose other end stays open until the command ends. `ctr run` with a stdin that ends at once
-    /// can hang for ever, with runc's shim too, so "no input" must not mean "end of file".
+    /// A pipe with the other end open until the command ends. `ctr run` with an early end of stdin
+    /// can hang for ever, also with runc's shim, so "no input" must not mean "end of file".
     Held,
     Null,
     Bytes(Arc<Vec<u8>>),
 }
 
-/// A command that has not been started.
+/// A command not yet started.
 #[derive(Clone, Debug)]
 pub struct Cmd {
     program: String,
@@ -35,12 +35,12 @@ pub struct Cmd {
     timeout: Duration,
 }
 
-/// How a command ended and what it printed.
+/// Exit code and output of a command.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// The command, to be shown in errors.
+    /// The command line, for errors.
     pub command: String,
-    /// Exit code; 128 + signal when a signal ended it.
+    /// Exit code; 128 + signal for a killed command.
     pub code: i32,
     /// Everything printed to stdout.
     pub stdout: Vec<u8>,
@@ -85,7 +85,7 @@ impl std::fmt::Display for Output {
 }
 
 impl Cmd {
-    /// A command with no input: its stdin stays open and silent.
+    /// A command without input: stdin stays open and silent.
     pub fn new(program: impl Into<String>) -> Self {
         Self { program: program.into(), args: vec![], env: vec![], stdin: Stdin::Held, timeout: TIMEOUT }
     }
@@ -111,14 +111,14 @@ impl Cmd {
         self
     }
 
-    /// Gives it `/dev/null` as stdin.
+    /// Uses `/dev/null` as stdin.
     #[must_use]
     pub fn stdin_null(mut self) -> Self {
         self.stdin = Stdin::Null;
         self
     }
 
-    /// Gives it these bytes as stdin, then end of file.
+    /// Uses these bytes as stdin, then end of file.
     #[must_use]
     pub fn stdin_bytes(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Stdin::Bytes(Arc::new(bytes.into()));
@@ -137,12 +137,13 @@ impl Cmd {
         std::iter::once(&self.program).chain(&self.args).map(String::as_str).collect::<Vec<_>>().join(" ")
     }
 
-    /// Runs it to its end, whatever the exit code. An error means that it could not start or never ended.
+    /// Runs the command to the end, at any exit code. An error means a failed start or a missed
+    /// deadline.
     pub fn run(self) -> Result<Output> {
         self.spawn()?.wait()
     }
 
-    /// Runs it and fails unless it exits with 0.
+    /// Runs the command and fails unless the exit code is 0.
     pub fn ok(self) -> Result<Output> {
         self.run()?.expect_code(0)
     }
@@ -157,10 +158,10 @@ impl Cmd {
         self.timeout
     }
 
-    /// Starts it in the background.
+    /// Starts the command in the background.
     pub fn spawn(self) -> Result<Running> {
         let mut command = self.command();
-        // Its own group, so that the deadline reaches its children too.
+        // A new process group, so that the deadline reaches the children too.
         command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.stdin(match self.stdin {
             Stdin::Null => Stdio::null(),
@@ -170,7 +171,7 @@ impl Cmd {
         let stdin = child.stdin.take();
         let stdin = match (self.stdin.clone(), stdin) {
             (Stdin::Bytes(bytes), Some(mut pipe)) => {
-                // A command that ends early breaks the pipe: its exit code tells, not this thread.
+                // A command that ends early breaks the pipe; the exit code is reported elsewhere.
                 thread::spawn(move || drop(pipe.write_all(&bytes)));
                 None
             }
@@ -182,7 +183,7 @@ impl Cmd {
     }
 }
 
-/// What a stream has carried so far.
+/// Output of a stream so far.
 pub(crate) struct Capture {
     bytes: Arc<Mutex<Vec<u8>>>,
     thread: JoinHandle<()>,
@@ -207,7 +208,8 @@ impl Capture {
         self.bytes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 
-    /// Waits for the end of the stream, unless somebody else keeps it open past the deadline.
+    /// Waits for the end of the stream, at most until the deadline if another process keeps the
+    /// stream open.
     pub(crate) fn finish(&self, end: Instant) -> Vec<u8> {
         while !self.thread.is_finished() && Instant::now() < end {
             sleep(Duration::from_millis(5));
@@ -216,7 +218,7 @@ impl Capture {
     }
 }
 
-/// A command that runs in the background. Dropping it kills it.
+/// A command in the background, killed when dropped.
 pub struct Running {
     line: String,
     timeout: Duration,
@@ -227,7 +229,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Its process id.
+    /// The command's process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -242,7 +244,7 @@ impl Running {
         String::from_utf8_lossy(&self.stderr.so_far()).into_owned()
     }
 
-    /// Waits until stdout holds this text.
+    /// Waits until stdout contains this text.
     pub fn sees(&self, text: &str) -> Result<()> {
         eventually(&format!("{text:?} on stdout of `{}`", self.line), || {
             let (out, err) = (self.stdout(), self.stderr());
@@ -251,7 +253,7 @@ impl Running {
         })
     }
 
-    /// Waits until stderr holds this text.
+    /// Waits until stderr contains this text.
     pub fn sees_error(&self, text: &str) -> Result<()> {
         eventually(&format!("{text:?} on stderr of `{}`", self.line), || {
             let (out, err) = (self.stdout(), self.stderr());
@@ -260,22 +262,22 @@ impl Running {
         })
     }
 
-    /// Writes to its stdin, which stays open.
+    /// Writes to the command's stdin, left open.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.stdin.as_mut().context("stdin is closed")?.write_all(bytes).context("its stdin")
     }
 
-    /// Closes its stdin.
+    /// Closes the command's stdin.
     pub fn close_stdin(&mut self) {
         self.stdin = None;
     }
 
-    /// Sends a signal to it alone (its children are left out, as when somebody kills a client).
+    /// Sends a signal to the command alone (without the children, as for a killed client).
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill_process(pid(&self.child)?, signal).with_context(|| format!("signal to `{}`", self.line))
     }
 
-    /// Waits for its end; at the deadline kills it and fails.
+    /// Waits for the end; at the deadline kills the command and fails.
     pub fn wait(mut self) -> Result<Output> {
         let end = Instant::now() + self.timeout;
         let status = loop {

@@ -1,4 +1,4 @@
-//! `crictl`, the client of the interface that the kubelet uses.
+//! `crictl`, a client of the kubelet's interface.
 
 use std::fs;
 
@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 
 use crate::{Cmd, IMAGE, Test, eventually};
 
-/// `crictl` of the test's containerd, asking for the test's runtime handler.
+/// `crictl` of the test's containerd, with the test's runtime handler.
 pub struct Cri<'a> {
     test: &'a Test,
 }
 
-/// A pod that runs. It is removed when the test ends, however it ends.
+/// A running pod, removed at the end of the test in any case.
 pub struct Pod<'a> {
     cri: Cri<'a>,
-    /// Its id, which is the sandbox container's too.
+    /// The pod's id, also the sandbox container's.
     pub id: String,
     config: String,
 }
@@ -29,11 +29,11 @@ impl<'a> Cri<'a> {
     pub fn cmd(&self, args: &[&str]) -> Cmd {
         let bed = self.test.bed();
         let endpoint = format!("unix://{}", bed.address());
-        // Its own timeout is 2 s, too short for a loaded machine.
+        // crictl's own timeout is 2 s, too short for a loaded machine.
         bed.client("crictl").args(&["--timeout", "60s", "--runtime-endpoint", &endpoint]).args(args)
     }
 
-    /// `crictl runp --runtime HANDLER`, with these changes to the pod's config.
+    /// `crictl runp --runtime HANDLER`, with changes to the pod's config.
     pub fn pod(self, changes: &Value) -> Result<Pod<'a>> {
         let name = self.test.id("pod");
         let logs = self.test.folder()?.join("logs");
@@ -58,7 +58,7 @@ impl<'a> Cri<'a> {
         serde_json::from_str(&text).with_context(|| text.clone())
     }
 
-    /// Waits until the container has exited, and gives its status.
+    /// Waits for the container's exit, and returns the status.
     pub fn exited(&self, container: &str) -> Result<Value> {
         eventually(&format!("container {container} to exit"), || {
             let status = self.inspect(container)?["status"].clone();
@@ -67,7 +67,7 @@ impl<'a> Cri<'a> {
         })
     }
 
-    /// `crictl exec --sync`, which reports an exit code in its message only.
+    /// `crictl exec --sync`, with the exit code in the message only.
     pub fn exec(&self, container: &str, script: &str) -> Result<(i32, String)> {
         let out = self.cmd(&["exec", "--sync", container, "/bin/sh", "-c", script]).run()?;
         if out.code == 0 {
@@ -77,7 +77,7 @@ impl<'a> Cri<'a> {
         Ok((code.with_context(|| format!("no exit code in {out}"))?, out.trimmed()))
     }
 
-    /// What a successful exec printed.
+    /// Output of a successful exec.
     pub fn exec_prints(&self, container: &str, script: &str) -> Result<String> {
         let (code, text) = self.exec(container, script)?;
         ensure!(code == 0, "exit code {code}: {text}");
@@ -91,7 +91,7 @@ impl<'a> Cri<'a> {
         u32::try_from(pid).context("pid")
     }
 
-    /// Waits until the log holds this text.
+    /// Waits until the log contains this text.
     pub fn logs_have(&self, container: &str, text: &str) -> Result<()> {
         eventually(&format!("{text:?} in the log of {container}"), || {
             let out = self.cmd(&["logs", container]).ok()?;
@@ -102,14 +102,14 @@ impl<'a> Cri<'a> {
 }
 
 impl Pod<'_> {
-    /// Creates and starts a container that runs this script, with these changes to its config.
+    /// Creates and starts a container with this script, and with changes to the config.
     pub fn start(&self, role: &str, script: &str, changes: &Value) -> Result<String> {
         let id = self.create(role, script, changes)?;
         self.cri.cmd(&["start", &id]).ok()?;
         Ok(id)
     }
 
-    /// Creates a container that would run this script.
+    /// Creates a container with this script.
     pub fn create(&self, role: &str, script: &str, changes: &Value) -> Result<String> {
         let test = self.cri.test;
         let mut config = json!({
@@ -135,7 +135,7 @@ impl Pod<'_> {
     }
 }
 
-/// Objects are merged, everything else is replaced.
+/// Merges objects; replaces everything else.
 fn merge(base: &mut Value, changes: &Value) {
     if let (Value::Object(base), Value::Object(changes)) = (&mut *base, changes) {
         for (key, change) in changes {

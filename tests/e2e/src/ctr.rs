@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::target::Shim;
 use crate::{Cmd, IMAGE, Output, PYTHON, Test, eventually, proc};
 
-/// `ctr` of the test's containerd, asking for the test's shim.
+/// `ctr` of the test's containerd, with the test's shim.
 pub struct Ctr<'a> {
     test: &'a Test,
 }
@@ -16,13 +16,13 @@ impl<'a> Ctr<'a> {
         Self { test }
     }
 
-    /// `ctr` with the address, for commands that have no method here.
+    /// `ctr` with the address, for commands without a method here.
     pub fn cmd(&self) -> Cmd {
         let bed = self.test.bed();
         bed.client("ctr").args(&["--address", &bed.address(), "--namespace", "default"])
     }
 
-    /// What asks for the target's shim.
+    /// Options that select the target's shim.
     fn runtime(&self) -> Vec<String> {
         let shim = self.test.target().shim;
         let mut args = vec!["--runtime".to_owned(), shim.runtime().to_owned()];
@@ -32,7 +32,7 @@ impl<'a> Ctr<'a> {
         args
     }
 
-    /// `ctr run` of the image. The container is removed when the test ends, however it ends.
+    /// `ctr run` of the image. The container is removed at the end of the test in any case.
     pub fn run(&self, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.run_image(IMAGE, id, options, argv)
     }
@@ -43,7 +43,7 @@ impl<'a> Ctr<'a> {
         self.cmd().arg("run").args(&self.runtime()).args(options).args(&[image, id]).args(argv)
     }
 
-    /// `ctr run` of the image by a runtime and options of the test's choice.
+    /// `ctr run` of the image with a runtime and options of the test's choice.
     pub fn run_by(&self, runtime: &str, id: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.removed_at_the_end(id);
         self.cmd().args(&["run", "--runtime", runtime]).args(options).args(&[IMAGE, id]).args(argv)
@@ -55,13 +55,13 @@ impl<'a> Ctr<'a> {
         self.cmd().args(&["container", "create"]).args(&self.runtime()).args(&[IMAGE, id]).args(argv).ok().map(drop)
     }
 
-    /// `ctr run --config FILE`: the whole spec is the test's.
+    /// `ctr run --config FILE`: the test gives the whole spec.
     pub fn run_spec(&self, id: &str, options: &[&str], config: &str) -> Cmd {
         self.removed_at_the_end(id);
         self.cmd().arg("run").args(&self.runtime()).args(options).args(&["--config", config, id])
     }
 
-    /// The image's files at a folder of the test's, writable, for specs that bring their own root.
+    /// Writable copy of the image's files in a folder of the test, for specs with a separate root.
     pub fn rootfs(&self) -> Result<String> {
         let folder = self.test.folder()?.join(self.test.id("root"));
         std::fs::create_dir_all(&folder)?;
@@ -71,7 +71,7 @@ impl<'a> Ctr<'a> {
         Ok(folder)
     }
 
-    /// containerd's default spec, to be changed, with these arguments on a root of its own.
+    /// containerd's default spec for changes, with these arguments and a separate root.
     pub fn spec(&self, argv: &[&str]) -> Result<Value> {
         let text = self.cmd().args(&["oci", "spec"]).ok()?.text();
         let mut spec: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
@@ -84,7 +84,7 @@ impl<'a> Ctr<'a> {
         Ok(spec)
     }
 
-    /// Runs a spec to its end.
+    /// Runs a spec to the end.
     pub fn run_value(&self, spec: &Value) -> Result<Output> {
         let file = self.test.file(&format!("{}.json", self.test.id("spec")), spec.to_string())?;
         self.run_spec(&self.test.id("c"), &["--rm"], &file).run()
@@ -96,39 +96,39 @@ impl<'a> Ctr<'a> {
         self.run_spec(id, &["--detach", "--null-io"], &file).ok().map(drop)
     }
 
-    /// Starts a container in the background that discards what it prints.
+    /// Starts a container in the background, without output.
     pub fn start(&self, id: &str, options: &[&str], argv: &[&str]) -> Result<()> {
         let options = [&["--detach", "--null-io"], options].concat();
         self.run(id, &options, argv).ok().map(drop)
     }
 
-    /// Starts a container that runs this script in the background.
+    /// Starts a container with this script in the background.
     pub fn start_sh(&self, id: &str, script: &str) -> Result<()> {
         self.start(id, &[], &["sh", "-c", script])
     }
 
-    /// Starts a container that runs this Python program in the background.
+    /// Starts a container with this Python program in the background.
     pub fn start_python(&self, id: &str, options: &[&str], program: &str) -> Result<()> {
         let options = [&["--detach", "--null-io"], options].concat();
         self.run_image(PYTHON, id, &options, &["python3", "-c", program]).ok().map(drop)
     }
 
-    /// `ctr task checkpoint`. The images that it makes are removed when the test ends.
+    /// `ctr task checkpoint`. The resulting images are removed at the end of the test.
     pub fn checkpoint_task(&self, id: &str, options: &[&str]) -> Cmd {
         self.test.at_end(self.remove_checkpoints(id));
         self.task(&["checkpoint"]).args(options).arg(id)
     }
 
-    /// Removes what `ctr task checkpoint` has made of a container: the images' names have whole seconds in
-    /// them, so that two in one second collide.
+    /// Removes the images of `ctr task checkpoint`: the names have whole seconds, so that two in
+    /// one second collide.
     pub fn remove_checkpoints(&self, id: &str) -> Cmd {
         let ctr = self.cmd().line();
         let remove = format!("for i in $({ctr} image ls -q | grep -F /checkpoint/{id}:); do {ctr} image rm $i; done");
         Cmd::new("sh").args(&["-c", &remove])
     }
 
-    /// `ctr container checkpoint` of memory and writable layer into an image, which is removed when the test
-    /// ends. The container runs on.
+    /// `ctr container checkpoint` of memory and writable layer into an image, removed at the end of
+    /// the test. The container runs on.
     pub fn checkpoint(&self, id: &str, image: &str) -> Cmd {
         self.test.at_end(self.cmd().args(&["image", "rm", image]));
         self.cmd().args(&["container", "checkpoint", "--task", "--rw", "--image", id, image])
@@ -140,7 +140,7 @@ impl<'a> Ctr<'a> {
         self.cmd().args(&["container", "restore", "--live", "--rw", id, image])
     }
 
-    /// Checkpoints a container, removes it, and restores it under another id (or the same).
+    /// Checkpoints and removes a container, and restores it under another id (or the same).
     pub fn moves(&self, id: &str, to: &str) -> Result<()> {
         let image = self.test.id("checkpoint");
         self.checkpoint(id, &image).ok()?;
@@ -149,17 +149,17 @@ impl<'a> Ctr<'a> {
         self.cmd().args(&["image", "rm", &image]).ok().map(drop)
     }
 
-    /// `ctr task exec` of a fresh exec id.
+    /// `ctr task exec` with a fresh exec id.
     pub fn exec(&self, id: &str, argv: &[&str]) -> Cmd {
         self.exec_as(id, &self.test.id("x"), argv)
     }
 
-    /// What a script prints that succeeds in a container.
+    /// Output of a successful script in a container.
     pub fn exec_prints(&self, id: &str, script: &str) -> Result<String> {
         Ok(self.exec(id, &["sh", "-c", script]).ok()?.trimmed())
     }
 
-    /// `ctr task exec` of this exec id.
+    /// `ctr task exec` with this exec id.
     pub fn exec_as(&self, id: &str, exec: &str, argv: &[&str]) -> Cmd {
         self.task(&["exec", "--exec-id", exec, id]).args(argv)
     }
@@ -169,7 +169,7 @@ impl<'a> Ctr<'a> {
         self.cmd().arg("task").args(args)
     }
 
-    /// `ctr task metrics`, whichever cgroup version.
+    /// `ctr task metrics`, on either cgroup version.
     pub fn metrics(&self, id: &str) -> Result<Value> {
         let text = self.task(&["metrics", "--format", "json", id]).ok()?.text();
         serde_json::from_str(&text).with_context(|| text.clone())
@@ -206,7 +206,7 @@ impl<'a> Ctr<'a> {
         })
     }
 
-    /// Deletes a stopped task and gives its exit code, which `ctr` tells in a warning unless it is 0.
+    /// Deletes a stopped task and returns the exit code, printed by `ctr` in a warning unless 0.
     pub fn delete_task(&self, id: &str) -> Result<i32> {
         let out = self.task(&["rm", id]).ok()?;
         match out.stderr.split("non-zero exit code ").nth(1) {
@@ -218,13 +218,13 @@ impl<'a> Ctr<'a> {
         }
     }
 
-    /// Kills, deletes and removes, as a user does who wants it gone.
+    /// Kills, deletes and removes the container, as a user would.
     pub fn remove(&self, id: &str) -> Result<()> {
         self.task(&["rm", "--force", id]).run()?;
         self.cmd().args(&["container", "rm", id]).ok().map(drop)
     }
 
-    /// The shim that serves a container: the parent of its init.
+    /// The container's shim: the parent of init.
     pub fn shim(&self, id: &str) -> Result<u32> {
         proc::parent(self.pid(id)?)
     }
@@ -232,7 +232,7 @@ impl<'a> Ctr<'a> {
     fn removed_at_the_end(&self, id: &str) {
         self.test.at_end(self.cmd().args(&["container", "rm", id]));
         self.test.at_end(self.task(&["rm", "--force", id]));
-        // A paused task takes no signal, and its removal would wait for one.
+        // A paused task takes no signal, and the removal would wait for one.
         self.test.at_end(self.task(&["resume", id]));
     }
 }

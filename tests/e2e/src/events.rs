@@ -1,4 +1,4 @@
-//! containerd's event stream, as `ctr events` prints it.
+//! containerd's event stream, as printed by `ctr events`.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -6,17 +6,17 @@ use serde_json::Value;
 use crate::cmd::Running;
 use crate::{Test, eventually};
 
-/// A subscription, from the moment that containerd was seen to serve it.
+/// A subscription, from the first event served by containerd.
 pub struct Events {
     stream: Running,
 }
 
-/// One event.
+/// An event.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// Such as `/tasks/exit`.
+    /// Topic such as `/tasks/exit`.
     pub topic: String,
-    /// Its fields, named as in the protocol.
+    /// Fields, named as in the protocol.
     pub body: Value,
 }
 
@@ -24,7 +24,8 @@ impl Events {
     /// Subscribes.
     pub fn subscribe(test: &Test) -> Result<Self> {
         let stream = test.ctr().cmd().arg("events").spawn()?;
-        // `ctr events` does not say when its subscription has begun, so make events until one arrives.
+        // `ctr events` does not report the begin of its subscription: make events until one
+        // arrives.
         let mut tries = 0;
         eventually("the first event of a subscription", || {
             tries += 1;
@@ -35,13 +36,13 @@ impl Events {
         Ok(Self { stream })
     }
 
-    /// The events about this container's tasks so far, oldest first.
+    /// Events of this container's tasks so far, oldest first.
     pub fn of_task(&self, id: &str) -> Vec<Event> {
         let parsed = self.stream.stdout().lines().filter_map(parse).collect::<Vec<_>>();
         parsed.into_iter().filter(|e| e.topic.starts_with("/tasks/") && e.field("container_id") == id).collect()
     }
 
-    /// Waits until this container has an event of that topic, then gives all so far.
+    /// Waits for an event of this container with that topic, then returns all events so far.
     pub fn of_task_until(&self, id: &str, topic: &str) -> Result<Vec<Event>> {
         eventually(&format!("{topic} of {id}"), || {
             let events = self.of_task(id);
@@ -68,12 +69,12 @@ pub fn topics(events: &[Event]) -> Vec<&str> {
     events.iter().map(|event| event.topic.trim_start_matches("/tasks/")).collect()
 }
 
-/// The position of the first event that fits.
+/// The position of the first matching event.
 pub fn position(events: &[Event], what: &str, fits: impl Fn(&Event) -> bool) -> Result<usize> {
     events.iter().position(fits).with_context(|| format!("no {what} in {events:?}"))
 }
 
-/// `2026-01-02 03:04:05.6 +0000 UTC default /tasks/create {"container_id":"x"}`
+/// Parses `2026-01-02 03:04:05.6 +0000 UTC default /tasks/create {"container_id":"x"}`.
 fn parse(line: &str) -> Option<Event> {
     let (head, body) = line.split_once('{')?;
     let topic = head.split_whitespace().find(|word| word.starts_with('/'))?;

@@ -1,4 +1,4 @@
-//! The GPUs that containers of a test are given: real ones, or those of the simulated driver (tests/fake-cuda).
+//! GPUs of a test's containers: real or simulated ones (tests/fake-cuda).
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -8,19 +8,20 @@ use serde_json::json;
 
 use crate::{Cmd, PYTHON, Skip, Test, eventually};
 
-/// Environment variable with the folder that holds the simulated driver under the names of the real one.
+/// Environment variable with the folder of the simulated driver under the names of the real one.
 pub const SIMULATED: &str = "GPUSNAP_E2E_FAKE_CUDA";
 
-/// Where a machine with a GPU has its driver.
+/// The driver's folder on a machine with a GPU.
 const REAL: &str = "/usr/local/nvidia";
 
-/// The program that computes on GPUs and checks itself.
+/// The self-checking program on GPUs.
 const PROGRAM: &str = "tests/programs";
 
-/// Folder of the halts of sessions: a session that enters a phase stops itself if there is a file `ID.PHASE`.
+/// Folder of the halts of sessions: a session that enters a phase stops itself if there is a file
+/// `ID.PHASE`.
 pub const HALTS: &str = "/run/e2e/halts";
 
-/// Returns containerd's environment: the halts of sessions, and the simulated driver for its shims.
+/// Returns containerd's environment: the halts of sessions, and the simulated driver for shims.
 pub(crate) fn environment() -> Vec<String> {
     let halts = format!("GPUSNAP_TEST_HALTS={HALTS}");
     let Some(folder) = simulated() else { return vec![halts] };
@@ -41,7 +42,8 @@ const COMMAND: [&str; 4] = ["python3", "/opt/programs/gpu.py", "--log", "/dev/sh
 /// Nodes that every GPU needs.
 const COMMON: [&str; 2] = ["/dev/nvidiactl", "/dev/nvidia-uvm"];
 
-/// The driver's libraries: where they are, where containers see them, and the folder that the loader needs there.
+/// The driver's libraries: the folder here, the folder in containers, and the loader's folder
+/// there.
 struct Driver {
     source: PathBuf,
     target: String,
@@ -75,18 +77,18 @@ pub struct Gpu<'a> {
 }
 
 impl<'a> Gpu<'a> {
-    /// With one GPU.
+    /// Containers with one GPU.
     ///
     /// # Errors
-    /// A [`Skip`] where there is none.
+    /// A [`Skip`] without a GPU.
     pub fn one(test: &'a Test) -> Result<Self> {
         Self::several(test, 1)
     }
 
-    /// With as many GPUs.
+    /// Containers with `count` GPUs.
     ///
     /// # Errors
-    /// A [`Skip`] where there are not as many.
+    /// A [`Skip`] with fewer GPUs.
     pub fn several(test: &'a Test, count: usize) -> Result<Self> {
         let Driver { source, target, library } = driver()?;
         let nodes: Vec<String> = (0..count).map(|minor| format!("/dev/nvidia{minor}")).collect();
@@ -100,12 +102,13 @@ impl<'a> Gpu<'a> {
         Ok(Self { test, options })
     }
 
-    /// With one GPU, by the Container Device Interface: a file says which nodes, mounts and variables that means.
+    /// Containers with one GPU, by the Container Device Interface: a file lists nodes, mounts and
+    /// variables.
     ///
     /// # Errors
-    /// A [`Skip`] where there is none.
+    /// A [`Skip`] without a GPU.
     pub fn by_cdi(test: &'a Test) -> Result<Self> {
-        // It looks whether there is one, and makes it if it is simulated.
+        // Checks for a GPU, and makes a simulated one.
         Self::one(test)?;
         let Driver { source, target, library } = driver()?;
         let node = |path: &str| json!({ "path": path });
@@ -129,13 +132,13 @@ impl<'a> Gpu<'a> {
         Ok(Self { test, options })
     }
 
-    /// The driver is a simulated one, whose failures can be had.
+    /// Returns whether the driver is simulated: such a driver fails on demand.
     #[must_use]
     pub fn is_simulated(&self) -> bool {
         simulated().is_some()
     }
 
-    /// Only the simulated driver fails on demand.
+    /// Makes the driver fail, possible with the simulated driver only.
     ///
     /// # Errors
     /// A [`Skip`] on a real GPU.
@@ -154,13 +157,14 @@ impl<'a> Gpu<'a> {
         self
     }
 
-    /// Starts a container with the GPU program and waits until it computes.
+    /// Starts a container with the GPU program and waits for the first round.
     pub fn start(&self, id: &str, arguments: &[&str]) -> Result<()> {
-        // In memory that belongs to the container: its size is no matter of the writable layer.
+        // The log is in memory of the container, which leaves the writable layer alone.
         self.run(id, &[&COMMAND, arguments].concat())
     }
 
-    /// Starts a container with this Python program as init and the GPU program beside it, and waits until that computes.
+    /// Starts a container with this Python program as init and the GPU program beside it, and waits
+    /// for the latter's first round.
     pub fn start_beside(&self, id: &str, program: &str) -> Result<()> {
         let line = "python3 /opt/programs/gpu.py --log /dev/shm/log & exec python3 -c \"$0\"";
         self.run(id, &["sh", "-c", line, program])
@@ -173,9 +177,9 @@ impl<'a> Gpu<'a> {
         self.computes(id)
     }
 
-    /// Starts the program in a container of nerdctl's, with these further options. Returns the id.
+    /// Starts the program in a container of nerdctl's, with further options. Returns the id.
     pub fn start_by_nerdctl(&self, name: &str, options: &[&str], arguments: &[&str]) -> Result<String> {
-        // The same options but for the mounts' own.
+        // The same options except for the syntax of mounts.
         let own = self.options.iter().map(|option| option.replace(",options=rbind:ro", ",readonly"));
         let all: Vec<String> = ["--detach"].iter().chain(options).map(|&option| option.to_owned()).chain(own).collect();
         let all: Vec<&str> = all.iter().map(String::as_str).collect();
@@ -186,12 +190,12 @@ impl<'a> Gpu<'a> {
         Ok(id)
     }
 
-    /// Waits until the program in the container has done two more rounds, each of which it has checked.
+    /// Waits until the program in the container has done and checked two more rounds.
     pub fn computes(&self, id: &str) -> Result<()> {
         self.computes_in(id, "log")
     }
 
-    /// Waits for the same of the program with this log.
+    /// Waits for two more rounds of the program with this log.
     pub fn computes_in(&self, id: &str, log: &str) -> Result<()> {
         let from = rounds(&self.said(id, log)?);
         eventually(&format!("{id} to compute past round {from}"), || {
@@ -203,12 +207,12 @@ impl<'a> Gpu<'a> {
         })
     }
 
-    /// How many rounds it has done.
+    /// Number of rounds so far.
     pub fn rounds(&self, id: &str) -> Result<u64> {
         Ok(rounds(&self.log(id)?))
     }
 
-    /// What it has said.
+    /// The program's log.
     pub fn log(&self, id: &str) -> Result<String> {
         self.said(id, "log")
     }

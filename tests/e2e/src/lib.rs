@@ -1,5 +1,5 @@
-//! Drives a real containerd with the command-line clients its users have (`ctr`, `nerdctl`, `crictl`),
-//! and gives the tests in `suite/` the words they are written in.
+//! Drives a real containerd with the users' command-line clients (`ctr`, `nerdctl`, `crictl`), and
+//! gives the tests in `suite/` a vocabulary.
 
 #[macro_use]
 mod check;
@@ -22,7 +22,7 @@ pub use check::{eventually, lines, sha256};
 pub use cmd::{Cmd, Output, Running};
 pub use test::Test;
 
-/// The image that the test bed imports: busybox with all its applets, and `/bin/sh` as its command.
+/// The test bed's image: busybox with all applets, and `/bin/sh` as the command.
 pub const IMAGE: &str = "docker.io/test/bb:1";
 
 /// The same image with Debian's Python on top.

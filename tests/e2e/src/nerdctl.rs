@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::target::Shim;
 use crate::{Cmd, IMAGE, Test, eventually, proc};
 
-/// `nerdctl` of the test's containerd, asking for the test's shim.
+/// `nerdctl` of the test's containerd, with the test's shim.
 pub struct Nerdctl<'a> {
     test: &'a Test,
 }
@@ -19,22 +19,22 @@ impl<'a> Nerdctl<'a> {
         Self { test }
     }
 
-    /// `nerdctl ...`, for commands that have no method here.
+    /// `nerdctl ...`, for commands without a method here.
     pub fn cmd(&self, args: &[&str]) -> Cmd {
         let bed = self.test.bed();
         bed.client("nerdctl").args(&["--address", &bed.address(), "--namespace", "default"]).args(args)
     }
 
-    /// `nerdctl run` of the image, without network unless the options choose one. The container is removed
-    /// when the test ends, however it ends.
+    /// `nerdctl run` of the image, without network unless the options choose one. The container is
+    /// removed at the end of the test in any case.
     pub fn run(&self, name: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.run_image(IMAGE, name, options, argv)
     }
 
-    /// The same of an image of the test's choice.
+    /// `nerdctl run` of an image of the test's choice.
     pub fn run_image(&self, image: &str, name: &str, options: &[&str], argv: &[&str]) -> Cmd {
         self.test.at_end(self.cmd(&["rm", "--force", "--volumes", name]));
-        // nerdctl refuses to kill what is paused.
+        // nerdctl refuses to kill a paused container.
         self.test.at_end(self.cmd(&["unpause", name]));
         let runtime = self.test.target().shim.runtime();
         let network = if options.contains(&"--net") { &[][..] } else { &["--net", "none"] };
@@ -42,7 +42,7 @@ impl<'a> Nerdctl<'a> {
         self.cmd(&fixed).args(network).args(options).arg(image).args(argv)
     }
 
-    /// Runs a container to its end and gives what it printed.
+    /// Runs a container to the end and returns the output.
     pub fn prints(&self, options: &[&str], script: &str) -> Result<String> {
         let name = self.test.id("once");
         let options = [&["--rm"], options].concat();
@@ -57,12 +57,13 @@ impl<'a> Nerdctl<'a> {
         Ok(())
     }
 
-    /// Starts a container that runs this script in the background.
+    /// Starts a container with this script in the background.
     pub fn start_sh(&self, name: &str, options: &[&str], script: &str) -> Result<()> {
         self.start(name, options, &["sh", "-c", script])
     }
 
-    /// What `run` needs for a container that a checkpoint ends: nerdctl says so itself to `runc.v2` only.
+    /// Options of `run` for a container that is to end at a checkpoint: nerdctl tells only
+    /// `runc.v2` itself.
     pub fn ends_on_checkpoint(&self) -> &'static [&'static str] {
         match self.test.target().shim {
             Shim::Stock | Shim::AsRunc => &[],
@@ -70,21 +71,22 @@ impl<'a> Nerdctl<'a> {
         }
     }
 
-    /// `nerdctl checkpoint create` in a folder of the test's: its subfolder of that name has the files.
+    /// `nerdctl checkpoint create` in a folder of the test, in the subfolder of that name.
     pub fn checkpoint(&self, name: &str, checkpoint: &str, options: &[&str]) -> Result<Cmd> {
         let folder = self.checkpoints()?.to_string_lossy().into_owned();
         let create = ["checkpoint", "create", "--checkpoint-dir", &folder];
         Ok(self.cmd(&create).args(options).args(&[name, checkpoint]))
     }
 
-    /// `nerdctl start --checkpoint` from there.
+    /// `nerdctl start --checkpoint` from that folder.
     pub fn restore(&self, name: &str, checkpoint: &str) -> Result<Cmd> {
         let folder = self.checkpoints()?.to_string_lossy().into_owned();
         Ok(self.cmd(&["start", "--checkpoint-dir", &folder, "--checkpoint", checkpoint, name]))
     }
 
-    /// The same until it is done. nerdctl packs the files anew; if that gives the very blob that `checkpoint create`
-    /// had made and let go, the garbage collector can take it before it is used.
+    /// `nerdctl start --checkpoint` until a success. nerdctl packs the files anew. If the result is
+    /// the same blob that `checkpoint create` made and released, the garbage collector may take the
+    /// blob before its use.
     pub fn restored(&self, name: &str, checkpoint: &str) -> Result<()> {
         eventually(&format!("{name} to start from {checkpoint}"), || {
             let out = self.restore(name, checkpoint)?.run()?;
@@ -96,14 +98,14 @@ impl<'a> Nerdctl<'a> {
         .map(drop)
     }
 
-    /// That folder.
+    /// The folder of the checkpoints.
     pub fn checkpoints(&self) -> Result<PathBuf> {
         let folder = self.test.folder()?.join("checkpoints");
         fs::create_dir_all(&folder)?;
         Ok(folder)
     }
 
-    /// The id, which is what `ctr` calls the container.
+    /// The id, which is `ctr`'s name of the container.
     pub fn id(&self, name: &str) -> Result<String> {
         Ok(self.inspect(name)?["Id"].as_str().context("Id")?.to_owned())
     }
@@ -113,7 +115,7 @@ impl<'a> Nerdctl<'a> {
         self.cmd(&["exec", name]).args(argv)
     }
 
-    /// What an exec printed.
+    /// Output of an exec.
     pub fn exec_prints(&self, name: &str, script: &str) -> Result<String> {
         Ok(self.exec(name, &["sh", "-c", script]).ok()?.trimmed())
     }
@@ -138,12 +140,12 @@ impl<'a> Nerdctl<'a> {
         u32::try_from(pid).context("Pid")
     }
 
-    /// The shim that serves it.
+    /// The container's shim.
     pub fn shim(&self, name: &str) -> Result<u32> {
         proc::parent(self.pid(name)?)
     }
 
-    /// Waits until `State.Status` is this, such as `exited`.
+    /// Waits until `State.Status` has this value, such as `exited`.
     pub fn becomes(&self, name: &str, status: &str) -> Result<()> {
         eventually(&format!("container {name} to be {status}"), || {
             let state = self.inspect(name)?["State"].clone();
@@ -152,7 +154,7 @@ impl<'a> Nerdctl<'a> {
         })
     }
 
-    /// Waits for its end and gives the exit code.
+    /// Waits for the end and returns the exit code.
     pub fn exit_code(&self, name: &str) -> Result<i64> {
         self.becomes(name, "exited")?;
         self.state(name, "ExitCode")?.as_i64().context("ExitCode")
@@ -164,7 +166,7 @@ impl<'a> Nerdctl<'a> {
         Ok((out.text(), out.stderr))
     }
 
-    /// Waits until the log holds this text on stdout.
+    /// Waits until the log contains this text on stdout.
     pub fn logs_have(&self, name: &str, text: &str) -> Result<()> {
         eventually(&format!("{text:?} in the log of {name}"), || {
             let (stdout, stderr) = self.logs(name)?;

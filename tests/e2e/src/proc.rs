@@ -1,5 +1,5 @@
-//! What `/proc` says about a process. The test bed shares the machine's pid namespace, so that every
-//! container process and every shim can be looked at from here.
+//! Facts about processes from `/proc`. The test bed shares the machine's pid namespace, so that
+//! every container process and every shim is visible here.
 
 use std::fs;
 use std::path::Path;
@@ -17,13 +17,13 @@ pub fn read(pid: u32, file: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// A line of `/proc/PID/status`, without its name.
+/// A line of `/proc/PID/status`, without the name.
 pub fn status(pid: u32, field: &str) -> Result<String> {
     let text = read(pid, "status")?;
     status_line(&text, field)
 }
 
-/// The same from a text that a container printed.
+/// A line of a printed `status`, without the name.
 pub fn status_line(text: &str, field: &str) -> Result<String> {
     let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     Ok(line.with_context(|| format!("no {field} in {text:?}"))?.trim().to_owned())
@@ -45,12 +45,12 @@ pub fn state(pid: u32) -> Result<char> {
     status(pid, "State")?.chars().next().context("State")
 }
 
-/// Whether it exists and is no zombie.
+/// Returns whether the process exists and is no zombie.
 pub fn alive(pid: u32) -> bool {
     state(pid).is_ok_and(|s| s != 'Z' && s != 'X')
 }
 
-/// Waits until it has gone, or is a zombie.
+/// Waits until the process has gone, or is a zombie.
 pub fn gone(pid: u32) -> Result<()> {
     eventually(&format!("the end of process {pid}"), || {
         ensure!(!alive(pid), "it is there: {}", cmdline(pid));
@@ -58,18 +58,18 @@ pub fn gone(pid: u32) -> Result<()> {
     })
 }
 
-/// Ends it with SIGKILL.
+/// Ends the process with SIGKILL.
 pub fn kill(pid: u32) -> Result<()> {
     signal(pid, Signal::KILL)
 }
 
-/// Sends it a signal.
+/// Sends the process a signal.
 pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).context("a pid")?;
     kill_process(raw, signal).with_context(|| format!("{signal:?} to {pid}"))
 }
 
-/// Its command line, for messages and for finding it.
+/// The command line, for messages and searches.
 pub fn cmdline(pid: u32) -> String {
     read(pid, "cmdline").unwrap_or_default().replace('\0', " ").trim().to_owned()
 }
@@ -80,7 +80,7 @@ pub fn all() -> Vec<u32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// All processes of this name, or that were started with it as their first argument.
+/// All processes of this name, or of this first argument.
 pub fn acting_as(role: &str) -> Vec<u32> {
     let is_it = |pid: &u32| {
         read(*pid, "comm").is_ok_and(|name| name.trim() == role) || cmdline(*pid).split(' ').nth(1) == Some(role)
@@ -98,12 +98,12 @@ pub fn descendants(pid: u32) -> Vec<u32> {
     children(pid).into_iter().flat_map(|child| [vec![child], descendants(child)].concat()).collect()
 }
 
-/// A namespace's identity, such as `net:[4026531840]`.
+/// Identity of a namespace, such as `net:[4026531840]`.
 pub fn namespace(pid: u32, kind: &str) -> Result<String> {
     link(Path::new(&format!("/proc/{pid}/ns/{kind}")))
 }
 
-/// Our own namespace's identity.
+/// Identity of our own namespace.
 pub fn own_namespace(kind: &str) -> Result<String> {
     link(Path::new(&format!("/proc/self/ns/{kind}")))
 }
@@ -112,7 +112,7 @@ fn link(path: &Path) -> Result<String> {
     Ok(fs::read_link(path).with_context(|| path.display().to_string())?.display().to_string())
 }
 
-/// How many file descriptors it has open.
+/// Number of open file descriptors.
 pub fn open_files(pid: u32) -> Result<usize> {
     Ok(fs::read_dir(format!("/proc/{pid}/fd")).with_context(|| format!("fds of {pid}"))?.count())
 }

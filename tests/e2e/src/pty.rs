@@ -15,7 +15,8 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use crate::cmd::Capture;
 use crate::{Cmd, eventually};
 
-/// A command whose stdin, stdout, stderr and controlling terminal are one pty, with us at the other end.
+/// A command with one pty for stdin, stdout, stderr and controlling terminal; the test has the
+/// other end.
 pub struct Pty {
     line: String,
     timeout: Duration,
@@ -34,8 +35,8 @@ impl Pty {
         let name = ptsname(&master, Vec::new())?;
         let path = std::path::Path::new(std::ffi::OsStr::from_bytes(name.as_bytes()));
         let slave = OpenOptions::new().read(true).write(true).open(path).with_context(|| format!("{path:?}"))?;
-        // setsid(1) gives it a session and takes its stdin for controlling terminal: doing that here would
-        // need code between fork and exec, which is unsafe.
+        // setsid(1) gives the command a session with its stdin as the controlling terminal. Doing
+        // that here would need code between fork and exec, which is unsafe.
         let real = cmd.command();
         let mut command = std::process::Command::new("setsid");
         command.arg("--ctty").arg(real.get_program()).args(real.get_args());
@@ -45,15 +46,15 @@ impl Pty {
             .stdout(Stdio::from(slave.try_clone()?))
             .stderr(Stdio::from(slave));
         let child = command.spawn().with_context(|| format!("cannot start `{}`", cmd.line()))?;
-        // The command keeps copies of the slave in our process until it is dropped, and with them the
-        // screen would never end.
+        // Until dropped, the command keeps copies of the slave in our process, and the screen would
+        // never end.
         drop(command);
         let master = File::from(master);
         let screen = Capture::of(Some(master.try_clone()?));
         Ok(Self { line: cmd.line(), timeout: cmd.deadline(), master, child, screen })
     }
 
-    /// Types this.
+    /// Types keys.
     pub fn types(&mut self, keys: &str) -> Result<()> {
         self.master.write_all(keys.as_bytes()).context("the terminal")
     }
@@ -72,19 +73,19 @@ impl Pty {
         })
     }
 
-    /// Changes the window size, as dragging a window's corner does: the client gets SIGWINCH.
+    /// Changes the window size, as by dragging a window's corner: the client gets SIGWINCH.
     pub fn resize(&self, rows: u16, cols: u16) -> Result<()> {
         set_size(&self.master, rows, cols)
     }
 
-    /// Kills the client at once, as when its terminal's machine goes away.
+    /// Kills the client at once, as for a terminal on a lost machine.
     pub fn vanish(mut self) -> Result<()> {
         kill_process(self.pid()?, Signal::KILL)?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Waits for the client's end; gives its exit code and the screen.
+    /// Waits for the client's end; returns the exit code and the screen.
     pub fn wait(mut self) -> Result<(i32, String)> {
         let end = Instant::now() + self.timeout;
         while Instant::now() < end {

@@ -1,45 +1,47 @@
-//! What the suite runs against: which containerd, with which shim.
+//! Targets of the suite: a containerd with a shim.
 
 use std::fmt;
 
 use anyhow::{Result, bail};
 
-/// Environment variable that chooses targets: a comma list of `2.1`, `stock`, `2.4/gpusnap`, ... (default: all).
+/// Environment variable with the chosen targets: a comma list of `2.1`, `stock`, `2.4/gpusnap`, ...
+/// (default: all).
 pub const TARGETS: &str = "GPUSNAP_E2E_TARGETS";
 
-/// A version of containerd, as the test bed names it.
+/// A version of containerd, as named by the test bed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Containerd {
-    /// 2.1.9, Debian's.
+    /// Debian's 2.1.9.
     V2_1,
     /// 2.4.2, with the protobuf bootstrap protocol.
     V2_4,
 }
 
-/// A shim, and how it is asked for.
+/// A shim, and the way to select it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Shim {
-    /// That containerd's own `containerd-shim-runc-v2`: shows that the suite describes runc's behaviour.
+    /// That containerd's own `containerd-shim-runc-v2`: shows that the suite describes runc's
+    /// behaviour.
     Stock,
-    /// Ours by its own name, with the embedded runtime.
+    /// Ours under its own name, with the embedded runtime.
     Gpusnap,
-    /// Ours by its own name, with `BinaryName = "runc"`.
+    /// Ours under its own name, with `BinaryName = "runc"`.
     GpusnapRunc,
     /// Ours in the place of `containerd-shim-runc-v2`.
     AsRunc,
 }
 
-/// One cell of the matrix.
+/// A cell of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
-    /// Which containerd.
+    /// The containerd.
     pub containerd: Containerd,
-    /// Which shim.
+    /// The shim.
     pub shim: Shim,
 }
 
 impl Containerd {
-    /// Its name on the test bed's command line.
+    /// Name on the test bed's command line.
     pub fn version(self) -> &'static str {
         match self {
             Self::V2_1 => "2.1",
@@ -49,7 +51,7 @@ impl Containerd {
 }
 
 impl Shim {
-    /// Its name in [`TARGETS`].
+    /// Name in [`TARGETS`].
     pub fn name(self) -> &'static str {
         match self {
             Self::Stock => "stock",
@@ -59,12 +61,12 @@ impl Shim {
         }
     }
 
-    /// Whether our binary serves it.
+    /// Returns whether the shim is our binary.
     pub fn is_ours(self) -> bool {
         self != Self::Stock
     }
 
-    /// The runtime name that clients ask containerd for.
+    /// The runtime name in clients' requests to containerd.
     pub fn runtime(self) -> &'static str {
         match self {
             Self::Stock | Self::AsRunc => "io.containerd.runc.v2",
@@ -72,7 +74,7 @@ impl Shim {
         }
     }
 
-    /// The shim's program, which containerd derives from the runtime name.
+    /// The shim's program, derived by containerd from the runtime name.
     pub fn binary(self) -> &'static str {
         match self {
             Self::Stock | Self::AsRunc => "containerd-shim-runc-v2",
@@ -106,7 +108,8 @@ impl Target {
             .collect()
     }
 
-    /// The cells that a comma list names. A word that fits none is an error: a typo must not run nothing.
+    /// Cells named by a comma list. A word without a match is an error: a typo must not run
+    /// nothing.
     pub fn chosen(list: &str) -> Result<Vec<Self>> {
         let words: Vec<&str> = list.split(',').map(str::trim).filter(|w| !w.is_empty()).collect();
         let fits = |target: &Self, word: &str| {

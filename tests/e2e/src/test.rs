@@ -1,4 +1,4 @@
-//! One run of one test on one target: its names, its clean-up, its evidence.
+//! A run of one test on one target: names, clean-up, evidence.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use crate::ctr::Ctr;
 use crate::nerdctl::Nerdctl;
 use crate::target::Target;
 
-/// What a test function gets.
+/// Context of a test function.
 pub struct Test {
     bed: Arc<Bed>,
     prefix: String,
@@ -27,11 +27,12 @@ pub struct Test {
     undo: RefCell<Vec<Cmd>>,
 }
 
-/// Two suites on one machine share cgroups and sockets' names: the pid keeps them apart.
+/// Number of a name. Two suites on one machine share cgroups and sockets' names: the pid keeps them
+/// apart.
 static NUMBER: AtomicU32 = AtomicU32::new(1);
 
 impl Test {
-    /// A test that runs on this containerd.
+    /// A test on this containerd.
     pub fn new(bed: Arc<Bed>) -> Self {
         let prefix = format!("e{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let log_start = fs::metadata(bed.log()).map_or(0, |m| m.len());
@@ -40,35 +41,35 @@ impl Test {
         Self { bed, prefix, scratch, log_start, ids, undo: RefCell::default() }
     }
 
-    /// What it runs on.
+    /// The test's target.
     pub fn target(&self) -> Target {
         self.bed.target()
     }
 
-    /// The containerd it runs on.
+    /// The test's containerd.
     pub fn bed(&self) -> &Bed {
         &self.bed
     }
 
-    /// A name for a container, exec, pod, ... that nobody else uses.
+    /// A unique name for a container, exec, pod, ...
     pub fn id(&self, role: &str) -> String {
         format!("{}-{role}{}", self.prefix, NUMBER.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A folder of its own, removed at the end.
+    /// A folder of the test, removed at the end.
     pub fn folder(&self) -> Result<&Path> {
         fs::create_dir_all(&self.scratch)?;
         Ok(&self.scratch)
     }
 
-    /// Writes a file into its folder and gives the path.
+    /// Writes a file into the test's folder and returns the path.
     pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> Result<String> {
         let path = self.folder()?.join(name);
         fs::write(&path, content)?;
         Ok(path.to_string_lossy().into_owned())
     }
 
-    /// Writes a bash script into its folder, to be run.
+    /// Writes an executable bash script into the test's folder.
     pub fn script(&self, name: &str, lines: &str) -> Result<String> {
         let path = self.file(name, format!("#!/bin/bash\n{lines}"))?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
@@ -90,20 +91,20 @@ impl Test {
         Cri::new(self)
     }
 
-    /// A command to run when the test has ended, however it ends; the latest first. It may fail: most
-    /// tests remove their containers themselves.
+    /// Registers a command for the end of the test, in any case; the latest runs first. The command
+    /// may fail: most tests remove their containers already.
     pub fn at_end(&self, cmd: Cmd) {
         self.undo.borrow_mut().push(cmd.stdin_null());
     }
 
-    /// An id that clients gave to something of this test, to find its lines in the log.
+    /// Notes an id that clients gave to a part of this test, for a search in the log.
     pub fn note_id(&self, id: &str) {
         self.ids.borrow_mut().push(id.to_owned());
     }
 
-    /// Removes what the test made.
+    /// Removes all traces of the test.
     pub fn clean_up(&self) {
-        // A command may have been registered for each of several attempts.
+        // Several attempts may have registered the same command.
         let mut undo = self.undo.take();
         undo.reverse();
         let mut seen = std::collections::HashSet::new();
@@ -113,7 +114,7 @@ impl Test {
         fs::remove_dir_all(&self.scratch).ok();
     }
 
-    /// What containerd and the shims logged about this test, for a failure's message.
+    /// Log lines of containerd and the shims about this test, for a failure's message.
     pub fn evidence(&self) -> String {
         let mut log = String::new();
         if let Ok(mut file) = File::open(self.bed.log()) {

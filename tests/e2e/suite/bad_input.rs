@@ -1,4 +1,4 @@
-//! Whatever is wrong is said clearly, and leaves nothing behind.
+//! Bad input: clear messages and no leftovers.
 
 use std::fs;
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Runs a spec that must not run: gives what was said, and checks that nothing is left of it.
+/// Runs a spec that must fail: returns the message, and checks for leftovers.
 fn refused(t: &Test, spec: &Value) -> Result<String> {
     let id = t.id("bad");
     let file = t.file(&format!("{id}.json"), spec.to_string())?;
@@ -42,7 +42,8 @@ fn refused(t: &Test, spec: &Value) -> Result<String> {
     Ok(out.stderr)
 }
 
-/// No process, mount, cgroup, bundle or runtime state of this container, and its id can be used again.
+/// Waits until no process, mount, cgroup, bundle or runtime state of this container is left, and
+/// its id is free.
 fn nothing_left(t: &Test, id: &str) -> Result<()> {
     eventually("everything of a refused container to be gone", || {
         let left = bed::leaks()?;
@@ -123,8 +124,8 @@ fn a_file_that_is_no_program_is_refused(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// `start` of the target's shim in a bundle with this config, as containerd calls it. It must fail, and leave
-/// no shim.
+/// Runs `start` of the target's shim in a bundle with this config, as containerd does. The call
+/// must fail, and leave no shim.
 fn start_is_refused(t: &Test, config: Option<&str>) -> Result<String> {
     let id = t.id("bundle");
     let bundle = t.folder()?.join(&id);
@@ -208,7 +209,7 @@ fn a_root_that_cannot_be_mounted_is_an_error(t: &Test) -> Result<()> {
     let id = t.id("c");
     let ctr = t.ctr();
     ctr.create(&id, &["true"])?;
-    // The snapshot loses its work folder behind containerd's back, and overlayfs wants one.
+    // The snapshot loses its work folder behind containerd's back; overlayfs needs one.
     let mounts = ctr.cmd().args(&["snapshot", "mounts", "/mnt", &id]).ok()?.text();
     let work = mounts.split([',', ' ']).find_map(|option| option.strip_prefix("workdir="));
     let work = work.with_context(|| format!("no workdir in {mounts}"))?.trim();

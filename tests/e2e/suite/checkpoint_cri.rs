@@ -1,4 +1,4 @@
-//! Checkpoint and restore by the interface that the kubelet uses.
+//! Checkpoint and restore by the kubelet's interface.
 
 use std::fs;
 use std::path::Path;
@@ -31,17 +31,17 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Restores by creating a container from an archive, which containerd can do no more.
+/// Marks cases that create a container from an archive, impossible with newer containerds.
 fn restoring(case: Case) -> Case {
     let gone = "containerd 2.4 does not restore when a container is created";
     let cells = Target::all().into_iter().filter(|target| target.containerd == Containerd::V2_4);
     cells.fold(case, |case, target| case.except_target(target, gone))
 }
 
-/// Counts in its log and in a file.
+/// Script that counts in the log and in a file.
 const COUNT: &str = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo line $i.; echo $i >/count; tick; done";
 
-/// `crictl checkpoint` into a file of this name, in a folder of its own.
+/// `crictl checkpoint` into a file of this name, in the test's folder.
 fn checkpoint(t: &Test, id: &str, name: &str) -> Result<String> {
     let archive = t.folder()?.join(name).to_string_lossy().into_owned();
     t.cri().cmd(&["checkpoint", "--export", &archive, id]).ok()?;
@@ -60,7 +60,7 @@ pub(crate) fn registry() -> Result<&'static str> {
     Ok("127.0.0.1:5000")
 }
 
-/// Where a restore pulls the image from, which it does even if the image is there.
+/// Name of the image in a registry: a restore pulls the image even if it is present.
 fn from_registry(t: &Test, image: &str) -> Result<String> {
     static PUSHING: Mutex<()> = Mutex::new(());
     let _one = PUSHING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -68,19 +68,19 @@ fn from_registry(t: &Test, image: &str) -> Result<String> {
     let ctr = || t.bed().client("ctr").args(&["--address", &t.bed().address(), "--namespace", "k8s.io", "image"]);
     ctr().args(&["tag", "--force", image, &name]).ok()?;
     ctr().args(&["push", "--plain-http", &name]).ok()?;
-    // Only what was pulled has a digest to be pulled by.
+    // Only a pulled image has a digest for pulls.
     t.cri().cmd(&["pull", &name]).ok()?;
     Ok(name)
 }
 
-/// A container of this image (or archive) with processes of its own, as the kubelet asks for.
+/// A container of this image (or archive) with its own processes, as requested by the kubelet.
 fn image(name: &str) -> Value {
     let mut config = own_processes();
     config["image"] = json!({ "image": name });
     config
 }
 
-/// Waits until the log has lines with a number beyond this.
+/// Waits until the log has lines with a higher number.
 fn counts_past(t: &Test, id: &str, from: u64) -> Result<u64> {
     eventually(&format!("{id} to count past {from}"), || {
         let now: u64 = t.cri().exec_prints(id, "cat /count")?.parse()?;
@@ -141,7 +141,8 @@ fn a_container_that_has_exited_has_no_checkpoint(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// Runs a script in a pod until it counts, checkpoints it, removes the pod, and restores in another.
+/// Runs a script in a pod until it counts, checkpoints the container, removes the pod, and restores
+/// in another.
 fn moves<'a>(t: &'a Test, source: &str, script: &str) -> Result<(Pod<'a>, String)> {
     let source = from_registry(t, source)?;
     let old = t.cri().pod(&own_processes())?;
@@ -158,14 +159,14 @@ fn a_pods_container_is_restored_from_its_archive_into_another_pod(t: &Test) -> R
     let (pod, id) = moves(t, IMAGE, &ticking(COUNT))?;
     let first = counts_past(t, &id, 3)?;
     counts_past(t, &id, first)?;
-    // Its log goes on with whole lines, from where it was.
+    // The log continues with whole lines, from the same number.
     t.cri().logs_have(&id, &format!("line {}.", first + 5))?;
     let log = t.cri().cmd(&["logs", &id]).ok()?.text();
     let numbers: Vec<u64> = lines(&log)
         .iter()
         .map(|line| line.trim_start_matches("line ").trim_end_matches('.').parse().with_context(|| (*line).to_owned()))
         .collect::<Result<_>>()?;
-    // The container ran on, and containerd saved its log when it had saved its processes: what was logged in between comes
+    // The container ran on, and containerd saved the log after the processes: lines in between come
     // once more.
     let jumps: Vec<&[u64]> = numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1).collect();
     ensure!(jumps.len() <= 1 && jumps.iter().all(|pair| pair[1] <= pair[0]), "{numbers:?}");
@@ -230,7 +231,7 @@ fn dev_shm_of_a_pod_is_restored(t: &Test) -> Result<()> {
     let script = format!("mkdir /dev/shm/folder; echo kept >/dev/shm/folder/file; exec 5>>/dev/shm/open; {COUNT}");
     let (pod, id) = moves(t, IMAGE, &ticking(&script))?;
     ensure_eq!(t.cri().exec_prints(&id, "cat /dev/shm/folder/file; readlink /proc/1/fd/5")?, "kept\n/dev/shm/open");
-    // It is the pod's: another container of it sees the same.
+    // The folder is the pod's: another container of the pod sees the same.
     let other = pod.start("two", IDLE, &own_processes())?;
     ensure_eq!(t.cri().exec_prints(&other, "cat /dev/shm/folder/file")?, "kept");
     let now = counts_past(t, &id, 3)?;

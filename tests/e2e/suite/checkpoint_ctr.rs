@@ -1,4 +1,4 @@
-//! Checkpoint and restore by `ctr`: what becomes of the container, its files, its streams, its limits.
+//! Checkpoint and restore by `ctr`: the container's fate, files, streams and limits.
 
 use std::fs;
 use std::time::Duration;
@@ -37,31 +37,31 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// What some tests of restored containers cannot be run on, and why.
+/// A target without some tests of restored containers, and the reason.
 pub(crate) const STOCK_2_4: Target = Target { containerd: Containerd::V2_4, shim: Shim::Stock };
 pub(crate) const NO_STATS: &str =
     "the shim of containerd 2.4.2 tells no stats and no lack of memory of what it has restored";
 
-/// What scripts here begin with: `tick` pauses without starting a program. A process that waits for its vfork cannot be
-/// dumped, and busybox's shell starts every program so.
+/// Begin of scripts: `tick` pauses without starting a program. A process that waits for its vfork
+/// cannot be dumped, and busybox's shell starts every program so.
 pub(crate) const TICK: &str =
     "[ -p /tmp/tick ] || mkfifo /tmp/tick; exec 3<>/tmp/tick; tick() { read -t 0.05 word <&3; }; ";
 
-/// A script that has `tick`.
+/// A script with `tick`.
 pub(crate) fn ticking(script: &str) -> String {
     format!("{TICK}{script}")
 }
 
-/// Counts in a file of its writable layer.
+/// Script that counts in a file of the writable layer.
 pub(crate) const COUNT: &str = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo $i >/count; tick; done";
 
-/// How far it has counted.
+/// Current count.
 pub(crate) fn count(t: &Test, id: &str) -> Result<u64> {
-    // It is empty for a moment each time.
+    // The file is empty for a moment each time.
     eventually("a number in /count", || Ok(t.ctr().exec_prints(id, "cat /count")?.parse()?))
 }
 
-/// Waits until it has counted further than this, and gives how far.
+/// Waits for a higher count, and returns the count.
 pub(crate) fn counts_past(t: &Test, id: &str, from: u64) -> Result<u64> {
     eventually(&format!("{id} to count past {from}"), || {
         let now = count(t, id)?;
@@ -70,7 +70,7 @@ pub(crate) fn counts_past(t: &Test, id: &str, from: u64) -> Result<u64> {
     })
 }
 
-/// Starts a container that counts, and waits until it does.
+/// Starts a counting container, and waits for the first count.
 pub(crate) fn start_counting(t: &Test, id: &str, options: &[&str]) -> Result<u64> {
     t.ctr().start(id, options, &["sh", "-c", &ticking(COUNT)])?;
     counts_past(t, id, 3)
@@ -139,7 +139,7 @@ fn a_checkpoint_that_exits_ends_the_task(t: &Test) -> Result<()> {
         t.ctr().becomes(&id, "STOPPED")?;
         proc::gone(init)?;
         ensure_eq!(t.ctr().delete_task(&id)?, 137);
-        // Its name and its cgroup are free.
+        // The name and the cgroup are free.
         start_task(t, &id)?;
         t.ctr().remove(&id)?;
     }
@@ -186,7 +186,7 @@ fn a_restored_container_goes_on_where_it_was(t: &Test) -> Result<()> {
     start_counting(t, &old, &["--env", "WORD=hello"])?;
     t.ctr().checkpoint(&old, &image).ok()?;
     let then = count(t, &old)?;
-    // What it counts from here on is lost.
+    // Later counts are lost.
     let end = counts_past(t, &old, then + 20)?;
     t.ctr().remove(&old)?;
     t.ctr().restore(&new, &image).ok()?;
@@ -202,7 +202,7 @@ fn a_restored_container_goes_on_where_it_was(t: &Test) -> Result<()> {
 
 fn a_restored_container_has_the_files_that_it_wrote(t: &Test) -> Result<()> {
     let (old, new) = (t.id("old"), t.id("new"));
-    // One that it keeps open and appends to, one that is removed, one in a tmpfs.
+    // A file kept open and appended to, a removed one, one in a tmpfs.
     let script =
         "echo before >/file; rm /etc/group; mkdir /folder; ln -s /file /folder/link; echo volatile >/dev/shm/file
         exec 5>>/log; i=0; while :; do i=$((i+1)); echo $i >&5; echo $i >/count; tick; done";
@@ -238,7 +238,7 @@ fn a_restored_container_is_paused_killed_and_deleted_as_before(t: &Test) -> Resu
     t.ctr().becomes(&new, "STOPPED")?;
     ensure_eq!(t.ctr().delete_task(&new)?, 9);
     proc::gone(shim)?;
-    // A task of the same container that is not restored begins again.
+    // A new task of the same container, without a restore, begins again.
     start_task(t, &new)?;
     t.ctr().remove(&new)
 }
@@ -261,7 +261,7 @@ fn a_restored_container_has_its_limits(t: &Test) -> Result<()> {
     let init = t.ctr().pid(&new)?;
     ensure_eq!(cgroup::memory_limit(init)?, 48 << 20);
     ensure_eq!(cgroup::cpu_quota(init)?, (50_000, 100_000));
-    // Its children are in there with it.
+    // The children are in the same cgroup.
     for child in proc::children(init) {
         if let Ok(folder) = cgroup::folder(child, "memory") {
             ensure_eq!(folder, cgroup::folder(init, "memory")?, "the cgroup of {}", proc::cmdline(child));
@@ -289,7 +289,7 @@ fn a_restored_container_has_stats(t: &Test) -> Result<()> {
 
 fn a_restored_container_out_of_memory_is_told(t: &Test) -> Result<()> {
     let (old, new) = (t.id("old"), t.id("new"));
-    // The trap is what lets init, a script, outlive its child.
+    // The trap lets init, a script, outlive its child.
     let script = "i=0; while [ ! -e /go ]; do i=$((i+1)); echo $i >/count; tick; done; exec tail /dev/zero";
     t.ctr().start(&old, &["--memory-limit", "33554432"], &["sh", "-c", &ticking(script)])?;
     counts_past(t, &old, 3)?;
@@ -340,7 +340,7 @@ fn a_restored_container_has_a_terminal(t: &Test) -> Result<()> {
     let mut pty = Pty::spawn(&t.ctr().restore(&new, &image), 44, 132)?;
     has_size(&mut pty, "44 132")?;
     eventually("a terminal of size 25 80", || {
-        // ctr does not listen for the next size yet when it has told the first.
+        // ctr does not yet listen for the next size after the first one.
         pty.resize(24, 80)?;
         pty.resize(25, 80)?;
         asks_size(&mut pty, "25 80")
@@ -350,12 +350,12 @@ fn a_restored_container_has_a_terminal(t: &Test) -> Result<()> {
     ensure_has!(t.ctr().exec_prints(&new, "readlink /proc/1/fd/0")?, "/dev/pts/0");
     pty.types("bye\n")?;
     pty.shows(": bye")?;
-    // As `ctr run` does, it waits for the end of what it shows on a terminal.
+    // Like `ctr run`, the client waits for the end of its output on a terminal.
     ensure_eq!(pty.wait()?.0, 6);
     Ok(())
 }
 
-/// Asks until the answer is this: the client tells the size when the container runs already.
+/// Asks until the answer matches: the client sends the size after the container's start.
 fn has_size(pty: &mut Pty, size: &str) -> Result<()> {
     eventually(&format!("a terminal of size {size}"), || asks_size(pty, size))
 }
@@ -400,17 +400,17 @@ fn the_state_can_be_asked_during_a_dump(t: &Test) -> Result<()> {
         asked += usize::from(proc::alive(dump.pid()));
     }
     dump.wait()?.expect_code(0)?;
-    // A shim that answers after the dump only gives a single answer, which comes too late.
+    // A shim that answers only after the dump gives a single answer, too late.
     ensure!(asked > 3, "{asked} answers came during the dump");
     Ok(())
 }
 
-/// Starts a container with this many megabytes in memory that do not compress to nothing, and that counts.
+/// Starts a counting container with this many megabytes of incompressible memory.
 pub(crate) fn hold_memory(t: &Test, id: &str, megabytes: u32) -> Result<u64> {
     hold_memory_with(t, id, &[], megabytes)
 }
 
-/// The same with further options of `ctr run`.
+/// Starts such a container with further options of `ctr run`.
 pub(crate) fn hold_memory_with(t: &Test, id: &str, options: &[&str], megabytes: u32) -> Result<u64> {
     let program = format!(
         "import os, time

@@ -52,7 +52,7 @@ pub(crate) fn cases() -> Vec<Case> {
     restores.into_iter().chain(dumps).collect()
 }
 
-/// Fails unless the command failed with a message that a user can act on: short, and with this word.
+/// Fails unless the command failed with a helpful message: short, and with this word.
 fn clear_error(t: &Test, out: Output, word: &str) -> Result<()> {
     let out = out.expect_failure()?;
     if t.target().shim.is_ours() {
@@ -63,7 +63,8 @@ fn clear_error(t: &Test, out: Output, word: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checkpoints a container, spoils a copy of the checkpoint, and sees a restore from it fail.
+/// Checkpoints a container, spoils a copy of the checkpoint, and expects a failed restore from the
+/// copy.
 fn refused(t: &Test, word: &str, spoil: fn(&Path) -> Result<()>) -> Result<()> {
     let name = t.id("c");
     let script = "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; tick; done";
@@ -144,7 +145,7 @@ fn a_restore_without_a_processs_file_fails_and_a_second_try_works(t: &Test) -> R
 }
 
 fn a_restore_from_a_folder_that_does_not_exist_fails_and_a_second_try_works(t: &Test) -> Result<()> {
-    // nerdctl notices itself.
+    // nerdctl itself notices.
     refused(t, "bad", |folder| Ok(fs::remove_dir_all(folder)?))
 }
 
@@ -162,7 +163,7 @@ while True:
     print('line', count, flush=True)
     time.sleep(0.05)
 ";
-    // Through the images, so that there is time in which CRIU can be killed.
+    // Through the images, which leaves time for a kill of CRIU.
     let slow = ["--detach", "--annotation", "gpusnap.dev/memory=images"];
     let options = [slow.as_slice(), t.nerdctl().ends_on_checkpoint()].concat();
     let id = t.nerdctl().run_image(e2e::PYTHON, name, &options, &["python3", "-c", program]).ok()?.trimmed();
@@ -172,7 +173,7 @@ while True:
     t.nerdctl().becomes(name, "exited")
 }
 
-/// The shim that serves a container of this id, if there is one now.
+/// The current shim of a container, if there is one.
 pub(crate) fn shim_now(id: &str) -> Option<u32> {
     let fits = |pid: &u32| {
         let line = proc::cmdline(*pid);
@@ -181,24 +182,25 @@ pub(crate) fn shim_now(id: &str) -> Option<u32> {
     proc::all().into_iter().find(fits)
 }
 
-/// The shim that serves a container of this id, from its start on.
+/// The shim of a container, from its start on.
 pub(crate) fn shim_of(id: &str) -> Result<u32> {
     eventually(&format!("the shim of {id}"), || shim_now(id).context("none yet"))
 }
 
-/// The oldest process below this one whose name begins so.
+/// The oldest process below this one with this beginning of its name.
 pub(crate) fn below(ancestor: u32, name: &str) -> Result<u32> {
     let named = |pid: &u32| proc::read(*pid, "comm").is_ok_and(|comm| comm.starts_with(name));
     proc::descendants(ancestor).into_iter().find(named).with_context(|| format!("no {name} below {ancestor}"))
 }
 
-/// The shim's child that this CRIU was started by: runc, or itself where there is no other.
+/// The shim's child that started this CRIU: runc, or CRIU itself.
 fn begun_by(shim: u32, criu: u32) -> Result<u32> {
     let leads = |pid: &u32| *pid == criu || proc::descendants(*pid).contains(&criu);
     proc::children(shim).into_iter().find(leads).context("no child of the shim leads to CRIU")
 }
 
-/// Starts a restore of much memory, calls `kill` with the shim when CRIU restores, and sees that nothing is left.
+/// Starts a restore of much memory, calls `kill` with the shim when CRIU restores, and expects no
+/// leftovers.
 fn killed_restore(t: &Test, kill: fn(u32) -> Result<()>) -> Result<()> {
     let name = t.id("c");
     with_large_checkpoint(t, &name)?;
@@ -228,7 +230,7 @@ fn a_shim_that_is_killed_while_it_restores_leaves_nothing_and_a_second_try_works
     killed_restore(t, proc::kill)
 }
 
-/// A checkpoint that fails must not show in the container, which is asked for 10 more steps.
+/// Checks that the container has not noticed a failed checkpoint, by 10 more steps.
 fn runs_on(t: &Test, id: &str) -> Result<()> {
     ensure_eq!(t.ctr().status(id)?, "RUNNING");
     let init = t.ctr().pid(id)?;
@@ -255,7 +257,7 @@ while True:
     )
 }
 
-/// A checkpoint that fails because of what the program has, twice, whether it would have ended or not.
+/// Expects a checkpoint to fail for the program's sake, twice: with and without exit.
 fn cannot_be_dumped(t: &Test, options: &[&str], setup: &str, word: &str) -> Result<()> {
     let id = t.id("c");
     t.ctr().start_python(&id, options, &counting(setup))?;
@@ -273,7 +275,7 @@ import socket
 server = socket.create_server(('127.0.0.1', 0))
 client = socket.create_connection(server.getsockname())
 served = server.accept()";
-    // In the host's network, because nobody brings the loopback of an empty one up.
+    // In the host's network, because an empty one has no loopback.
     cannot_be_dumped(t, &["--net-host"], setup, "127.0.0.1")
 }
 
@@ -318,7 +320,7 @@ fn an_image_folder_that_cannot_be_made_is_named_and_the_container_runs_on(t: &Te
     runs_on(t, &id)
 }
 
-/// Another program in the place of the bed's `criu`, until it is dropped.
+/// Another program in the place of the bed's `criu`, until dropped.
 struct OtherCriu {
     criu: PathBuf,
 }
@@ -342,7 +344,7 @@ fn without_criu_a_checkpoint_says_so_and_the_container_runs_on(t: &Test) -> Resu
     let id = t.id("c");
     start_counting(t, &id, &[])?;
     {
-        // Its file is there and cannot be executed, as far as anyone who looks for programs can see.
+        // The file exists but is not executable, as seen by any search for programs.
         let _nothing = OtherCriu::put(t, "/dev/null")?;
         clear_error(t, t.ctr().checkpoint_task(&id, &[]).run()?, "criu")?;
         runs_on(t, &id)?;
@@ -354,7 +356,8 @@ fn without_criu_a_checkpoint_says_so_and_the_container_runs_on(t: &Test) -> Resu
 fn a_criu_that_is_too_old_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {
     let id = t.id("c");
     start_counting(t, &id, &[])?;
-    // Answers as `criu swrk` does: criu_resp { type: as asked, success: if VERSION (10), version: { major 3, minor 8 } }.
+    // Answers like `criu swrk`: criu_resp { type: as requested, success: if VERSION (10), version:
+    // { major 3, minor 8 } }.
     let old = "if [ \"$1\" = swrk ]; then
   exec python3 -c '
 import socket, sys
@@ -377,7 +380,7 @@ echo Version: 3.8";
     runs_on(t, &id)
 }
 
-/// A dump that is under way.
+/// A dump in progress.
 struct Dump {
     client: Running,
     shim: u32,
@@ -385,36 +388,36 @@ struct Dump {
 }
 
 impl Dump {
-    /// Kills one of those who dump, and lets CRIU go on, if it is there and may.
+    /// Kills a process of the dump, and lets CRIU run on if possible.
     fn kill(&self, victim: u32) -> Result<()> {
         proc::kill(victim)?;
-        // It is gone already where it is the victim, or goes with it.
+        // CRIU has gone if it is the victim, or goes with the victim.
         let _ = proc::signal(self.criu, Signal::CONT);
         Ok(())
     }
 }
 
-/// Starts a dump of much memory, waits until CRIU writes it, and stops CRIU: it would be done before a slow machine has
-/// looked who is to be killed.
+/// Starts a dump of much memory, waits until CRIU writes, and stops CRIU: the dump would be over
+/// before a slow machine has found the victim.
 fn large_dump(t: &Test, id: &str) -> Result<Dump> {
     hold_memory(t, id, 1000)?;
-    // Asked before, because not every shim answers during a dump.
+    // Look for the shim first, because not every shim answers during a dump.
     let shim = t.ctr().shim(id)?;
     let folder = t.folder()?.join("image");
     let client = t.ctr().checkpoint_task(id, &["--image-path", &folder.to_string_lossy()]).spawn()?;
     let written = || fs::metadata(folder.join("pages-1.img")).map_or(0, |file| file.len());
-    // Looked at often: it writes a gigabyte in a second.
+    // Look often: CRIU writes a gigabyte in a second.
     while written() < 1 << 20 {
         ensure!(proc::alive(client.pid()), "the dump was over too soon: {} {}", client.stdout(), client.stderr());
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    // Only now: before a dump there is one that is asked for its version.
+    // Not earlier: before a dump another criu reports its version.
     let criu = below(shim, "criu")?;
     proc::signal(criu, Signal::STOP)?;
     Ok(Dump { client, shim, criu })
 }
 
-/// After a dump that failed, a second one works.
+/// Expects a second dump to work after a failed one.
 fn can_be_dumped_again(t: &Test, id: &str) -> Result<()> {
     t.ctr().remove_checkpoints(id).ok()?;
     let folder = t.folder()?.join("again").to_string_lossy().into_owned();
@@ -423,7 +426,7 @@ fn can_be_dumped_again(t: &Test, id: &str) -> Result<()> {
     t.ctr().remove(id)
 }
 
-/// After whoever dumped was killed, the processes run on, and so does the container.
+/// Expects the processes and the container to run on after a kill in a dump.
 fn survives(t: &Test, id: &str, dump: Dump) -> Result<()> {
     let init = t.ctr().pid(id)?;
     dump.client.wait()?.expect_failure()?;
@@ -436,8 +439,8 @@ fn survives(t: &Test, id: &str, dump: Dump) -> Result<()> {
         Ok(())
     })?;
     if !t.target().shim.is_ours() {
-        // CRIU has thawed what the client had paused; runc's shim holds it for paused for ever, refuses execs, and
-        // cannot resume it.
+        // CRIU has thawed the container that the client paused. runc's shim counts it as paused for
+        // ever, refuses execs, and cannot resume it.
         return Ok(());
     }
     runs_on(t, id)?;
@@ -484,11 +487,11 @@ fn a_runtime_that_is_killed_while_it_restores_leaves_nothing(t: &Test) -> Result
 fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
     let id = t.id("c");
     let dump = large_dump(t, &id)?;
-    // The container, and who dumps it.
+    // The container's processes, and the processes of the dump.
     let below = proc::descendants(dump.shim);
     dump.kill(dump.shim)?;
     dump.client.wait()?.expect_failure()?;
-    // containerd ends the container of a shim that has gone; nothing of it may be stuck.
+    // containerd ends the container of a dead shim; no process may be stuck.
     for pid in below {
         proc::gone(pid)?;
     }
@@ -498,7 +501,7 @@ fn a_shim_that_is_killed_while_it_dumps_is_cleaned_up(t: &Test) -> Result<()> {
         ensure!(!t.ctr().task(&["ls"]).ok()?.text().contains(&id), "it is still listed");
         Ok(())
     })?;
-    // containerd may not be done with it when it lists it no more.
+    // containerd may still be busy with a task that it no longer lists.
     eventually("a new task", || t.ctr().task(&["start", "--detach", "--null-io", &id]).ok())?;
     counts_past(t, &id, 3)?;
     t.ctr().remove(&id)
@@ -510,7 +513,7 @@ fn a_client_that_is_killed_while_it_dumps_leaves_the_container_running(t: &Test)
     dump.client.signal(Signal::KILL)?;
     proc::signal(dump.criu, Signal::CONT)?;
     proc::gone(dump.criu)?;
-    // It was the client who would have resumed it.
+    // The client would have resumed the container.
     t.ctr().task(&["resume", &id]).run()?;
     runs_on(t, &id)?;
     can_be_dumped_again(t, &id)

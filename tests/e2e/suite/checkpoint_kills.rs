@@ -1,4 +1,4 @@
-//! The node's store of snapshots, when programs that use it are killed.
+//! The node's store of snapshots, under kills of its users.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
 
 const MEGABYTES: u32 = 256;
 
-/// How often somebody is killed: `GPUSNAP_E2E_KILLS`, or as often as each does each thing once.
+/// Number of kills: `GPUSNAP_E2E_KILLS`, or one for each victim in each step.
 fn kills() -> Result<u32> {
     match std::env::var("GPUSNAP_E2E_KILLS") {
         Ok(text) => text.parse().with_context(|| format!("GPUSNAP_E2E_KILLS={text}")),
@@ -26,10 +26,10 @@ fn kills() -> Result<u32> {
     }
 }
 
-/// The shim of the step's container; of others in the bed none is killed.
+/// The shim of the step's container; other shims in the bed are never killed.
 const SHIM: &str = "containerd-shim";
 
-/// What uses the store, and who of it is killed in turns.
+/// Steps with use of the store, and the victims in turns.
 const STEPS: [(Step, &[&str]); 4] = [
     (Step::Checkpoint, &["gpusnap-session", "criu", SHIM]),
     (Step::Push, &["gpusnap"]),
@@ -45,7 +45,7 @@ enum Step {
     Restore,
 }
 
-/// A container, its checkpoint, and a second container to be made of it.
+/// A container, its checkpoint, and a second container from the checkpoint.
 struct Scene<'t> {
     t: &'t Test,
     id: String,
@@ -58,7 +58,7 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
     let (id, to, image) = (t.id("c"), t.id("c"), t.id("checkpoint"));
     let target = format!("{}/{id}:kept", registry()?);
     let scene = Scene { t, id, to, image, target };
-    // The store is verified after each kill: without what other tests have left, which nobody uses now.
+    // The store is verified after each kill: remove other tests' leftovers, unused now.
     for name in snapshots(t)? {
         gpusnap(t, &["rm", "--wait", &name])?.ok()?;
     }
@@ -75,7 +75,7 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
         let number = usize::try_from(kill)? % STEPS.len();
         let (step, roles) = STEPS[number];
         let role = roles[usize::try_from(kill)? / STEPS.len() % roles.len()];
-        // Spread over the time that it takes, and nowhere twice: multiples of the golden ratio, in 1024ths.
+        // Spread over the duration without repetition: multiples of the golden ratio, in 1024ths.
         let moment = usual[number] * (kill * 633 % 1024) / 1024;
         let what = || format!("kill {kill}: of {role} {moment:?} after the begin of {step:?}");
         killed += scene.struck(step, role, moment).with_context(what)?;
@@ -86,7 +86,7 @@ fn the_store_is_whole_whoever_is_killed_and_when(t: &Test) -> Result<()> {
 }
 
 impl Scene<'_> {
-    /// What has to be there, or must not be, before a step.
+    /// Prepares the scene of a step.
     fn prepare(&self, step: Step) -> Result<()> {
         match step {
             Step::Checkpoint => {
@@ -99,7 +99,7 @@ impl Scene<'_> {
             }
             Step::Push => {}
             Step::Pull => remove_snapshots_of(self.t, &self.id)?,
-            // The other has the cgroup that it needs.
+            // The other container has the required cgroup.
             Step::Restore => {
                 self.forget(&self.id)?;
                 self.forget(&self.to)?;
@@ -117,7 +117,7 @@ impl Scene<'_> {
         })
     }
 
-    /// What a step was for, when it was done.
+    /// Checks the result of a finished step.
     fn succeeds(&self, step: Step) -> Result<()> {
         match step {
             Step::Checkpoint => counts_past(self.t, &self.id, 3).map(drop),
@@ -130,8 +130,8 @@ impl Scene<'_> {
         }
     }
 
-    /// Kills somebody during a step, and sees that the store is whole, and that the step can be done again. How many were
-    /// killed.
+    /// Kills a process during a step, and expects a whole store and a second try that works.
+    /// Returns the number of killed processes.
     fn struck(&self, step: Step, role: &str, moment: Duration) -> Result<usize> {
         self.prepare(step)?;
         let running = self.command(step)?.spawn()?;
@@ -146,7 +146,7 @@ impl Scene<'_> {
             _ => proc::acting_as(role),
         };
         let killed = victims.into_iter().filter(|pid| proc::kill(*pid).is_ok()).count();
-        // It may have been done all the same.
+        // The step may have succeeded all the same.
         running.wait()?;
         gpusnap(self.t, &["verify"])?.ok().context("the store")?;
         if matches!(step, Step::Checkpoint) {
@@ -168,13 +168,13 @@ impl Scene<'_> {
         self.t.ctr().status(&self.id).is_ok_and(|status| status == "RUNNING")
     }
 
-    /// Removes a container, of which there may be anything.
+    /// Removes a container in any state.
     fn forget(&self, id: &str) -> Result<()> {
         let ctr = self.t.ctr();
         if !ctr.cmd().args(&["container", "ls", "-q"]).ok()?.text().lines().any(|line| line == id) {
             return Ok(());
         }
-        // containerd may not be done yet with one whose shim was killed.
+        // containerd may still be busy with a container of a killed shim.
         eventually(&format!("{id} to be removed"), || ctr.remove(id))
     }
 }

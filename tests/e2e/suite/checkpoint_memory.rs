@@ -1,4 +1,4 @@
-//! Where the big memory of a checkpoint is kept.
+//! Places of a checkpoint's big memory.
 
 use std::fs;
 use std::path::Path;
@@ -26,10 +26,10 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.into_iter().map(|case| unlike(unlike(case, Shim::Stock), Shim::GpusnapRunc)).collect()
 }
 
-/// More than what is left in images.
+/// Memory beyond the limit of the images.
 const MEGABYTES: u32 = 96;
 
-/// Checkpoints into a folder, and says what gpusnap.json has and how many bytes all files.
+/// Checkpoints into a folder; returns gpusnap.json and the size of all files in bytes.
 fn checkpointed(t: &Test, id: &str) -> Result<(Value, u64)> {
     let folder = t.folder()?.join(id);
     t.ctr().checkpoint_task(id, &["--image-path", &folder.to_string_lossy()]).ok()?;
@@ -45,7 +45,7 @@ fn bytes(folder: &Path) -> Result<u64> {
     Ok(sum)
 }
 
-/// Moves it to another container, all of whose memory is looked at.
+/// Moves the container to another one, which checks all its memory.
 fn survives(t: &Test, id: &str) -> Result<()> {
     let to = t.id("c");
     let before = count(t, id)?;
@@ -116,13 +116,13 @@ fn a_checkpoint_whose_snapshot_is_gone_says_so(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// `gpusnap`, which is beside our shim.
+/// `gpusnap`, beside our shim.
 pub(crate) fn gpusnap(t: &Test, args: &[&str]) -> Result<Cmd> {
     let shim = fs::canonicalize(t.bed().shim_binary()?)?;
     Ok(Cmd::new(shim.with_file_name("gpusnap").to_string_lossy()).args(args))
 }
 
-/// The name of the snapshot of this container, which has one.
+/// The name of this container's snapshot, which must exist.
 pub(crate) fn snapshot_of(t: &Test, id: &str) -> Result<String> {
     let listed = snapshots(t)?;
     let found = listed.iter().find(|name| name.starts_with(&format!("default/{id}.")));
@@ -147,7 +147,7 @@ pub(crate) fn remove_snapshots_of(t: &Test, id: &str) -> Result<()> {
 fn a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot(t: &Test) -> Result<()> {
     let id = t.id("c");
     let before = hold_memory_with(t, &id, &[], MEGABYTES)?;
-    // It looks like an earlier checkpoint, which cannot be removed as one.
+    // The folder looks like an earlier checkpoint that cannot be removed.
     let folder = t.folder()?.join("image");
     fs::create_dir_all(folder.join("inventory.img"))?;
     let refused = t.ctr().checkpoint_task(&id, &["--image-path", &folder.to_string_lossy()]).run()?.expect_failure()?;

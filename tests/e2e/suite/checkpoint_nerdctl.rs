@@ -26,17 +26,17 @@ pub(crate) fn cases() -> Vec<Case> {
     ])
 }
 
-/// Counts on its stdout, so that a restart would be seen.
+/// Script that counts on stdout, so that a restart would show.
 const COUNT: &str = "trap 'exit 7' TERM; i=0; while :; do i=$((i+1)); echo line $i; tick; done";
 
-/// Starts a container that counts, and that ends on a checkpoint.
+/// Starts a counting container that ends at a checkpoint.
 fn start_counting(t: &Test, name: &str, options: &[&str]) -> Result<()> {
     let options = [t.nerdctl().ends_on_checkpoint(), options].concat();
     t.nerdctl().start_sh(name, &options, &ticking(COUNT))?;
     t.nerdctl().logs_have(name, "line 3\n")
 }
 
-/// The last number in the log; fails unless all before it are there, once, in their order.
+/// The last number in the log; fails unless all earlier numbers are there, once, in order.
 fn counted(t: &Test, name: &str) -> Result<u64> {
     let log = t.nerdctl().logs(name)?.0;
     for (at, line) in (1..).zip(lines(&log)) {
@@ -80,12 +80,12 @@ fn a_checkpoint_can_leave_the_container_running(t: &Test) -> Result<()> {
     t.nerdctl().checkpoint(&name, "one", &["--leave-running"])?.ok()?;
     ensure_eq!(t.nerdctl().pid(&name)?, init);
     counts_on(t, &name)?;
-    // Starting what runs does nothing.
+    // Starting a running container has no effect.
     t.nerdctl().restored(&name, "one")?;
     ensure_eq!(t.nerdctl().pid(&name)?, init);
     t.nerdctl().cmd(&["kill", &name]).ok()?;
     ensure_eq!(t.nerdctl().exit_code(&name)?, 137);
-    // The log of what ran on stays; the restored one begins where the checkpoint was.
+    // The log of the running container stays; the restored one begins at the checkpoint.
     let end = t.nerdctl().logs(&name)?.0.lines().count();
     t.nerdctl().restored(&name, "one")?;
     let first = eventually("the restored container's first line", || {
@@ -108,7 +108,8 @@ fn without_the_annotation_a_checkpoint_leaves_the_container_running(t: &Test) ->
 
 fn checkpoints_are_listed_and_removed(t: &Test) -> Result<()> {
     let name = t.id("c");
-    // Without the annotation: it would end on a checkpoint, whatever nerdctl is asked for.
+    // Without the annotation: with it the container would end at a checkpoint, whatever nerdctl is
+    // told.
     t.nerdctl().start_sh(&name, &[], &ticking(COUNT))?;
     t.nerdctl().logs_have(&name, "line 3\n")?;
     t.nerdctl().checkpoint(&name, "first", &["--leave-running"])?.ok()?;
@@ -127,7 +128,7 @@ fn checkpoints_are_listed_and_removed(t: &Test) -> Result<()> {
 }
 
 fn checkpoints_have_a_folder_of_their_own_by_default(t: &Test) -> Result<()> {
-    // Their names are nerdctl's for all containers together.
+    // nerdctl has one list of names for all containers.
     let (name, checkpoint) = (t.id("c"), t.id("checkpoint"));
     start_counting(t, &name, &[])?;
     t.at_end(t.nerdctl().cmd(&["checkpoint", "rm", &name, &checkpoint]));

@@ -1,4 +1,4 @@
-//! Containers with a thread in an uninterruptible wait, which no freezer and no tracer can stop.
+//! Containers with a thread in an uninterruptible wait, beyond the reach of freezers and tracers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![case.except(Shim::Stock, words).except(Shim::GpusnapRunc, words)]
 }
 
-/// Counts, and looks up a name in a file system all the time.
+/// Program that counts, and looks up a name in a file system all the time.
 const PROGRAM: &str = "
 import os, threading, time
 def look():
@@ -28,7 +28,7 @@ while True:
     time.sleep(.01)
 ";
 
-/// A file system that answers nothing on demand.
+/// A file system that falls silent on demand.
 struct SilentFs {
     folder: PathBuf,
     silent: PathBuf,
@@ -62,7 +62,7 @@ fn counts(t: &Test, id: &str) -> Result<()> {
     })
 }
 
-/// Returns the state of the thread that is not the first one.
+/// Returns the state of the second thread.
 fn state_of_looker(init: u32) -> Result<char> {
     for task in fs::read_dir(format!("/proc/{init}/task"))? {
         let tid: u32 = task?.file_name().to_string_lossy().parse()?;
@@ -85,7 +85,7 @@ fn a_thread_in_an_uninterruptible_wait_is_named_and_the_container_goes_on(t: &Te
     let out = t.ctr().checkpoint(&id, &image).run()?.expect_failure()?;
     ensure_has!(out.stderr, "waits uninterruptibly");
     ensure_has!(out.stderr, &format!("of process {init}"));
-    // The thread waits still, and nothing else does.
+    // Only the thread still waits.
     ensure_eq!(state_of_looker(init)?, 'D');
     counts(t, &id)?;
     fs::remove_file(&silent_fs.silent)?;

@@ -1,4 +1,4 @@
-//! What kinds of programs survive a checkpoint and a restore as another container.
+//! Kinds of programs that survive a checkpoint and a restore as another container.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -36,7 +36,7 @@ pub(crate) fn cases() -> Vec<Case> {
 
 const LIMIT: &str = "runc leaves CRIU's limit for deleted files at 1 MB";
 
-/// Tells how far a program is, in a file that a reader never sees half-written.
+/// Function that records progress in a file, never half-written for a reader.
 const TELL: &str = "import os, time
 def tell(value, name='/count'):
     with open('/new', 'w') as file:
@@ -44,7 +44,7 @@ def tell(value, name='/count'):
     os.replace('/new', name)
 ";
 
-/// Starts a Python program that tells its progress, and moves it into another container when it has made some.
+/// Starts a Python program that records its progress, and then moves it into another container.
 fn moves(t: &Test, options: &[&str], program: &str) -> Result<String> {
     let (old, new) = (t.id("old"), t.id("new"));
     t.ctr().start_python(&old, options, &format!("{TELL}{program}"))?;
@@ -53,7 +53,7 @@ fn moves(t: &Test, options: &[&str], program: &str) -> Result<String> {
     Ok(new)
 }
 
-/// Moves a container that counts, and sees it go on.
+/// Moves a counting container, and expects further counts.
 fn moved(t: &Test, old: &str, new: &str) -> Result<()> {
     let before = count(t, old)?;
     t.ctr().moves(old, new)?;
@@ -137,7 +137,7 @@ while True:
         Ok(Cmd::new("bash").args(&["-c", &client]).stdin_null().ok()?.text())
     };
     ensure_has!(get("/a")?, "answer 1 to /a");
-    // The connection's end, or else it would be part of the checkpoint.
+    // Wait for the connection's end: an open one would be part of the checkpoint.
     closed(&port)?;
     moved(t, &old, &new)?;
     ensure_has!(get("/b")?, "answer 2 to /b");
@@ -145,7 +145,7 @@ while True:
     Ok(())
 }
 
-/// Waits until the machine has no connection with this port that a process of ours could still hold.
+/// Waits until no process of ours can hold a connection with this port.
 fn closed(port: &str) -> Result<()> {
     eventually("the connection to be closed", || {
         let text =
@@ -201,7 +201,7 @@ while True:
     Ok(())
 }
 
-/// Holds a file open that has no name any more, reads it and writes to it.
+/// Holds a nameless file open, reads it and writes to it.
 fn with_deleted_file(t: &Test, kilobytes: u32) -> Result<()> {
     let program = format!(
         "
@@ -238,7 +238,7 @@ fn a_large_file_that_is_deleted_but_open_survives(t: &Test) -> Result<()> {
 fn a_shell_on_a_terminal_with_a_job_survives(t: &Test) -> Result<()> {
     let (old, new, image) = (t.id("old"), t.id("new"), t.id("checkpoint"));
     let mut pty = Pty::spawn(&t.ctr().run(&old, &["--tty"], &["sh", "-i"]), 25, 80)?;
-    // Typed text is on the screen too: what is waited for must differ from it.
+    // Typed text is on the screen too: the expected text must differ from it.
     pty.types(&ticking("word=hel; (i=0; while :; do i=$((i+1)); echo $i >/count; tick; done) &\n"))?;
     counts_past(t, &old, 3)?;
     pty.types("echo ${word}lo\n")?;
@@ -286,7 +286,7 @@ while True:
 }
 
 fn a_container_with_its_own_user_survives(t: &Test) -> Result<()> {
-    // CRIU asks for the resource limits of a process of another user.
+    // CRIU reads the resource limits of a process of another user.
     let sys_resource = 1 << 24;
     let ours = u64::from_str_radix(&proc::status(std::process::id(), "CapEff")?, 16)?;
     if ours & sys_resource == 0 {
@@ -307,8 +307,8 @@ fn dropped_capabilities_and_filters_survive(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// Moves a container that runs with these options, compares what the kernel says about its init's rights, and gives
-/// the new one.
+/// Moves a container with these options, compares the kernel's view of init's privileges, and
+/// returns the new one.
 fn keeps_its_credentials(t: &Test, options: &[&str]) -> Result<String> {
     let (old, new) = (t.id("old"), t.id("new"));
     let script = "cd /tmp; i=0; while :; do i=$((i+1)); echo $i >/tmp/count; tick; done";
@@ -358,7 +358,7 @@ fn an_exec_session_is_part_of_the_checkpoint(t: &Test) -> Result<()> {
         |id: &str| -> Result<u64> { eventually("a number", || Ok(t.ctr().exec_prints(id, "cat /other")?.parse()?)) };
     eventually("the exec to count", || other(&old))?;
     t.ctr().checkpoint(&old, &image).ok()?;
-    // Both go on here.
+    // Both run on here.
     let now = count(t, &old)?;
     counts_past(t, &old, now)?;
     t.ctr().remove(&old)?;
@@ -379,7 +379,7 @@ fn twenty_generations_of_new_containers_survive(t: &Test) -> Result<()> {
     t.ctr().remove(&id)
 }
 
-/// How many cycles a test does: `GPUSNAP_E2E_CYCLES`, or enough to see something pile up.
+/// Number of cycles of a test: `GPUSNAP_E2E_CYCLES`, or enough to notice an accumulation.
 fn cycles() -> Result<u64> {
     match std::env::var("GPUSNAP_E2E_CYCLES") {
         Ok(text) => text.parse().with_context(|| format!("GPUSNAP_E2E_CYCLES={text}")),
@@ -387,14 +387,15 @@ fn cycles() -> Result<u64> {
     }
 }
 
-/// Every folder that containerd has unpacked a checkpoint into.
+/// Folders with checkpoints unpacked by containerd.
 fn unpacked() -> BTreeSet<String> {
     let names = fs::read_dir("/tmp").into_iter().flatten().flatten();
     let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
     names.filter(|name| name.starts_with("ctrd-checkpoint")).collect()
 }
 
-/// Has what containerd unpacked, in memory here, removed at the end. Only for tests that are alone.
+/// Registers the removal of containerd's unpacked folders, in memory here. Only for tests that are
+/// alone.
 pub(crate) fn forget_unpacked(t: &Test) {
     t.at_end(Cmd::new("sh").args(&["-c", "rm -rf /tmp/ctrd-checkpoint*"]));
 }
@@ -409,8 +410,8 @@ fn one_container_survives_many_cycles(t: &Test) -> Result<()> {
         ensure!(now > last, "cycle {cycle}: it was at {last} and is at {now}");
         last = now;
     }
-    // The same container runs: what there is of it is there once. (Its sockets have other names, and a restored one has
-    // no socket to be started by.)
+    // The same container runs: all its resources exist once. (Sockets have other names, and a
+    // restored container has no start socket.)
     let after = bed::leaks()?;
     let (sockets, rest): (Vec<_>, Vec<_>) = after.into_iter().partition(|line| line.starts_with("socket "));
     let (sockets_before, rest_before): (Vec<_>, Vec<_>) =
@@ -434,7 +435,7 @@ fn two_gigabytes_of_memory_survive(t: &Test) -> Result<()> {
     hold_memory(t, &old, 2048)?;
     moved(t, &old, &new)?;
     ensure!(proc::kilobytes(t.ctr().pid(&new)?, "VmRSS")? > 2 << 20, "it does not hold its memory");
-    // All pages have been looked at when it has counted a hundred times.
+    // A hundred counts have read all pages.
     let now = count(t, &new)?;
     counts_past(t, &new, now + 100).map(drop)
 }

@@ -1,4 +1,4 @@
-//! What containers cost while they run, and what they leave when they are gone: nothing.
+//! Resources of running containers, and leftovers of removed ones: none.
 
 use std::collections::BTreeSet;
 use std::thread;
@@ -17,12 +17,12 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 fn two_hundred_containers_twenty_at_a_time_leave_nothing(t: &Test) -> Result<()> {
-    // The first one of all makes what is kept for good: the namespace's cgroup, say.
+    // The very first container makes permanent parts, such as the namespace's cgroup.
     t.ctr().run(&t.id("first"), &["--rm"], &["true"]).ok()?;
     let files = || proc::open_files(t.bed().containerd_pid()?);
     let (before, files_before) = (settled()?, files()?);
     let ids: Vec<Vec<String>> = (0..20).map(|_| (0..10).map(|_| t.id("c")).collect()).collect();
-    // Commands are made here, because a test is not for several threads.
+    // Commands are made here, because a test cannot be shared by threads.
     let work = ids.iter().map(|ids| ids.iter().enumerate().map(|(n, id)| life(t, id, n)).collect::<Vec<_>>());
     let threads = work.map(|lives| thread::spawn(move || lives.into_iter().try_for_each(run_life))).collect::<Vec<_>>();
     for thread in threads {
@@ -41,7 +41,7 @@ fn two_hundred_containers_twenty_at_a_time_leave_nothing(t: &Test) -> Result<()>
     })
 }
 
-/// The leaks, when they are twice the same: an earlier test's last shim may still be on its way out.
+/// Returns the leaks once two looks agree: an earlier test's last shim may still be ending.
 fn settled() -> Result<BTreeSet<String>> {
     eventually("the bed to settle", || {
         let (first, second) = (bed::leaks()?, bed::leaks()?);
@@ -52,10 +52,11 @@ fn settled() -> Result<BTreeSet<String>> {
     })
 }
 
-/// Commands with the exit codes they must have.
+/// Commands with their expected exit codes.
 type Life = Vec<(e2e::Cmd, i32)>;
 
-/// Every other container lives until its client has seen its end, the others are killed in the background.
+/// Every other container lives until its client has seen its end; the others are killed in the
+/// background.
 fn life(t: &Test, id: &str, n: usize) -> Life {
     let ctr = t.ctr();
     if n.is_multiple_of(2) {
@@ -73,7 +74,7 @@ fn run_life(life: Life) -> Result<()> {
     life.into_iter().try_for_each(|(cmd, code)| cmd.run()?.expect_code(code).map(drop))
 }
 
-/// What a shim of ours may use, in kB.
+/// Limit of our shim's memory, in kB.
 const SMALL: u64 = 8192;
 
 fn a_shim_of_one_idle_container_is_small(t: &Test) -> Result<()> {
@@ -88,7 +89,7 @@ fn a_shim_of_one_idle_container_is_small(t: &Test) -> Result<()> {
         }
         Ok(all)
     };
-    // Idle is what it is a while after the last request.
+    // An idle shim's memory, a while after the last request.
     let small = |when: &str| {
         if !t.target().shim.is_ours() {
             return figures(when).map(drop);

@@ -1,4 +1,4 @@
-//! Pods, as the kubelet makes them, by `crictl`.
+//! Pods by `crictl`, as the kubelet makes them.
 
 use anyhow::{Context, Result, ensure};
 use e2e::{Case, Test, case, cgroup, ensure_eq, ensure_has, eventually, lines, proc};
@@ -32,7 +32,7 @@ fn none() -> Value {
     Value::Null
 }
 
-/// What the kubelet asks for; the protocol's default is one pid namespace for the whole pod.
+/// The kubelet's request; the protocol's default is one pid namespace for the whole pod.
 pub(crate) fn own_processes() -> Value {
     json!({ "linux": { "security_context": { "namespace_options": { "pid": 1 } } } })
 }
@@ -53,7 +53,7 @@ fn a_pod_of_two_containers_lives_and_goes(t: &Test) -> Result<()> {
     ensure_eq!(cri.exec_prints(&one, "cat /proc/1/comm >/dev/null && echo works")?, "works");
     cri.cmd(&["stop", "--timeout", "5", &one]).ok()?;
     ensure_eq!(cri.exited(&one)?["exitCode"].as_i64().unwrap_or(0), 0);
-    // Its neighbour has not noticed.
+    // The neighbour has not noticed.
     ensure_eq!(cri.exec_prints(&two, "echo still here")?, "still here");
     cri.cmd(&["rm", &one]).ok()?;
     cri.cmd(&["stopp", &pod.id]).ok()?;
@@ -97,7 +97,7 @@ fn a_pod_can_share_its_processes(t: &Test) -> Result<()> {
     let (one, two) = (pod.start("one", "exec sleep 98765", &shared)?, pod.start("two", IDLE, &shared)?);
     ensure_eq!(proc::namespace(cri.pid(&one)?, "pid")?, proc::namespace(pod.pid()?, "pid")?);
     ensure_has!(cri.exec_prints(&two, "ps -o args")?, "sleep 98765");
-    // When one ends, its processes go, though the namespace stays.
+    // The end of a container ends its processes, although the namespace stays.
     let orphan = cri.exec_prints(&two, "sleep 87654 >/dev/null 2>&1 & echo $!")?;
     let left = proc::all().into_iter().find(|pid| proc::cmdline(*pid) == "sleep 87654").context("the orphan")?;
     ensure!(!orphan.is_empty());

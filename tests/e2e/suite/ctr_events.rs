@@ -1,4 +1,4 @@
-//! What containerd tells its subscribers about tasks, and in which order.
+//! containerd's events about tasks, and their order.
 
 use anyhow::{Result, ensure};
 use e2e::events::{Event, Events, position, topics};
@@ -104,7 +104,7 @@ fn pause_and_resume_are_told(t: &Test) -> Result<()> {
 fn a_program_that_does_not_exist_is_never_told_as_started(t: &Test) -> Result<()> {
     let (id, events) = (t.id("c"), Events::subscribe(t)?);
     t.ctr().run(&id, &["--rm"], &["no-such-program"]).run()?.expect_failure()?;
-    // A later task's events tell that those of the first have all arrived.
+    // Events of a later task show that those of the first have all arrived.
     let later = t.id("c");
     t.ctr().run(&later, &["--rm"], &["true"]).ok()?;
     events.of_task_until(&later, "/tasks/exit")?;

@@ -34,7 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Keeps a container busy doing nothing, and ends at once on SIGTERM.
+/// Script that keeps a container idle, and ends at once on SIGTERM.
 pub(crate) const IDLE: &str = "trap 'exit 0' TERM; while :; do sleep 0.1; done";
 
 fn run_returns_the_exit_code_of_init(t: &Test) -> Result<()> {
@@ -50,7 +50,7 @@ fn run_of_a_program_that_does_not_exist_names_it(t: &Test) -> Result<()> {
         let out = t.ctr().run(&id, &["--rm"], &[program]).run()?.expect_failure()?;
         ensure_has!(out.stderr, program);
         ensure!(out.stderr.contains("no such file or directory") || out.stderr.contains("not found"), "{out}");
-        // Nothing of the attempt is left: the same id can be used at once.
+        // The attempt leaves nothing: the same id can be used at once.
         t.ctr().run(&id, &["--rm"], &["true"]).ok()?;
     }
     Ok(())
@@ -77,7 +77,7 @@ fn sigterm_reaches_init_which_chooses_its_exit_code(t: &Test) -> Result<()> {
 
 fn a_signal_by_number_reaches_init(t: &Test) -> Result<()> {
     let id = t.id("c");
-    // SIGRTMIN+3, which has no name that every client knows.
+    // SIGRTMIN+3, whose name is unknown to some clients.
     let script = "trap 'exit 7' 37; echo up; while :; do sleep 0.1; done";
     let client = t.ctr().run(&id, &["--rm"], &["sh", "-c", script]).spawn()?;
     client.sees("up")?;
@@ -111,7 +111,7 @@ fn exec_of_a_program_that_does_not_exist_names_it_and_spares_init(t: &Test) -> R
 fn exec_returns_each_of_20_parallel_exit_codes(t: &Test) -> Result<()> {
     let id = t.id("c");
     t.ctr().start_sh(&id, IDLE)?;
-    // Each waits for a file, so that all run at once; then all exit together.
+    // Each exec waits for a file, so that all run at once; then all exit together.
     let script = |code: i32| format!("echo up; while [ ! -e /go ]; do sleep 0.05; done; echo bye {code}; exit {code}");
     let started = (1..=20).map(|code| t.ctr().exec(&id, &["sh", "-c", &script(code)]).spawn());
     let clients = started.collect::<Result<Vec<Running>>>()?;
@@ -156,9 +156,9 @@ fn an_exec_id_in_use_is_refused(t: &Test) -> Result<()> {
     let first = t.ctr().exec_as(&id, &exec, &["sh", "-c", "echo up; read line; exit 5"]).spawn()?;
     first.sees("up")?;
     let second = t.ctr().exec_as(&id, &exec, &["true"]).run()?.expect_failure()?;
-    // The code says AlreadyExists; ctr shows the words alone.
+    // The code is AlreadyExists; ctr shows only the words.
     ensure_has!(second.stderr, "exists");
-    // The refusal has not touched the first.
+    // The refusal has not touched the first exec.
     let mut first = first;
     first.write(b"\n")?;
     first.wait()?.expect_code(5)?;
@@ -213,7 +213,7 @@ fn task_ps_lists_init_and_execs(t: &Test) -> Result<()> {
     let text = t.ctr().task(&["ps", &id]).ok()?.text();
     let init = t.ctr().pid(&id)?.to_string();
     ensure!(lines(&text).iter().any(|line| line.split_whitespace().next() == Some(&init)), "no {init} in {text}");
-    // The exec's row says which exec it is.
+    // The exec's row has the exec's id.
     let row = lines(&text).into_iter().find(|line| line.contains(&exec));
     ensure!(row.is_some(), "no {exec} in {text}");
     Ok(())
@@ -223,7 +223,7 @@ fn task_metrics_show_limits_memory_and_growing_processor_time(t: &Test) -> Resul
     let id = t.id("c");
     t.ctr().start(&id, &["--memory-limit", "50331648"], &["sh", "-c", "while :; do :; done"])?;
     let first = t.ctr().metrics(&id)?;
-    // The same things have other names on cgroup v2.
+    // cgroup v2 has other names for the same values.
     let number = |metrics: &Value, v1: &str, v2: &str| {
         let value = metrics.pointer(v1).or(metrics.pointer(v2)).and_then(Value::as_u64);
         value.with_context(|| format!("neither {v1} nor {v2} in {metrics}"))
@@ -282,7 +282,8 @@ fn a_killed_exec_of_a_paused_task_does_not_wake_the_others(t: &Test) -> Result<(
 
 fn a_task_that_is_never_at_rest_is_paused_and_killed(t: &Test) -> Result<()> {
     let id = t.id("c");
-    // The child is vforked, and waits for a writer of the pipe before it executes the program; the parent waits for that.
+    // The vforked child waits for a writer of the pipe before its exec; the parent waits for the
+    // exec.
     let program = "import os
 os.mkfifo('/pipe')
 os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, '/pipe', os.O_RDONLY, 0)])";
@@ -303,7 +304,7 @@ os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0,
         Ok(())
     })?;
     t.ctr().kill(&id, "SIGKILL")?;
-    // It may come too late for that.
+    // The pause may come too late.
     pause.wait()?;
     t.ctr().becomes(&id, "STOPPED")?;
     ensure_eq!(t.ctr().delete_task(&id)?, 137);
@@ -322,7 +323,7 @@ fn a_container_can_be_started_again_after_its_task_ended(t: &Test) -> Result<()>
 }
 
 fn a_short_lived_init_exits_before_anyone_asks(t: &Test) -> Result<()> {
-    // Its exit may come before Start has answered: it must be known all the same.
+    // The exit may come before Start has answered, and must be reported all the same.
     for _ in 0..10 {
         let id = t.id("c");
         t.ctr().start(&id, &[], &["sh", "-c", "exit 3"])?;

@@ -32,7 +32,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The same bytes each time, that no pattern of chunk sizes fits.
+/// Bytes that are the same each time, and fit no pattern of chunk sizes.
 fn stream(bytes: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut data = Vec::with_capacity(bytes + 8);
@@ -46,7 +46,7 @@ fn stream(bytes: usize) -> Vec<u8> {
     data
 }
 
-/// Puts the bytes where a container can read them; gives the mount option.
+/// Puts the bytes into a container's reach; returns the mount option.
 fn shared_file(t: &Test, bytes: &[u8]) -> Result<String> {
     t.file("data", bytes)?;
     Ok(format!("type=bind,src={},dst=/shared,options=rbind:rw", t.folder()?.display()))
@@ -85,8 +85,8 @@ fn the_last_words_before_exit_arrive(t: &Test) -> Result<()> {
 }
 
 fn stderr_and_stdout_stay_apart(t: &Test) -> Result<()> {
-    // It lives until both have been seen: on a loaded machine ctr may come too late to the stderr of a
-    // container that has ended, with runc's shim as well.
+    // The container lives until both streams have been seen: on a loaded machine ctr may come too
+    // late for the stderr of an ended container, also with runc's shim.
     let script = "echo to stdout; echo to stderr >&2; read line";
     let (once, id) = (t.id("c"), t.id("c"));
     t.ctr().start_sh(&id, IDLE)?;
@@ -121,8 +121,8 @@ fn stdin_of_an_exec_arrives_and_ends(t: &Test) -> Result<()> {
 fn stdin_of_an_exec_that_ends_at_once_arrives_and_ends(t: &Test) -> Result<()> {
     let id = t.id("c");
     t.ctr().start_sh(&id, IDLE)?;
-    // The client closes the input while the exec is being started. Without any input, ctr may read the
-    // end before ctr can tell the shim, and tells nobody then.
+    // The client closes the input during the exec's start. Without any input, ctr may read the end
+    // before its request to the shim, and then reports it to nobody.
     for round in 0..4 {
         let word = format!("word {round}");
         ensure_eq!(t.ctr().exec(&id, &["cat"]).stdin_bytes(word.clone().into_bytes()).ok()?.text(), word);
@@ -146,9 +146,9 @@ fn stdin_is_answered_line_by_line(t: &Test) -> Result<()> {
 fn a_slow_reader_loses_nothing(t: &Test) -> Result<()> {
     let data = stream(2 << 20);
     let mount = shared_file(t, &data)?;
-    // The client blocks on its stdout, a pipe that is read in bites with pauses; the FIFO behind it fills
-    // up, and then the container blocks. It ends when all is read: after the end, runc's shim waits for a
-    // reader for two seconds only.
+    // The client blocks on its stdout, a pipe read in bites with pauses. The FIFO behind it fills
+    // up, and then the container blocks. The container ends after the last byte: runc's shim waits
+    // for a reader at most two seconds after the end.
     let script = "cat /shared/data; while [ ! -e /shared/all-read ]; do sleep 0.05; done";
     let folder = t.folder()?.display();
     let ctr = t.ctr().run(&t.id("c"), &["--rm", "--mount", &mount], &["sh", "-c", &format!("'{script}'")]).line();
@@ -165,7 +165,7 @@ fn a_terminal_has_the_clients_size_and_follows_it(t: &Test) -> Result<()> {
     pty.shows("31 91")?;
     pty.resize(44, 132)?;
     pty.shows("44 132")?;
-    // It may be killed before it has ended, because init ends on this.
+    // The exec may be killed before its end, because init ends on this.
     t.ctr().exec(&id, &["touch", "/go"]).run()?;
     pty.types("\n")?;
     ensure_eq!(pty.wait()?.0, 3);
@@ -224,7 +224,7 @@ fn a_file_log_has_everything(t: &Test) -> Result<()> {
     eventually("the log to be complete", || same_bytes(&fs::read(&log)?, &data))
 }
 
-/// A logger as containerd's documentation defines it: stdout on 3, stderr on 4, ready by closing 5.
+/// A logger as in containerd's documentation: stdout on 3, stderr on 4, ready by closing 5.
 const LOGGER: &str = r#"
 # A logger that wants its last lines survives the SIGTERM that comes with the deletion.
 trap '' TERM
@@ -253,7 +253,7 @@ fn a_binary_logger_gets_everything_and_knows_the_container(t: &Test) -> Result<(
     ensure_eq!(fs::read_to_string(folder.join("stderr"))?, "oops\n");
     ensure_eq!(fs::read_to_string(folder.join("who"))?, format!("{id} default to {}\n", folder.display()));
     ensure_eq!(t.ctr().delete_task(&id)?, 2);
-    // It is not killed: it ends by itself, when both streams have ended.
+    // The logger is not killed: it ends after both streams.
     eventually("the logger to end", || Ok(fs::read(folder.join("done"))?))?;
     Ok(())
 }

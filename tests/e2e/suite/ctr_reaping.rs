@@ -1,4 +1,4 @@
-//! Zombies, orphans and what is left when init goes.
+//! Zombies, orphans, and leftovers of init.
 
 use anyhow::{Result, ensure};
 use e2e::{Case, Test, case, ensure_eq, eventually, proc};
@@ -16,7 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Joins the namespace by our own process: that of pid 1 is not for everybody to open.
+/// Joins the namespace through our own process: pid 1's is not open to everybody.
 fn host_pids() -> String {
     format!("pid:/proc/{}/ns/pid", std::process::id())
 }
@@ -43,7 +43,7 @@ fn the_shim_has_no_zombie_after_execs(t: &Test) -> Result<()> {
 
 fn orphans_of_a_container_in_the_hosts_pid_namespace_are_reaped(t: &Test) -> Result<()> {
     let id = t.id("c");
-    // Without a pid namespace of its own, orphans go to the nearest subreaper: the shim.
+    // Without a pid namespace of the container, orphans go to the nearest subreaper: the shim.
     let script = "(sh -c 'sleep 0.1; exit 1' & ) ; (sh -c 'sleep 0.2 & sleep 0.3' & ) ; exec sleep 1000";
     t.ctr().start(&id, &["--with-ns", &host_pids()], &["sh", "-c", script])?;
     let init = t.ctr().pid(&id)?;
@@ -76,7 +76,7 @@ fn whatever_init_leaves_in_the_hosts_pid_namespace_is_killed(t: &Test) -> Result
     let left: u32 =
         eventually("the child's pid", || Ok(t.ctr().exec(&id, &["cat", "/left"]).ok()?.trimmed().parse()?))?;
     ensure!(proc::alive(left), "the child has gone too early");
-    // It may be killed before it has ended, because init ends on this.
+    // The exec may be killed before its end, because init ends on this.
     t.ctr().exec(&id, &["touch", "/go"]).run()?;
     t.ctr().becomes(&id, "STOPPED")?;
     proc::gone(left)?;
@@ -86,7 +86,7 @@ fn whatever_init_leaves_in_the_hosts_pid_namespace_is_killed(t: &Test) -> Result
 
 fn an_init_that_reaps_nothing_ends_all_the_same(t: &Test) -> Result<()> {
     let id = t.id("c");
-    // sleep never waits, so these children stay zombies until it is killed.
+    // sleep never waits, so these children stay zombies until its death.
     let script = "for i in 1 2 3 4 5; do sleep 0.01 & done; exec sleep 1000";
     t.ctr().start(&id, &[], &["sh", "-c", script])?;
     let init = t.ctr().pid(&id)?;

@@ -1,8 +1,8 @@
-//! The fault matrix: in each step of a checkpoint and of a restore somebody is killed, or the disk is full.
+//! The fault matrix: a kill, or a full disk, in each step of a checkpoint and of a restore.
 //!
-//! A session halts at the step (`GPUSNAP_TEST_HALTS`), so that each kill hits the step that the test names.
-//! Whatever happens: the container computes on with its GPU, or was restored whole, or the folder is refused;
-//! and nothing is left locked, frozen, traced, mounted, or running.
+//! A session halts at the step (`GPUSNAP_TEST_HALTS`), so that each kill hits the intended step.
+//! After any fault the container computes on with its GPU, or was restored whole, or the folder is
+//! refused; and nothing is left locked, frozen, traced, mounted, or running.
 
 use std::fs;
 use std::io::Write;
@@ -34,17 +34,17 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.into_iter().map(|case| case.except(Shim::Stock, stock).except(Shim::GpusnapRunc, runc)).collect()
 }
 
-/// Memory on the GPU, and memory of a forked process, both of which go through the store.
+/// Memory on the GPU, and memory of a forked process, both stored through the store.
 const PROGRAM: [&str; 6] = ["--size", "32", "--fork", "1", "--ballast", "32"];
 
-/// What becomes of the container in a checkpoint.
+/// Fate of the container in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum After {
     LeaveRunning,
     Exit,
 }
 
-/// The steps of a checkpoint of [`PROGRAM`], in their order.
+/// Steps of a checkpoint of [`PROGRAM`], in order.
 fn steps(after: After) -> &'static [&'static str] {
     match after {
         After::LeaveRunning => &[
@@ -79,7 +79,7 @@ fn steps(after: After) -> &'static [&'static str] {
     }
 }
 
-/// The steps of a restore of [`PROGRAM`], in their order.
+/// Steps of a restore of [`PROGRAM`], in order.
 const RESTORE_STEPS: [&str; 8] =
     ["inspect", "prepare", "cgroup", "restore", "fill", "cuda-restore", "unlock", "resume"];
 
@@ -87,18 +87,18 @@ const RESTORE_STEPS: [&str; 8] =
 enum Victim {
     Session,
     Client,
-    /// The process that calls the GPU's driver, and CRIU: each is there in some steps only.
+    /// The driver's caller, and CRIU: each exists in some steps only.
     Caller,
     Criu,
     Shim,
-    /// Init of the container that is being restored.
+    /// Init of the container in a restore.
     Init,
 }
 
 const CHECKPOINT: &str = "step";
 const GOOD: &str = "good";
 
-/// One container with GPU state, by nerdctl, whose checkpoints a test can restore.
+/// A container of nerdctl's with GPU state and restorable checkpoints.
 struct Scene<'t> {
     t: &'t Test,
     gpu: Gpu<'t>,
@@ -111,7 +111,7 @@ struct Scene<'t> {
 impl<'t> Scene<'t> {
     fn start(t: &'t Test, after: After) -> Result<Self> {
         let (gpu, name) = (Gpu::one(t)?, t.id("g"));
-        // nerdctl asks shims but runc's neither to end the container nor to leave it.
+        // nerdctl passes a choice about the end to runc's shims only.
         let options = if after == After::Exit { t.nerdctl().ends_on_checkpoint() } else { &[] };
         let id = gpu.start_by_nerdctl(&name, options, &PROGRAM)?;
         Ok(Self { t, gpu, name, id, after })
@@ -142,7 +142,7 @@ impl<'t> Scene<'t> {
         let client = command.spawn()?;
         let halted = eventually("the session to halt", || {
             if !proc::alive(client.pid()) {
-                // No step of this name: told by the missing halt below.
+                // No step of this name: reported by the missing halt below.
                 return Ok(None);
             }
             ensure!(!mark.exists(), "not there yet");
@@ -159,7 +159,8 @@ impl<'t> Scene<'t> {
         }
     }
 
-    /// Kills somebody while the session stands. Returns `false` if that role has no process in this step.
+    /// Kills a process while the session is halted. Returns `false` if that role has no process in
+    /// this step.
     fn strike(&self, victim: Victim, step: &str, client: &Running, session: u32) -> Result<bool> {
         let shim = self.shim()?;
         match victim {
@@ -184,17 +185,17 @@ impl<'t> Scene<'t> {
         Ok(true)
     }
 
-    /// The program that is being restored.
+    /// The restored program.
     fn init(&self) -> Result<u32> {
         let children = proc::children(self.shim()?);
         children.into_iter().find(|pid| proc::cmdline(*pid).contains("gpu.py")).context("no init yet")
     }
 
-    /// Sees that the container is as before, or was ended by a checkpoint that restores it.
+    /// Expects the container as before, or ended by a checkpoint that restores it.
     fn is_whole(&self, victim: Victim, session: u32, out: &Output) -> Result<()> {
         self.settles(session)?;
         if victim == Victim::Client {
-            // The client is who would have resumed the container.
+            // The client would have resumed the container.
             self.t.nerdctl().cmd(&["unpause", &self.name]).run()?;
         }
         let status = self.t.ctr().status(&self.id)?;
@@ -208,7 +209,7 @@ impl<'t> Scene<'t> {
             self.t.nerdctl().restored(&self.name, CHECKPOINT).context("the container has ended")?;
         } else {
             self.t.ctr().becomes(&self.id, "RUNNING")?;
-            // A client that was killed has not fetched the checkpoint, of which the shim knows nothing.
+            // A killed client has not fetched the checkpoint, unknown to the shim.
             if victim != Victim::Client {
                 self.is_complete_or_refused(out)?;
             }
@@ -216,7 +217,7 @@ impl<'t> Scene<'t> {
         self.runs_free()
     }
 
-    /// Sees that the program computes, and that nothing stands still.
+    /// Expects the program to compute, and nothing to stand still.
     fn runs_free(&self) -> Result<()> {
         self.gpu.computes(&self.id)?;
         let init = self.t.ctr().pid(&self.id)?;
@@ -231,7 +232,7 @@ impl<'t> Scene<'t> {
     fn settles(&self, session: u32) -> Result<()> {
         proc::gone(session)?;
         eventually("the session to end", || {
-            // A shim that was killed has no successor to a session.
+            // A session of a killed shim has no successor.
             let Some(shim) = shim_now(&self.id) else { return Ok(()) };
             for name in ["gpusnap-session", "cuda-caller", "criu"] {
                 ensure!(below(shim, name).is_err(), "{name} is there");
@@ -240,7 +241,7 @@ impl<'t> Scene<'t> {
         })
     }
 
-    /// Sees that an undisturbed checkpoint works after all that has happened.
+    /// Expects an undisturbed checkpoint to work after all faults.
     fn is_still_saved(&self) -> Result<()> {
         self.checkpoint()?.ok()?;
         if self.after == After::Exit {
@@ -250,7 +251,7 @@ impl<'t> Scene<'t> {
         self.runs_free()
     }
 
-    /// Sees that a checkpoint was taken whole, or is none and has no snapshot.
+    /// Expects a whole checkpoint, or none and no snapshot.
     fn is_complete_or_refused(&self, out: &Output) -> Result<()> {
         if out.code == 0 {
             let record = fs::read(self.folder(CHECKPOINT)?.join("gpusnap.json"))?;
@@ -269,7 +270,7 @@ fn is_caller(pid: u32) -> bool {
     proc::cmdline(pid).split(' ').nth(1) == Some("cuda-caller")
 }
 
-/// Kills a process as soon as there is one, unless the client ends before.
+/// Kills a process as soon as it exists, unless the client ends first.
 fn killed_when_there(client: &Running, find: impl Fn() -> Result<u32>) -> bool {
     while proc::alive(client.pid()) {
         if find().and_then(proc::kill).is_ok() {
@@ -290,7 +291,8 @@ fn is_there(victim: Victim, after: After, step: &str) -> bool {
     }
 }
 
-/// Kills these roles in each step of a checkpoint, one after the other, and sees the container whole each time.
+/// Kills these roles in each step of a checkpoint, one after the other, and expects a whole
+/// container each time.
 fn killed_in_checkpoints(t: &Test, victims: &[Victim]) -> Result<()> {
     let mut struck = 0;
     for after in [After::LeaveRunning, After::Exit] {
@@ -360,7 +362,7 @@ fn ended(t: &Test) -> Result<Scene<'_>> {
     Ok(scene)
 }
 
-/// Sees that a disturbed restore has made a whole container, or none, and leaves none.
+/// Expects a whole container or none from a disturbed restore, and removes it.
 fn whole_or_none(scene: &Scene<'_>, victim: Option<Victim>, session: u32, out: &Output) -> Result<()> {
     let t = scene.t;
     scene.settles(session)?;
@@ -412,7 +414,7 @@ fn whoever_is_killed_in_a_step_of_a_restore_leaves_nothing_or_a_whole_container(
     restores_whole(&scene)
 }
 
-/// A file system of this many MiB at a place, until the value is dropped.
+/// A file system of this many MiB at a place, until dropped.
 struct SmallDisk {
     place: PathBuf,
 }
@@ -425,7 +427,7 @@ impl SmallDisk {
         Ok(Self { place })
     }
 
-    /// Writes a file until there is no more room. The room comes back when the file is removed.
+    /// Writes a file until the disk is full. The removal of the file frees the room.
     fn fill(&self) -> Result<Filler> {
         let path = self.place.join(".filler");
         let mut file = fs::File::create(&path)?;
@@ -453,10 +455,11 @@ impl Drop for Filler {
     }
 }
 
-/// The node's store, where containerd's environment names no other.
+/// The node's store, unless containerd's environment names another.
 const STORE: &str = "/var/lib/gpusnap";
 
-/// containerd makes the folders of checkpoints here, and packs or unpacks them for its clients.
+/// Folder in which containerd makes the folders of checkpoints, and packs or unpacks them for its
+/// clients.
 const FOLDERS: &str = "/tmp";
 
 /// Small disks for the store and for the folders of checkpoints.
@@ -469,7 +472,8 @@ fn a_disk_that_is_full_in_a_step_of_a_checkpoint_leaves_the_container_whole(t: &
     let mut refused = 0;
     for after in [After::LeaveRunning, After::Exit] {
         let scene = Scene::start(t, after)?;
-        // The disks take turns, which saves two minutes. What a step does not have in one mode, it has in the other.
+        // The disks take turns, which saves two minutes. A step missing in one mode occurs in the
+        // other.
         let turn = usize::from(after == After::Exit);
         for (step, disk) in steps(after).iter().zip(disks.iter().cycle().skip(turn)) {
             let what = || format!("{} is full in the step {step} of a checkpoint to {after:?}", disk.place.display());

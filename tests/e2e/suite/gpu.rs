@@ -1,4 +1,4 @@
-//! Checkpoints of containers that compute on a GPU, on a real one or on the simulated driver.
+//! Checkpoints of containers that compute on a GPU, a real or a simulated one.
 
 use std::fs;
 use std::time::Duration;
@@ -109,7 +109,7 @@ fn a_paused_gpu_container_stays_paused_after_its_checkpoint(t: &Test) -> Result<
     t.ctr().task(&["pause", &id]).ok()?;
     let folder = t.folder()?.join("images").to_string_lossy().into_owned();
     t.ctr().checkpoint_task(&id, &["--image-path", &folder]).ok()?;
-    // ctr resumes what it has found paused, as what it has paused itself; what the shim leaves is seen in between.
+    // ctr resumes any paused task, also one paused before; the shim's state shows in between.
     eventually("the task to run or be paused", || {
         let status = t.ctr().status(&id)?;
         ensure!(status == "RUNNING" || status == "PAUSED", "{status}");
@@ -122,7 +122,7 @@ fn a_paused_gpu_container_stays_paused_after_its_checkpoint(t: &Test) -> Result<
     gpu.computes(&id)
 }
 
-/// Appends numbers to a file of the writable layer, without a pause and without a gap.
+/// Program that appends numbers to a file of the writable layer, without a pause and without a gap.
 const APPENDER: &str = "
 with open('/numbers', 'a', buffering=1) as file:
     n = 0
@@ -139,7 +139,7 @@ fn what_a_process_beside_a_gpu_program_writes_is_saved_as_the_process_knows_it(t
     let init = t.ctr().pid(&to)?;
     let numbers = || -> Result<Vec<u64>> {
         let text = fs::read_to_string(format!("/proc/{init}/root/numbers"))?;
-        // The last line may be in the making.
+        // The last line may be incomplete.
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         Ok(whole.lines().map(str::parse).collect::<Result<_, _>>()?)
     };
@@ -155,7 +155,8 @@ fn what_a_process_beside_a_gpu_program_writes_is_saved_as_the_process_knows_it(t
     })
 }
 
-/// Makes directories in a folder of the host: no file is open whose size a restore compares.
+/// Program that makes directories in a folder of the host: a restore compares no sizes of open
+/// files then.
 const MARKER: &str = "
 import os, time
 n = 0
@@ -179,7 +180,7 @@ fn nothing_runs_of_a_restored_container_whose_gpu_state_cannot_be_given_back(t: 
     t.ctr().checkpoint(&id, &image).ok()?;
     t.ctr().remove(&id)?;
     let marked = || -> Result<usize> { Ok(fs::read_dir(&marks)?.count()) };
-    // Empty, it shows whether a restored process ran.
+    // Once empty, the folder shows whether a restored process ran.
     fs::remove_dir_all(&marks)?;
     fs::create_dir_all(&marks)?;
     fs::write(control.join("options"), "restore-fails=999:always")?;
@@ -215,7 +216,7 @@ fn a_checkpoint_of_a_gpu_program_says_what_it_had(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// Saves and restores the program with these arguments, and sees it compute on both sides.
+/// Saves and restores the program with these arguments, and expects rounds on both sides.
 fn is_saved(t: &Test, gpu: &Gpu<'_>, arguments: &[&str]) -> Result<()> {
     let (id, to) = (t.id("g"), t.id("g"));
     gpu.start(&id, arguments)?;
@@ -232,14 +233,15 @@ fn processes_forked_from_a_gpu_program_are_saved_with_it(t: &Test) -> Result<()>
     is_saved(t, &Gpu::one(t)?, &["--fork", "4"])
 }
 
-/// What two forked processes have beside the GPU program is more than what is filled before anything else begins.
+/// Memory of two forked processes beside the GPU program, above the limit of the fill that delays
+/// all else.
 const BALLAST: [&str; 4] = ["--fork", "2", "--ballast", "64"];
 
 fn processes_with_much_memory_beside_a_gpu_program_are_restored_whole(t: &Test) -> Result<()> {
     is_saved(t, &Gpu::one(t)?, &BALLAST)
 }
 
-/// More than what is worth that the driver begins before it is all there.
+/// Above the size from which the driver begins before all memory is there.
 fn much_gpu_memory_is_in_place_when_the_program_goes_on(t: &Test) -> Result<()> {
     let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
     gpu.start(&id, &["--size", "1100", "--fork", "1", "--ballast", "80"])?;
@@ -256,7 +258,8 @@ fn much_gpu_memory_is_in_place_when_the_program_goes_on(t: &Test) -> Result<()> 
 
 fn who_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> Result<()> {
     let gpu = Gpu::one(t)?;
-    // Long beside the fill of the others, so that what is held is held when somebody is killed.
+    // Long in comparison with the fill of the others, so that held threads are held at the time of
+    // the kill.
     let gpu = if gpu.is_simulated() { gpu.fails("restore-ms=600")? } else { gpu };
     let (id, image) = (t.id("g"), t.id("checkpoint"));
     gpu.start(&id, &BALLAST)?;
@@ -284,7 +287,7 @@ fn who_is_killed_while_memory_is_filled_fails_the_restore_cleanly(t: &Test) -> R
     gpu.computes(&to)
 }
 
-/// Waits until the first two, or the only one, of the processes that a program has started compute.
+/// Waits until the first two started processes of a program, or the only one, compute.
 fn workers_compute(gpu: &Gpu<'_>, id: &str) -> Result<()> {
     eventually("the workers to compute", || {
         let log = gpu.log(id)?;
@@ -302,7 +305,7 @@ fn a_program_on_two_gpus_is_saved(t: &Test) -> Result<()> {
     is_saved(t, &Gpu::several(t, 2)?, &["--devices", "2", "--size", "16"])
 }
 
-/// The real driver's library does that, where the container may make nodes.
+/// The real driver's library makes such nodes, if the container may.
 fn a_program_on_one_of_two_gpus_whose_driver_made_nodes_of_both_is_restored(t: &Test) -> Result<()> {
     Gpu::several(t, 2)?;
     let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
@@ -366,7 +369,7 @@ fn a_long_gpu_kernel_is_waited_for(t: &Test) -> Result<()> {
     gpu.computes(&id)
 }
 
-/// Has the program start its long kernel.
+/// Starts the program's long kernel.
 fn spins(t: &Test, gpu: &Gpu<'_>, id: &str) -> Result<()> {
     t.ctr().kill(id, "USR1")?;
     eventually("the kernel to run", || {
@@ -408,7 +411,8 @@ fn a_gpu_program_that_was_started_by_exec_goes_on_and_what_is_saved_is_restored(
 }
 
 fn a_filter_that_kills_for_calls_of_a_checkpoint_kills_nobody(t: &Test) -> Result<()> {
-    // What puts files in the place of memory, what frees forked processes of the GPU: the program makes none of these calls.
+    // Calls that remap memory or clean forked processes of residue: the program itself makes none
+    // of them.
     for call in ["socketpair", "recvmsg", "dup3"] {
         let (gpu, id) = (Gpu::one(t)?, t.id("g"));
         let rule = json!({ "names": [call], "action": "SCMP_ACT_KILL_PROCESS" });
@@ -443,7 +447,7 @@ fn a_gpu_driver_that_refuses_is_told_and_the_program_computes_on(t: &Test) -> Re
     let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
     ensure_has!(out.stderr, "CUDA_ERROR_UNKNOWN (999)");
     gpu.computes(&id)?;
-    // It was refused once.
+    // The driver refused once only.
     t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
     gpu.computes(&id)
 }
@@ -468,7 +472,7 @@ fn a_gpu_driver_that_hangs_is_told_and_the_program_computes_on(t: &Test) -> Resu
 fn a_gpu_program_that_dies_in_its_checkpoint_is_told(t: &Test) -> Result<()> {
     let gpu = Gpu::one(t)?.fails("crash-at=checkpoint")?;
     let id = t.id("g");
-    // Not init: the kernel spares it signals that come from inside.
+    // Not init: the kernel spares init signals from inside.
     gpu.start(&id, &["--front", "--spawn", "1"])?;
     workers_compute(&gpu, &id)?;
     let out = t.ctr().checkpoint(&id, &t.id("checkpoint")).run()?.expect_failure()?;
@@ -479,10 +483,10 @@ fn a_gpu_program_that_dies_in_its_checkpoint_is_told(t: &Test) -> Result<()> {
     })
 }
 
-/// Kills those that act as something, so many milliseconds after the first is there. How many there were; none if the client
-/// that makes them ends before.
+/// Kills the processes of a role, some milliseconds after the first one appears. Returns their
+/// number; 0 if the client ends first.
 fn killed_after(role: &str, client: u32, milliseconds: u64) -> usize {
-    // Looked for often: some live for some tens of milliseconds.
+    // Look often: some live for some tens of milliseconds.
     while proc::acting_as(role).is_empty() && proc::alive(client) {
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -490,8 +494,9 @@ fn killed_after(role: &str, client: u32, milliseconds: u64) -> usize {
     proc::acting_as(role).into_iter().filter(|pid| proc::kill(*pid).is_ok()).count()
 }
 
-/// Kills the process of this name again and again during a checkpoint of a container whose driver is slow, each time so
-/// many milliseconds after it is there, and sees that the container computes on. `role` is the first argument or the name.
+/// Kills the process of this name again and again during a checkpoint of a container with a slow
+/// driver, each time some milliseconds after its start, and expects the container to compute on.
+/// `role` is the first argument or the name.
 fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
     let gpu = Gpu::one(t)?;
     let gpu = if gpu.is_simulated() { gpu.fails("lock-ms=150,checkpoint-ms=300,restore-ms=150")? } else { gpu };
@@ -502,7 +507,7 @@ fn is_killed(t: &Test, role: &str, after_ms: &[u64]) -> Result<()> {
         let image = t.id("checkpoint");
         let checkpoint = t.ctr().checkpoint(&id, &image).spawn()?;
         killed += killed_after(role, checkpoint.pid(), *after);
-        // The checkpoint may have been taken all the same: what counts is the container.
+        // The checkpoint may have succeeded all the same: only the container counts.
         checkpoint.wait()?;
         ensure_eq!(t.ctr().status(&id)?, "RUNNING", "after a kill {after} ms after its start");
         gpu.computes(&id).with_context(|| format!("after a kill {after} ms after its start"))?;

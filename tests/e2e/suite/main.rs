@@ -55,8 +55,8 @@ fn cases() -> Vec<Case> {
     .collect()
 }
 
-/// Environment variable that chooses targets, as [`TARGETS`] does, for the tests of checkpoint and restore, which take as
-/// long as all others together (default: the same).
+/// Environment variable with the targets of the tests of checkpoint and restore, in the form of
+/// [`TARGETS`] (default: the same). These tests take as long as all others together.
 const CHECKPOINT_TARGETS: &str = "GPUSNAP_E2E_CHECKPOINT_TARGETS";
 
 /// Environment variable that leaves out all other tests.
@@ -109,7 +109,7 @@ fn main() -> ExitCode {
             clean = false;
         }
     }
-    // Every test has removed what it made, so nothing may be left of any container now.
+    // Every test has cleaned up, so no container may have leftovers now.
     let left: Vec<String> = left_behind().difference(&before).cloned().collect();
     if !left.is_empty() {
         eprintln!("e2e: left behind by the tests together:\n{}", left.join("\n"));
@@ -122,7 +122,7 @@ fn left_behind() -> BTreeSet<String> {
     bed::leaks().unwrap_or_else(|error| BTreeSet::from([format!("{error:#}")]))
 }
 
-/// All tests on all targets: first those that run beside others, then those that want to be alone.
+/// All tests on all targets: first the tests with company, then those that run alone.
 fn trials(list: &str) -> Result<Vec<Trial>> {
     let mut trials = Vec::new();
     let only_checkpoints = std::env::var_os(ONLY_CHECKPOINTS).is_some();
@@ -138,13 +138,13 @@ fn trials(list: &str) -> Result<Vec<Trial>> {
     Ok(trials)
 }
 
-/// Held for reading by ordinary tests, for writing by those that want to be alone.
+/// Held for reading by ordinary tests, for writing by tests that run alone.
 static COMPANY: RwLock<()> = RwLock::new(());
 
-/// Time that each test took, once it had the company that it wants.
+/// Duration of each test, without the wait for its company.
 static TOOK: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
-/// Prints the tests that took longest, so that whoever wants a shorter suite knows where its time goes.
+/// Prints the longest tests, for work on a shorter suite.
 fn tell_the_longest() {
     const LISTED: usize = 25;
     let mut took = std::mem::take(&mut *TOOK.lock().unwrap_or_else(PoisonError::into_inner));
@@ -185,7 +185,7 @@ fn trial(case: Case, target: Target) -> Trial {
     })
 }
 
-/// A panic must not stop the clean-up.
+/// Runs a test's body; a panic must not stop the clean-up.
 fn run(test: &Test, body: fn(&Test) -> Result<()>) -> Result<()> {
     catch_unwind(AssertUnwindSafe(|| body(test))).unwrap_or_else(|cause| {
         let text = cause.downcast_ref::<String>().map(String::as_str);

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::ctr_exit::IDLE;
 
-/// Marks tests that cannot run where nerdctl cannot ask for the target's runtime.
+/// Marks tests as skipped where nerdctl cannot select the target's runtime.
 pub(crate) fn nerdctl_cases(cases: Vec<Case>) -> Vec<Case> {
     let reason = "nerdctl passes no options to a runtime of this name, so it cannot choose runc";
     cases.into_iter().map(|case| case.except(Shim::GpusnapRunc, reason)).collect()
@@ -57,7 +57,7 @@ fn logs_have_stdout_and_stderr_apart(t: &Test) -> Result<()> {
 
 fn logs_of_ten_thousand_lines_are_complete(t: &Test) -> Result<()> {
     let name = t.id("c");
-    // It lives on: nerdctl's logger drops what it has not read when the container ends.
+    // The container lives on: at its end nerdctl's logger drops all unread output.
     t.nerdctl().start_sh(&name, &[], &format!("seq 1 10000; {IDLE}"))?;
     let expected: String = (1..=10_000).map(|n| format!("{n}\n")).collect();
     eventually("the log to be complete", || {
@@ -73,7 +73,7 @@ fn logs_follow_until_the_container_ends(t: &Test) -> Result<()> {
     let follow = t.nerdctl().cmd(&["logs", "--follow", &name]).spawn()?;
     for line in ["one", "two"] {
         follow.sees(line)?;
-        // The last may be killed before it has ended, because init ends on it.
+        // The last exec may be killed before its end, because init ends on it.
         t.nerdctl().exec(&name, &["touch", &format!("/{line}")]).run()?;
     }
     ensure_eq!(follow.wait()?.text(), "one\ntwo\n");
@@ -245,7 +245,7 @@ fn a_stopped_container_can_be_started_again(t: &Test) -> Result<()> {
         t.nerdctl().cmd(&["stop", &name]).ok()?;
         t.nerdctl().becomes(&name, "exited")?;
         t.nerdctl().cmd(&["start", &name]).ok()?;
-        // Its files are still there, and so is its log.
+        // The files and the log are still there.
         t.nerdctl().logs_have(&name, runs)?;
     }
     ensure_eq!(lines(&t.nerdctl().logs(&name)?.0), ["1", "2", "3"]);
@@ -266,7 +266,7 @@ fn wait_gives_the_exit_code(t: &Test) -> Result<()> {
     let name = t.id("c");
     t.nerdctl().start_sh(&name, &[], "while [ ! -e /go ]; do sleep 0.05; done; exit 21")?;
     let wait = t.nerdctl().cmd(&["wait", &name]).spawn()?;
-    // It may be killed before it has ended, because init ends on this.
+    // The exec may be killed before its end, because init ends on this.
     t.nerdctl().exec(&name, &["touch", "/go"]).run()?;
     ensure_eq!(wait.wait()?.expect_code(0)?.trimmed(), "21");
     Ok(())
@@ -277,7 +277,7 @@ fn attach_sees_output_and_detaches(t: &Test) -> Result<()> {
     let run = t.nerdctl().run(&name, &["-it"], &["sh", "-c", "while read word; do echo \"<$word>\"; done"]);
     for (client, word) in [(run, "first"), (t.nerdctl().cmd(&["attach", &name]), "second")] {
         let mut pty = Pty::spawn(&client, 24, 80)?;
-        // The client gives no sign that it is attached, so type until there is an answer.
+        // The client does not report that it is attached, so type until the first answer.
         eventually("an answer", || {
             pty.types(&format!("{word}\n"))?;
             ensure_has!(pty.screen(), format!("<{word}>"));
@@ -293,7 +293,8 @@ fn attach_sees_output_and_detaches(t: &Test) -> Result<()> {
 fn a_container_out_of_memory_exits_with_137(t: &Test) -> Result<()> {
     let (name, events) = (t.id("c"), Events::subscribe(t)?);
     let volume = format!("{}:/shared", t.folder()?.display());
-    // runc's own start needs memory too, and Debian's shim tells of nothing that happens before it has begun to watch.
+    // runc's own start needs memory too, and Debian's shim reports nothing from before its watch
+    // begins.
     let script = "while [ ! -e /shared/go ]; do sleep 0.05; done; exec tail /dev/zero";
     t.nerdctl().start_sh(&name, &["--memory", "64m", "--volume", &volume], script)?;
     fs::write(t.folder()?.join("go"), "")?;
@@ -340,7 +341,7 @@ fn restart_no_does_not_restart(t: &Test) -> Result<()> {
     let script = |file: &str| format!("echo run >>/shared/{file}; exit 1");
     t.nerdctl().start_sh(&once, &["--restart", "no", "--volume", &volume], &script("once"))?;
     t.nerdctl().start_sh(&again, &["--restart", "always", "--volume", &volume], &script("again"))?;
-    // When the other has been restarted twice, the monitor has seen this one too.
+    // Once the other container has been restarted twice, the monitor has seen this one too.
     let runs = |file: &str| -> Result<usize> { Ok(fs::read_to_string(t.folder()?.join(file))?.lines().count()) };
     eventually("three runs of the other", || {
         ensure!(runs("again")? >= 3, "{} runs", runs("again")?);

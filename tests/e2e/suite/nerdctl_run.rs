@@ -1,4 +1,4 @@
-//! What a container is given: the options of `nerdctl run`, as a process inside and the kernel outside see them.
+//! The options of `nerdctl run`, as seen by a process inside and by the kernel outside.
 
 use std::fs;
 
@@ -73,7 +73,7 @@ fn nerdctl_run_it_has_a_terminal_of_the_clients_size(t: &Test) -> Result<()> {
     pty.shows("31 91")?;
     pty.resize(44, 132)?;
     pty.shows("44 132")?;
-    // It may be killed before it has ended, because init ends on this.
+    // The exec may be killed before its end, because init ends on this.
     t.nerdctl().exec(&name, &["touch", "/go"]).run()?;
     ensure_eq!(pty.wait()?.0, 3);
     Ok(())
@@ -102,7 +102,7 @@ fn a_user_has_its_ids_and_groups(t: &Test) -> Result<()> {
     ensure_eq!(t.nerdctl().prints(&options, script)?, expected);
     t.nerdctl().start_sh(&name, &options, IDLE)?;
     ensure_eq!(t.nerdctl().exec_prints(&name, script)?, expected);
-    // An exec may be somebody else.
+    // An exec may have another user.
     ensure_eq!(t.nerdctl().cmd(&["exec", "--user", "0:0", &name, "id", "-u"]).ok()?.trimmed(), "0");
     Ok(())
 }
@@ -137,7 +137,7 @@ fn bind_mounts_are_shared_or_read_only(t: &Test) -> Result<()> {
     let (rw, ro) = (format!("{folder}:/rw"), format!("{folder}:/ro:ro"));
     let script = "cat /ro/from-outside; echo hello from inside >/rw/from-inside; touch /ro/x 2>&1";
     let text = t.nerdctl().prints(&["--volume", &rw, "--volume", &ro], script).or_else(|error| {
-        // touch fails, and with it the script: its output is in the message.
+        // touch fails, and with it the script: the message has its output.
         let text = error.to_string();
         if text.contains("Read-only") { Ok(text) } else { Err(error) }
     })?;
@@ -216,7 +216,7 @@ fn the_hosts_pid_namespace_shows_the_hosts_processes(t: &Test) -> Result<()> {
     ensure_eq!(proc::namespace(init, "pid")?, proc::own_namespace("pid")?);
     let containerd = t.bed().containerd_pid()?;
     ensure_eq!(t.nerdctl().exec_prints(&name, &format!("cat /proc/{containerd}/comm"))?, "containerd");
-    // Everything that it leaves behind goes with it, though no namespace ends.
+    // All its leftovers go with it, although no namespace ends.
     let (script, file) = ("sleep 1234567 >/dev/null 2>&1 & echo $! >/left", "cat /left");
     t.nerdctl().exec_prints(&name, script)?;
     let left: u32 = t.nerdctl().exec_prints(&name, file)?.parse()?;
@@ -253,7 +253,7 @@ fn limits_are_in_the_cgroup(t: &Test) -> Result<()> {
     ensure_eq!(cgroup::memory_limit(init)?, 48 << 20);
     let (quota, period) = cgroup::cpu_quota(init)?;
     ensure_eq!(quota * 2, period, "quota and period");
-    // An exec is under the same limits.
+    // An exec has the same limits.
     let exec = t.nerdctl().cmd(&["exec", &name, "sh", "-c", "echo $$ >/pid; exec sleep 1000"]).spawn()?;
     eventually("the exec to be in init's cgroup", || {
         t.nerdctl().exec_prints(&name, "test -s /pid")?;
@@ -312,7 +312,8 @@ fn an_init_process_reaps_for_the_container(t: &Test) -> Result<()> {
 }
 
 fn runc_can_be_named_as_the_runtime(t: &Test) -> Result<()> {
-    // A name that is no shim's is a runc-like program for the shim of runc's name, by its options.
+    // A name of no shim stands for a runc-like program, run by the shim of runc's name through its
+    // options.
     let name = t.id("c");
     t.nerdctl().run(&name, &["--detach", "--runtime", "/usr/sbin/runc"], &["sh", "-c", IDLE]).ok()?;
     let id = t.nerdctl().inspect(&name)?["Id"].as_str().unwrap_or_default().to_owned();

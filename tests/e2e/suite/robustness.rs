@@ -1,4 +1,4 @@
-//! containerd dies, the shim dies: containers live on, or are cleaned up.
+//! Death of containerd or of the shim: containers live on, or are cleaned up.
 
 use std::fs;
 
@@ -35,7 +35,7 @@ pub(crate) fn cases() -> Vec<Case> {
     all.into_iter().chain(by_nerdctl).collect()
 }
 
-/// A container that counts in a file outside, so that it can be watched whatever happens to its shim.
+/// A container that counts in a file outside, visible without its shim.
 struct Counter<'a> {
     test: &'a Test,
     file: String,
@@ -137,7 +137,7 @@ fn a_pod_survives_containerds_death(t: &Test) -> Result<()> {
     ensure_eq!([cri.pid(&one)?, cri.pid(&two)?], pids);
     ensure_eq!(cri.exec_prints(&two, "echo hello")?, "hello");
     ensure_eq!(cri.exec(&two, "exit 3")?.0, 3);
-    // containerd reads the container's output itself, by FIFOs that it has opened again.
+    // containerd itself reads the container's output, through FIFOs opened again.
     let text = cri.cmd(&["logs", &one]).ok()?.text();
     let last = lines(&text).last().map(|line| line.replace("line ", "").replace('.', "")).unwrap_or_default();
     cri.logs_have(&one, &format!("line {}.", last.parse::<u64>()? + 5))?;
@@ -153,7 +153,7 @@ fn an_exit_after_containerds_death_is_told(t: &Test) -> Result<()> {
     let id = t.id("c");
     let counter = Counter::start(t, &id)?;
     counter.containerd_dies()?;
-    // The shim has to find its way to the new containerd.
+    // The shim has to find the new containerd.
     let events = Events::subscribe(t)?;
     t.ctr().exec(&id, &["sh", "-c", "exit 6"]).run()?.expect_code(6)?;
     t.ctr().kill(&id, "SIGTERM")?;
@@ -166,7 +166,7 @@ fn an_exit_after_containerds_death_is_told(t: &Test) -> Result<()> {
 }
 
 fn logs_go_on_after_containerds_death(t: &Test) -> Result<()> {
-    // Not by nerdctl, whose logger ends when it loses containerd.
+    // Not by nerdctl: its logger ends when it loses containerd.
     let (to_file, to_logger) = (t.id("c"), t.id("c"));
     let (file, copy) = (t.folder()?.join("file"), t.folder()?.join("copy"));
     let logger = t.script("logger", "trap '' TERM\ncat <&3 >$2 5>&- &\nexec 5>&-\nwait\n")?;
@@ -197,7 +197,7 @@ fn logs_go_on_after_containerds_death(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// No process, mount, cgroup, bundle or runtime state that has one of these names.
+/// Waits until no process, mount, cgroup, bundle or runtime state has one of these names.
 fn nothing_left(ids: &[&str]) -> Result<()> {
     eventually("everything to be cleaned up", || {
         let left = bed::leaks()?;
@@ -207,7 +207,8 @@ fn nothing_left(ids: &[&str]) -> Result<()> {
     })
 }
 
-/// After its shim has gone, a task is stopped or gone, and its container can be removed and made again.
+/// Expects a stopped task or none after the shim's death, and a container that can be removed and
+/// made again.
 fn usable_again(t: &Test, id: &str) -> Result<()> {
     eventually("the task to be stopped or gone", || {
         let text = t.ctr().task(&["ls"]).ok()?.text();
@@ -253,7 +254,7 @@ fn a_shim_that_is_killed_is_cleaned_up(t: &Test) -> Result<()> {
     let (init, shim) = (t.ctr().pid(&id)?, t.ctr().shim(&id)?);
     proc::kill(shim)?;
     proc::gone(init)?;
-    // containerd tells it in the shim's place, by what the shim's `delete` has answered.
+    // containerd reports the exit in the shim's place, from the answer of the shim's `delete`.
     let told = events.of_task_until(&id, "/tasks/exit")?;
     let exit = &told[position(&told, "exit", |event| event.topic == "/tasks/exit")?];
     ensure_eq!((exit.exit_status(), exit.body["pid"].as_u64()), (137, Some(u64::from(init))), "status and pid");

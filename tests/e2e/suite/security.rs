@@ -1,4 +1,4 @@
-//! What a container must not be able to do.
+//! Security: acts forbidden to a container.
 
 use std::fs::File;
 use std::path::Path;
@@ -32,7 +32,7 @@ const STATUS: &str = "grep -E '^(Cap|Seccomp|NoNewPrivs)' /proc/self/status";
 /// Docker's fourteen default capabilities.
 const DEFAULT_CAPS: &str = "00000000a80425fb";
 
-/// What a started container and an exec into it say to this script.
+/// Output of this script in a started container and in an exec.
 fn init_and_exec(t: &Test, options: &[&str], script: &str) -> Result<[String; 2]> {
     let name = t.id("c");
     t.nerdctl().start_sh(&name, options, IDLE)?;
@@ -79,7 +79,7 @@ fn seccomp_is_on_in_init_and_exec(t: &Test) -> Result<()> {
     Ok(())
 }
 
-/// Needs no capability, so that only seccomp stands in its way.
+/// Needs no capability, so that only seccomp can refuse.
 const NEW_USER_NAMESPACE: &str = "unshare -U true 2>&1 && echo allowed || echo refused";
 
 fn a_syscall_that_the_default_profile_denies_gets_eperm(t: &Test) -> Result<()> {
@@ -100,7 +100,8 @@ fn seccomp_can_be_turned_off(t: &Test) -> Result<()> {
 }
 
 fn a_profile_of_ones_own_is_obeyed_in_init_and_exec(t: &Test) -> Result<()> {
-    // 95 is EOPNOTSUPP, which mkdir never gives by itself here; sethostname is asked by its argument.
+    // 95 is EOPNOTSUPP, which mkdir never returns by itself here; sethostname is filtered by its
+    // argument.
     let profile = t.file(
         "profile.json",
         r#"{ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
@@ -151,7 +152,7 @@ fn kernel_settings_are_read_only(t: &Test) -> Result<()> {
         echo 1 2>/dev/null >/proc/sys/kernel/panic || echo refused";
     for text in init_and_exec(t, &[], script)? {
         for path in ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/sys"] {
-            // Kernels differ in what they have.
+            // Kernels have different files.
             if !Path::new(path).exists() {
                 continue;
             }
@@ -163,8 +164,8 @@ fn kernel_settings_are_read_only(t: &Test) -> Result<()> {
 }
 
 fn a_device_that_was_not_given_cannot_be_opened(t: &Test) -> Result<()> {
-    // Making the node is allowed, opening it is what the device cgroup refuses. A FUSE device opens without
-    // any privilege, so nothing else can be the reason.
+    // Making the node is allowed; the device cgroup refuses its opening. A FUSE device opens
+    // without any privilege, so nothing else can be the reason.
     if let Err(error) = File::open("/dev/fuse") {
         return Err(Skip::because(format!("this machine has no device to try it with: /dev/fuse: {error}")));
     }
@@ -188,7 +189,7 @@ fn the_device_list_is_the_default_one(t: &Test) -> Result<()> {
     let script =
         "for d in null zero full random urandom tty; do (exec 3<>/dev/$d) 2>&1 || echo $d; done; echo x >/dev/null";
     let text = t.nerdctl().prints(&[], script)?;
-    // There is no terminal to open, which is another thing than being refused.
+    // Without a terminal the error is another one than a refusal.
     ensure!(!text.contains("not permitted") && !text.contains("denied"), "{text}");
     Ok(())
 }
@@ -198,7 +199,7 @@ fn a_privileged_container_has_it_all(t: &Test) -> Result<()> {
         format!("{STATUS}; mount -t tmpfs none /mnt 2>&1 || mkdir /mnt && mount -t tmpfs none /mnt && echo mounted");
     let text = t.nerdctl().prints(&["--privileged"], &script)?;
     ensure_eq!(proc::status_line(&text, "Seccomp")?, "0");
-    // All that this machine has to give: a test machine may lack some.
+    // The machine's full set: a test machine may lack some.
     ensure_eq!(proc::status_line(&text, "CapEff")?, proc::status(std::process::id(), "CapBnd")?);
     ensure_has!(text, "mounted");
     Ok(())

@@ -1,5 +1,5 @@
-//! What the OCI runtime spec promises, by specs written by hand. `ctr` takes them on every target, so that
-//! the runtimes that nerdctl cannot choose are held to them too.
+//! Promises of the OCI runtime spec, tested by specs written by hand. `ctr` takes them on every
+//! target, so that the runtimes beyond nerdctl's choice are tested too.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -37,7 +37,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
-/// The spec with a script for its process.
+/// The spec with a script as its process.
 fn script(t: &Test, script: &str) -> Result<Value> {
     t.ctr().spec(&["/bin/sh", "-c", script])
 }
@@ -57,7 +57,7 @@ fn set_namespace(spec: &mut Value, kind: &str, path: Option<String>) -> Result<(
     Ok(())
 }
 
-/// What the process of a spec prints, and what an exec into it does.
+/// Output of a spec's process, and of an exec.
 fn init_and_exec(t: &Test, spec: &Value, say: &str) -> Result<[String; 2]> {
     let mut once = spec.clone();
     once["process"]["args"] = json!(["/bin/sh", "-c", say]);
@@ -92,7 +92,7 @@ fn hooks_run_in_order_and_are_told_the_state(t: &Test) -> Result<()> {
         "prestart": hook("prestart", &folder),
         "createRuntime": hook("createRuntime", &folder),
         "createContainer": hook("createContainer", &folder),
-        // This one is looked up inside the container's root.
+        // This program is looked up inside the container's root.
         "startContainer": hook("startContainer", "/shared"),
         "poststart": hook("poststart", &folder),
         "poststop": hook("poststop", &folder),
@@ -105,7 +105,7 @@ fn hooks_run_in_order_and_are_told_the_state(t: &Test) -> Result<()> {
     let text = read("order")?;
     let mut order = lines(&text);
     ensure_eq!(order.len(), 7, "{order:?}");
-    // The container goes on by itself when it is told to start, so poststart is on its way beside it.
+    // The container runs on at its start, so poststart is on its way beside it.
     order.retain(|line| *line != "poststart");
     ensure_eq!(order, ["prestart", "createRuntime", "createContainer", "startContainer", "container", "poststop"]);
     let expected = ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
@@ -119,9 +119,9 @@ fn hooks_run_in_order_and_are_told_the_state(t: &Test) -> Result<()> {
         ensure!(told == status || (hook == "poststart" && told == "created"), "{hook} is told {told}, not {status}");
         let bundle = state["bundle"].as_str().unwrap_or_default();
         ensure!(bundle.ends_with(&id), "{hook} is told the bundle {bundle:?}");
-        // 0 or left out when there is no process any more.
+        // 0 or absent without a process.
         ensure_eq!(state["pid"].as_u64().unwrap_or(0) > 0, status != "stopped", "a pid for {hook}: {state}");
-        // createContainer is run in the container's namespaces, before it has its name.
+        // createContainer runs in the container's namespaces, before the container has its name.
         if hook != "createContainer" {
             let inside = read(&format!("{hook}.host"))?.trim() == "inside";
             ensure_eq!(inside, hook == "startContainer", "{hook} is inside the container");
@@ -217,7 +217,7 @@ fn mounts_are_made_in_order_with_their_options(t: &Test) -> Result<()> {
         &mut spec["mounts"],
         json!({ "destination": "/a", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "noexec", "nodev", "size=64k", "mode=755"] }),
     )?;
-    // Below the one before, at a place that does not exist yet.
+    // Below the previous mount, at a place that does not exist yet.
     add(
         &mut spec["mounts"],
         json!({ "destination": "/a/in", "type": "bind", "source": folder, "options": ["rbind", "ro", "nosuid"] }),
@@ -303,7 +303,7 @@ fn a_user_namespace_maps_root(t: &Test) -> Result<()> {
     let map = json!([{ "containerID": 0, "hostID": 200_000, "size": 65_536 }]);
     spec["linux"]["uidMappings"] = map.clone();
     spec["linux"]["gidMappings"] = map;
-    // The mapped root must be able to go down to its files.
+    // The mapped root must be able to reach its files.
     let mut folder = std::path::PathBuf::from(spec["root"]["path"].as_str().context("root")?);
     while folder.parent().is_some() {
         let mode = fs::metadata(&folder)?.permissions().mode();
@@ -348,7 +348,7 @@ fn a_cgroup_path_and_its_limits_are_as_asked(t: &Test) -> Result<()> {
     ensure_eq!(cgroup::cpu_quota(init)?, (30_000, 100_000));
     t.ctr().remove(&id)?;
     ensure!(!folder.exists(), "{} is left", folder.display());
-    // The parent is not the container's to remove. It is the test's.
+    // The parent belongs to the test; the container must not remove it.
     for folder in [folder.parent().context("parent")?.to_owned()].into_iter().chain(cgroup::folders_named(&parent)) {
         fs::remove_dir(folder).ok();
     }
@@ -366,7 +366,8 @@ fn the_container_sees_its_own_cgroup_read_only(t: &Test) -> Result<()> {
         json!({ "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": options }),
     )?;
     spec["linux"]["resources"]["memory"] = json!({ "limit": 44_040_192 });
-    // On v2 a container sees only its own part through a cgroup namespace, which every client asks for there.
+    // On v2 a container sees only its own part through a cgroup namespace, requested by every
+    // client there.
     let namespaces = &mut spec["linux"]["namespaces"];
     let has_one = namespaces.as_array().is_some_and(|all| all.iter().any(|one| one["type"] == "cgroup"));
     if cgroup::is_v2() && !has_one {
@@ -375,13 +376,13 @@ fn the_container_sees_its_own_cgroup_read_only(t: &Test) -> Result<()> {
     let out = t.ctr().run_value(&spec)?.expect_code(0)?;
     let text = out.text();
     ensure_has!(text, "refused");
-    // The limit it finds there is its own.
+    // The visible limit is the container's own.
     ensure_eq!(lines(&text).last().copied(), Some("44040192"), "{text}");
     let mounts: Vec<&str> = text.lines().filter(|line| line.starts_with("/sys/fs/cgroup")).collect();
     ensure!(!mounts.is_empty(), "no cgroup mount: {text}");
     for mount in mounts {
         let options = mount.split(' ').nth(2).unwrap_or_default();
-        // On v1 the folder of the hierarchies is a tmpfs, which runc leaves writable.
+        // On v1 the folder of the hierarchies is a tmpfs, left writable by runc.
         if !cgroup::is_v2() && mount.starts_with("/sys/fs/cgroup ") {
             continue;
         }

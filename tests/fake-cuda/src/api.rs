@@ -1,4 +1,4 @@
-//! The driver API in a program, in safe terms. `sys::cuda` gives it C's form.
+//! The driver API in a program, in safe terms. `sys::cuda` adds the C form.
 
 use std::cell::Cell;
 use std::thread;
@@ -19,10 +19,10 @@ thread_local! {
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
-/// More would make the list grow; by then the device does what it has.
+/// Longest list of work: the device does the work at this length, lest the list grow.
 const QUEUE: usize = 1024;
 
-/// Begins a call that no context is needed for.
+/// Begins a call that needs no context.
 fn enter() -> Result<Pass<'static>> {
     target::enter()
 }
@@ -60,7 +60,7 @@ pub(crate) fn device_uuid(device: i32) -> Result<[u8; 16]> {
     Ok(state::lock().device(ordinal(device)?)?.uuid)
 }
 
-/// The few attributes that programs look at first; the rest are 0.
+/// Attributes that programs read first; the rest are 0.
 pub(crate) fn device_attribute(attribute: i32, dev: i32) -> Result<i32> {
     device(dev)?;
     Ok(match attribute {
@@ -75,7 +75,7 @@ pub(crate) fn device_attribute(attribute: i32, dev: i32) -> Result<i32> {
     })
 }
 
-/// One more context on a device; the first opens its nodes.
+/// Adds a context on a device; the first opens the device's nodes.
 fn add_context(state: &mut State, device: usize, primary: bool) -> Result<usize> {
     let nodes_of = state.device(device)?;
     if nodes_of.nodes.is_none() {
@@ -168,7 +168,7 @@ pub(crate) fn context_device() -> Result<i32> {
     i32::try_from(device).map_err(|_| Code::UNKNOWN)
 }
 
-/// Waits until the device has done all that it was given.
+/// Waits until the device has done all its work.
 fn settled() -> Result<state::Guard> {
     loop {
         let mut state = state::lock();
@@ -231,7 +231,7 @@ pub(crate) fn memory_allocate_host(size: usize) -> Result<u64> {
     allocate(size, Place::Pinned, &mut state)
 }
 
-/// Frees what was allocated on the device or as managed memory, or else pinned memory.
+/// Frees an allocation on the device or in managed memory, or else pinned memory.
 pub(crate) fn memory_free(pointer: u64, pinned: bool) -> Result<()> {
     let _pass = enter()?;
     if pointer == 0 {
@@ -298,13 +298,13 @@ pub(crate) fn module_function(module: usize, name: &str) -> Result<usize> {
     Ok(state.functions.len())
 }
 
-/// The kernel behind a handle, so that its parameters can be read.
+/// The kernel behind a handle, for reading its parameters.
 pub(crate) fn function(handle: usize) -> Result<Kernel> {
     let state = state::lock();
     handle.checked_sub(1).and_then(|place| state.functions.get(place)).copied().ok_or(Code::INVALID_HANDLE)
 }
 
-/// What to launch.
+/// Work to launch.
 #[derive(Clone, Copy)]
 pub(crate) enum Launch {
     Spin(u64),

@@ -1,6 +1,8 @@
-//! The checkpoint API: what any process may ask about any other, by its pid as the asker sees it. cuInit is not needed.
+//! The checkpoint API: calls of any process on any other, by the latter's pid as seen by the
+//! caller. cuInit is not needed.
 //!
-//! As with the real driver, a call on a process whose driver thread does not run (stopped, frozen) never returns.
+//! As with the real driver, a call on a process with a stopped or frozen driver thread never
+//! returns.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -15,17 +17,17 @@ use crate::control::{self, Operation, Pair};
 use crate::sys::memory::ControlPage;
 use crate::sys::os::{self, Scope};
 
-/// What the links and maps of a process call its control page.
+/// Returns whether the path, from a process's links or maps, is a control page.
 fn is_control(path: &[u8]) -> bool {
     path.strip_prefix(b"/memfd:").is_some_and(|name| name.starts_with(control::NAME.as_bytes()))
 }
 
-/// Nothing about a process that is not there, or not ours to see, is known.
+/// A missing or invisible process: nothing is known.
 fn unseen(_: io::Error) -> Code {
     Code::OPERATING_SYSTEM
 }
 
-/// A process that uses CUDA.
+/// A process with CUDA.
 struct Process {
     handle: OwnedFd,
     memory: File,
@@ -33,7 +35,7 @@ struct Process {
 }
 
 impl Process {
-    /// NOT_INITIALIZED for one without CUDA, OPERATING_SYSTEM for none.
+    /// Finds a process: NOT_INITIALIZED without CUDA, OPERATING_SYSTEM without a process.
     fn find(pid: i32) -> Result<Self> {
         let handle = os::pidfd(pid).ok_or(Code::OPERATING_SYSTEM)?;
         let memory = control_file(pid)?;
@@ -41,7 +43,7 @@ impl Process {
         if page.magic.load(SeqCst) != control::MAGIC {
             return Err(Code::NOT_INITIALIZED);
         }
-        // Only now is it sure that all this was about one process.
+        // From here on it is certain that all lookups were about one process.
         if os::has_ended(&handle) {
             return Err(Code::OPERATING_SYSTEM);
         }
@@ -59,7 +61,7 @@ impl Process {
             if answer == number {
                 break;
             }
-            // A process that dies does not wake anybody.
+            // A process that dies wakes nobody.
             if os::has_ended(&self.handle) {
                 return Err(Code::OPERATING_SYSTEM);
             }
@@ -95,7 +97,7 @@ pub(crate) fn state(pid: i32) -> Result<u32> {
     Ok(process.page.state.load(SeqCst))
 }
 
-/// The thread that must run for a restore, as the caller sees it.
+/// The thread that must run for a restore, as seen by the caller.
 pub(crate) fn restore_thread(pid: i32) -> Result<i32> {
     Process::find(pid)?.ask(Operation::RestoreThread, 0, &[])?;
     for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(unseen)?.flatten() {
@@ -117,7 +119,7 @@ pub(crate) fn change(pid: i32, operation: Operation, timeout_ms: u32, pairs: &[P
     Process::find(pid)?.ask(operation, timeout_ms, pairs)
 }
 
-/// What NVML says about a process that has contexts.
+/// NVML's entry for a process with contexts.
 pub(crate) struct Use {
     pub(crate) pid: u32,
     /// A bit for each minor number.
@@ -125,7 +127,8 @@ pub(crate) struct Use {
     pub(crate) memory: u64,
 }
 
-/// The processes that this one sees and that are RUNNING or LOCKED with a context. Nobody is asked: frozen ones count.
+/// Visible processes that are RUNNING or LOCKED with a context. No process is asked: frozen ones
+/// count.
 pub(crate) fn users() -> Vec<Use> {
     let Ok(processes) = fs::read_dir(Path::new("/proc")) else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());

@@ -1,5 +1,6 @@
-//! Device memory into the staging mapping and back, nodes closed and opened. Runs in the driver's thread, with the gate
-//! closed and no allocation: other threads may be held anywhere outside of the driver, inside malloc for one.
+//! Moves device memory into the staging mapping and back, and closes and opens nodes. Runs in the
+//! driver's thread, with the gate closed and without allocation: other threads may be held anywhere
+//! outside of the driver, as inside malloc.
 
 use crate::code::{Code, Result};
 use crate::control::{MAX_DEVICES, Pair};
@@ -12,13 +13,14 @@ fn on_device(allocation: &&Allocation) -> bool {
     matches!(allocation.place, Place::Device(_))
 }
 
-/// LOCKED to CHECKPOINTED. An error leaves everything as it was.
+/// Moves from LOCKED to CHECKPOINTED. An error leaves everything unchanged.
 pub(crate) fn save(state: &mut State) -> Result<()> {
     if state.allocations.iter().any(|allocation| allocation.place == Place::Managed) {
         return Err(Code::NOT_SUPPORTED);
     }
     let total: usize = state.allocations.iter().filter(on_device).map(|allocation| allocation.region.length()).sum();
-    // The real driver makes a mapping for a context without memory, too: its own device memory is in it.
+    // The real driver also makes a mapping for a context without memory: the driver's own device
+    // memory is in it.
     let staging = Region::alone(total)?;
     let mut offset = 0;
     for allocation in state.allocations.iter().filter(on_device) {
@@ -40,11 +42,11 @@ pub(crate) fn save(state: &mut State) -> Result<()> {
     Ok(())
 }
 
-/// CHECKPOINTED to LOCKED. An error leaves everything as it was.
+/// Moves from CHECKPOINTED to LOCKED. An error leaves everything unchanged.
 ///
-/// `pairs` may be empty: then every GPU must be found again by its UUID. Otherwise they must name every GPU that the
-/// process uses (else INVALID_VALUE). A new GPU that this machine does not have, or whose node can not be opened, is
-/// INVALID_DEVICE.
+/// If `pairs` is empty, every GPU must be found again by its UUID. Otherwise the pairs must name
+/// every GPU used by the process (else INVALID_VALUE). A new GPU that is missing on this machine,
+/// or has a node that cannot be opened, is INVALID_DEVICE.
 pub(crate) fn load(state: &mut State, pairs: &[Pair]) -> Result<()> {
     let staging = state.staging.ok_or(Code::ILLEGAL_STATE)?;
     let common = Common::open()?;
@@ -68,7 +70,8 @@ pub(crate) fn load(state: &mut State, pairs: &[Pair]) -> Result<()> {
         if let Some((minor, uuid, nodes)) = place.take() {
             (device.minor, device.uuid, device.nodes) = (minor, uuid, Some(nodes));
         } else if let Ok((minor, uuid)) = replacement(&device.uuid, pairs) {
-            // Without a context nothing depends on it yet; whoever makes one will see whether it is there.
+            // Without a context nothing depends on the GPU yet; the next context will notice a
+            // missing one.
             (device.minor, device.uuid) = (minor, uuid);
         }
     }
@@ -78,7 +81,7 @@ pub(crate) fn load(state: &mut State, pairs: &[Pair]) -> Result<()> {
     Ok(())
 }
 
-/// Device memory and what else was unmapped, as it was.
+/// Restores device memory and all other unmapped memory.
 fn fill(state: &State, staging: Region) -> Result<()> {
     let mut offset = 0;
     for allocation in state.allocations.iter().filter(on_device) {
@@ -88,7 +91,7 @@ fn fill(state: &State, staging: Region) -> Result<()> {
     state.driver_memory.map_or(Ok(()), Region::revive)
 }
 
-/// A GPU whose nodes were opened: its minor number, its UUID.
+/// A GPU with opened nodes: minor number, UUID, nodes.
 type Opened = (u32, [u8; 16], Nodes);
 
 fn same_gpu_twice(opened: &[Option<Opened>]) -> bool {
@@ -96,7 +99,7 @@ fn same_gpu_twice(opened: &[Option<Opened>]) -> bool {
     (0..opened.len()).any(|at| minor(at).is_some() && (0..at).any(|before| minor(before) == minor(at)))
 }
 
-/// The GPU that takes the place of the one with that UUID.
+/// The substitute of the GPU with that UUID.
 fn replacement(old: &[u8; 16], pairs: &[Pair]) -> Result<(u32, [u8; 16])> {
     let new = match pairs {
         [] => *old,

@@ -4,7 +4,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Code(pub u32);
 
-/// What a driver call gives.
+/// Result of a driver call.
 pub type Result<T, E = Code> = std::result::Result<T, E>;
 
 impl Code {
@@ -25,7 +25,7 @@ impl Code {
     pub(crate) const UNKNOWN: Self = Self(999);
 }
 
-/// Number, name and text, each with the NUL that C wants.
+/// Number, name and text, the latter with C's NUL.
 const NAMES: &[(u32, &str, &str)] = &[
     (0, "CUDA_SUCCESS\0", "no error\0"),
     (1, "CUDA_ERROR_INVALID_VALUE\0", "invalid argument\0"),

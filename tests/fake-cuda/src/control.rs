@@ -1,14 +1,14 @@
-//! The page that a process with CUDA shares with whoever asks for its state: one request at a time, one answer.
+//! The page shared by a process with CUDA and callers: one request at a time, one answer.
 
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
-/// The name of the memfd; in maps it reads `/memfd:fake-cuda-control (deleted)`.
+/// Name of the memfd; in maps: `/memfd:fake-cuda-control (deleted)`.
 pub(crate) const NAME: &str = "fake-cuda-control";
 
-/// What `Control::magic` says once the page is ready. Its last digits are the version of the layout.
+/// Value of `Control::magic` once the page is ready. The last digits are the version of the layout.
 pub(crate) const MAGIC: u64 = 0x6661_6b65_6375_0001;
 
-/// More GPUs than that are not simulated.
+/// Largest number of simulated GPUs.
 pub(crate) const MAX_DEVICES: usize = 16;
 
 /// CUprocessState.
@@ -19,7 +19,7 @@ pub(crate) mod state {
     pub(crate) const FAILED: u32 = 3;
 }
 
-/// What may be asked for.
+/// Operations of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Operation {
     State = 1,
@@ -51,16 +51,17 @@ impl Operation {
     }
 }
 
-/// An old GPU and the one that takes its place, by UUID.
+/// UUIDs of an old GPU and the substitute.
 pub(crate) type Pair = ([u8; 16], [u8; 16]);
 
 /// The shared page. All fields are zero at first.
 ///
-/// A caller holds byte 0 of the memfd locked (an open file description lock: it dies with the caller, in whatever
-/// namespaces that is), so there is one at a time. It sets `request` to an odd number, writes the arguments, then sets
-/// `request` to the next even number and wakes. While it waits for `answer` to become that number it also holds the
-/// byte of that number: by that the driver thread tells whether anybody is still interested. A request whose caller is
-/// gone is dropped, whether or not another caller has come meanwhile.
+/// A caller holds byte 0 of the memfd locked, so that there is one at a time. (The lock is an open
+/// file description lock: it dies with the caller, in any namespaces.) The caller sets `request` to
+/// an odd number, writes the arguments, then sets `request` to the next even number and wakes.
+/// During the wait for `answer` to become that number, the caller also holds the byte of that
+/// number. By that lock the driver thread knows whether anybody is still interested. A request
+/// without its caller is dropped, whether or not another caller has come meanwhile.
 #[repr(C)]
 pub(crate) struct Control {
     pub(crate) magic: AtomicU64,
@@ -71,9 +72,9 @@ pub(crate) struct Control {
     pub(crate) operation: AtomicU32,
     pub(crate) timeout_ms: AtomicU32,
     pub(crate) pair_count: AtomicU32,
-    /// As the process sees itself.
+    /// Pid as seen by the process itself.
     pub(crate) pid: AtomicI32,
-    /// The minor numbers of the GPUs that have a context, a bit each.
+    /// Minor numbers of the GPUs with a context, a bit each.
     pub(crate) devices: AtomicU64,
     /// Bytes of device memory.
     pub(crate) memory: AtomicU64,
@@ -81,7 +82,7 @@ pub(crate) struct Control {
     pub(crate) pairs: [[AtomicU64; 4]; MAX_DEVICES],
 }
 
-/// The size of the memfd and of its mappings.
+/// Size of the memfd and of the mappings.
 pub(crate) const SIZE: usize = 4096;
 const _: () = assert!(size_of::<Control>() <= SIZE);
 
@@ -128,14 +129,14 @@ impl Control {
         self.request.store(number, SeqCst);
     }
 
-    /// The number that the next request shall have.
+    /// The number of the next request.
     pub(crate) fn next_number(&self) -> u32 {
         use std::sync::atomic::Ordering::SeqCst;
-        // After a half-written request this is odd.
+        // Odd after a half-written request.
         (self.request.load(SeqCst) & !1).wrapping_add(2)
     }
 
-    /// The request with this number, unless it is not complete or not the present one any more.
+    /// The request with this number, unless incomplete or no longer the present one.
     pub(crate) fn read(&self, number: u32) -> Option<Request> {
         use std::sync::atomic::Ordering::SeqCst;
         let mut pairs = [Pair::default(); MAX_DEVICES];

@@ -1,4 +1,4 @@
-//! GPUs as a process has them open: descriptors and mappings of their nodes.
+//! GPUs open in a process: descriptors and mappings of their nodes.
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -6,13 +6,15 @@ use crate::code::{Code, Result};
 use crate::node;
 use crate::sys::memory::{PAGE, Region};
 
-/// Lengths of the mappings of a GPU's node, in pages. As with the real driver children inherit them.
+/// Lengths of the mappings of a GPU's node, in pages. As with the real driver, children inherit the
+/// mappings.
 const MAPPINGS: [usize; 4] = [1, 2, 16, 4];
 
-/// How often a GPU's node is open beside one of /dev/nvidiactl.
+/// Number of descriptors of a GPU's node, beside one of /dev/nvidiactl.
 const DESCRIPTORS: usize = 6;
 
-/// The nodes of one GPU, open and mapped. No allocation, as the driver's thread opens them again at a restore.
+/// The nodes of one GPU, open and mapped. No allocation: the driver's thread opens them again at a
+/// restore.
 pub(crate) struct Nodes {
     _descriptors: [OwnedFd; DESCRIPTORS],
     _control: OwnedFd,
@@ -38,10 +40,10 @@ impl Drop for Nodes {
     }
 }
 
-/// What is open from cuInit on.
+/// Nodes open from cuInit on.
 pub(crate) struct Common {
     _control: OwnedFd,
-    /// A machine need not have it.
+    /// Absent on some machines.
     _managed: Option<OwnedFd>,
 }
 
@@ -52,15 +54,15 @@ impl Common {
     }
 }
 
-/// A GPU that cuDeviceGet knows. Its place in the list is its ordinal, for ever; its minor number and UUID change when a
-/// process is restored on another GPU.
+/// A GPU known to cuDeviceGet. The place in the list is the ordinal, for ever; a restore on another
+/// GPU changes minor number and UUID.
 pub(crate) struct Device {
     pub(crate) minor: u32,
     pub(crate) uuid: [u8; 16],
-    /// How often its primary context is retained.
+    /// Number of retains of the primary context.
     pub(crate) retained: u32,
-    /// Contexts that are alive, the primary one included.
+    /// Number of live contexts, the primary one included.
     pub(crate) contexts: u32,
-    /// Open while there is a context, except while checkpointed.
+    /// Nodes open while there is a context, except while checkpointed.
     pub(crate) nodes: Option<Nodes>,
 }

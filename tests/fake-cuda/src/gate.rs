@@ -1,5 +1,5 @@
-//! The CUDA lock: while it is closed, calls wait before they begin. It is closed only once no call is under way, so what
-//! calls change is at rest then, whatever becomes of the threads that wait.
+//! The CUDA lock: while closed, calls wait at their begin. The gate closes only after all calls
+//! have ended, so the state is at rest then, whatever becomes of the waiting threads.
 
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::SeqCst;
@@ -12,7 +12,7 @@ pub(crate) struct Gate {
     inside: AtomicU32,
 }
 
-/// Says that a call is under way, until it is dropped.
+/// A call in progress, until dropped.
 pub(crate) struct Pass<'a>(&'a Gate);
 
 impl Gate {
@@ -23,7 +23,8 @@ impl Gate {
     /// Begins a call; waits while the gate is closed.
     pub(crate) fn enter(&self) -> Pass<'_> {
         loop {
-            // Not counted while it waits: a debugger may hold it there when the gate is opened and closed again.
+            // Not counted while waiting: a debugger may hold the thread there when the gate is
+            // opened and closed again.
             while self.closed.load(SeqCst) != 0 {
                 os::wait(&self.closed, 1, Scope::Process, None);
             }
@@ -35,8 +36,9 @@ impl Gate {
         }
     }
 
-    /// Keeps further calls out, and waits for those under way until `give_up` says so. Gives whether it is closed and
-    /// no call is under way; otherwise it is open again.
+    /// Keeps further calls out, and waits for calls in progress until `give_up` returns true.
+    /// Returns whether the gate is closed without a call in progress, and otherwise opens the gate
+    /// again.
     pub(crate) fn close(&self, mut give_up: impl FnMut() -> bool) -> bool {
         self.closed.store(1, SeqCst);
         loop {

@@ -1,11 +1,11 @@
-//! Modules, as far as the names in their PTX text go, and the kernels that have a meaning here.
+//! Modules, as far as the names in the PTX text, and the kernels with an effect here.
 
 use crate::code::{Code, Result};
 
-/// A kernel by its name.
+/// A kernel by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
-    /// `spin(u64 nanoseconds)`: the device is busy that long.
+    /// `spin(u64 nanoseconds)`: keeps the device busy.
     Spin,
     /// `add_one(u32 *values, u32 count)`
     AddOne,
@@ -31,12 +31,12 @@ pub(crate) enum Work {
     Fill { values: u64, count: u32, seed: u32 },
 }
 
-/// The value that `fill` writes at place `index`.
+/// The value written by `fill` at place `index`.
 pub(crate) fn pattern(index: u32, seed: u32) -> u32 {
     (index ^ seed).wrapping_mul(2_654_435_761) >> 1
 }
 
-/// The names of the entry functions in a PTX text.
+/// Names of the entry functions in a PTX text.
 pub(crate) fn entries(ptx: &str) -> Result<Vec<String>> {
     if !ptx.contains(".version") || !ptx.contains(".target") {
         return Err(Code::INVALID_IMAGE);
@@ -53,7 +53,7 @@ pub(crate) fn entries(ptx: &str) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The kernel of that name; every name that is in the text but has no meaning here is refused.
+/// The kernel of that name; a name in the text without an effect here is refused, too.
 pub(crate) fn find(names: &[String], name: &str) -> Result<Kernel> {
     if !names.iter().any(|known| known == name) {
         return Err(Code::NOT_FOUND);

@@ -1,5 +1,6 @@
-//! A simulated NVIDIA driver: one library that stands for `libcuda.so.1` and `libnvidia-ml.so.1` where there is no GPU.
-//! `README.md` says what it does as the real one, what not, and how to use it.
+//! A simulated NVIDIA driver: one library in the place of `libcuda.so.1` and `libnvidia-ml.so.1` on
+//! machines without a GPU. `README.md` describes common ground with the real one, differences, and
+//! use.
 
 #![deny(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! The device nodes, and what the simulated GPUs are called.
+//! The device nodes, and the names of the simulated GPUs.
 
 use std::env;
 use std::ffi::CStr;
@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use crate::control::MAX_DEVICES;
 use crate::sys::os;
 
-/// The driver that is simulated: its release, and the CUDA version as a number.
+/// The simulated driver: the release, and the CUDA version as a number.
 pub(crate) const DRIVER: &str = "580.159.04\0";
 pub(crate) const CUDA_VERSION: i32 = 13_000;
 
@@ -20,13 +20,13 @@ pub(crate) const CAPABILITY: (i32, i32) = (9, 0);
 
 const HOST_FILE: &CStr = c"/run/fake-cuda/host";
 
-/// Where the nodes are: `FAKE_CUDA_DEV`, or /dev.
+/// Folder of the nodes: `FAKE_CUDA_DEV`, or /dev.
 fn folder() -> &'static str {
     static FOLDER: OnceLock<String> = OnceLock::new();
     FOLDER.get_or_init(|| env::var("FAKE_CUDA_DEV").unwrap_or_else(|_| "/dev".to_owned()))
 }
 
-/// The environment's word about which machine this is; it stays with a program that is moved.
+/// The machine's name in the environment, which moves with the program.
 fn host_variable() -> Option<&'static str> {
     static HOST: OnceLock<Option<String>> = OnceLock::new();
     HOST.get_or_init(|| env::var("FAKE_CUDA_HOST").ok()).as_deref()
@@ -90,18 +90,18 @@ pub(crate) fn open_gpu(minor: u32) -> Option<OwnedFd> {
     os::open(PathBuffer::new(&[folder(), "/nvidia", digits(minor, &mut buffer)])?.as_c_str()?, true)
 }
 
-/// The minor numbers for which there could be a node.
+/// Minor numbers of possible nodes.
 pub(crate) fn minors() -> impl Iterator<Item = u32> {
     0..u32::try_from(MAX_DEVICES).unwrap_or(0)
 }
 
-/// The minor numbers whose node exists, whether or not it can be opened.
+/// Minor numbers of existing nodes, even of those without access.
 pub(crate) fn existing() -> Vec<u32> {
     minors().filter(|minor| Path::new(folder()).join(format!("nvidia{minor}")).exists()).collect()
 }
 
-/// The UUID of a GPU of this machine: the same for the same machine's name and minor number. The name is
-/// `FAKE_CUDA_HOST`, else what is in /run/fake-cuda/host, else `a`.
+/// The UUID of a GPU of this machine: a function of the machine's name and the minor number. The
+/// name is `FAKE_CUDA_HOST`, else the content of /run/fake-cuda/host, else `a`.
 pub(crate) fn uuid(minor: u32) -> [u8; 16] {
     let mut buffer = [0; 64];
     if let Some(host) = host_variable() {
@@ -123,7 +123,7 @@ fn uuid_on(host: &[u8], minor: u32) -> [u8; 16] {
     uuid
 }
 
-/// `GPU-` and the UUID as it is usually written.
+/// `GPU-` and the UUID in the usual form.
 pub(crate) fn uuid_text(uuid: &[u8; 16]) -> String {
     let mut text = "GPU-".to_owned();
     for (at, byte) in uuid.iter().enumerate() {

@@ -1,5 +1,5 @@
-//! The part of NVML that looks at GPUs and at who uses them, in safe terms. `sys::nvml` gives it C's form.
-//! GPUs are those whose node exists: looking needs no permission to open it.
+//! The part of NVML about GPUs and their users, in safe terms. `sys::nvml` adds the C form. GPUs
+//! are those with a node, even without a permission to open it.
 
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -22,12 +22,12 @@ pub(crate) use result::{INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPP
 
 pub(crate) type Result<T> = crate::code::Result<T>;
 
-/// An NVML result as an error. The type is the driver API's, whose numbers differ.
+/// An NVML result as an error. The type is the driver API's; the numbers differ.
 pub(crate) fn error(result: u32) -> Code {
     Code(result)
 }
 
-/// Between nvmlInit and as many nvmlShutdown: how often initialised, the control node, which stays open.
+/// State between nvmlInit and as many nvmlShutdown: number of uses, and the open control node.
 struct Library {
     uses: u32,
     _control: Option<std::os::fd::OwnedFd>,
@@ -55,7 +55,7 @@ pub(crate) fn shutdown() -> Result<()> {
     Ok(())
 }
 
-/// The minor numbers of the GPUs, in the order of their indices.
+/// Minor numbers of the GPUs, by index.
 pub(crate) fn gpus() -> Result<Vec<u32>> {
     let library = LIBRARY.lock().unwrap_or_else(PoisonError::into_inner);
     if library.is_none() {
@@ -64,7 +64,7 @@ pub(crate) fn gpus() -> Result<Vec<u32>> {
     Ok(node::existing())
 }
 
-/// A device's handle is its minor number plus one.
+/// A device's handle is the minor number plus one.
 pub(crate) fn minor(handle: usize) -> Result<u32> {
     let minor = handle.checked_sub(1).and_then(|minor| u32::try_from(minor).ok()).ok_or(error(INVALID_ARGUMENT))?;
     if gpus()?.contains(&minor) { Ok(minor) } else { Err(error(INVALID_ARGUMENT)) }
@@ -84,12 +84,12 @@ pub(crate) fn handle_by_uuid(text: &str) -> Result<usize> {
     handle(found.ok_or(error(NOT_FOUND))?)
 }
 
-/// Bus id of a GPU: made of its minor number.
+/// Bus id of a GPU, derived from the minor number.
 pub(crate) fn bus(minor: u32) -> u32 {
     0x10 + minor
 }
 
-/// Processes with a context on the GPU and the memory that they use.
+/// Processes with a context on the GPU, and the used memory.
 pub(crate) fn processes(handle: usize) -> Result<Vec<(u32, u64)>> {
     let minor = minor(handle)?;
     let users = caller::users().into_iter().filter(|user| user.devices & (1 << minor) != 0);

@@ -1,15 +1,15 @@
-//! What a program's driver shall do beside the usual: the text of `FAKE_CUDA`.
+//! Options of a program's driver beside the usual behaviour: the text of `FAKE_CUDA`.
 
 use crate::control::Operation;
 
-/// How often something injected happens.
+/// Frequency of an injected failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) code: u32,
     pub(crate) always: bool,
 }
 
-/// The parsed text. `README.md` says what each does.
+/// The parsed text. `README.md` describes each option.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Options {
     pub(crate) lock_ms: u64,
@@ -25,8 +25,8 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Reads the text without allocating: the driver's thread does it while other threads may be held inside malloc.
-    /// The error is the part that it could not read.
+    /// Reads the text without allocating: the driver's thread does so while other threads may be
+    /// held inside malloc. The error is the first unreadable part.
     pub(crate) fn parse(text: &str) -> Result<Self, &str> {
         let mut options = Self::default();
         for part in text.split([',', '\n', ' ']).map(str::trim).filter(|part| !part.is_empty()) {

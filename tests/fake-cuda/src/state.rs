@@ -1,5 +1,5 @@
-//! What the driver knows in a process, behind one mutex. Whoever changes it has passed the gate, or is the driver's
-//! thread while the gate is closed.
+//! The driver's state in a process, behind one mutex. Only calls that have passed the gate change
+//! it, or the driver's thread while the gate is closed.
 
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,7 @@ use crate::node;
 use crate::sys::memory::Region;
 use crate::sys::os;
 
-/// Where an allocation's bytes are.
+/// Place of an allocation's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     Device(usize),
@@ -23,12 +23,12 @@ pub(crate) enum Place {
 #[derive(Clone, Copy)]
 pub(crate) struct Allocation {
     pub(crate) region: Region,
-    /// What the program asked for; the region is whole pages.
+    /// The requested size; the region is whole pages.
     pub(crate) size: usize,
     pub(crate) place: Place,
 }
 
-/// A context; its handle is its place in the list plus one.
+/// A context; the handle is the place in the list plus one.
 pub(crate) struct Context {
     pub(crate) device: usize,
     pub(crate) primary: bool,
@@ -43,15 +43,15 @@ pub(crate) struct State {
     pub(crate) allocations: Vec<Allocation>,
     pub(crate) modules: Vec<Vec<String>>,
     pub(crate) functions: Vec<Kernel>,
-    /// Launched and not yet done; it happens when the device is next waited for.
+    /// Launched and unfinished work, done at the next wait for the device.
     pub(crate) work: Vec<Work>,
-    /// Until when spinning kernels run, on CLOCK_MONOTONIC; 0 for not at all.
+    /// End of spinning kernels, on CLOCK_MONOTONIC; 0 without any.
     pub(crate) busy_until: u64,
-    /// What every call gives once a kernel has gone wrong.
+    /// Result of every call after a failed kernel.
     pub(crate) broken: Option<Code>,
     /// Holds all device memory while checkpointed.
     pub(crate) staging: Option<Region>,
-    /// What a thread may read that the lock does not stop.
+    /// Memory that a thread may read in spite of the lock.
     pub(crate) driver_memory: Option<Region>,
 }
 
@@ -73,13 +73,13 @@ static STATE: Mutex<State> = Mutex::new(State {
 /// The state, locked.
 pub(crate) type Guard = MutexGuard<'static, State>;
 
-/// Locks the state. A panic while it was locked left nothing half-done that the program could not live with.
+/// Locks the state. A panic in a holder of the lock left nothing half-done that harms the program.
 pub(crate) fn lock() -> Guard {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {
-    /// The allocation that holds `length` bytes at `pointer`, and where in it they begin.
+    /// The allocation with `length` bytes at `pointer`, and the offset in the allocation.
     pub(crate) fn find(&self, pointer: u64, length: usize) -> Result<(Allocation, usize)> {
         let address = usize::try_from(pointer).map_err(|_| Code::INVALID_VALUE)?;
         let inside = |allocation: &&Allocation| {
@@ -99,7 +99,7 @@ impl State {
         self.allocations.iter().filter(of_device).map(|allocation| allocation.region.length() as u64).sum()
     }
 
-    /// Takes what the device was given to do off its list and does it. Only once the device is no longer busy.
+    /// Does the pending work of the device. Only for a device that is no longer busy.
     pub(crate) fn settle(&mut self) {
         self.busy_until = 0;
         for at in 0..self.work.len() {
@@ -124,12 +124,12 @@ impl State {
         Ok(())
     }
 
-    /// Whether a kernel still runs.
+    /// Returns whether a kernel still runs.
     pub(crate) fn is_busy(&self) -> bool {
         self.busy_until > os::now()
     }
 
-    /// Tells those who look at the process from outside what it uses.
+    /// Publishes the process's resources for observers from outside.
     pub(crate) fn publish(&self) {
         let Some(control) = self.control else { return };
         let used = self.devices.iter().filter(|device| device.contexts > 0);
@@ -137,12 +137,12 @@ impl State {
         control.memory.store(self.used(None), SeqCst);
     }
 
-    /// The GPU of this process that a new context or allocation may use.
+    /// The GPU of this process for a new context or allocation.
     pub(crate) fn device(&mut self, ordinal: usize) -> Result<&mut Device> {
         self.devices.get_mut(ordinal).ok_or(Code::INVALID_DEVICE)
     }
 
-    /// Opens the nodes that the process can use.
+    /// Opens the usable nodes.
     pub(crate) fn discover(&mut self) -> Result<()> {
         self.common = Some(Common::open()?);
         let usable = node::minors().filter(|minor| node::open_gpu(*minor).is_some());

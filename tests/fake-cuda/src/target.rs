@@ -1,4 +1,4 @@
-//! The driver's side in a process that uses CUDA: its initialisation and its threads.
+//! The driver's side in a process with CUDA: initialisation and threads.
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, IntoRawFd, RawFd};
@@ -21,7 +21,7 @@ use crate::sys::os::{self, Scope};
 /// The CUDA lock of this process.
 static GATE: Gate = Gate::new();
 
-/// What cuInit made.
+/// Result of cuInit.
 struct Target {
     pid: i32,
     control: &'static Control,
@@ -29,7 +29,8 @@ struct Target {
 
 static TARGET: OnceLock<Target> = OnceLock::new();
 
-/// cuInit. Once it has worked it does nothing more; in a child of fork it can not work.
+/// Initialises, like cuInit. After a success nothing more happens; in a child of fork cuInit cannot
+/// work.
 pub(crate) fn init() -> Result<()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     if let Some(target) = TARGET.get() {
@@ -57,7 +58,7 @@ pub(crate) fn init() -> Result<()> {
     control.pid.store(os::pid(), SeqCst);
     state.control = Some(control);
     state.driver_memory = Some(memory);
-    // It stays open for callers to find, and for the thread to ask about locks.
+    // The descriptor stays open for callers to find, and for the thread's questions about locks.
     let server = Server { control, descriptor: descriptor.into_raw_fd(), options, file, counters: Counters::default() };
     let name = format!("cuda{:011x}", memory.address() & 0xfff_ffff_ffff);
     spawn(Some(name), move || server.serve())?;
@@ -83,7 +84,7 @@ fn spawn(name: Option<String>, run: impl FnOnce() + Send + 'static) -> Result<()
     started.map(drop).map_err(|_| Code::OPERATING_SYSTEM)
 }
 
-/// The thread that the first context brings: it sleeps for ever.
+/// Starts the thread of the first context, which sleeps for ever.
 pub(crate) fn start_event_handler() -> Result<()> {
     static STARTED: OnceLock<()> = OnceLock::new();
     if STARTED.set(()).is_err() {
@@ -97,7 +98,7 @@ pub(crate) fn start_event_handler() -> Result<()> {
     })
 }
 
-/// Begins a call: it waits while the process is locked or checkpointed.
+/// Begins a call; waits while the process is locked or checkpointed.
 pub(crate) fn enter() -> Result<Pass<'static>> {
     let target = TARGET.get().filter(|target| target.pid == os::pid()).ok_or(Code::NOT_INITIALIZED)?;
     let pass = GATE.enter();
@@ -107,7 +108,8 @@ pub(crate) fn enter() -> Result<Pass<'static>> {
     Ok(pass)
 }
 
-/// Reads driver memory for that long, as a thread does that the lock does not stop. Gives how often.
+/// Reads driver memory for that long, like a thread that the lock does not stop. Returns the number
+/// of reads.
 pub(crate) fn poll(time: Duration) -> Result<u32> {
     let memory = driver::lock().driver_memory.ok_or(Code::NOT_INITIALIZED)?;
     let end = os::now() + u64::try_from(time.as_nanos()).unwrap_or(u64::MAX / 2);
@@ -120,7 +122,7 @@ pub(crate) fn poll(time: Duration) -> Result<u32> {
     Ok(reads)
 }
 
-/// What has been injected so far, since the options last changed.
+/// Injected failures so far, since the options last changed.
 #[derive(Default)]
 struct Counters {
     options: Options,
@@ -160,7 +162,7 @@ impl Server {
         }
     }
 
-    /// Whether the caller is still there.
+    /// Returns whether the caller is still there.
     fn is_wanted(&self, request: &Request) -> bool {
         os::is_locked(self.descriptor, u64::from(request.number))
     }
@@ -190,7 +192,7 @@ impl Server {
         }
     }
 
-    /// Does not answer, once, until the time is over or the caller gone.
+    /// Leaves one request unanswered, until the time is over or the caller gone.
     fn hang(&mut self, operation: Operation, request: &Request) -> Result<()> {
         let Some((at, limit)) = self.options.hang_at else { return Ok(()) };
         if at != operation || self.counters.hung {
@@ -252,7 +254,7 @@ impl Server {
         sleep(self.options.checkpoint_ms / 2);
         if self.options.fail_state {
             self.control.state.store(state::FAILED, SeqCst);
-            // What the program calls fails from now on.
+            // The program's calls fail from now on.
             GATE.open();
             return Err(Code::UNKNOWN);
         }
@@ -289,7 +291,8 @@ impl Server {
     }
 }
 
-/// The options in the file that FAKE_CUDA_FILE names: they take the place of FAKE_CUDA's. None without such a file.
+/// The options in the file named by FAKE_CUDA_FILE, in the place of FAKE_CUDA's; `None` without
+/// such a file.
 fn options_in(file: &CStr, buffer: &mut [u8]) -> Option<Options> {
     let file = os::open(file, false)?;
     let text = str::from_utf8(os::read(file.as_fd(), buffer)).unwrap_or("not text");

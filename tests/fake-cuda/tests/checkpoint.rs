@@ -1,4 +1,4 @@
-//! What a checkpoint takes from a process and what a restore gives back.
+//! Effects of a checkpoint on a process, and of the restore.
 
 #[cfg(test)]
 mod common;
@@ -84,7 +84,7 @@ fn a_forked_child_is_not_initialized_but_holds_the_nodes() {
     assert_eq!(machine.call(&format!("lock {child}")), 3);
     let names: Vec<_> = common::maps(child).into_iter().map(|mapping| mapping.name).collect();
     assert!(!names.iter().any(|name| name.contains("fake-gpu")), "{names:?}");
-    // What the parent does leaves the residue where it is.
+    // The parent's actions leave the residue in place.
     checkpoint(&machine, &program);
     assert_eq!(common::nodes(child), held);
     assert_eq!(program.nodes(), (0, 0));
@@ -135,7 +135,7 @@ fn a_call_hangs_while_the_driver_s_own_thread_is_held() {
     assert_eq!(call.result(), 0);
 }
 
-/// The UUID of a GPU as `cuda-call restore` takes it.
+/// The UUID of a GPU in the form for `cuda-call restore`.
 fn uuid(program: &mut Program, ordinal: u32) -> String {
     program.gives(&format!("uuid {ordinal}"))
 }

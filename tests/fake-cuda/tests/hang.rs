@@ -1,4 +1,5 @@
-//! A call on a process that does not run never returns; once it is killed, and the process runs again, all is well.
+//! A call on a process that does not run never returns; after the caller's death and the process's
+//! continuation, all is well.
 
 #[cfg(test)]
 mod common;
@@ -8,7 +9,8 @@ use common::{CHECKPOINTED, LOCKED, Machine, Program, RUNNING};
 const STOP: i32 = 19;
 const CONTINUE: i32 = 18;
 
-/// Every call that makes sense in the state hangs, is killed, and changed nothing once the process runs again.
+/// Expects every sensible call in the state to hang, and to change nothing if killed before the
+/// process runs again.
 fn hangs_and_recovers(stop: &dyn Fn(), go_on: &dyn Fn()) -> impl FnOnce(&Machine, &mut Program) {
     move |machine, program| {
         let pid = program.pid();
@@ -67,7 +69,7 @@ fn a_request_whose_caller_was_killed_is_not_performed_later() {
     let mut first = machine.begin(&format!("lock {pid}"));
     assert!(first.hangs());
     first.kill();
-    // The next caller waits already when the process goes on.
+    // The next caller waits already when the process continues.
     let mut second = machine.begin(&format!("state {pid}"));
     assert!(second.hangs());
     common::send(pid, CONTINUE);

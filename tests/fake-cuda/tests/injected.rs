@@ -1,4 +1,4 @@
-//! What `FAKE_CUDA` makes go wrong.
+//! Failures injected by `FAKE_CUDA`.
 
 #[cfg(test)]
 mod common;
@@ -12,7 +12,7 @@ fn call(machine: &Machine, operation: &str, program: &Program) -> u32 {
     machine.call(&format!("{operation} {}", program.pid()))
 }
 
-/// The program's life goes on after all.
+/// Expects a whole cycle to work after all.
 fn whole_cycle(machine: &Machine, program: &mut Program) {
     for operation in ["lock", "checkpoint", "restore", "unlock"] {
         assert_eq!(call(machine, operation, program), 0, "{operation}");
@@ -143,7 +143,7 @@ fn options_can_change_while_a_program_runs() {
     assert_eq!(call(&machine, "unlock", &program), 0);
     fs::write(&file, "").unwrap();
     whole_cycle(&machine, &mut program);
-    // What happens once happens again when it is asked for again.
+    // A failure injected once happens again on a new request.
     fs::write(&file, "checkpoint-fails=700").unwrap();
     assert_eq!(call(&machine, "lock", &program), 0);
     assert_eq!(call(&machine, "checkpoint", &program), 700);

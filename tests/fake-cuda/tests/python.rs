@@ -1,4 +1,4 @@
-//! The program that the end-to-end tests run in containers, on the simulated driver.
+//! The end-to-end tests' program for containers, on the simulated driver.
 
 #[cfg(test)]
 mod common;
@@ -9,14 +9,14 @@ use std::process::{Child, Command, Stdio};
 
 use common::{CHECKPOINTED, Machine, eventually};
 
-/// The program, and the file of its lines.
+/// The program, and the output file.
 struct Python {
     child: Child,
     log: PathBuf,
 }
 
 impl Python {
-    /// None where there is no Python.
+    /// Starts the program; `None` without Python.
     fn run(machine: &Machine, options: &str, arguments: &str) -> Option<Self> {
         let mut probe = Command::new("python3");
         let Ok(mut probe) = probe.args(["-c", "import ctypes"]).stderr(Stdio::null()).spawn() else {
@@ -44,7 +44,7 @@ impl Python {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Waits until it has done `more` rounds more than now.
+    /// Waits for `more` further rounds.
     fn goes_on(&self, more: usize) {
         let rounds = || self.lines().lines().filter(|line| line.starts_with("n=") && line.ends_with(" ok")).count();
         let wanted = rounds() + more;
@@ -72,7 +72,7 @@ impl Drop for Python {
 fn the_program_checks_itself_with_children_and_several_gpus() {
     let machine = Machine::with_gpus(2);
     let arguments = "--devices 2 --size 1 --pinned --fork 1 --spawn 1 --count 3";
-    // The spawned one ends when it is told to.
+    // The spawned one ends at a command.
     let Some(mut python) = Python::run(&machine, "", arguments) else { return };
     assert_eq!(python.end(), Some(0), "{}", python.lines());
     assert!(python.lines().ends_with("end\n"), "{}", python.lines());

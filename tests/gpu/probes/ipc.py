@@ -115,7 +115,7 @@ def read(path):
 
 
 def look(pid):
-    """What shows of a process, as sets of lines without numbers that always differ."""
+    """Visible facts about a process, as sets of lines without the numbers that always differ."""
     descriptors, infos = [], []
     for fd in sorted(os.listdir(f"/proc/{pid}/fd"), key=int):
         try:

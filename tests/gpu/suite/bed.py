@@ -197,7 +197,7 @@ def descendants(pid):
 
 
 def named(pids, name):
-    """Those whose name or first argument it is."""
+    """Pids of the processes with this name or first argument."""
     return [pid for pid in pids if status(pid).get("Name") == name or cmdline(pid)[1:2] == [name]]
 
 

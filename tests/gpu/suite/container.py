@@ -64,15 +64,15 @@ class Container:
         until(f"{self.id} ready", look, seconds)
 
     def workers(self):
-        """How many processes of gpu.py's have to compute as well."""
+        """Number of further gpu.py processes that have to compute."""
         return self.argument("--spawn", 0)
 
     def argument(self, name, otherwise):
-        """What a number among the program's arguments is."""
+        """A number among the program's arguments."""
         return int(self.program[self.program.index(name) + 1]) if name in self.program else otherwise
 
     def why(self):
-        """Why it does not start: what it prints in another try."""
+        """The reason for a failed start: the output of another try."""
         if self.alive():
             return f"it runs on: {self.output()[-600:]}"
         status, text = self.bed.tries(
@@ -116,7 +116,7 @@ class Container:
             return ""
 
     def ask(self, name, *argument, seconds=60):
-        """What the program answers."""
+        """The program's answer."""
         if self.is_gpu_py:
             return self.two_rounds(seconds)
         number = f"{os.getpid()}{time.monotonic_ns()}"
@@ -159,7 +159,7 @@ class Container:
         return {"ok": True, "same": "rounds", "rounds": self.rounds()}
 
     def deaths(self):
-        """What the kernel says of processes that died."""
+        """The kernel's log about processes that died."""
         status, text = self.bed.tries("dmesg", timeout=5)
         lines = [line for line in text.splitlines() if "segfault" in line or "NVRM" in line]
         return " | ".join(lines[-3:])
@@ -191,7 +191,7 @@ class Container:
         return {"took": took, "timeline": timeline, **self.size(number)}
 
     def keep_tmp(self, number):
-        """What a volume would bring to the new container: processes map what is compiled there."""
+        """Copies /tmp, as a volume would bring it to the new container: processes map files compiled there."""
         self.bed.run("bash", "-euc", f"rm -rf {self.saved(number)}.tmp; cp -a {self.tmp} {self.saved(number)}.tmp", timeout=60)
 
     def stuck(self):
@@ -229,7 +229,7 @@ class Container:
         self.bed.ctr("container", "create", *self.options(), IMAGE, self.id, *self.argv())
 
     def root(self):
-        """How its root is mounted."""
+        """Mounts of the container's root."""
         words = self.bed.ctr("snapshots", "mounts", "/x", self.id).split()
         # mount -t overlay overlay /x -o index=off,workdir=...
         return [(words[words.index("-t") + 1], words[words.index("-t") + 2], words[-1].split(","))]

@@ -4,7 +4,7 @@ gRPC over HTTP/2 with the standard library alone, one connection a call.
 import socket
 import struct
 
-# How long HPACK's codes (RFC 7541, appendix B) of the 256 bytes are: a for 5 bits, b for 6, ... The codes follow from that.
+# Lengths of HPACK's codes (RFC 7541, appendix B) of the 256 bytes: a for 5 bits, b for 6, ... The codes follow from that.
 LENGTHS = (
     "isxxxxxxxtzxxzxxxxxxxxzxxxxxxxxxbffhibdgffdgdbbbaaabbbbbbbcdkbhfibccccccccccccccccccccccdcdioijbkabababbbaccbbbabcbaabccccckgjix"
     "prpprrrsrssssststtrstssssqrsrsstrqprrssqsrrtqrssqqrqsrssprrrsrrsvvporsruvvvwwvtuoqvwwvwtqqvvxwwwptpqrqqsrruuttvsvwvvwwwwwxwwwwwv"
@@ -65,7 +65,7 @@ def _string(block, at):
 
 
 def _headers(block):
-    """Those with a name that is spelt out: grpc-status and grpc-message are not in HPACK's own table."""
+    """Headers with a spelt-out name: grpc-status and grpc-message are not in HPACK's own table."""
     headers, at = {}, 0
     while at < len(block):
         if block[at] & 128:

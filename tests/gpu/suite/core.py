@@ -1,4 +1,4 @@
-"""What all cases share: bed, machine, containerd's log with the shims' timelines, and the list of cases."""
+"""Common parts of all cases: bed, machine, containerd's log with the shims' timelines, and the list of cases."""
 import json
 import os
 import pathlib
@@ -77,7 +77,7 @@ def spent(timeline, *steps):
     return sum(seconds for name, seconds in timeline if name in steps)
 
 
-# Of a checkpoint and of a restore: not ours. CRIU and containerd's folders, and the driver.
+# Phases of a checkpoint and of a restore that are not ours: CRIU with containerd's folders, and the driver.
 OTHERS = ("cuda-checkpoint", "cuda-restore", "dump", "restore")
 
 

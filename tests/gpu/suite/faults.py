@@ -36,7 +36,7 @@ def seen(shim, name, seconds=30):
 
 
 def begins(timeline, first="discover"):
-    """When each step begins and how long it is, from `first` on; of a step that comes twice, the longer one."""
+    """Begin and duration of each step, from `first` on; the longer one of a step that comes twice."""
     at, found, on = 0.0, {}, False
     for name, seconds in timeline:
         on = on or name == first
@@ -112,7 +112,7 @@ def caller_killed(suite):
 @case(50, fake=True)
 def criu_killed(suite):
     """SIGKILL of criu in a dump."""
-    # Through the images, so that there is time for it.
+    # Through the images, which leaves time for the kill.
     survives(suite, "criu", ["dump", "dump"], {"gpusnap.dev/memory": "images"})
 
 

@@ -36,23 +36,23 @@ class Machine:
         self.tops = sorted(top for top in tops if top not in NOT_SHOWN and not os.path.islink(f"/{top}"))
 
     def folders(self):
-        """What is mounted into containers: the machine's folders at the top, and what is mounted in them."""
+        """Folders mounted into containers: the machine's folders at the top, and the mounts in them."""
         mounted = [line.split()[4] for line in pathlib.Path("/proc/self/mountinfo").read_text().splitlines()]
         inner = [path for path in mounted if path.split("/")[1] in self.tops and path.count("/") > 1]
         return [f"/{top}" for top in self.tops] + sorted(set(inner))
 
     def prepare(self):
         """Mounts and the image, in the bed. Once, before containers start."""
-        # Not a part of the memory that there is: a machine may show more of it when it is used.
+        # A fixed size, not a share of the memory: a machine may show more memory under use.
         size = "16g" if self.fake else "110g"
         script = [f"mkdir -p {WORK}", f"mountpoint -q {WORK} || mount -t tmpfs -o mode=755,size={size} tmpfs {WORK}"]
         for path in self.folders():
-            # Without what is mounted below it: CRIU is told of the mounts that the container's spec has, no others.
+            # Without mounts below the path: CRIU is told of the mounts in the container's spec only.
             to = f"{WORK}/machine{path.replace('/', '+')}"
             make = f"mkdir -p {to}" if os.path.isdir(path) else f"mkdir -p {WORK}/machine; touch {to}"
             script.append(f"{make}; mountpoint -q {to} || {{ mount --bind /host{path} {to}; mount -o remount,bind,ro {to}; }}")
         script.append(f"mkdir -p {WORK}/saved {WORK}/tmp {WORK}/shims; touch /etc/criu/runc.conf 2>/dev/null || mkdir -p /etc/criu")
-        # What makes CRIU fail on the machine with the H100, and what our shim does not do either.
+        # The network lock makes CRIU fail on the machine with the H100, and our shim does not lock either.
         script.append("echo network-lock skip >/etc/criu/runc.conf")
         script.append(f"printf 'BinaryName = \"runc\"\\n' >{WORK}/runc.toml")
         if self.fake:
@@ -151,7 +151,7 @@ class Machine:
         return dict(os.environ, LD_LIBRARY_PATH=f"{own}:{os.environ.get('LD_LIBRARY_PATH', '')}")
 
     def facts(self):
-        """What a result depends on."""
+        """Conditions of a result."""
         facts = {"kernel": os.uname().release, "cores": os.cpu_count(), "time": time.strftime("%Y-%m-%d %H:%M:%S")}
         facts["memory"] = f"{memory() >> 30} GiB"
         try:
@@ -162,5 +162,5 @@ class Machine:
 
 
 def small(entry):
-    """Of /etc: plain files, folders and links."""
+    """Parts of /etc: plain files, folders and links."""
     return entry if (entry.isfile() and entry.size < 4 << 20) or entry.isdir() or entry.issym() else None

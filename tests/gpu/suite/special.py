@@ -1,4 +1,4 @@
-"""What is not a program's plain life: kernels that run long, memory that cannot be saved, stopped processes, two containers on
+"""Cases beside a program's plain life: kernels that run long, memory that cannot be saved, stopped processes, two containers on
 one GPU, and the clients ctr (to an image) and nerdctl.
 """
 import json

@@ -74,7 +74,7 @@ start_kubelet() {
 
 node_ready() { kubectl wait --for condition=Ready --timeout 1s "node/$NODE"; }
 
-# daemon NAME CMD...: in a session of its own, logging to $LOGS/NAME.log
+# daemon NAME CMD...: in a separate session, logging to $LOGS/NAME.log
 daemon() {
   local name=$1; shift
   (

@@ -32,7 +32,7 @@ pod_shared() {
   container reader 'while :; do cat /dev/shm/n; sleep 0.2; done'
 }
 
-# Its /dev/shm is a volume, as PyTorch's users make it, and files in it come, grow, shrink and go all the time.
+# The pod's /dev/shm is a volume, as PyTorch's users make it, and files in it come, grow, shrink and go all the time.
 pod_churns() {
   local mount='volumeMounts: [{name: shm, mountPath: /dev/shm}]'
   pod churns "$1" 'volumes: [{name: shm, emptyDir: {medium: Memory}}]'

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What a kubelet wants of a machine, made in the bed and taken away again.
+# A kubelet's requirements of a machine, made in the bed and removed again.
 
 # The kubelet sets these, and they are the whole machine's. Files with the values that it wants lie over them.
 SYSCTLS=(

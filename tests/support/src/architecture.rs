@@ -9,7 +9,7 @@ fn root() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// Returns the arrows by the table of rooms.
+/// Returns the arrows in the table of rooms.
 fn by_the_page() -> Arrows {
     let page = std::fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
     let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.strip_suffix('|'));
@@ -24,7 +24,7 @@ fn by_the_page() -> Arrows {
         .collect()
 }
 
-/// Returns the arrows by the crates' manifests.
+/// Returns the arrows in the crates' manifests.
 fn by_the_manifests() -> Arrows {
     let mut manifests = BTreeMap::new();
     for folder in ["shim", "runtime-hooks"] {

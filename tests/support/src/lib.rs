@@ -1,8 +1,8 @@
-//! Programs for unit tests to act on, and cgroups to put them into.
+//! Programs and cgroups for unit tests.
 //!
-//! A program is this test binary again, told by an environment variable what to play. What it does shows in its
-//! counters, which are read from its memory. What a test needs a process for that acts on such a program is a role: a test that is
-//! ignored otherwise ([`spawn_role`]).
+//! A program is this test binary again; an environment variable selects its play. Counters in the
+//! program's memory show its progress. A role is a process that acts on such a program: a test that
+//! is otherwise ignored ([`spawn_role`]).
 
 #![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "for tests only")]
 
@@ -26,43 +26,43 @@ pub mod sys;
 const PLAY: &str = "GPUSNAP_TEST_PLAY";
 const ROLE: &str = "GPUSNAP_TEST_ROLE";
 
-/// What programs count.
+/// Counters of the programs.
 static VALUES: [AtomicU64; 8] = [const { AtomicU64::new(0) }; 8];
-/// How often each signal was delivered.
+/// Number of deliveries of each signal.
 static DELIVERED: [AtomicU64; 65] = [const { AtomicU64::new(0) }; 65];
 
-/// A real-time signal: each one that is sent is delivered.
+/// A real-time signal: each one sent is delivered.
 pub const REAL_TIME: i32 = 40;
 
-/// A program that runs. It is killed when this goes.
+/// A running program, killed when dropped.
 pub struct Program {
     pub child: Child,
     input: ChildStdin,
-    /// Its own pid: that of the child, or of the child's child.
+    /// The program's own pid: the child's, or that of the child's child.
     pub pid: i32,
-    /// The thread that is set up last.
+    /// The last thread to be set up.
     pub thread: i32,
     values: u64,
     delivered: u64,
     memory: File,
-    /// What to write where so that it can die.
+    /// File and content that thaw the program, so that a kill works.
     thaw: RefCell<Option<(PathBuf, &'static str)>>,
 }
 
 impl Program {
-    /// Starts one, and waits until all its threads are there.
+    /// Starts a program, and waits for all threads.
     pub fn play(name: &str) -> Self {
         Self::start(name, Command::new(own()))
     }
 
-    /// Starts one that is not a child of this process, but of a shell that exits as the program did.
+    /// Starts a program as the child of a shell that exits with the program's code.
     pub fn play_remote(name: &str) -> Self {
         let mut command = Command::new("sh");
         command.args(["-c", "\"$@\"; exit $?", "sh"]).arg(own());
         Self::start(name, command)
     }
 
-    /// Starts one in user and mount namespaces of its own.
+    /// Starts a program in separate user and mount namespaces.
     pub fn play_apart(name: &str) -> Self {
         let mut command = Command::new("unshare");
         command.args(["--user", "--map-root-user", "--mount", "--net"]).arg(own());
@@ -81,7 +81,7 @@ impl Program {
         let ready = lines.find_map(|line| line.unwrap().split_once("ready ").map(|(_, rest)| rest.to_owned()));
         let numbers: Vec<u64> =
             ready.expect("the program says that it is ready").split(' ').map(|word| word.parse().unwrap()).collect();
-        // What it prints later is nobody's: the pipe must not fill.
+        // Drain later output: the pipe must not fill.
         std::thread::spawn(move || lines.count());
         let pid = i32::try_from(numbers[0]).unwrap();
         let thread = i32::try_from(numbers[1]).unwrap();
@@ -89,7 +89,7 @@ impl Program {
         Self { child, input, pid, thread, values: numbers[2], delivered: numbers[3], memory, thaw: RefCell::new(None) }
     }
 
-    /// Starts a role that says that it is [`ready`].
+    /// Starts a role that reports [`ready`].
     pub fn play_role(test: &str, argument: &str) -> Self {
         Self::start_command(role_command(test, argument))
     }
@@ -100,7 +100,7 @@ impl Program {
         u64::from_ne_bytes(bytes)
     }
 
-    /// A part of its memory.
+    /// A part of the program's memory.
     pub fn bytes(&self, address: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.memory.read_exact_at(&mut bytes, address).unwrap();
@@ -123,7 +123,7 @@ impl Program {
         sys::queue_signal(self.pid, signal).unwrap();
     }
 
-    /// Writes a line to its input.
+    /// Writes a line to the program's input.
     pub fn write_line(&mut self) {
         self.input.write_all(b"line\n").unwrap();
     }
@@ -134,7 +134,7 @@ impl Program {
         await_that("a counter moves", || self.value(number) > before);
     }
 
-    /// Whether none of these counters moves for a while.
+    /// Returns whether none of these counters moves for a while.
     pub fn stands_still(&self, numbers: &[u64]) -> bool {
         let now = || numbers.iter().map(|number| self.value(*number)).collect::<Vec<_>>();
         let before = now();
@@ -155,14 +155,14 @@ impl Drop for Program {
     }
 }
 
-/// A cgroup of its own with a freezer, removed when it goes: to be made before what is put into it.
+/// A cgroup with a freezer, removed when dropped: make the cgroup before the programs.
 pub struct Freezer {
     directory: PathBuf,
     control: (&'static str, &'static str, &'static str),
 }
 
 impl Freezer {
-    /// `None`, with the reason printed, where there is none.
+    /// Makes a v1 freezer; prints the reason and returns `None` if that is impossible.
     pub fn v1() -> Option<Self> {
         Self::make(&["/sys/fs/cgroup/freezer"], ("freezer.state", "FROZEN", "THAWED"))
     }
@@ -171,7 +171,7 @@ impl Freezer {
         Self::make(&["/sys/fs/cgroup/unified", "/sys/fs/cgroup"], ("cgroup.freeze", "1", "0"))
     }
 
-    /// All kinds that this machine has.
+    /// All kinds of freezers on this machine.
     pub fn all() -> Vec<Self> {
         [Self::v1(), Self::v2()].into_iter().flatten().collect()
     }
@@ -226,7 +226,7 @@ impl Drop for Freezer {
     }
 }
 
-/// Waits until something is so; fails if it does not come.
+/// Waits for a condition, and fails otherwise.
 pub fn await_that(what: &str, mut is: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(10);
     while !is() {
@@ -235,13 +235,13 @@ pub fn await_that(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
-/// Waits for a child's exit code; `None` if a signal has ended it, or it has been waited for otherwise.
+/// Waits for a child's exit code; `None` after a signal, or if another waiter took the status.
 #[expect(clippy::disallowed_methods, reason = "there is no reaper in these tests")]
 pub fn wait(child: &mut Child) -> Option<i32> {
     child.wait().ok()?.code()
 }
 
-/// A deadline that no test comes near to unless it fails.
+/// A deadline that only a failing test reaches.
 pub fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
 }
@@ -250,7 +250,7 @@ fn own() -> PathBuf {
     std::env::current_exe().unwrap()
 }
 
-/// Starts a role: a test of this binary that is ignored otherwise, in a process of its own.
+/// Starts a role: a test of this binary, otherwise ignored, in another process.
 pub fn spawn_role(test: &str, argument: &str) -> Child {
     role_command(test, argument).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
 }
@@ -261,7 +261,8 @@ fn role_command(test: &str, argument: &str) -> Command {
     command
 }
 
-/// The argument of the role that this process has; `None` in a run of the tests. It ends with its parent.
+/// The argument of this process's role; `None` in a run of the tests. The role ends with the
+/// parent.
 pub fn role() -> Option<String> {
     let argument = std::env::var(ROLE).ok()?;
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
@@ -273,7 +274,7 @@ pub fn exit(code: i32) -> ! {
     sys::exit(code)
 }
 
-/// Says that all is set up.
+/// Reports that the setup is complete.
 pub fn ready() {
     let address = |counters: &[AtomicU64]| counters.as_ptr() as usize;
     let pid = std::process::id();
@@ -290,12 +291,12 @@ fn count(number: usize) {
     VALUES[number].fetch_add(1, Ordering::Relaxed);
 }
 
-/// The thread that a driver would have: it takes no signals.
+/// The thread of a driver, which takes no signals.
 fn drivers_thread() {
     drivers_thread_that(|| {});
 }
 
-/// One that does something again and again.
+/// A driver's thread that repeats an action.
 fn drivers_thread_that(does: impl Fn() + Send + 'static) {
     let (started, is_started) = std::sync::mpsc::channel();
     thread("cuda0123456789a", move || {
@@ -334,7 +335,7 @@ fn many_of_the_program() -> ! {
     }
 }
 
-/// Sends the driver's thread of a process a signal, which it only looks for.
+/// Sends a signal to the driver's thread of a process; the thread polls for the signal.
 pub fn tell_driver(pid: i32) {
     let mut tids = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap());
     let is_driver = |entry: &fs::DirEntry| fs::read(entry.path().join("comm")).unwrap() == b"cuda0123456789a\n";
@@ -342,13 +343,14 @@ pub fn tell_driver(pid: i32) {
     sys::signal_thread(pid, driver.parse().unwrap(), libc::SIGUSR1).unwrap();
 }
 
-/// What the word at this byte of a staging area is: every fourth 64 KiB have nothing.
+/// The word at this byte of a staging area: every fourth 64 KiB are empty.
 fn staged_word(at: u64) -> u64 {
     if at / 65536 % 4 == 3 { 0 } else { (at + 8).wrapping_mul(0x9e37_79b9_7f4a_7c15) }
 }
 
-/// Has a staging area of so many MiB, whose address is value 5, and checks all the time what is in it: 0 counts that it
-/// is right and 7 that it is not. When it reads a line, it increments the second word of each page.
+/// Plays a process with a staging area of some MiB, at the address in value 5. The content is
+/// checked all the time: value 0 counts right rounds and value 7 wrong ones. A line of input
+/// increments the second word of each page.
 fn stage(mebibytes: u64) -> ! {
     let words = sys::map_words(mebibytes << 20, 0);
     let numbered = || words.iter().zip((0..).step_by(8));
@@ -395,8 +397,8 @@ fn open_in(directory: &str, name: &str) -> File {
     File::options().read(true).write(true).open(file).unwrap()
 }
 
-/// What a program plays. It runs before `main` does, so that it is in the first thread of its process, and that has no
-/// other threads than its own: the tests' `main` runs tests in a thread of theirs. Nothing, in a run of the tests.
+/// Plays a program, or nothing in a run of the tests. The play runs before `main`, in the first
+/// thread and without other threads: the tests' `main` runs tests in another thread.
 fn play() {
     let Ok(play) = std::env::var(PLAY) else { return };
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
@@ -440,7 +442,7 @@ fn play() {
             });
             sys::end_thread();
         }
-        // Its driver's thread makes a mapping, at value 5, when it is told.
+        // The driver's thread makes a mapping, at value 5, at a signal.
         "maps" => {
             let mebibytes: u64 = argument.parse().unwrap();
             drivers_thread_that(move || {
@@ -452,12 +454,12 @@ fn play() {
             many_of_the_program();
         }
         "staging" => stage(argument.parse().unwrap()),
-        // It cannot open anything more.
+        // No further file can be opened.
         "staging-full" => {
             while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
             stage(argument.parse().unwrap());
         }
-        // Its name is of the driver's kind, and so are its threads'.
+        // The name looks like a driver's, and so do the threads'.
         "cuda-named" => {
             rustix::thread::set_name(c"cuda-server").unwrap();
             std::thread::spawn(|| {
@@ -473,7 +475,8 @@ fn play() {
                 sys::sleep_once(1);
             }
         }
-        // Threads with names of the driver's kind: the driver's own, one of a later driver's, and one of the program's.
+        // Threads with a driver's kind of name: the driver's own, a later driver's, and one of the
+        // program's.
         "cuda-threads" => {
             drivers_thread();
             let (started, is_started) = std::sync::mpsc::channel();
@@ -506,7 +509,8 @@ fn play() {
                 count(if sys::sleep_once(300) { 1 } else { 6 });
             }
         }
-        // One thread that waits for input and then makes a system call that a filter kills for, or sends SIGSYS for.
+        // One thread that waits for input and then makes a system call for which a filter kills, or
+        // sends SIGSYS.
         "filtered" => {
             let action = if argument == "trap" { libc::SECCOMP_RET_TRAP } else { libc::SECCOMP_RET_KILL_PROCESS };
             sys::filter(libc::SYS_getppid, action);
@@ -529,18 +533,18 @@ fn play() {
                 count(2);
             }
         }
-        // Has files of a directory open and mapped, and does all that "many" does too.
+        // Has files of a directory open and mapped, and also does all that "many" does.
         "residue" => {
             have_residue(argument);
             many();
         }
-        // It cannot open anything more.
+        // No further file can be opened.
         "residue-full" => {
             have_residue(argument);
             while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
             many();
         }
-        // There is nothing in its root directory.
+        // The root directory is empty.
         "residue-jailed" => {
             have_residue(argument);
             let jail = Path::new(argument).join("jail");
@@ -548,7 +552,7 @@ fn play() {
             rustix::process::chroot(&jail).unwrap();
             many();
         }
-        // It does nothing.
+        // No further activity.
         "residue-only" => {
             have_residue(argument);
             ready();

@@ -1,4 +1,4 @@
-//! Skips that tests decide on while they run. Each has to be on a list.
+//! Skips that tests decide on at run time. Each has to be on a list.
 
 /// Lines `SUITE TEST: BEGINNING OF THE REASON`.
 const LIST: &str = include_str!("../../skips.txt");

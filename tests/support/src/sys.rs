@@ -1,4 +1,4 @@
-//! What the tests' programs do to themselves.
+//! Unsafe parts of the tests' programs.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +30,7 @@ pub fn count_signal(signal: libc::c_int) {
     assert_ne!(before, libc::SIG_ERR, "{}", io::Error::last_os_error());
 }
 
-/// Ends the calling thread, without a word to anyone.
+/// Ends the calling thread silently.
 pub fn end_thread() -> ! {
     loop {
         // SAFETY: ends this thread only. The program's other threads use nothing that it owns.
@@ -38,14 +38,14 @@ pub fn end_thread() -> ! {
     }
 }
 
-/// Sleeps in one system call, which is restarted by the kernel if need be. `false` if it was interrupted.
+/// Sleeps in one system call, restarted by the kernel if necessary. `false` after an interruption.
 pub fn sleep_once(milliseconds: i64) -> bool {
     let time = libc::timespec { tv_sec: milliseconds / 1000, tv_nsec: milliseconds % 1000 * 1_000_000 };
     // SAFETY: the time lives on this stack until the call returns, and nothing is written.
     unsafe { libc::nanosleep(&raw const time, std::ptr::null_mut()) == 0 }
 }
 
-/// Queues a signal for a process: of a real-time one, each is delivered.
+/// Queues a signal for a process: each real-time one is delivered.
 pub fn queue_signal(pid: i32, signal: libc::c_int) -> io::Result<()> {
     let value = libc::sigval { sival_ptr: std::ptr::null_mut() };
     // SAFETY: three numbers for another process.
@@ -60,7 +60,7 @@ pub fn signal_thread(pid: i32, tid: i32, signal: libc::c_int) -> io::Result<()> 
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Whether a signal waits for the process or the calling thread, which blocks it.
+/// Returns whether a signal waits for the process or the calling thread, which blocks the signal.
 pub fn is_pending(signal: libc::c_int) -> bool {
     let mut signals = std::mem::MaybeUninit::<libc::sigset_t>::zeroed();
     // SAFETY: a set of signals is written to a place for one.
@@ -70,7 +70,8 @@ pub fn is_pending(signal: libc::c_int) -> bool {
     unsafe { libc::sigismember(signals.as_ptr(), signal) == 1 }
 }
 
-/// Loads a seccomp filter for this process's threads: one system call is answered by this action, the others are allowed.
+/// Loads a seccomp filter for this process's threads: this action for one system call, the others
+/// are allowed.
 pub fn filter(number: i64, action: u32) {
     let statement =
         |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
@@ -89,7 +90,7 @@ pub fn filter(number: i64, action: u32) {
     assert_eq!(done, 0, "{}", io::Error::last_os_error());
 }
 
-/// Computes with values in registers, and compares them with what they must be.
+/// Computes with values in registers, and compares the results with the expected ones.
 pub fn compute() -> ! {
     let pattern: [u8; 64] = std::array::from_fn(|at| u8::try_from(at).unwrap_or_default() ^ 0xa5);
     loop {
@@ -97,7 +98,8 @@ pub fn compute() -> ! {
     }
 }
 
-/// Whether vector registers keep a pattern while the program does nothing else for about a millisecond.
+/// Returns whether vector registers keep a pattern while the program does nothing else for about a
+/// millisecond.
 #[cfg(target_arch = "x86_64")]
 fn is_kept(pattern: &[u8; 64]) -> bool {
     use std::arch::{asm, is_x86_feature_detected};
@@ -157,7 +159,7 @@ pub fn map(file: &std::fs::File) -> usize {
     address as usize
 }
 
-/// New memory, for good; `flags` are `mmap`'s besides those for private memory.
+/// Maps new memory, for good; `flags` are added to `mmap`'s for private memory.
 pub fn map_words(length: u64, flags: libc::c_int) -> &'static [AtomicU64] {
     let length = usize::try_from(length).unwrap();
     let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -169,13 +171,13 @@ pub fn map_words(length: u64, flags: libc::c_int) -> &'static [AtomicU64] {
     unsafe { std::slice::from_raw_parts(address.cast(), length / size_of::<AtomicU64>()) }
 }
 
-/// Ends this process at once. From 128 on, the code is as of one that a signal has ended.
+/// Ends this process at once. Codes from 128 on look like an end by a signal.
 pub fn exit(code: libc::c_int) -> ! {
     // SAFETY: ends this process. Nothing of it is used after.
     unsafe { libc::_exit(code) }
 }
 
-/// Gives the calling thread a stack for signal handlers, and says where it is.
+/// Gives the calling thread a stack for signal handlers; returns the address.
 pub fn set_alternate_stack() -> usize {
     let memory = Box::leak(Box::new([0_u8; 65536]));
     let stack = libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: memory.len() };
@@ -185,7 +187,7 @@ pub fn set_alternate_stack() -> usize {
     memory.as_ptr() as usize
 }
 
-/// Where the calling thread's stack for signal handlers is.
+/// Address of the calling thread's stack for signal handlers.
 pub fn alternate_stack() -> usize {
     let mut stack = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: 0, ss_size: 0 };
     // SAFETY: nothing is set, and what is written fits: it is of the type that the call fills.

@@ -1,8 +1,9 @@
-//! An archive becomes files of a tree.
+//! Restores files of a tree from an archive.
 //!
-//! The archive says names, kinds, owners, permissions and contents, and nothing else is believed: a name is a path of
-//! plain components, folders are opened without links, files are made and never opened, and neither setuid nor setgid comes
-//! back for what could be run. The tree's mount need not be `nosuid`.
+//! The archive gives names, kinds, owners, permissions and contents, and nothing else is trusted. A
+//! name is a path of plain components, folders are opened through no link, and files are made but
+//! never opened. Setuid and setgid are not restored for anything executable: the tree's mount need
+//! not be `nosuid`.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -21,12 +22,12 @@ use super::tree::{Entry, Tree};
 /// Bits that make a program run as its owner or group.
 const SET_ID: u32 = 0o6000;
 const SET_UID: u32 = 0o4000;
-/// No path of Linux has more bytes, and an extension of pax has a few.
+/// Most bytes of an entry with names: more than any path of Linux, with room for extensions of pax.
 const MOST_NAMES: u64 = 16 << 10;
-/// Zeros of so many bytes become a hole, in a file that had some.
+/// Size of a piece of zeros that becomes a hole, in a file with holes.
 const PAGE: usize = 4096;
 
-/// Makes what the archive has and the tree has not.
+/// Makes all files of the archive that the tree lacks.
 pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
     check_extensions(archive)?;
     archive.rewind()?;
@@ -56,8 +57,8 @@ pub(super) fn load(tree: &Tree, mut archive: &File) -> io::Result<()> {
     Ok(())
 }
 
-/// Entries of the archive that are not restored. One warning tells of all: an archive has as many entries as its maker
-/// likes.
+/// Entries of the archive that are not restored. One warning covers them all: the maker of an
+/// archive may add any number.
 #[derive(Debug, Default)]
 pub(super) struct LeftOut {
     first: Option<PathBuf>,
@@ -72,7 +73,7 @@ impl LeftOut {
         }
     }
 
-    /// Returns the warning; None if everything is restored.
+    /// Returns the warning; `None` if everything is restored.
     pub(super) fn warning(&self) -> Option<String> {
         let first = self.first.as_ref()?.display();
         let others = if self.others == 0 { String::new() } else { format!(" and {} more", self.others) };
@@ -82,7 +83,7 @@ impl LeftOut {
     }
 }
 
-/// Checks what says names of the entries after it: all of that is read into memory.
+/// Checks entries with names of later entries: such entries are read into memory.
 fn check_extensions(archive: &File) -> io::Result<()> {
     for entry in tar::Archive::new(archive).entries_with_seek()?.raw(true) {
         let entry = entry?;
@@ -106,14 +107,14 @@ fn invalid(path: &Path) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("{FILE} leads to {}", path.display()))
 }
 
-/// The folder and the last component of a path that is below its beginning.
+/// The folder and the last component of a path below the top.
 fn parts(path: &Path) -> io::Result<(&Path, &OsStr)> {
     let is_plain = path.components().all(|component| matches!(component, Component::Normal(_)));
     let parts = path.parent().zip(path.file_name()).filter(|_| is_plain);
     parts.ok_or_else(|| invalid(path))
 }
 
-/// What an entry says of who owns it.
+/// Owner and permissions of an entry.
 struct Owner {
     uid: u32,
     gid: u32,
@@ -133,7 +134,7 @@ fn make(tree: &Tree, folder: &OwnedFd, name: &OsStr, entry: &mut tar::Entry<'_, 
     match entry.header().entry_type() {
         EntryType::Directory => {
             rustix::fs::mkdirat(folder, name, Mode::RWXU)?;
-            // Setgid of a folder only says whose the files are that are made in it.
+            // Setgid of a folder only determines the group of new files in the folder.
             made(folder, name, FileType::Directory, &owner, Some(owner.mode & !SET_UID))
         }
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
@@ -171,7 +172,8 @@ fn make(tree: &Tree, folder: &OwnedFd, name: &OsStr, entry: &mut tar::Entry<'_, 
     }
 }
 
-/// Gives what was just made its owner and permissions. Whatever somebody else has put in its place meanwhile stays as it is.
+/// Sets the owner and permissions of a new entry. Anything put in the entry's place meanwhile stays
+/// unchanged.
 fn made(folder: &OwnedFd, name: &OsStr, kind: FileType, owner: &Owner, mode: Option<u32>) -> io::Result<()> {
     let entry = match Entry::at(folder, name) {
         Ok(entry) => entry,
@@ -194,7 +196,7 @@ fn create(folder: &OwnedFd, name: &OsStr) -> io::Result<File> {
     Ok(File::from(rustix::fs::openat(folder, name, flags, Mode::RUSR | Mode::WUSR)?))
 }
 
-/// Writes contents. A file that had holes has them again, and others have all their memory, as they asked for.
+/// Writes contents. Files with holes have them again; all other files have all their memory.
 fn copy(from: &mut impl Read, to: &File, is_sparse: bool) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 20];
     let mut at = 0_u64;

@@ -1,12 +1,13 @@
-//! The contents of a container's `/dev/shm` that comes from outside: a pod's, or a volume in memory.
+//! Contents of a container's `/dev/shm` from outside: a pod's, or a volume in memory.
 //!
-//! CRIU takes such a mount for external and saves nothing of it, while processes map the files in it: without them a
-//! restore fails, or finds them empty. One that the container has for itself is CRIU's affair.
+//! CRIU takes such a mount for external and does not save the files in it, although processes map
+//! them. A restore without the files fails, or finds empty ones. A `/dev/shm` of the container
+//! alone is left to CRIU.
 //!
-//! Other containers of the pod go on meanwhile, and may be hostile: they exchange a folder for a link while this process
-//! looks, which is root on the host. So nothing is reached by a path that the kernel resolves freely: every folder is opened
-//! below the descriptor of the top, over no link and no mount, every entry by its name in an open folder, and what is made is
-//! changed by its descriptor.
+//! Other containers of the pod run on meanwhile, and may be hostile: they may exchange a folder for
+//! a link while this process, root on the host, looks at it. So the kernel never resolves a path
+//! freely. Every folder is opened below the descriptor of the top, through no link and no mount;
+//! every entry by its name in an open folder. A new entry is changed by its descriptor.
 
 mod load;
 mod save;
@@ -24,21 +25,21 @@ use serde::{Deserialize, Serialize};
 
 use tree::Tree;
 
-/// Its name among the images.
+/// Name of the archive among the images.
 pub(crate) const FILE: &str = "dev-shm.tar";
 const PLACE: &str = "/dev/shm";
 /// `TMPFS_MAGIC` of linux/magic.h.
 const TMPFS: i64 = 0x0102_1994;
 
-/// A folder of the host that a container has as its /dev/shm.
+/// A folder of the host that serves as a container's /dev/shm.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Shm {
     folder: PathBuf,
 }
 
 impl Shm {
-    /// Finds it among `mounts`, which are the destination and source of each bind mount. None if what is there is not in
-    /// memory, and so stays, or is the host's own.
+    /// Finds the folder among `mounts`, given as destination and source of each bind mount. `None`
+    /// if the folder is not in memory, and so stays, or is the host's own.
     pub fn find<'a>(mounts: impl Iterator<Item = (&'a Path, &'a Path)>) -> Option<Self> {
         let (_, source) = mounts.filter(|(destination, _)| is_place(destination)).last()?;
         let is_tmpfs = rustix::fs::statfs(source).is_ok_and(|StatFs { f_type, .. }| f_type == TMPFS);
@@ -47,10 +48,11 @@ impl Shm {
         (is_tmpfs && !is_hosts).then(|| Self { folder: source.to_owned() })
     }
 
-    /// Writes its contents among the images; nothing if it is empty. What vanishes or changes its kind meanwhile is left out.
+    /// Archives the contents among the images; nothing if the folder is empty. Files that vanish or
+    /// change their kind meanwhile are left out.
     ///
     /// # Errors
-    /// A file that cannot be read or written; folders that are nested deeper than a path can say.
+    /// A file that cannot be read or written; folders nested deeper than the longest path.
     pub fn save(&self, images: &Path) -> io::Result<()> {
         let tree = Tree::open(&self.folder)?;
         if tree.is_empty()? {
@@ -62,12 +64,13 @@ impl Shm {
         archive.into_inner()?.into_inner().map_err(io::IntoInnerError::into_error).map(drop)
     }
 
-    /// Puts saved contents back. What is there already is another container's of the pod, or newer: it stays.
+    /// Restores saved contents. An existing file is another container's, or newer, and stays.
     ///
     /// # Errors
-    /// A file that cannot be read or made; an archive that is damaged or names what is not below the folder.
+    /// A file that cannot be read or made; an archive that is damaged or leads outside the folder.
     pub fn load(&self, images: &Path) -> io::Result<()> {
-        // Not through a link, and without waiting for a fifo's other end: anybody may have made the checkpoint.
+        // Through no link, and without waiting for a fifo's other end: anybody may have made the
+        // checkpoint.
         let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
         let file = match File::options().read(true).custom_flags(flags).open(images.join(FILE)) {
             Ok(file) => file,

@@ -1,4 +1,4 @@
-//! A tree becomes an archive.
+//! Saves a tree as an archive.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::tree::{Entry, Tree, names};
 
-/// Adds all of the tree. One folder is open at a time, however deep they are nested.
+/// Adds the whole tree. One folder is open at a time, at any depth.
 pub(super) fn save(tree: &Tree, archive: &mut tar::Builder<impl io::Write>) -> io::Result<()> {
     let mut linked = HashMap::new();
     let mut folders = vec![PathBuf::new()];
@@ -33,7 +33,7 @@ pub(super) fn save(tree: &Tree, archive: &mut tar::Builder<impl io::Write>) -> i
     Ok(())
 }
 
-/// Adds what is no folder. Sockets are left out: nobody listens at them any more; so are devices.
+/// Adds an entry other than a folder. Sockets, without a listener now, and devices are left out.
 fn append(
     archive: &mut tar::Builder<impl io::Write>,
     path: &Path,
@@ -44,7 +44,7 @@ fn append(
     match kind(stat) {
         FileType::RegularFile => {
             if stat.st_nlink > 1 {
-                // Processes may share memory by way of either name.
+                // Processes may share memory through either name.
                 if let Some(first) = linked.get(&stat.st_ino) {
                     return archive.append_link(&mut header(stat, tar::EntryType::Link), path, first);
                 }
@@ -79,13 +79,13 @@ fn header(stat: &Stat, kind: tar::EntryType) -> tar::Header {
     header
 }
 
-/// Adds a file as long as it was when it was opened, whoever shortens it meanwhile.
+/// Adds a file with the length at the time of opening, even if shortened meanwhile.
 pub(super) fn append_file(archive: &mut tar::Builder<impl io::Write>, path: &Path, file: &File) -> io::Result<()> {
     /// Unit of `st_blocks`.
     const BLOCK: u64 = 512;
     let metadata = file.metadata()?;
     if metadata.blocks() * BLOCK < metadata.len() {
-        // The archiver finds the holes by itself, in a file that nobody changes meanwhile.
+        // The archiver itself finds the holes, in a file that nobody changes meanwhile.
         return archive.append_file(path, &mut copy_with_holes(file, &metadata)?);
     }
     let mut header = tar::Header::new_gnu();
@@ -94,7 +94,7 @@ pub(super) fn append_file(archive: &mut tar::Builder<impl io::Write>, path: &Pat
     archive.append_data(&mut header, path, Padded { file, left: metadata.len() })
 }
 
-/// A copy in memory that has holes where the file has them now.
+/// A copy in memory with the file's current holes.
 fn copy_with_holes(file: &File, metadata: &Metadata) -> io::Result<File> {
     let copy = File::from(rustix::fs::memfd_create("gpusnap-shm", rustix::fs::MemfdFlags::CLOEXEC)?);
     copy.set_len(metadata.len())?;
@@ -105,7 +105,7 @@ fn copy_with_holes(file: &File, metadata: &Metadata) -> io::Result<File> {
     while at < metadata.len() {
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) => data,
-            // No more of it.
+            // No more data.
             Err(Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
@@ -116,7 +116,7 @@ fn copy_with_holes(file: &File, metadata: &Metadata) -> io::Result<File> {
             let most = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
             let read = file.read_at(&mut buffer[..most], at)?;
             if read == 0 {
-                // It is shorter now.
+                // The file has been shortened.
                 return Ok(copy);
             }
             copy.write_all_at(&buffer[..read], at)?;
@@ -126,7 +126,7 @@ fn copy_with_holes(file: &File, metadata: &Metadata) -> io::Result<File> {
     Ok(copy)
 }
 
-/// A file, as long as it was, with zeros where it is shorter now.
+/// A file of fixed length, with zeros where it has been shortened.
 pub(super) struct Padded<'a> {
     pub(super) file: &'a File,
     pub(super) left: u64,
@@ -148,7 +148,7 @@ impl Read for Padded<'_> {
     }
 }
 
-/// None for what somebody has removed meanwhile, or put something else in its place.
+/// Turns an entry that was removed or replaced meanwhile into `None`.
 pub(super) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     match result {
         Ok(there) => Ok(Some(there)),
@@ -157,7 +157,7 @@ pub(super) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Whether a path leads nowhere any more, or over a link or a mount that was not there.
+/// Returns whether a path leads nowhere any more, or through a new link or mount.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     matches!(errno, Some(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV))
@@ -168,6 +168,6 @@ fn too_deep(error: io::Error, path: &Path) -> io::Error {
         return error;
     }
     let levels = path.components().count();
-    let what = format!("its folders are nested {levels} levels deep and more, deeper than a path can say: remove them");
+    let what = format!("its folders are nested {levels} levels deep and more, too deep for any path: remove them");
     io::Error::new(io::ErrorKind::InvalidFilename, what)
 }

@@ -1,4 +1,4 @@
-//! Trees that come back, and trees that somebody changes meanwhile.
+//! Trees that are restored, and trees changed by others meanwhile.
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -27,7 +27,7 @@ fn load(images: &Path, to: &Path) -> io::Result<()> {
     Shm { folder: to.into() }.load(images)
 }
 
-/// An archive with entries of these kinds, names and contents (of links: what they lead to).
+/// An archive with entries of these kinds, names and contents (a link's content is its target).
 fn archive(images: &Path, entries: &[(tar::EntryType, &str, &str)]) {
     let mut archive = tar::Builder::new(File::create(images.join(FILE)).unwrap());
     for (kind, name, content) in entries {
@@ -42,7 +42,7 @@ fn archive(images: &Path, entries: &[(tar::EntryType, &str, &str)]) {
             archive.append_link(&mut header, name, content).unwrap();
         } else {
             header.set_size(content.len() as u64);
-            // By its bytes: the archiver itself refuses names that lead out.
+            // By its bytes: the archiver itself refuses names that lead outside.
             header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
             header.set_cksum();
             archive.append(&header, content.as_bytes()).unwrap();
@@ -162,7 +162,7 @@ fn nothing_is_saved_of_an_empty_one() {
     assert!(!Shm::is_saved(images.path()));
 }
 
-/// Exchanges `d` and `l` in a folder as fast as can be while `work` runs.
+/// Exchanges `d` and `l` in a folder as fast as possible while `work` runs.
 fn exchanging(folder: &Path, work: impl FnOnce()) {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -217,7 +217,7 @@ fn nothing_is_written_where_a_folder_is_exchanged_for_a_link() {
     });
 }
 
-/// Folders `a/a/a/...`, which are moved up one by one in the end: nothing else removes so many.
+/// Folders `a/a/a/...`, moved up one by one for the removal: no other way removes so many.
 struct Deep {
     top: TempDir,
 }

@@ -1,4 +1,4 @@
-//! A tree of files that others change: reached from the descriptor of its top.
+//! A tree of files changed by others, reached from the descriptor of the top.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -17,7 +17,7 @@ pub(super) struct Tree {
 }
 
 impl Tree {
-    /// Opens the tree whose top is at a path that the caller trusts.
+    /// Opens the tree at a trusted path.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Ok(Self { top: rustix::fs::openat(CWD, path, flags, Mode::empty())? })
@@ -27,7 +27,7 @@ impl Tree {
         Ok(names(&self.top)?.is_empty())
     }
 
-    /// Opens a folder in it, over no link and no mount. The empty path is its top.
+    /// Opens a folder of the tree, through no link and no mount. The empty path is the top.
     pub(super) fn folder(&self, path: &Path) -> io::Result<OwnedFd> {
         let inside =
             ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
@@ -35,7 +35,7 @@ impl Tree {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         loop {
             match rustix::fs::openat2(&self.top, path, flags, Mode::empty(), inside) {
-                // Again: a rename elsewhere made it uncertain that nothing leads out.
+                // Try again: a rename elsewhere left open whether the path stays inside.
                 Err(Errno::INTR | Errno::AGAIN) => {}
                 opened => return Ok(opened?),
             }
@@ -43,7 +43,7 @@ impl Tree {
     }
 }
 
-/// The names in an open folder.
+/// Names in an open folder.
 pub(super) fn names(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in rustix::fs::Dir::read_from(folder)? {
@@ -56,7 +56,8 @@ pub(super) fn names(folder: &OwnedFd) -> io::Result<Vec<OsString>> {
     Ok(names)
 }
 
-/// An entry of a folder, pinned: neither followed, if it is a link, nor opened, if it is a device.
+/// An entry of a folder, pinned by a descriptor: a link is not followed, and a device is not
+/// opened.
 #[derive(Debug)]
 pub(super) struct Entry {
     fd: OwnedFd,
@@ -71,36 +72,36 @@ impl Entry {
         Ok(Self { fd, stat })
     }
 
-    /// Opens it, which has to be a regular file, for reading.
+    /// Opens a regular file for reading.
     pub(super) fn file(&self) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(CWD, here(&self.fd), flags, Mode::empty())?))
     }
 
-    /// Reads where it leads, which has to be a link.
+    /// Reads the target of a link.
     pub(super) fn target(&self) -> io::Result<OsString> {
         let target = rustix::fs::readlinkat(&self.fd, "", Vec::new())?;
         Ok(OsStr::from_bytes(target.to_bytes()).to_owned())
     }
 
-    /// Gives it another owner, and then, unless it is a link, other permissions.
+    /// Sets the owner, then the permissions unless the entry is a link.
     pub(super) fn own(&self, uid: u32, gid: u32, mode: Option<u32>) -> io::Result<()> {
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         rustix::fs::chownat(&self.fd, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
         if let Some(mode) = mode {
-            // By the descriptor: for one that is not open for reading there is no other way.
+            // By the descriptor's path, the only way for a descriptor not open for reading.
             rustix::fs::chmodat(CWD, here(&self.fd), Mode::from_raw_mode(mode), AtFlags::empty())?;
         }
         Ok(())
     }
 
-    /// Gives it a further name.
+    /// Gives the entry a further name.
     pub(super) fn link(&self, folder: &OwnedFd, name: &OsStr) -> io::Result<()> {
         Ok(rustix::fs::linkat(CWD, here(&self.fd), folder, name, AtFlags::SYMLINK_FOLLOW)?)
     }
 }
 
-/// The path of an open descriptor, which leads to it whatever has become of its name.
+/// The path of an open descriptor, valid whatever becomes of the file's name.
 fn here(fd: &impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }

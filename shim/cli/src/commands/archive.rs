@@ -13,7 +13,7 @@ use crate::error::CliError;
 use crate::progress::{Reading, Shown};
 use crate::units::bytes;
 
-/// A reader or a writer that fails as soon as it should stop.
+/// A reader or writer that fails as soon as `stop` is set.
 struct Stoppable<T> {
     inner: T,
     stop: Arc<AtomicBool>,
@@ -67,7 +67,7 @@ pub(super) async fn export(context: &Context, given: &str, file: Option<PathBuf>
     }
 }
 
-/// The archive has its name when it is whole.
+/// Writes an archive, and gives a whole archive its name.
 fn export_to(
     snapshot: &Snapshot,
     reference: &Reference,
@@ -133,7 +133,8 @@ pub(super) async fn import(context: &Context, file: PathBuf, name: Option<&str>)
     context.say(&format!("{named} ({}) is imported from {shown}", imported.digest().short()))
 }
 
-/// Runs work in a thread, shows how far it is, and has it stop when this process should end: what it had begun to write goes.
+/// Runs work in a thread and shows the progress. An interrupt stops the work, which removes its
+/// output.
 async fn stoppable<T: Send + 'static>(
     context: &Context,
     what: String,
@@ -154,7 +155,7 @@ async fn stoppable<T: Send + 'static>(
         result = &mut work => result,
         () = interrupt.wait() => {
             stop.store(true, Ordering::Relaxed);
-            // It may have been done by then.
+            // The work may have been done by then.
             work.await.map_err(|_| CliError::Interrupted { what, next: "nothing of it was kept" })
         }
     }

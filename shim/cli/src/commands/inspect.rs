@@ -30,7 +30,7 @@ struct Inspected<'a> {
     config: &'a Config,
 }
 
-/// The layers of one media type.
+/// Layers of one media type.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Layers {
@@ -44,7 +44,8 @@ pub(super) fn inspect(context: &Context, given: &str, json: bool) -> Result<(), 
     let store = context.open_to_read()?;
     let failed =
         |source| CliError::Snapshot { action: "inspect", snapshot: reference.to_string(), source: Box::new(source) };
-    // What others share with it and who uses it is known to the list only; looked at first, lest this be a use itself.
+    // Only the list knows of sharing and use. Read the list first: opening the snapshot is a use,
+    // too.
     let listed = store.list().map_err(|source| CliError::List { source })?;
     let snapshot = store.open_snapshot(&reference).map_err(failed)?;
     let listed = listed.iter().find(|listed| listed.digest == snapshot.digest());
@@ -102,7 +103,7 @@ fn about(names: &[Name], manifest: &Manifest, config: &Config, listed: Option<&L
     let machine = format!("{}, kernel {}, CRIU {}", host.architecture, host.kernel, host.criu);
     rows.push(["Made by:".to_owned(), clean(&format!("{} on {machine}", config.runtime))]);
     rows.extend(host.driver.iter().map(|driver| ["GPU driver:".to_owned(), clean(driver)]));
-    rows.push(["Size:".to_owned(), format!("{}, {} of its own", bytes(manifest.size()), bytes(unique))]);
+    rows.push(["Size:".to_owned(), format!("{}, {} unique", bytes(manifest.size()), bytes(unique))]);
     let memory = format!("{} of GPUs, {} of the host", bytes(sizes.gpu_memory), bytes(sizes.host_memory));
     rows.push(["Memory:".to_owned(), memory]);
     let left_out = format!("{} zero, {} equal to other memory", bytes(sizes.zero), bytes(sizes.shared));
@@ -126,12 +127,12 @@ fn of_gpus(config: &Config) -> String {
     format!("\n{}", table(&rows, 3))
 }
 
-/// What the segment table says of a process, in bytes.
+/// Memory of a process in the segment table, in bytes.
 #[derive(Clone, Copy, Default, Serialize)]
 struct Memory {
-    /// Pid in its own pid namespace.
+    /// Pid in the process's own pid namespace.
     pid: i32,
-    /// In packs or zero; the rest is in CRIU's images.
+    /// Memory in packs, or zero; the rest is in CRIU's images.
     memory: u64,
     zero: u64,
 }
@@ -151,7 +152,7 @@ fn memory(snapshot: &Snapshot) -> Result<Vec<Memory>, String> {
 }
 
 fn of_processes(config: &Config, memory: &[Memory]) -> String {
-    let mut rows = vec![["PID", "PROCESS", "MEMORY", "OF IT ZERO", "GPU MEMORY"].map(str::to_owned)];
+    let mut rows = vec![["PID", "PROCESS", "MEMORY", "ZERO", "GPU MEMORY"].map(str::to_owned)];
     rows.extend(config.processes.iter().map(|process| {
         let memory = memory.iter().find(|memory| memory.pid == process.pid).copied().unwrap_or_default();
         let staged = if process.gpu { bytes(process.staged) } else { "-".to_owned() };
@@ -166,7 +167,7 @@ fn of_layers(layers: &[Layers]) -> String {
     format!("\n{}", table(&rows, 1))
 }
 
-/// How long each step of the checkpoint took, and a bar of its share.
+/// Durations of the steps of the checkpoint, with bars in proportion.
 fn of_phases(config: &Config) -> String {
     let longest = config.phases.iter().map(|step| step.seconds).fold(0.0, f64::max);
     if config.phases.is_empty() || longest <= 0.0 {

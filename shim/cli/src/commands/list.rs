@@ -15,7 +15,7 @@ use crate::units::{age, bytes};
 struct Line {
     names: Vec<Name>,
     digest: String,
-    /// Seconds since 1970; absent if it cannot be read.
+    /// Seconds since 1970; absent if the config cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     created: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -29,14 +29,14 @@ struct Line {
 
 pub(super) fn list(context: &Context, json: bool) -> Result<(), CliError> {
     let listed = match context.open_to_read() {
-        // Nothing was ever published here.
+        // Nothing has ever been published here.
         Err(CliError::Open { source: OpenError::Missing { .. }, .. }) => Vec::new(),
         store => store?.list().map_err(|source| CliError::List { source })?,
     };
     if json {
         return print_json(&listed.iter().map(line).collect::<Vec<_>>());
     }
-    let heading = ["NAME", "DIGEST", "CREATED", "LAST USED", "SIZE", "OF ITS OWN"].map(str::to_owned);
+    let heading = ["NAME", "DIGEST", "CREATED", "LAST USED", "SIZE", "UNIQUE"].map(str::to_owned);
     let mut rows = vec![heading];
     for snapshot in &listed {
         let created =

@@ -17,7 +17,7 @@ use crate::args::{Arguments, Command};
 use crate::error::CliError;
 use crate::output::print;
 
-/// What all commands need to know.
+/// Settings of all commands.
 #[derive(Clone, Debug)]
 struct Context {
     store: PathBuf,
@@ -25,7 +25,7 @@ struct Context {
     quiet: bool,
 }
 
-/// Does what was asked.
+/// Runs the command.
 pub(crate) async fn run(arguments: Arguments) -> Result<(), CliError> {
     let Arguments { store, namespace, quiet, command } = arguments;
     let context = Context { store, namespace, quiet };
@@ -56,13 +56,13 @@ impl Context {
         Store::open(&self.store).map_err(|source| CliError::Open { store: self.store.clone(), source })
     }
 
-    /// Opens the store for a command that changes nothing: where there is none, none is made.
+    /// Opens the store for a command that changes nothing: a missing store is not made.
     fn open_to_read(&self) -> Result<Store, CliError> {
         Store::open_to_read(&self.store).map_err(|source| CliError::Open { store: self.store.clone(), source })
     }
 
-    /// A snapshot as people ask for it: a name in a namespace, a digest or its first digits, or else a name in the namespace
-    /// that was chosen.
+    /// A snapshot as given by a user: a name with a namespace, a digest, the first digits of a
+    /// digest, or a name in the chosen namespace.
     fn reference(&self, given: &str) -> Result<Reference, CliError> {
         match given.parse::<Reference>() {
             Ok(reference) => Ok(reference),
@@ -107,12 +107,12 @@ fn manual(folder: Option<&Path>) -> Result<(), CliError> {
     clap_mangen::generate_to(command, folder).map_err(failed)
 }
 
-/// Whether somebody wants this process to end. From its making on they no longer end it by themselves.
+/// SIGINT and SIGTERM as a wait. The signals no longer end the process from then on.
 struct Interrupt([Option<Signal>; 2]);
 
 impl Interrupt {
     fn listen() -> Self {
-        // Without a handler the signals do what they did before.
+        // A signal without a handler still ends the process.
         Self([SignalKind::interrupt(), SignalKind::terminate()].map(|kind| signal(kind).ok()))
     }
 
@@ -130,7 +130,7 @@ async fn receive(signal: &mut Option<Signal>) -> Option<()> {
     signal.as_mut()?.recv().await
 }
 
-/// Runs what blocks in a thread of its own.
+/// Runs blocking work in a thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,

@@ -15,7 +15,7 @@ pub(super) async fn remove(context: &Context, snapshots: Vec<String>, wait: bool
     let store = context.open()?;
     for reference in references {
         let (store, asked) = (store.clone(), reference.clone());
-        // In a thread, because it may wait for as long as somebody uses the snapshot.
+        // In a thread, in case of a wait for the end of the use.
         let removal = blocking(move || store.remove(&asked, if_in_use));
         let removed = tokio::select! {
             removed = removal => removed,
@@ -25,7 +25,7 @@ pub(super) async fn remove(context: &Context, snapshots: Vec<String>, wait: bool
         };
         let removed = removed.map_err(|source| CliError::Remove { snapshot: reference.to_string(), source })?;
         context.say(&match removed.snapshots.is_empty() {
-            true => format!("{reference}: the name is gone, and the snapshot has others"),
+            true => format!("{reference}: name removed; the snapshot has other names"),
             false => format!("{reference}: removed, {} freed", bytes(removed.bytes)),
         })?;
     }
@@ -46,7 +46,7 @@ pub(super) fn prune(
         tell(context, &removed)?;
         if removed.left > quota {
             context.say(&format!(
-                "{} are left, more than the quota of {}: what is in use stays",
+                "{} are left, more than the quota of {}: snapshots in use stay",
                 bytes(removed.left),
                 bytes(quota)
             ))?;
@@ -60,11 +60,11 @@ fn tell(context: &Context, removed: &Removed) -> Result<(), CliError> {
         context.say(&format!("{}: removed", digest.short()))?;
     }
     for digest in &removed.in_use {
-        context.say(&format!("{}: in use, and left", digest.short()))?;
+        context.say(&format!("{}: in use, not removed", digest.short()))?;
     }
     for digest in &removed.unreadable {
         context.say(&format!(
-            "{}: its manifest cannot be read, and nobody knows what it needs: no blob was removed; see `gpusnap verify`",
+            "{}: unreadable manifest, needed blobs unknown: no blob was removed; see `gpusnap verify`",
             digest.short()
         ))?;
     }

@@ -75,7 +75,7 @@ fn show(context: &Context, what: String, meter: &Arc<Meter>) -> Shown {
     })
 }
 
-/// `12.0 GB of 28.8 GB moved in 10.2 s, 1.1 GB/s`.
+/// Summary of a transfer: `12.0 GB of 28.8 GB moved in 10.2 s, 1.1 GB/s`.
 fn moved(totals: Totals, begun: Instant) -> String {
     let elapsed = begun.elapsed();
     let all = totals.moved + totals.lost;

@@ -34,7 +34,7 @@ struct Problem {
 pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool) -> Result<(), CliError> {
     let references = snapshots.iter().map(|given| context.reference(given)).collect::<Result<Vec<_>, _>>()?;
     let mut interrupt = Interrupt::listen();
-    // Another program's layout becomes a store here: to verify is to prepare for use.
+    // Opens another program's layout as a store, too: verification prepares for use.
     let store = context.open()?;
     let done = Arc::new(AtomicU64::new(0));
     let total = total(&store, &references);
@@ -59,7 +59,7 @@ pub(super) async fn verify(context: &Context, snapshots: Vec<String>, json: bool
     }
 }
 
-/// What there is to read, as far as it can be told.
+/// Bytes to read, as far as known.
 fn total(store: &Store, references: &[Reference]) -> u64 {
     if references.is_empty() {
         return store.usage().map(|usage| usage.blobs - usage.garbage).unwrap_or_default();
@@ -93,13 +93,14 @@ fn read_all(store: &Store, references: &[Reference], done: &AtomicU64) -> Result
     Ok(all)
 }
 
-/// Packs have checksums of their own, by which a restore goes, and the segment table a form.
+/// Checks a layer's content: a pack's own checksums, on which a restore relies, and the form of the
+/// segment table.
 fn look_into(layer: &Layer, file: &File) -> Result<(), String> {
     match layer.media_type.as_str() {
         GPU_MEMORY_TYPE | HOST_MEMORY_TYPE => {
             let file = file.try_clone().map_err(|error| error.to_string())?;
             let pack = Pack::from_file(layer.digest.short().into(), file).map_err(|error| chain(&error))?;
-            // One thread: packs are looked at in parallel already.
+            // One thread: packs are verified in parallel already.
             let control = Control::with_threads(NonZeroUsize::MIN);
             memory::verify(&[pack], &control).map_err(|error| chain(&error))
         }

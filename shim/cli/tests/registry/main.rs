@@ -1,15 +1,15 @@
-//! `gpusnap` against Debian's docker-registry, and skopeo beside it.
+//! `gpusnap` against Debian's docker-registry, with skopeo beside.
 //!
-//! `make test-registry` installs both; without them these tests say so and pass.
+//! `make test-registry` installs both; if they are missing, the tests report so and pass.
 
-// This crate is nothing but tests, which clippy only sees in functions marked as such.
+// This crate has only tests; clippy recognizes just the functions marked as such.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod world;
 
 use world::{Gpusnap, Registry, World, names_of, skopeo};
 
-/// Times that each of push and pull is killed.
+/// Number of kills of push, and of pull.
 const KILLS: u64 = 50;
 
 #[test]
@@ -98,7 +98,7 @@ fn the_credentials_of_docker_login_open_a_registry() {
 
     let closed = push().code(1);
     assert!(closed.contains(&format!("try `docker login {host}`")), "{closed}");
-    // ali:open sesame
+    // ali:open sesame, in base64
     world.docker_config(&format!(r#"{{"auths":{{"{host}":{{"auth":"YWxpOm9wZW4gc2VzYW1l"}}}}}}"#), "");
     push().succeeds();
     world.docker_config(&format!(r#"{{"auths":{{"{host}":{{"auth":"YWxpOndyb25n"}}}}}}"#), "");

@@ -1,4 +1,4 @@
-//! A store, a registry, and the programs at them.
+//! A store, a registry, and the programs that use them.
 
 #![expect(clippy::disallowed_methods, reason = "there is no reaper in these tests")]
 
@@ -16,13 +16,13 @@ use memory::{Control, FileSource, Saved, save_files};
 use rustix::process::{Pid, Signal, kill_process};
 use snapshot::{Config, Digest, Host, IfTaken, NewLayer, NewSnapshot, Process, Store};
 
-/// What is in a pack of these tests, in bytes.
+/// Size of a test's pack, in bytes.
 const PACK: usize = 1 << 20;
 
-/// `open sesame`, as bcrypt has it.
+/// `open sesame` in bcrypt.
 const PASSWORD: &str = "$2b$04$bLx1c8hVSmEHJ47DkJXt7.wku8ddzWfan2qoEMfU0VRljT5f4c/Oa";
 
-/// A store of its own.
+/// A private store.
 pub(crate) struct World {
     root: tempfile::TempDir,
 }
@@ -40,7 +40,7 @@ impl World {
         Store::open(&self.store()).unwrap()
     }
 
-    /// Publishes a snapshot of so many packs, of which `other` are like those of no other snapshot.
+    /// Publishes a snapshot of `packs` packs, `other` of which differ from all other snapshots'.
     pub(crate) fn publish(&self, name: &str, packs: usize, other: usize) -> Digest {
         let draft = self.open().draft().unwrap();
         let folder = draft.folder().to_owned();
@@ -79,7 +79,7 @@ impl World {
         draft.publish(new, &|_| ()).unwrap().digest()
     }
 
-    /// Makes this docker's config.json, and a helper for credentials that is this script.
+    /// Writes docker's config.json, and a credential helper with this script.
     pub(crate) fn docker_config(&self, config: &str, helper: &str) {
         std::fs::write(self.root.path().join("config.json"), config).unwrap();
         let path = self.root.path().join("docker-credential-cave");
@@ -93,7 +93,7 @@ impl World {
         files.map(|file| (file.file_name().into_string().unwrap(), file.metadata().unwrap().len())).collect()
     }
 
-    /// What a verification finds.
+    /// Lines of a verification.
     pub(crate) fn problems(&self) -> Vec<String> {
         let report = self.open().verify(None, None, &|_| ()).unwrap();
         report.problems.iter().map(ToString::to_string).collect()
@@ -119,9 +119,9 @@ impl World {
     pub(crate) fn gpusnap_at(&self, store: &Path, arguments: &[&str]) -> Gpusnap {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gpusnap"));
         command.arg("--store").arg(store).args(arguments);
-        // Nobody's own credentials.
+        // Ignore the user's credentials.
         command.env("DOCKER_CONFIG", self.root.path()).env_remove("CONTAINERD_NAMESPACE");
-        // Nobody answers there: this machine's registries are not asked for through it.
+        // A dead proxy: connections to this machine's registries must not use it.
         command.env("http_proxy", "http://127.0.0.1:1").env("HTTPS_PROXY", "http://127.0.0.1:1");
         let path = std::env::var("PATH").unwrap();
         command.env("PATH", format!("{}:{path}", self.root.path().display()));
@@ -134,7 +134,7 @@ pub(crate) fn names_of(world: &World) -> Vec<String> {
     listed.iter().flat_map(|listed| &listed.names).map(ToString::to_string).collect()
 }
 
-/// Memory that compresses to nothing smaller and has no zero chunk.
+/// Memory without a zero chunk that does not compress.
 fn noise(seed: usize) -> Vec<u8> {
     let mut state = seed as u64 + 1;
     let mut word = || {
@@ -155,28 +155,28 @@ impl Gpusnap {
         (format!("{:?}\n{}", self.command, String::from_utf8_lossy(&output.stderr)), output)
     }
 
-    /// It succeeds; its standard output.
+    /// Runs the program to success; returns standard output.
     pub(crate) fn succeeds(self) -> String {
         let (said, output) = self.run();
         assert!(output.status.success(), "{said}");
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// It ends with this code; its standard error.
+    /// Runs the program up to this exit code; returns standard error.
     pub(crate) fn code(self, code: i32) -> String {
         let (said, output) = self.run();
         assert_eq!(output.status.code(), Some(code), "{said}");
         String::from_utf8(output.stderr).unwrap()
     }
 
-    /// How long it takes.
+    /// Duration of a successful run.
     pub(crate) fn takes(self) -> Duration {
         let begun = Instant::now();
         self.succeeds();
         begun.elapsed()
     }
 
-    /// Kills it after so long; whether it was not done by then.
+    /// Kills the program after `moment`; returns whether it was still running.
     pub(crate) fn killed_after(mut self, moment: Duration) -> bool {
         let mut child = self.command.stdout(Stdio::null()).spawn().unwrap();
         std::thread::sleep(moment);
@@ -184,7 +184,7 @@ impl Gpusnap {
         child.wait().unwrap().signal().is_some()
     }
 
-    /// Interrupts it as Ctrl-C does; its standard error.
+    /// Interrupts the program as Ctrl-C does; returns standard error.
     pub(crate) fn interrupted_after(mut self, moment: Duration) -> String {
         let child = self.command.stderr(Stdio::piped()).spawn().unwrap();
         std::thread::sleep(moment);
@@ -199,7 +199,7 @@ fn pid(child: &Child) -> Pid {
     Pid::from_child(child)
 }
 
-/// Debian's docker-registry on a port of its own.
+/// Debian's docker-registry on a free port.
 pub(crate) struct Registry {
     child: Child,
     port: u16,
@@ -207,12 +207,12 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// None where it is not installed.
+    /// Starts a registry; `None` if it is not installed.
     pub(crate) fn start() -> Option<Self> {
         Self::start_with("")
     }
 
-    /// One that lets in `ali` with the password `open sesame` only.
+    /// Starts a registry that admits only `ali` with the password `open sesame`.
     pub(crate) fn start_locked() -> Option<Self> {
         Self::start_with("auth: {htpasswd: {realm: cave, path: PASSWORDS}}\n")
     }
@@ -262,7 +262,7 @@ impl Registry {
         format!("localhost:{}/{place}", self.port)
     }
 
-    /// What its blobs take.
+    /// Size of the registry's blobs.
     pub(crate) fn bytes(&self) -> u64 {
         sizes(&self.root.path().join("data/docker/registry/v2/blobs"))
     }
@@ -293,7 +293,7 @@ fn sizes(folder: &Path) -> u64 {
         .sum()
 }
 
-/// Runs skopeo, which succeeds; its standard output. None where it is not installed.
+/// Runs skopeo to success; returns standard output. `None` if skopeo is not installed.
 pub(crate) fn skopeo(arguments: &[&str]) -> Option<String> {
     let output = match Command::new("skopeo").arg("--insecure-policy").args(arguments).output() {
         Ok(output) => output,

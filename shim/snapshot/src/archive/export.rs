@@ -1,4 +1,4 @@
-//! From the store to an archive.
+//! Export of a snapshot from the store to an archive.
 
 use std::collections::BTreeSet;
 use std::io::{self, Read, Write};
@@ -10,26 +10,26 @@ use crate::folder::FileError;
 use crate::index::{Index, IndexError};
 use crate::{Digest, Name, Progress, Snapshot};
 
-/// A snapshot could not be exported. What was written is of no use.
+/// Failure to export a snapshot. The bytes written so far are useless.
 #[derive(Debug, thiserror::Error)]
 pub enum ExportError {
-    /// A layer is out of reach.
+    /// A layer cannot be opened.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The archive cannot be written, or a layer not be read.
+    /// The archive cannot be written, or a layer cannot be read.
     #[error("cannot write {what} to the archive")]
     Write {
-        /// What was written.
+        /// The part of the archive.
         what: String,
-        /// Why not.
+        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The index of the archive cannot be written.
     #[error(transparent)]
     Index(#[from] IndexError),
-    /// A blob is not what its digest says.
-    #[error("{digest} is damaged: its bytes are others")]
+    /// A blob's bytes do not match the digest.
+    #[error("{digest} is damaged: digest mismatch")]
     Damaged {
         /// The blob.
         digest: Digest,
@@ -37,11 +37,11 @@ pub enum ExportError {
 }
 
 impl Snapshot {
-    /// Writes the snapshot as an OCI archive, under `name` if one is given. Equal snapshots give equal archives. `progress` is
-    /// told of bytes of layers.
+    /// Writes the snapshot as an OCI archive, under `name` if one is given. Equal snapshots give
+    /// equal archives. `progress` counts the bytes of layers.
     ///
     /// # Errors
-    /// What [`ExportError`] says.
+    /// See [`ExportError`].
     pub fn export(&self, name: Option<&Name>, target: impl Write, progress: Progress<'_>) -> Result<(), ExportError> {
         let mut index = Index::empty();
         index.add(self.manifest(), name);

@@ -1,4 +1,4 @@
-//! From an archive to the store. An archive may come from anybody.
+//! Import of a snapshot from an archive into the store. An archive may come from anybody.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
@@ -14,87 +14,88 @@ use crate::{
     Digest, IfTaken, Manifest, ManifestError, Name, NameError, Progress, PublishError, Received, Snapshot, Store,
 };
 
-/// Extended headers say little: a time, an owner's name.
+/// Most bytes of an extended header: enough for a time and an owner's name.
 const EXTENDED_LIMIT: u64 = 64 << 10;
-/// A terabyte in packs has 4096.
+/// Most entries of an archive. A terabyte in packs has 4096.
 const ENTRY_LIMIT: usize = 100_000;
 const SHOWN: usize = 200;
 
-/// How an archive is imported.
+/// Options of an import.
 #[derive(Clone, Debug, Default)]
 pub struct Import {
-    /// Its name in the store; None for the one that the archive says, if any.
+    /// The snapshot's name in the store; `None` for the name in the archive, if there is one.
     pub name: Option<Name>,
-    /// What if the name is taken.
+    /// Treatment of a name in use.
     pub if_taken: IfTaken,
 }
 
-/// An archive could not be imported. Nothing of it is in the store.
+/// Failure to import an archive. The store has nothing of the archive.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// It cannot be read, or is no tar archive.
+    /// The archive cannot be read, or is not a tar archive.
     #[error("the archive cannot be read")]
     Read(#[source] io::Error),
-    /// It cannot be written to the draft.
+    /// The draft cannot be written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Something is in it that an OCI archive of a snapshot does not have: a link, a device, a path elsewhere.
+    /// An entry has no place in an OCI archive of a snapshot: a link, a device, a path elsewhere.
     #[error("the archive has {what} in it: {path:?}")]
     Odd {
-        /// What it is.
+        /// The kind of entry.
         what: &'static str,
-        /// Where it is, at most its first 200 characters.
+        /// The entry's path, at most 200 characters.
         path: String,
     },
-    /// It has more entries than any real one.
+    /// The archive has more entries than any real one.
     #[error("the archive has more than {ENTRY_LIMIT} entries")]
     Endless,
-    /// It ends before its end.
+    /// The archive ends too early.
     #[error("the archive is cut off in {path}")]
     CutOff {
-        /// Where.
+        /// The incomplete entry.
         path: String,
     },
-    /// A blob is not what its name says.
-    #[error("{digest} is damaged in the archive: its bytes are others")]
+    /// A blob's bytes do not match the blob's name.
+    #[error("{digest} is damaged in the archive: digest mismatch")]
     Digest {
         /// The blob.
         digest: Digest,
     },
-    /// A part that every archive has is not there.
+    /// A required part is missing.
     #[error("the archive has no {path}")]
     Missing {
         /// The part.
         path: String,
     },
-    /// Its layout is of a version that is not known.
-    #[error("the archive is no OCI image layout of a version that this gpusnap knows")]
+    /// The layout is of an unknown version.
+    #[error("the archive is not an OCI image layout of a version known to this gpusnap")]
     Layout,
-    /// Its index cannot be understood.
+    /// The index is not valid.
     #[error(transparent)]
     Index(#[from] IndexError),
-    /// It has no snapshot, or several.
+    /// The archive has no snapshot, or several.
     #[error("the archive has {count} snapshots")]
     Count {
-        /// How many.
+        /// The number of snapshots.
         count: usize,
     },
-    /// The name in it is none.
-    #[error("the name in the archive is none")]
+    /// The name in the archive is not valid.
+    #[error("the name in the archive is not valid")]
     Name(#[from] NameError),
-    /// What is in it is no snapshot, or one of a later version.
+    /// The manifest is not a snapshot's, or belongs to a later version.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// It is not whole, or its name is taken, or the store is damaged.
+    /// The snapshot is incomplete, the name is taken, or the store is damaged.
     #[error(transparent)]
     Publish(#[from] PublishError),
 }
 
 impl Store {
-    /// Imports a snapshot from an OCI archive, which is verified while it is read. `progress` is told of bytes of blobs.
+    /// Imports a snapshot from an OCI archive, verified as it is read. `progress` counts the bytes
+    /// of blobs.
     ///
     /// # Errors
-    /// What [`ImportError`] says.
+    /// See [`ImportError`].
     pub fn import(&self, source: impl Read, import: Import, progress: Progress<'_>) -> Result<Snapshot, ImportError> {
         let draft = self.draft()?;
         let Unpacked { layout, index, blobs } = unpack(source, &draft, progress)?;
@@ -119,7 +120,7 @@ impl Store {
             None => index.raw_name(digest).map(str::parse).transpose()?,
         };
         let blobs: BTreeMap<Digest, PathBuf> = blobs.into_iter().map(|blob| (blob, blob.hex().into())).collect();
-        // The store may have blobs that the archive lacks. Such an archive is not whole all the same.
+        // An archive without all blobs is incomplete, even if the store has the missing ones.
         if let Some(blob) = manifest.blobs().find(|blob| !blobs.contains_key(&blob.digest)) {
             return Err(missing(&super::blob_path(blob.digest)));
         }
@@ -131,14 +132,14 @@ impl Store {
 struct Unpacked {
     layout: Option<Vec<u8>>,
     index: Option<Vec<u8>>,
-    /// Each in the draft, under its hexadecimal digest.
+    /// Blobs in the draft, each under its hexadecimal digest.
     blobs: BTreeSet<Digest>,
 }
 
 fn unpack(source: impl Read, draft: &Draft, progress: Progress<'_>) -> Result<Unpacked, ImportError> {
     let mut unpacked = Unpacked::default();
     let mut archive = tar::Archive::new(source);
-    // Raw: what is to be done about extended headers, which can be of any size, is decided here.
+    // Raw entries: extended headers can be of any size, and are handled here.
     for (number, entry) in archive.entries().map_err(ImportError::Read)?.raw(true).enumerate() {
         if number == ENTRY_LIMIT {
             return Err(ImportError::Endless);
@@ -156,15 +157,15 @@ fn unpack(source: impl Read, draft: &Draft, progress: Progress<'_>) -> Result<Un
                 skip_extended(&mut entry, odd)?;
                 continue;
             }
-            _ => return Err(odd("something that is no file")),
+            _ => return Err(odd("an entry that is not a file")),
         }
         let size = entry.header().entry_size().map_err(ImportError::Read)?;
         match plain {
             LAYOUT => read_once(&mut unpacked.layout, &mut entry, size, odd)?,
             INDEX => read_once(&mut unpacked.index, &mut entry, size, odd)?,
             _ => {
-                let hex = plain.strip_prefix("blobs/sha256/").ok_or_else(|| odd("a file of something else"))?;
-                let digest = Digest::from_hex(hex).map_err(|_| odd("a file that is no blob"))?;
+                let hex = plain.strip_prefix("blobs/sha256/").ok_or_else(|| odd("an odd file"))?;
+                let digest = Digest::from_hex(hex).map_err(|_| odd("a file that is not a blob"))?;
                 if !unpacked.blobs.insert(digest) {
                     return Err(odd("a blob twice"));
                 }
@@ -216,7 +217,8 @@ fn unpack_blob(
     Ok(())
 }
 
-/// Extended headers may say what they like, but not where or how long the next file is.
+/// Skips an extended header. Such a header may say anything but the path or the size of the next
+/// file.
 fn skip_extended(entry: &mut impl Read, odd: impl Fn(&'static str) -> ImportError) -> Result<(), ImportError> {
     let mut bytes = Vec::new();
     entry.take(EXTENDED_LIMIT + 1).read_to_end(&mut bytes).map_err(ImportError::Read)?;
@@ -227,7 +229,7 @@ fn skip_extended(entry: &mut impl Read, odd: impl Fn(&'static str) -> ImportErro
     Ok(())
 }
 
-/// Knows whether it was the one that failed.
+/// A source and whether the last read of it failed.
 struct Remembering<R> {
     source: R,
     failed: bool,

@@ -12,7 +12,7 @@ fn import(world: &World, bytes: &[u8]) -> Result<Snapshot, ImportError> {
     world.store.import(bytes, Import::default(), &|_| {})
 }
 
-/// Copies an archive; entries may be changed, left out or followed by others.
+/// Copies an archive, with entries changed, left out or added.
 fn rewrite(bytes: &[u8], change: impl Fn(&str, Vec<u8>) -> Vec<(String, Vec<u8>)>) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for entry in tar::Archive::new(bytes).entries().unwrap() {
@@ -27,7 +27,7 @@ fn rewrite(bytes: &[u8], change: impl Fn(&str, Vec<u8>) -> Vec<(String, Vec<u8>)
     builder.into_inner().unwrap()
 }
 
-/// A header with a path that the library would not write.
+/// A header with a path that the library refuses to write.
 fn header(path: &str, kind: tar::EntryType, size: u64) -> tar::Header {
     let mut header = tar::Header::new_ustar();
     header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
@@ -38,7 +38,7 @@ fn header(path: &str, kind: tar::EntryType, size: u64) -> tar::Header {
     header
 }
 
-/// An archive with one more entry at its beginning.
+/// An archive with one more entry at the beginning.
 fn with_entry(bytes: &[u8], header: &tar::Header, content: &[u8]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     builder.append(header, content).unwrap();
@@ -180,7 +180,7 @@ fn an_archive_that_is_not_whole_leaves_nothing() {
     for at in (0..end).step_by(61) {
         let mut wrong = bytes.clone();
         wrong[at] ^= 4;
-        // A time or an owner in a header may be anything; a change of bytes of the snapshot is seen.
+        // A header's time or owner may be anything; a change of the snapshot's bytes is detected.
         if let Ok(snapshot) = import(&elsewhere, &wrong) {
             assert_eq!(snapshot.digest(), world.store.list().unwrap()[0].digest);
             let digest = snapshot.digest();

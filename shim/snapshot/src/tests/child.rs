@@ -1,4 +1,4 @@
-//! Other processes that use a store: this test binary again.
+//! Other processes that use a store: this test binary, started again.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -11,10 +11,10 @@ use crate::{IfInUse, Import, Prune};
 
 const WHAT: &str = "GPUSNAP_TEST_CHILD";
 const STEP: &str = "GPUSNAP_TEST_STEP";
-/// Beside the store.
+/// File beside the store.
 const ARCHIVE: &str = "archive.tar";
 const ROOT: &str = "GPUSNAP_TEST_ROOT";
-/// The test harness writes to the same stream.
+/// Mark of our lines: the test harness writes to the same stream.
 const MARK: &str = "child: ";
 
 /// Puts an archive beside a store for a process that imports.
@@ -36,7 +36,7 @@ impl Other {
         Self::start_until(what, store, usize::MAX)
     }
 
-    /// Likewise; it dies instead of its change number `step` of the disk.
+    /// Starts a process that dies instead of change `step` of the disk.
     pub(super) fn start_until(what: &str, store: &Store, step: usize) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "tests::child::what_the_other_processes_do", "--nocapture", "--test-threads=1"]);
@@ -51,7 +51,7 @@ impl Other {
         Self { child, lines }
     }
 
-    /// The next thing that it says it has done; None at its end.
+    /// The next step that the process reports; `None` at the end.
     pub(super) fn next(&mut self) -> Option<String> {
         let mut line = String::new();
         loop {
@@ -67,13 +67,13 @@ impl Other {
         }
     }
 
-    /// Kills it; what it had said that it has done.
+    /// Kills the process; returns all its reports.
     pub(super) fn kill(mut self) -> Vec<String> {
         self.child.kill().unwrap();
         self.wait()
     }
 
-    /// Waits until it ends.
+    /// Waits for the process's end; returns all its reports.
     pub(super) fn wait(mut self) -> Vec<String> {
         let said = std::iter::from_fn(|| self.next()).collect();
         let pid = rustix::process::Pid::from_child(&self.child);
@@ -82,10 +82,10 @@ impl Other {
     }
 }
 
-/// Steps since the work began, and the one that is not survived.
+/// Steps since the beginning of the work, and the fatal step.
 static STEPS: (AtomicUsize, OnceLock<usize>) = (AtomicUsize::new(0), OnceLock::new());
 
-/// Called before each change of the disk.
+/// Counts a change of the disk, and dies at the fatal one.
 pub(crate) fn step() {
     if STEPS.1.get().is_some_and(|last| STEPS.0.fetch_add(1, Ordering::Relaxed) == *last) {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
@@ -98,7 +98,7 @@ fn say(what: &str) {
     out.flush().unwrap();
 }
 
-/// Content of layer `n` of the `round`th snapshot: some of it comes again and again.
+/// Content of layer `n` of the `round`th snapshot: some content recurs.
 fn layer(round: usize, n: usize) -> Vec<u8> {
     if n == 0 { vec![1; 60_000] } else { format!("{}-{n}", round % 7).repeat(5000).into_bytes() }
 }
@@ -128,7 +128,7 @@ fn what_the_other_processes_do() {
         "publish once" => {
             publish_round(&store, "once/a", 0);
             publish_round(&store, "once/b", 1);
-            // From one to the other.
+            // Move the name back and forth.
             publish_round(&store, "once/a", 1);
             say("done");
         }
@@ -152,7 +152,7 @@ fn what_the_other_processes_do() {
                 if what == "import once" {
                     return say("done");
                 }
-                // So that there is something to import.
+                // Leave something to import.
                 store.remove(&reference("imported/x"), IfInUse::Wait).unwrap();
             }
         }
@@ -167,7 +167,7 @@ fn what_the_other_processes_do() {
         "use" => {
             let snapshot = store.open_snapshot(&reference("kept/archive")).unwrap();
             say(&snapshot.digest().to_string());
-            // Until it is killed, or nobody is left who would.
+            // Wait for the kill, or for the end of the parent.
             std::io::read_to_string(std::io::stdin()).unwrap();
             std::thread::sleep(Duration::from_secs(60));
         }

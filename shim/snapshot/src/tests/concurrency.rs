@@ -10,7 +10,7 @@ fn several_processes_publish_at_once_and_nobody_loses_a_name() {
     let writers: Vec<Other> = (0..4).map(|n| Other::start(&format!("w{n}"), &world.store)).collect();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Garbage is collected without mercy meanwhile, and nothing that is named is ever damaged.
+        // Garbage is collected without grace meanwhile, and no named snapshot is ever damaged.
         scope.spawn(|| {
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 world.store.prune(Prune { grace: Duration::ZERO, unnamed: Some(Duration::ZERO) }).unwrap();

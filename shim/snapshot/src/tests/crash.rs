@@ -8,13 +8,14 @@ use crate::{IfInUse, Prune, RemoveError};
 
 const NOW: Prune = Prune { grace: Duration::ZERO, unnamed: None };
 
-/// A moment within the next `most`.
+/// A random moment within the next `most`.
 fn moment(most: Duration) -> Duration {
     let parts = RandomState::new().hash_one(0) % 10_000;
     most * u32::try_from(parts).unwrap() / 10_000
 }
 
-/// Kills a process that does `what` at 50 moments. What it had done by then is there, and all is whole.
+/// Kills a process that does `what` at 50 moments. All reported steps are done, and all snapshots
+/// are whole.
 fn killed_at_any_moment(what: &str) {
     let world = World::new();
     let kept = world.publish("kept/archive", &[b"kept", &[5; 200_000]]).digest();
@@ -23,7 +24,7 @@ fn killed_at_any_moment(what: &str) {
     for round in 0..50 {
         let mut other = Other::start(what, &world.store);
         while other.next().is_some_and(|said| said != "ready") {}
-        // Now and then it comes to an end first.
+        // Some rounds let the process finish a step first.
         let first = if round % 5 == 0 { other.next() } else { None };
         std::thread::sleep(moment(Duration::from_millis(40)));
         for said in first.into_iter().chain(other.kill()) {
@@ -34,7 +35,7 @@ fn killed_at_any_moment(what: &str) {
         assert_eq!(world.problems(), [""; 0], "round {round}");
         assert_eq!(world.store.open_snapshot(&reference("kept/archive")).unwrap().digest(), kept);
         for name in published.keys() {
-            // It may have moved on in the last instant.
+            // The name may have moved on in the last instant.
             drop(world.store.open_snapshot(&reference(name)).unwrap());
         }
         if round % 10 == 9 {
@@ -46,7 +47,7 @@ fn killed_at_any_moment(what: &str) {
     assert!(what != "publish" || !published.is_empty());
 }
 
-/// Kills a process before each change that `what` makes on the disk, until it comes to its end.
+/// Kills a process before each change that `what` makes on the disk, up to the last change.
 fn killed_at_every_step(what: &str) {
     for step in 0.. {
         let world = World::new();

@@ -3,7 +3,7 @@ use std::os::unix::fs::symlink;
 use super::*;
 use crate::{IfInUse, OpenError, SnapshotError};
 
-/// A store with one snapshot, something done to it, and what a verification says.
+/// A store with one snapshot and some damage, and the report of a verification.
 fn after(damage: impl Fn(&World, Digest)) -> (World, Vec<String>) {
     let world = World::new();
     let digest = world.publish("default/a", &[b"first layer", b"second layer"]).digest();
@@ -29,7 +29,7 @@ fn a_flipped_bit_in_any_file_is_found() {
             std::fs::write(&path, wrong).unwrap();
             let problems = world.problems();
             assert_eq!(problems.len(), 1, "{problems:?}");
-            assert!(problems[0].contains("its bytes are others"), "{problems:?}");
+            assert!(problems[0].contains("digest mismatch"), "{problems:?}");
             let affected = name.to_str() == Some(&snapshot.hex()) || problems[0].contains(&snapshot.short());
             assert!(affected, "{problems:?}");
         }

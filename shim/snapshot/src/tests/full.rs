@@ -3,7 +3,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use super::*;
 use crate::{Digest, IfInUse, Import};
 
-/// A small file system of its own.
+/// A small file system.
 struct Small {
     folder: tempfile::TempDir,
 }
@@ -11,7 +11,7 @@ struct Small {
 impl Small {
     const SIZE: usize = 2 << 20;
 
-    /// None, and why, where nothing can be mounted.
+    /// Mounts the file system; reports and returns `None` if mounting is not possible.
     fn new() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let options = format!("size={}", Self::SIZE);
@@ -29,7 +29,7 @@ impl Small {
         Store::open(&self.folder.path().join("store")).unwrap()
     }
 
-    /// Fills it but for so many pages.
+    /// Fills the file system up to `spare` pages.
     fn fill(&self, spare: usize) {
         let path = self.folder.path().join("filler");
         let free = rustix::fs::statvfs(self.folder.path()).unwrap();
@@ -48,7 +48,7 @@ impl Drop for Small {
     }
 }
 
-/// Tries with less room and more until it goes well; before that nothing has changed.
+/// Tries with more and more room up to the first success; each failure leaves the store unchanged.
 fn with_ever_more_room(attempt: impl Fn(&Store) -> Option<Digest>) {
     let Some(small) = Small::new() else { return };
     let store = small.store();

@@ -35,7 +35,7 @@ impl World {
         self.store.folders.blobs.join(digest.hex())
     }
 
-    /// What a verification of everything finds, in lines.
+    /// The lines of a verification of everything.
     pub(super) fn problems(&self) -> Vec<String> {
         problems(&self.store)
     }
@@ -61,7 +61,7 @@ pub(super) fn reference(name: &str) -> Reference {
     name.parse().unwrap()
 }
 
-/// A snapshot of layers with this content; an empty name is none.
+/// A snapshot of layers with this content; an empty name stands for no name.
 pub(super) fn new(given: &str, paths: Vec<PathBuf>) -> NewSnapshot {
     let layer = |path| NewLayer {
         media_type: crate::GPU_MEMORY_TYPE.to_owned(),

@@ -56,7 +56,7 @@ fn equal_layers_are_stored_once_and_the_first_one_stays() {
         let (manifest, _) = listed[n].content.as_ref().unwrap();
         manifest.bytes().len() as u64
     };
-    // The config is equal in both.
+    // Both snapshots have the same config.
     assert_eq!((listed[0].unique, listed[1].unique), (5 + documents(0), 6 + documents(1)));
     assert_eq!(listed[0].size, first.manifest().size());
     let usage = world.store.usage().unwrap();

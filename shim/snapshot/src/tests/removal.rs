@@ -5,7 +5,7 @@ use crate::{IfInUse, Prune, RemoveError, ResolveError};
 
 const NOW: Prune = Prune { grace: Duration::ZERO, unnamed: Some(Duration::ZERO) };
 
-/// Makes a snapshot look as if it was last used so long ago.
+/// Makes a snapshot look as if last used `seconds` ago.
 fn age(world: &World, digest: Digest, seconds: u64) {
     let time = SystemTime::now() - Duration::from_secs(seconds);
     let file = std::fs::File::options().write(true).open(world.store.folders.uses.join(digest.hex())).unwrap();
@@ -47,7 +47,7 @@ fn a_snapshot_in_use_stays_whoever_wants_it_gone() {
     let refused = other.remove(&reference("default/a"), IfInUse::Refuse).unwrap_err();
     assert!(matches!(refused, RemoveError::InUse { .. }), "{refused}");
     assert_eq!(other.enforce_quota(0).unwrap().in_use, [used.digest()]);
-    // Its name moves on; it stays.
+    // The name moves on; the snapshot stays.
     drop(world.publish("default/a", &[b"y"]));
     assert_eq!(other.prune(NOW).unwrap().in_use, [used.digest()]);
     assert!(other.list().unwrap().iter().any(|listed| listed.digest == used.digest() && listed.in_use));
@@ -64,7 +64,7 @@ fn a_removal_can_wait_until_the_snapshot_is_free() {
     let store = world.store.clone();
     std::thread::scope(|scope| {
         let removal = scope.spawn(|| store.remove(&reference("default/a"), IfInUse::Wait).unwrap());
-        // It can be used by others meanwhile.
+        // Others can use the snapshot meanwhile.
         let second = world.store.open_snapshot(&reference("default/a")).unwrap();
         drop(used);
         assert_eq!(std::fs::read(second.path(&Digest::of(b"x"))).unwrap(), b"x");
@@ -83,7 +83,7 @@ fn a_quota_takes_what_was_not_used_for_the_longest_time() {
     for (n, seconds) in [(0, 400), (1, 500), (2, 100), (3, 200)] {
         age(&world, digests[n], seconds);
     }
-    // Using one makes it the newest.
+    // A use makes the snapshot the newest.
     drop(world.store.open_snapshot(&reference("default/s1")).unwrap());
     let removed = world.store.enforce_quota(25_000).unwrap();
     assert_eq!(removed.snapshots, [digests[0], digests[3]]);

@@ -1,10 +1,10 @@
-//! What other tools make of the store.
+//! Other tools and the store.
 
 use std::process::{Command, Stdio};
 
 use super::*;
 
-/// Runs skopeo; None, and why, where there is none.
+/// Runs skopeo; reports and returns `None` if skopeo is missing.
 fn skopeo(arguments: &[&str]) -> Option<bool> {
     let mut command = Command::new("skopeo");
     let child = match command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn() {

@@ -22,8 +22,8 @@ fn report(result: Result<()>) -> u32 {
     }
 }
 
-/// CUcheckpointLockArgs, CUcheckpointCheckpointArgs, CUcheckpointRestoreArgs, CUcheckpointUnlockArgs: 64 bytes each, the
-/// fields that a driver does not know must be zero.
+/// CUcheckpointLockArgs, CUcheckpointCheckpointArgs, CUcheckpointRestoreArgs,
+/// CUcheckpointUnlockArgs: 64 bytes each; fields unknown to a driver must be zero.
 type Arguments = [u64; 8];
 
 /// The arguments if there are any, with all but the first `known` words zero.
@@ -42,7 +42,7 @@ impl Parameters {
     }
 }
 
-/// cuGetProcAddress knows names without the version at their end.
+/// Name without a trailing version, as known to cuGetProcAddress.
 fn unversioned(name: &str) -> &str {
     match name.rsplit_once("_v") {
         Some((plain, version)) if version.bytes().all(|byte| byte.is_ascii_digit()) => plain,

@@ -1,14 +1,15 @@
-//! What C functions are given and give.
+//! Arguments and results of C functions.
 
 use std::ffi::{CStr, c_char, c_void};
 
 use crate::code::{Code, Result};
 
-/// Where a C caller wants a result. The C contract of every function that takes one: null, or room for a `T`.
+/// A C caller's place for a result. The C contract of every function with such an argument: null,
+/// or room for a `T`.
 #[repr(transparent)]
 pub(super) struct Out<T>(*mut T);
 
-/// Where a C caller put an argument; null, or readable.
+/// A C caller's argument; null, or readable.
 #[repr(transparent)]
 pub(super) struct In<T>(*const T);
 
@@ -31,7 +32,7 @@ impl<T> Out<T> {
         Ok(())
     }
 
-    /// Reads what the caller put there, for arguments that are both.
+    /// Reads the caller's value, for arguments that are both.
     pub(super) fn get(&self) -> Option<T>
     where
         T: Copy,
@@ -40,14 +41,14 @@ impl<T> Out<T> {
         (!self.0.is_null()).then(|| unsafe { self.0.read_unaligned() })
     }
 
-    /// Writes the result at place `at` of an array, which the caller promised to be long enough.
+    /// Writes the result at place `at` of an array, long enough by the caller's promise.
     pub(super) fn set_at(&self, at: usize, value: T) -> Result<()> {
         Out(self.0.wrapping_add(at)).set(value)
     }
 }
 
 impl Out<c_char> {
-    /// Writes a C string into a buffer of `length` bytes; `short` when it has no room.
+    /// Writes a C string into a buffer of `length` bytes; `short` if the buffer is too small.
     pub(super) fn set_text(&self, text: &str, length: usize, short: Code) -> Result<()> {
         let bytes = text.trim_end_matches('\0').as_bytes();
         if bytes.len() >= length {
@@ -70,7 +71,7 @@ impl<T: Copy> In<T> {
         (!self.0.is_null()).then(|| unsafe { self.0.read_unaligned() })
     }
 
-    /// The element at place `at` of an array, which the caller promised to be long enough.
+    /// The element at place `at` of an array, long enough by the caller's promise.
     pub(super) fn get_at(&self, at: usize) -> Option<T> {
         if self.0.is_null() { None } else { Self(self.0.wrapping_add(at)).get() }
     }
@@ -93,7 +94,8 @@ pub(super) struct Symbol(pub(super) *const c_void);
 // SAFETY: an address of code, which every thread may know.
 unsafe impl Sync for Symbol {}
 
-/// Defines exported functions whose bodies give a `Result`; with `table NAME` also a list of them by name.
+/// Defines exported functions with bodies that return a `Result`; with `table NAME` also a list by
+/// name.
 macro_rules! exports {
     (table $table:ident; $report:path; $($name:ident $arguments:tt $body:block)*) => {
         exports! { $report; $($name $arguments $body)* }

@@ -11,15 +11,15 @@ use std::sync::atomic::Ordering::Relaxed;
 use crate::code::{Code, Result};
 use crate::control::{self, Control};
 
-/// The size of a page; aarch64 kernels with larger pages are not simulated.
+/// Size of a page; aarch64 kernels with larger pages are not simulated.
 pub(crate) const PAGE: usize = 4096;
 
 const DEVICE_MEMORY: &CStr = c"fake-gpu";
 const CONTROL: &CStr = c"fake-cuda-control";
 const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
 
-/// A range of addresses that was mapped here and is this driver's until `unmap`. Programs know it as a bare number, no
-/// Rust reference other than to atomics points into it. Copies of a `Region` are the same range.
+/// A range of addresses mapped here, and this driver's until `unmap`. Programs know the range as a
+/// bare number; only references to atomics point into it. Copies of a `Region` are the same range.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Region {
     address: usize,
@@ -31,7 +31,7 @@ fn pages(length: usize) -> Result<usize> {
     length.max(1).checked_next_multiple_of(PAGE).ok_or(Code::OUT_OF_MEMORY)
 }
 
-/// mmap; with `at`, over what that region has now.
+/// Calls mmap; with `at`, over that region.
 fn map(at: Option<Region>, length: usize, protection: c_int, flags: c_int, fd: c_int) -> Result<Region> {
     let (address, fixed) = match at {
         Some(region) => (without_provenance_mut::<c_void>(region.address), libc::MAP_FIXED),
@@ -72,25 +72,25 @@ impl Region {
         map(None, pages(length)?, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
     }
 
-    /// Ordinary memory that the kernel does not join with its neighbours: maps show it with its own size, between two
-    /// pages without access.
+    /// Ordinary memory that the kernel does not join with neighbours: maps show the exact size,
+    /// between two pages without access.
     pub(crate) fn alone(length: usize) -> Result<Self> {
         let length = pages(length)?;
         let around = length.checked_add(2 * PAGE).ok_or(Code::OUT_OF_MEMORY)?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let around = map(None, around, libc::PROT_NONE, flags, -1)?;
         let inner = Self { address: around.address + PAGE, length };
-        // As the driver does (580.159, seen on an H100).
+        // Like the driver (580.159, seen on an H100).
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
         map(Some(inner), length, READ_WRITE, flags, -1).inspect_err(|_| around.unmap())
     }
 
-    /// Gives back what `alone` made.
+    /// Unmaps the result of `alone`.
     pub(crate) fn unmap_alone(self) {
         Self { address: self.address - PAGE, length: self.length + 2 * PAGE }.unmap();
     }
 
-    /// Memory outside of the process's own: a memfd, which children do not inherit.
+    /// Memory outside of the process's own: a memfd, not inherited by children.
     pub(crate) fn device(length: usize) -> Result<Self> {
         let length = pages(length)?;
         let memory = memfd(DEVICE_MEMORY, length)?;
@@ -99,18 +99,18 @@ impl Region {
         Ok(region)
     }
 
-    /// A mapping of a device node, never to be touched.
+    /// A mapping of a device node, never touched.
     pub(crate) fn node(node: BorrowedFd<'_>, length: usize) -> Result<Self> {
         map(None, length, READ_WRITE, libc::MAP_SHARED, node.as_raw_fd())
     }
 
-    /// Takes the contents away and keeps the addresses: what touches them dies.
+    /// Removes the contents and keeps the addresses: a later access is fatal.
     pub(crate) fn reserve(self) -> Result<()> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         map(Some(self), self.length, libc::PROT_NONE, flags, -1).map(drop)
     }
 
-    /// Device memory again, at the same addresses, filled from `staging` at `offset`.
+    /// Maps device memory again, at the same addresses, filled from `staging` at `offset`.
     pub(crate) fn fill(self, staging: Self, offset: usize) -> Result<()> {
         let memory = memfd(DEVICE_MEMORY, self.length)?;
         map(Some(self), self.length, READ_WRITE, libc::MAP_SHARED, memory.as_raw_fd())?;
@@ -118,7 +118,7 @@ impl Region {
         self.put(0, staging.address + offset, self.length)
     }
 
-    /// Ordinary memory again, at the same addresses; zero.
+    /// Maps ordinary memory again, at the same addresses; zero.
     pub(crate) fn revive(self) -> Result<()> {
         map(Some(self), self.length, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1).map(drop)
     }
@@ -133,7 +133,7 @@ impl Region {
         unsafe { libc::munmap(without_provenance_mut(self.address), self.length) };
     }
 
-    /// Whether `length` bytes from `offset` on lie inside.
+    /// Checks that `length` bytes from `offset` on lie inside.
     fn holds(self, offset: usize, length: usize) -> Result<()> {
         let end = offset.checked_add(length).ok_or(Code::INVALID_VALUE)?;
         if end <= self.length { Ok(()) } else { Err(Code::INVALID_VALUE) }
@@ -158,7 +158,7 @@ impl Region {
         Ok(())
     }
 
-    /// `count` words from `offset` (a multiple of 4) on, as kernels see them.
+    /// `count` words from `offset` (a multiple of 4) on, as seen by kernels.
     pub(crate) fn words(&self, offset: usize, count: usize) -> Result<&[AtomicU32]> {
         self.holds(offset, count.checked_mul(4).ok_or(Code::INVALID_VALUE)?)?;
         if !offset.is_multiple_of(4) {
@@ -169,8 +169,9 @@ impl Region {
         Ok(unsafe { std::slice::from_raw_parts(first, count) })
     }
 
-    /// Reads a word without asking whether the region still has contents: what a thread does that reads driver memory
-    /// during a checkpoint. If it has none the process dies of SIGSEGV, which is the point.
+    /// Reads a word without asking whether the region still has contents, like a thread that reads
+    /// driver memory during a checkpoint. Without contents the process dies of SIGSEGV, which is
+    /// the point.
     pub(crate) fn peek(self) -> u32 {
         let first = without_provenance_mut::<AtomicU32>(self.address);
         // SAFETY: the range is never unmapped, only made inaccessible; then the read is a fault, not a wrong value.
@@ -185,7 +186,7 @@ pub(crate) struct ControlPage {
 }
 
 impl ControlPage {
-    /// Makes the page of this process, and the memfd by which others find it.
+    /// Makes the page of this process, and the memfd by which others find the page.
     pub(crate) fn create() -> Result<(Self, OwnedFd)> {
         let memory = memfd(CONTROL, control::SIZE)?;
         let region = map(None, control::SIZE, READ_WRITE, libc::MAP_SHARED, memory.as_raw_fd())?;
@@ -193,7 +194,7 @@ impl ControlPage {
         Ok((Self { region }, memory))
     }
 
-    /// Maps the page of another process, by its memfd.
+    /// Maps the page of another process, by memfd.
     pub(crate) fn open(memory: &File) -> Result<Self> {
         let length = memory.metadata().map_err(|_| Code::OPERATING_SYSTEM)?.len();
         if length < control::SIZE as u64 {

@@ -1,4 +1,4 @@
-//! All that is not safe Rust: system calls, memory that others see, and the exported C functions.
+//! Everything beyond safe Rust: system calls, memory seen by others, and the exported C functions.
 
 pub(crate) mod cuda;
 pub(crate) mod exported;

@@ -13,7 +13,7 @@ use crate::nvml::{self, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_SUPPORTED, erro
 fn report(result: nvml::Result<()>) -> u32 {
     match result {
         Ok(()) => 0,
-        // What writes results and reads texts knows one mistake only.
+        // Writing results and reading texts has only one kind of error.
         Err(Code::INVALID_VALUE) => INVALID_ARGUMENT,
         Err(Code(code)) => code,
     }

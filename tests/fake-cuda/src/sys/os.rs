@@ -1,4 +1,5 @@
-//! System calls without a safe interface in std. What the driver's thread uses does not allocate.
+//! System calls without a safe interface in std. The functions for the driver's thread do not
+//! allocate.
 
 use std::ffi::{CStr, c_int, c_long, c_void};
 use std::mem::MaybeUninit;
@@ -9,12 +10,12 @@ use std::time::Duration;
 
 use crate::code::{Code, Result};
 
-/// Who shares a futex.
+/// Users of a futex.
 #[derive(Clone, Copy)]
 pub(crate) enum Scope {
     /// Threads of this process.
     Process,
-    /// Whoever maps the same file.
+    /// All processes that map the same file.
     Shared,
 }
 
@@ -36,7 +37,7 @@ pub(crate) fn wait(word: &AtomicU32, expected: u32, scope: Scope, limit: Option<
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), operation, expected, limit) };
 }
 
-/// Wakes all that wait for the word to change.
+/// Wakes all waiters for the word.
 pub(crate) fn wake(word: &AtomicU32, scope: Scope) {
     // SAFETY: the word outlives the call.
     unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE | scope.flag(), c_int::MAX) };
@@ -59,7 +60,7 @@ pub(crate) fn now() -> u64 {
     u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
 }
 
-/// This process, as it sees itself. Not cached: a child of fork must notice that it is another.
+/// The process's own pid. Not cached: a child of fork must notice the difference.
 pub(crate) fn pid() -> i32 {
     // SAFETY: always succeeds.
     unsafe { libc::getpid() }
@@ -74,7 +75,7 @@ pub(crate) fn open(path: &CStr, write: bool) -> Option<OwnedFd> {
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Reads up to a buffer's length from a file's present position on.
+/// Reads up to a buffer's length from a file's current position on.
 pub(crate) fn read<'a>(file: BorrowedFd<'_>, buffer: &'a mut [u8]) -> &'a [u8] {
     // SAFETY: the buffer is writable for its length.
     let got = unsafe { libc::read(file.as_raw_fd(), buffer.as_mut_ptr().cast::<c_void>(), buffer.len()) };
@@ -87,7 +88,7 @@ pub(crate) fn complain(message: &str) {
     unsafe { libc::write(2, message.as_ptr().cast::<c_void>(), message.len()) };
 }
 
-/// A lock on one byte of a file, which belongs to the open file: it ends with the last descriptor of that.
+/// A lock on one byte of a file, owned by the open file until the last descriptor closes.
 fn byte(offset: u64, kind: c_int) -> libc::flock {
     // SAFETY: a struct of integers.
     let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -98,7 +99,7 @@ fn byte(offset: u64, kind: c_int) -> libc::flock {
     lock
 }
 
-/// Locks a byte of a file, waiting for whoever has it.
+/// Locks a byte of a file, waiting for the present owner.
 pub(crate) fn lock_byte(file: BorrowedFd<'_>, offset: u64) -> Result<()> {
     let lock = byte(offset, libc::F_WRLCK);
     loop {
@@ -113,7 +114,7 @@ pub(crate) fn lock_byte(file: BorrowedFd<'_>, offset: u64) -> Result<()> {
     }
 }
 
-/// Whether somebody else has a byte of a file locked.
+/// Returns whether another process has a byte of a file locked.
 pub(crate) fn is_locked(file: RawFd, offset: u64) -> bool {
     let mut lock = byte(offset, libc::F_WRLCK);
     // SAFETY: the kernel reads and writes a struct flock; a descriptor that is not open is an error, nothing worse.
@@ -121,7 +122,7 @@ pub(crate) fn is_locked(file: RawFd, offset: u64) -> bool {
     done == 0 && c_int::from(lock.l_type) != libc::F_UNLCK
 }
 
-/// A handle to a process; `None` when there is none with that pid.
+/// A handle to a process; `None` if no process has that pid.
 pub(crate) fn pidfd(pid: i32) -> Option<OwnedFd> {
     // SAFETY: a system call on integers.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -130,7 +131,7 @@ pub(crate) fn pidfd(pid: i32) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Whether the process of a pidfd has ended.
+/// Returns whether the process of a pidfd has ended.
 pub(crate) fn has_ended(process: &OwnedFd) -> bool {
     let mut poll = libc::pollfd { fd: process.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, as the count says.
@@ -138,7 +139,7 @@ pub(crate) fn has_ended(process: &OwnedFd) -> bool {
     ready > 0
 }
 
-/// Runs `spawn` with all signals blocked, so that a thread that it makes gets none.
+/// Runs `spawn` with all signals blocked, so that the new thread gets none.
 pub(crate) fn without_signals<T>(spawn: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::zeroed();
     let mut before = MaybeUninit::<libc::sigset_t>::zeroed();
@@ -152,7 +153,7 @@ pub(crate) fn without_signals<T>(spawn: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Dies of SIGSEGV in this thread, whatever the program does about that signal.
+/// Dies of SIGSEGV in this thread, in spite of any handler of the program.
 pub(crate) fn crash() {
     let mut signals = MaybeUninit::<libc::sigset_t>::zeroed();
     // SAFETY: the default action needs no handler.

@@ -1,4 +1,4 @@
-//! Freezes processes as containerd does.
+//! Freezes processes like containerd.
 
 use std::fs;
 use std::path::PathBuf;
@@ -35,7 +35,7 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         self.freeze(false);
-        // Its process is killed when the test is done; a cgroup can be removed when it is empty.
+        // The process is killed at the end of the test; an empty cgroup can be removed.
         let procs = if self.version_2 { "/sys/fs/cgroup/cgroup.procs" } else { "/sys/fs/cgroup/freezer/cgroup.procs" };
         for pid in fs::read_to_string(self.folder.join("cgroup.procs")).unwrap_or_default().lines() {
             let _gone = fs::write(procs, pid);

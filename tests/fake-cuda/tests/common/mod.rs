@@ -1,4 +1,5 @@
-//! A machine with simulated GPUs, programs that use them, and checkpoint calls on those. Everything has a deadline.
+//! A machine with simulated GPUs, programs on them, and checkpoint calls on the programs. Every
+//! wait has a deadline.
 
 // Each test file uses a part.
 #![allow(dead_code)]
@@ -19,10 +20,10 @@ pub(crate) mod cgroup;
 #[allow(unsafe_code)]
 pub(crate) mod sys;
 
-/// What never takes so long, if it works at all.
+/// Limit of any successful wait.
 pub(crate) const LONG: Duration = Duration::from_secs(20);
 
-/// After so long a call that did not return counts as one that hangs.
+/// Time after which a call counts as hanging.
 pub(crate) const HANGS: Duration = Duration::from_millis(400);
 
 pub(crate) const RUNNING: u32 = 0;
@@ -30,7 +31,7 @@ pub(crate) const LOCKED: u32 = 1;
 pub(crate) const CHECKPOINTED: u32 = 2;
 pub(crate) const FAILED: u32 = 3;
 
-/// Waits until it holds.
+/// Waits for a condition.
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + LONG;
     while !holds() {
@@ -39,7 +40,7 @@ pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// A folder with the library under both names and one with GPU nodes, which are ordinary files.
+/// A folder with the library under both names, and one with GPU nodes, which are ordinary files.
 pub(crate) struct Machine {
     folder: TempDir,
 }
@@ -80,7 +81,7 @@ impl Machine {
         command
     }
 
-    /// A program that has not used CUDA yet.
+    /// A program without CUDA so far.
     pub(crate) fn program(&self, environment: &[(&str, &str)]) -> Program {
         let mut command = self.command(env!("CARGO_BIN_EXE_gpu-program"));
         command.envs(environment.iter().copied());
@@ -101,12 +102,12 @@ impl Machine {
         Call { child: command.spawn().unwrap() }
     }
 
-    /// Makes a call and gives its CUresult.
+    /// Makes a call and returns the CUresult.
     pub(crate) fn call(&self, arguments: &str) -> u32 {
         self.begin(arguments).result()
     }
 
-    /// The state of a process for which GetState works.
+    /// The state of a process, by a GetState that works.
     pub(crate) fn state(&self, pid: u32) -> u32 {
         let text = self.begin(&format!("state {pid}")).output();
         number_after(&text, "state=").unwrap_or_else(|| panic!("no state: {text}"))
@@ -123,7 +124,7 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// Waits for its end.
+    /// Waits for the call's end.
     pub(crate) fn output(mut self) -> String {
         eventually("the call returns", || self.child.try_wait().unwrap().is_some());
         let mut text = String::new();
@@ -141,7 +142,7 @@ impl Call {
         number_after(&text, "tid=").unwrap_or_else(|| panic!("no thread: {text}"))
     }
 
-    /// Whether it is still under way after the time in which others return.
+    /// Returns whether the call still runs after the time in which others return.
     pub(crate) fn hangs(&mut self) -> bool {
         thread::sleep(HANGS);
         self.child.try_wait().unwrap().is_none()
@@ -160,7 +161,7 @@ impl Drop for Call {
     }
 }
 
-/// A program that uses a GPU; it ends with the test.
+/// A program with a GPU, killed at the end of the test.
 pub(crate) struct Program {
     child: Child,
     input: Option<ChildStdin>,
@@ -180,28 +181,28 @@ impl Program {
         self.child.id()
     }
 
-    /// Tells it something, without waiting for the answer.
+    /// Sends a command, without waiting for the answer.
     pub(crate) fn tell(&mut self, command: &str) {
         writeln!(self.input.as_mut().unwrap(), "{command}").unwrap();
     }
 
-    /// The answer to what it was told, if there is one in time.
+    /// The answer to the last command, if there is one in time.
     pub(crate) fn answer(&self, time: Duration) -> Option<String> {
         self.answers.recv_timeout(time).ok()
     }
 
-    /// Tells it something and gives the answer.
+    /// Sends a command and returns the answer.
     pub(crate) fn ask(&mut self, command: &str) -> String {
         self.tell(command);
         self.answer(LONG).unwrap_or_else(|| panic!("no answer to {command}"))
     }
 
-    /// Tells it something that works.
+    /// Sends a command that must succeed.
     pub(crate) fn does(&mut self, command: &str) {
         assert_eq!(self.ask(command), "ok", "{command}");
     }
 
-    /// Tells it something that works and gives a value.
+    /// Sends a command that must succeed with a value.
     pub(crate) fn gives(&mut self, command: &str) -> String {
         let answer = self.ask(command);
         answer.strip_prefix("ok ").unwrap_or_else(|| panic!("{command}: {answer}")).to_owned()
@@ -211,7 +212,7 @@ impl Program {
         send(self.pid(), signal);
     }
 
-    /// The signal that ends it.
+    /// The signal that ends the program.
     pub(crate) fn death(&mut self) -> Option<i32> {
         let mut status = None;
         eventually("the program ends", || {

@@ -1,8 +1,8 @@
-//! Holds threads as a debugger does.
+//! Holds threads like a debugger.
 
 use std::ptr::null_mut;
 
-/// Stops the threads of a process whose names are wanted. The thread that called this must let them go.
+/// Stops the threads of a process with wanted names. The calling thread must let them go.
 pub(crate) fn hold(pid: u32, wanted: impl Fn(&str) -> bool) -> Vec<i32> {
     let threads = super::threads(pid).into_iter().filter(|(_, name)| wanted(name));
     let held: Vec<i32> = threads.map(|(thread, _)| i32::try_from(thread).unwrap()).collect();

@@ -1,4 +1,5 @@
-//! One CUDA checkpoint call on a process, through whichever libcuda.so.1 the dynamic linker finds: simulated or real.
+//! Makes one CUDA checkpoint call on a process, through the dynamic linker's libcuda.so.1:
+//! simulated or real.
 
 #![deny(unsafe_code)]
 
@@ -30,7 +31,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Makes the call, prints a line about it and gives its result.
+/// Makes the call, prints a line and returns the result.
 fn call(arguments: &[&str]) -> Result<u32, String> {
     let (operation, pid, rest) = match arguments {
         ["gpus"] => return gpus(),

@@ -1,4 +1,4 @@
-//! The few functions of the driver and of NVML that are called here, by their C signatures.
+//! The required functions of the driver and of NVML, by their C signatures.
 
 use std::ffi::{CStr, c_char};
 
@@ -10,7 +10,7 @@ pub(crate) struct Pair {
     pub(crate) new: [u8; 16],
 }
 
-/// What NVML says of a GPU.
+/// NVML's description of a GPU.
 pub(crate) struct Gpu {
     pub(crate) uuid: String,
     pub(crate) minor: u32,
@@ -49,15 +49,15 @@ impl Library {
         library.map(Self).map_err(|error| format!("{name}: {error}"))
     }
 
-    /// The address of a function, as whatever the caller says that it is: `F` must be a pointer to a function with the
-    /// signature that the header gives it.
+    /// The address of a function in the caller's type: `F` must be a pointer to a function with the
+    /// header's signature.
     fn function<F: Copy>(&self, name: &str) -> Result<F, String> {
         // SAFETY: all callers are in this file, with the types above, which are those of cuda.h and nvml.h.
         let symbol = unsafe { self.0.get::<F>(name) };
         symbol.map(|symbol| *symbol).map_err(|error| format!("{name}: {error}"))
     }
 
-    /// A call that gives a number.
+    /// Makes a call that returns a number.
     pub(crate) fn ask(&self, name: &str, pid: i32) -> Result<(u32, i32), String> {
         let call = self.function::<Ask>(name)?;
         let mut answer = -1;
@@ -66,7 +66,7 @@ impl Library {
         Ok((result, answer))
     }
 
-    /// A call with arguments of 64 bytes, of which two words are used.
+    /// Makes a call with arguments of 64 bytes, two words of them used.
     pub(crate) fn change(&self, name: &str, pid: i32, [first, second]: [u64; 2]) -> Result<u32, String> {
         let call = self.function::<Change>(name)?;
         let arguments = [first, second, 0, 0, 0, 0, 0, 0];

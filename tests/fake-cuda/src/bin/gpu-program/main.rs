@@ -1,4 +1,5 @@
-//! A program that uses a GPU as its standard input tells it, one command and one answer a line. The tests' target.
+//! A program that uses a GPU by orders on standard input, one command and one answer a line: the
+//! tests' target.
 
 #![deny(unsafe_code)]
 
@@ -8,7 +9,8 @@ use std::time::Duration;
 #[allow(unsafe_code)]
 mod sys;
 
-/// For each command what it does; the answer is `ok`, `ok VALUE`, `error CODE` (a CUresult) or `wrong WHAT`.
+/// Commands and their actions; the answer is `ok`, `ok VALUE`, `error CODE` (a CUresult) or `wrong
+/// WHAT`.
 const HELP: &str = "\
 init                    cuInit
 count                   the number of GPUs

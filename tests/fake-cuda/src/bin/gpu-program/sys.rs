@@ -66,7 +66,7 @@ impl Program {
         Ok(Self { library, spin: 0, add_one: 0, fill: 0, memory: 0, words: 0, added: 0, pinned: None, managed: 0 })
     }
 
-    /// A function with the signature `F`; 500 if there is none, as the driver would say.
+    /// A function with the signature `F`; 500 without one, as from the driver.
     fn function<F: Copy>(&self, name: &str) -> Result<F, u32> {
         // SAFETY: all callers are below, with the types above, which are cuda.h's.
         unsafe { self.library.get::<F>(name) }.map(|symbol| *symbol).map_err(|_| 500)
@@ -149,7 +149,7 @@ impl Program {
         self.launch(self.spin, &[parameter(&nanoseconds)])
     }
 
-    /// What is wrong, if anything is.
+    /// Checks all memory; returns a description of the first fault.
     pub(crate) fn check(&self) -> Result<Option<String>, u32> {
         let mut values = vec![0_u32; self.words as usize];
         let read = self.function::<Read>("cuMemcpyDtoH_v2")?;
@@ -209,7 +209,7 @@ impl Program {
         format!("{code} {status} {}", !address.is_null())
     }
 
-    /// What cuInit gives in a child of fork.
+    /// The result of cuInit in a child of fork.
     pub(crate) fn init_in_child(&self) -> i32 {
         // SAFETY: this program has one thread that could hold a lock.
         let child = unsafe { libc::fork() };
@@ -225,7 +225,7 @@ impl Program {
     }
 }
 
-/// A child of fork that does nothing, and ends with its parent.
+/// Forks an idle child that ends with its parent.
 pub(crate) fn fork_sleeper() -> i32 {
     // SAFETY: this program has one thread that could hold a lock.
     let child = unsafe { libc::fork() };

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cuda::{Gpu, Inventory, Pair};
 use gpu::{Suspended, SuspendedProcess};
+use proc::{ContainerPid, HostPid};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +29,7 @@ impl SavedGpus {
     /// None for a container without CUDA. `given` are the devices of its configuration; where that has no GPU, because a hook
     /// brought it, what the process `init` sees is all that is known.
     #[must_use]
-    pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
+    pub fn of(suspended: Suspended, given: &[DeviceNode], init: HostPid) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
         if processes.is_empty() && cleaned == 0 {
             return None;
@@ -60,7 +61,7 @@ impl SavedGpus {
 
     /// Bytes that the driver moved to the memory of a process; None for one without CUDA.
     #[must_use]
-    pub fn staged(&self, pid: i32) -> Option<u64> {
+    pub fn staged(&self, pid: ContainerPid) -> Option<u64> {
         self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
     }
 
@@ -110,8 +111,8 @@ fn of_nodes(mut gpus: Vec<Gpu>, minors: &[u32]) -> Vec<Gpu> {
 }
 
 /// N of every `/dev/nvidiaN` that a process sees.
-fn nodes_of(pid: i32) -> Vec<u32> {
-    let Ok(nodes) = std::fs::read_dir(format!("/proc/{pid}/root/dev")) else { return Vec::new() };
+fn nodes_of(pid: HostPid) -> Vec<u32> {
+    let Ok(nodes) = std::fs::read_dir(pid.path("root/dev")) else { return Vec::new() };
     nodes.flatten().filter_map(|node| minor(Path::new(&node.file_name()))).collect()
 }
 
@@ -152,17 +153,17 @@ impl DeviceNode {
     ///
     /// # Errors
     /// A node that cannot be made.
-    pub fn make_missing(nodes: &[Self], pid: i32) -> io::Result<()> {
+    pub fn make_missing(nodes: &[Self], pid: HostPid) -> io::Result<()> {
         for node in nodes.iter().filter(|node| node.is_nvidias()) {
             node.make_for(pid)?;
         }
         Ok(())
     }
 
-    fn make_for(&self, pid: i32) -> io::Result<()> {
+    fn make_for(&self, pid: HostPid) -> io::Result<()> {
         let inside = self.path.strip_prefix("/").unwrap_or(&self.path);
         // The folder may be a link of the container's making, which must not lead out of it.
-        let root = std::fs::File::open(format!("/proc/{pid}/root"))?;
+        let root = std::fs::File::open(pid.path("root"))?;
         let (Some(folder), Some(name)) = (inside.parent(), inside.file_name()) else { return Ok(()) };
         let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use criu::BoxError;
 use phase::Cancel;
+use proc::HostPid;
 use serde::{Deserialize, Serialize};
 
 use crate::{ProcessIo, Timeline};
@@ -47,8 +48,8 @@ pub enum Privileges {
 pub struct CheckpointRequest {
     /// Container id.
     pub id: String,
-    /// Its init process, in this process's pid namespace.
-    pub init: i32,
+    /// Its init process.
+    pub init: HostPid,
     /// An existing directory for the images, which holds none yet.
     pub images: PathBuf,
     /// An existing directory for CRIU's log, `dump.log`.

@@ -122,7 +122,7 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// The container's cgroup: the place that was made for it. Processes of the container, its init too, can have moved
     /// to cgroups below. `init` is who is asked for where the runtime keeps no note.
     fn cgroup(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
-        Cgroup::of_process(init.raw()).map_err(|error| RuntimeError::Cgroup {
+        Cgroup::of_process(init).map_err(|error| RuntimeError::Cgroup {
             runtime: "this runtime".into(),
             container: id.into(),
             message: phase::chain(&error),

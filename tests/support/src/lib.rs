@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
+use proc::HostPid;
 
 #[cfg(test)]
 mod architecture;
@@ -39,7 +40,7 @@ pub struct Program {
     pub child: Child,
     input: ChildStdin,
     /// Its own pid: that of the child, or of the child's child.
-    pub pid: i32,
+    pub pid: HostPid,
     /// The thread that is set up last.
     pub thread: i32,
     values: u64,
@@ -83,7 +84,7 @@ impl Program {
             ready.expect("the program says that it is ready").split(' ').map(|word| word.parse().unwrap()).collect();
         // What it prints later is nobody's: the pipe must not fill.
         std::thread::spawn(move || lines.count());
-        let pid = i32::try_from(numbers[0]).unwrap();
+        let pid = HostPid::new(i32::try_from(numbers[0]).unwrap()).unwrap();
         let thread = i32::try_from(numbers[1]).unwrap();
         let memory = File::open(format!("/proc/{pid}/task/{thread}/mem")).unwrap();
         Self { child, input, pid, thread, values: numbers[2], delivered: numbers[3], memory, thaw: RefCell::new(None) }
@@ -120,7 +121,7 @@ impl Program {
     }
 
     pub fn signal(&self, signal: i32) {
-        sys::queue_signal(self.pid, signal).unwrap();
+        sys::queue_signal(self.pid.raw(), signal).unwrap();
     }
 
     /// Writes a line to its input.
@@ -148,8 +149,7 @@ impl Drop for Program {
         if let Some((file, thawed)) = self.thaw.take() {
             let _ = fs::write(file, thawed);
         }
-        let pid = rustix::process::Pid::from_raw(self.pid).unwrap();
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = rustix::process::kill_process(self.pid.as_pid(), rustix::process::Signal::KILL);
         let _ = self.child.kill();
         wait(&mut self.child);
     }
@@ -335,11 +335,11 @@ fn many_of_the_program() -> ! {
 }
 
 /// Sends the driver's thread of a process a signal, which it only looks for.
-pub fn tell_driver(pid: i32) {
+pub fn tell_driver(pid: HostPid) {
     let mut tids = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap());
     let is_driver = |entry: &fs::DirEntry| fs::read(entry.path().join("comm")).unwrap() == b"cuda0123456789a\n";
     let driver = tids.find(is_driver).unwrap().file_name().into_string().unwrap();
-    sys::signal_thread(pid, driver.parse().unwrap(), libc::SIGUSR1).unwrap();
+    sys::signal_thread(pid.raw(), driver.parse().unwrap(), libc::SIGUSR1).unwrap();
 }
 
 /// What the word at this byte of a staging area is: every fourth 64 KiB have nothing.

@@ -26,7 +26,7 @@ impl Command {
         if dumped.is_err() {
             // The runtime may have been killed, and criu goes on; or criu, when it had blocked the container's network.
             criu::end_orphans(&work, &self.inner.reaper).await;
-            criu::unblock_network(init, &self.inner.reaper).await;
+            criu::unblock_network(init.raw(), &self.inner.reaper).await;
         }
         match dumped {
             Ok(()) => Ok(()),

@@ -111,7 +111,7 @@ impl Relay {
     /// Freezes the tree, but neither criu nor this process: the runtime has moved both to the tree's cgroup.
     fn freeze(&self, root: HostPid) -> io::Result<()> {
         let runtime = HostPid::from(rustix::process::getppid().ok_or(io::ErrorKind::NotFound)?);
-        let [own, of_runtime, of_root] = [HostPid::own(), runtime, root].map(|pid| Cgroup::of_process(pid.raw()));
+        let [own, of_runtime, of_root] = [HostPid::own(), runtime, root].map(Cgroup::of_process);
         let of_root = of_root.map_err(io::Error::other)?;
         // The restored init may be in a cgroup below the container's. This process is in the container's itself.
         let cgroup = match (own, of_runtime) {

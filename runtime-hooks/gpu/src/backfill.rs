@@ -17,23 +17,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::num::TryFromIntError;
 use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use memory::{
-    Control, Destination, FillError, Pack, PackError, Place, Process, Segment, SegmentTable, TableError, VerifyError,
+    Control, Destination, FillError, Layout, Pack, PackError, Place, Process, ProcessLayout, Segment, SegmentTable,
+    TableError, VerifyError,
 };
+use proc::{ContainerPid, HostPid, Mapping, ProcessIds, Range};
 
 #[cfg(test)]
 mod tests;
 
-use crate::remap::{Layout, Piece, ProcessLayout, RemapError, map_in_empty};
+use crate::remap::{RemapError, map_in_empty};
 use tracee::hold::{Hold, HoldError, Scope};
 use tracee::inject::{InjectError, Team, argument};
-use tracee::process::{self, Mapping, Range};
 
 /// Length of the parts of the address space, in bytes, of whole huge pages. A move stays in one part.
 const WINDOW: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
@@ -61,8 +61,6 @@ pub(crate) enum BackfillError {
     Pack(#[from] PackError),
     #[error("the snapshot's files are not what they should be")]
     Table(#[from] TableError),
-    #[error("the snapshot's files are too many")]
-    Number(#[from] TryFromIntError),
     #[error("cannot fill it")]
     Fill(#[from] FillError),
     #[error("cannot check it")]
@@ -80,7 +78,7 @@ pub(crate) enum BackfillError {
 pub(crate) struct Backfill {
     windows: Vec<Window>,
     /// The threads that make calls, one of each process.
-    teams: BTreeMap<i32, Team>,
+    teams: BTreeMap<HostPid, Team>,
     /// Inodes of the files.
     inodes: BTreeSet<u64>,
     filling: JoinHandle<Result<(), BackfillError>>,
@@ -89,7 +87,7 @@ pub(crate) struct Backfill {
     /// Of them those that are not moved yet.
     waiting: Vec<usize>,
     /// Processes whose driver's threads were told to stop and are not all let go.
-    stopped: BTreeSet<i32>,
+    stopped: BTreeSet<HostPid>,
     /// Bytes that are worth a stop.
     batch: u64,
     /// The driver has taken the memory back, or something does not work: what is not moved by now stays where it is.
@@ -99,7 +97,7 @@ pub(crate) struct Backfill {
 /// Memory of one process that is moved at once.
 #[derive(Debug)]
 struct Window {
-    pid: i32,
+    pid: HostPid,
     /// In order of addresses, contiguous where they can be.
     runs: Vec<Run>,
     /// The memory that is filled in its stead.
@@ -110,26 +108,27 @@ struct Window {
 #[derive(Debug)]
 struct Run {
     range: Range,
-    pieces: Vec<Piece>,
+    segments: Vec<Segment>,
     is_moved: bool,
 }
 
 impl Window {
-    /// The memory that a process has in files, in windows.
-    fn of(process: &ProcessLayout) -> Vec<Self> {
-        let mut pieces: Vec<Piece> = process.pieces.iter().filter(|piece| piece.source.is_some()).copied().collect();
-        pieces.sort_unstable_by_key(|piece| piece.address);
+    /// Returns the memory that a process has in packs, in windows.
+    fn of(of: &ProcessLayout) -> Vec<Self> {
+        let mut segments: Vec<Segment> =
+            of.segments.iter().filter(|segment| segment.stored().is_some()).copied().collect();
+        segments.sort_unstable_by_key(|segment| segment.address);
         let mut windows: Vec<Self> = Vec::new();
-        for piece in pieces.into_iter().flat_map(split) {
-            let is_same = |window: &&mut Self| window.start() / WINDOW == piece.address / WINDOW;
+        for segment in segments.into_iter().flat_map(split) {
+            let is_same = |window: &&mut Self| window.start() / WINDOW == segment.address / WINDOW;
             let Some(window) = windows.last_mut().filter(is_same) else {
-                let runs = vec![Run::of(piece)];
-                windows.push(Self { pid: process.pid, runs, elsewhere: Range { start: 0, end: 0 } });
+                let runs = vec![Run::of(segment)];
+                windows.push(Self { pid: of.process.host, runs, elsewhere: Range { start: 0, end: 0 } });
                 continue;
             };
-            match window.runs.last_mut().filter(|run| run.range.end == piece.address) {
-                Some(run) => run.add(piece),
-                None => window.runs.push(Run::of(piece)),
+            match window.runs.last_mut().filter(|run| run.range.end == segment.address) {
+                Some(run) => run.add(segment),
+                None => window.runs.push(Run::of(segment)),
             }
         }
         windows
@@ -166,32 +165,28 @@ impl Window {
     }
 }
 
-/// A piece in pieces each of which is in one window.
-fn split(piece: Piece) -> impl Iterator<Item = Piece> {
-    let end = piece.address + piece.length;
-    let starts = std::iter::once(piece.address).chain((piece.address / WINDOW + 1..).map(|number| number * WINDOW));
+/// Returns a segment in parts each of which is in one window.
+fn split(segment: Segment) -> impl Iterator<Item = Segment> {
+    let end = segment.address + segment.length;
+    let starts = std::iter::once(segment.address).chain((segment.address / WINDOW + 1..).map(|number| number * WINDOW));
     starts.take_while(move |start| *start < end).map(move |start| {
         let length = end.min((start / WINDOW + 1) * WINDOW) - start;
-        let mut source = piece.source;
-        if let Some(source) = &mut source {
-            source.offset += start - piece.address;
+        let mut place = segment.place;
+        if let Place::Pack { offset, .. } = &mut place {
+            *offset += start - segment.address;
         }
-        Piece { address: start, length, source }
+        Segment { address: start, length, place }
     })
 }
 
 impl Run {
-    fn of(piece: Piece) -> Self {
-        Self {
-            range: Range { start: piece.address, end: piece.address + piece.length },
-            pieces: vec![piece],
-            is_moved: false,
-        }
+    fn of(segment: Segment) -> Self {
+        Self { range: segment.range(), segments: vec![segment], is_moved: false }
     }
 
-    fn add(&mut self, piece: Piece) {
-        self.range.end += piece.length;
-        self.pieces.push(piece);
+    fn add(&mut self, segment: Segment) {
+        self.range.end += segment.length;
+        self.segments.push(segment);
     }
 
     /// Whether all of it is still mapped from these files.
@@ -211,38 +206,40 @@ impl Backfill {
     /// Maps files over the empty staging memory of processes whose program is held, and begins to fill what is to take
     /// their place.
     pub(crate) fn begin(hold: &mut Hold, layout: &Layout, deadline: Instant) -> Result<Self, BackfillError> {
-        let packs = layout.files.iter().map(|path| Pack::open(path)).collect::<Result<Vec<_>, _>>()?;
+        let packs = layout.packs.iter().map(|path| Pack::open(path)).collect::<Result<Vec<_>, _>>()?;
         let mut inodes = BTreeSet::new();
         for pack in &packs {
             inodes.insert(pack.file().metadata().map_err(BackfillError::File)?.ino());
         }
         let mut windows = Vec::new();
-        for process in &layout.processes {
-            let mut process = process.clone();
-            process.pieces.retain(|piece| piece.source.is_some());
+        for of in &layout.processes {
+            let (process, mut segments) = (of.process, of.segments.clone());
+            segments.retain(|segment| segment.stored().is_some());
+            let of = ProcessLayout { process, segments: segments };
             let left = if crate::is_off(SWITCH) {
-                process.pieces.iter().map(|piece| piece.range()).collect()
+                of.segments.iter().map(Segment::range).collect()
             } else {
-                map_in_empty(hold, &layout.files, &process, deadline)?
+                map_in_empty(hold, &layout.packs, &of, deadline)?
             };
-            let is_left =
-                |piece: &Piece| left.iter().any(|range| range.start <= piece.address && piece.address < range.end);
-            let (left, mapped) = process.pieces.into_iter().partition(is_left);
+            let is_left = |segment: &Segment| {
+                left.iter().any(|range| range.start <= segment.address && segment.address < range.end)
+            };
+            let (left, mapped) = of.segments.into_iter().partition(is_left);
             // What has to be small memory is there before the driver asks for it.
-            fill_in_place(&packs, &ProcessLayout { pid: process.pid, pieces: left })?;
-            windows.extend(Window::of(&ProcessLayout { pid: process.pid, pieces: mapped }));
+            fill_in_place(&packs, &ProcessLayout { process, segments: left })?;
+            windows.extend(Window::of(&ProcessLayout { process, segments: mapped }));
         }
         let mut teams = BTreeMap::new();
-        for process in &layout.processes {
-            match Team::gather(hold, process.pid, 1) {
+        for pid in layout.processes.iter().map(|of| of.process.host) {
+            match Team::gather(hold, pid, 1) {
                 Ok(mut team) => {
-                    let of_it = windows.iter_mut().filter(|window| window.pid == process.pid);
+                    let of_it = windows.iter_mut().filter(|window| window.pid == pid);
                     if let Err(error) = make_room(&mut team, of_it) {
-                        not_ahead(process.pid, &error);
+                        not_ahead(pid, &error);
                     }
-                    teams.insert(process.pid, team);
+                    teams.insert(pid, team);
                 }
-                Err(error) => not_ahead(process.pid, &error),
+                Err(error) => not_ahead(pid, &error),
             }
         }
         let total: u64 = windows.iter().map(Window::bytes).sum();
@@ -301,7 +298,7 @@ impl Backfill {
         stopped.insert(pid);
         hold.take_scope(pid, Scope::All)?;
         hold.settle_only(pid, Instant::now() + HALT)?;
-        let mappings = process::mappings(pid).map_err(MoveError::Mappings)?;
+        let mappings = proc::mappings(pid).map_err(MoveError::Mappings)?;
         for at in 0..window.runs.len() {
             let run = &window.runs[at];
             if run.range.len() < LEAST_RUN {
@@ -359,8 +356,8 @@ enum MoveError {
     Call(#[from] InjectError),
 }
 
-fn not_ahead(pid: i32, error: &(dyn std::error::Error + 'static)) {
-    tracing::debug!(pid, error, "the driver reads its memory in small pages");
+fn not_ahead(pid: HostPid, error: &(dyn std::error::Error + 'static)) {
+    tracing::debug!(pid = pid.raw(), error, "the driver reads its memory in small pages");
 }
 
 /// Makes the memory in which windows are filled, in which huge pages are where they will be. What gets none is read from
@@ -385,30 +382,16 @@ fn make_room<'w>(team: &mut Team, windows: impl Iterator<Item = &'w mut Window>)
     Ok(())
 }
 
-/// Pieces as segments, whose place is elsewhere.
-fn segments<'p>(
-    pieces: impl Iterator<Item = &'p Piece>,
-    place: impl Fn(u64) -> u64,
-) -> Result<Vec<Segment>, BackfillError> {
-    let stored = pieces.filter_map(|piece| Some((piece, piece.source?)));
-    let segment = |(piece, source): (&Piece, crate::remap::Source)| {
-        let at = Place::Pack { index: u32::try_from(source.file)?, offset: source.offset };
-        Ok(Segment { address: place(piece.address), length: piece.length, place: at })
-    };
-    stored.map(segment).collect()
-}
-
 fn table(packs: &[Pack], processes: Vec<Process>) -> Result<SegmentTable, BackfillError> {
     Ok(SegmentTable::new(packs.iter().map(Pack::data_length).collect(), processes)?)
 }
 
-fn fill_in_place(packs: &[Pack], process: &ProcessLayout) -> Result<(), BackfillError> {
-    if process.pieces.is_empty() {
+fn fill_in_place(packs: &[Pack], of: &ProcessLayout) -> Result<(), BackfillError> {
+    if of.segments.is_empty() {
         return Ok(());
     }
-    let segments = segments(process.pieces.iter(), |address| address)?;
-    let table = table(packs, vec![Process { pid: 1, segments }])?;
-    let into = Destination { processes: &[(1, process.pid)], ready: &|_| () };
+    let table = table(packs, vec![Process { pid: of.process.container, segments: of.segments.clone() }])?;
+    let into = Destination { processes: &[of.process], ready: &|_| () };
     Ok(memory::fill(&table, packs, &into, &Control::new())?)
 }
 
@@ -419,18 +402,20 @@ type Filling = (Receiver<usize>, JoinHandle<Result<(), BackfillError>>);
 fn fill(packs: Vec<Pack>, windows: &[Window]) -> Result<Filling, BackfillError> {
     let mut processes = Vec::new();
     let mut order = Vec::new();
-    for (window, pid) in windows.iter().zip(1..).filter(|(window, _)| !window.elsewhere.is_empty()) {
-        let pieces = window.runs.iter().flat_map(|run| &run.pieces);
-        processes.push(Process { pid, segments: segments(pieces, |address| window.elsewhere_of(address))? });
-        order.push((pid, window.pid));
+    let filled = windows.iter().zip(1..).filter(|(window, _)| !window.elsewhere.is_empty());
+    for (window, container) in filled.filter_map(|(window, number)| Some((window, ContainerPid::new(number)?))) {
+        let segments = window.runs.iter().flat_map(|run| &run.segments);
+        let elsewhere = |segment: &Segment| Segment { address: window.elsewhere_of(segment.address), ..*segment };
+        processes.push(Process { pid: container, segments: segments.map(elsewhere).collect() });
+        order.push(ProcessIds { host: window.pid, container });
     }
     let is_all = order.len() == windows.len();
     let table = table(&packs, processes)?;
     let (say, filled) = mpsc::channel();
     let work = move || {
-        let ready = |pid: i32| {
+        let ready = |pid: ContainerPid| {
             // Nobody listens who has given up.
-            let _ = say.send(usize::try_from(pid - 1).unwrap_or(usize::MAX));
+            let _ = say.send(usize::try_from(pid.raw() - 1).unwrap_or(usize::MAX));
         };
         let control = Control::new();
         memory::fill(&table, &packs, &Destination { processes: &order, ready: &ready }, &control)?;

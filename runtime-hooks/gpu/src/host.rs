@@ -8,16 +8,17 @@ use cgroup::Cgroup;
 
 use crate::backfill::Backfill;
 use crate::prefault::Prefault;
-use crate::remap::{self, Layout, ProcessLayout};
+use crate::remap;
 use crate::residue;
 use crate::session::{Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
 use cuda::process::{drivers, is_drivers};
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
+use memory::{Layout, ProcessLayout};
 use phase::chain;
-use proc::{HostPid, ProcessHandle};
+use proc::{HostPid, ProcessHandle, ProcessIds, Range};
 use rustix::process::Signal;
 use tracee::hold::{self, Hold, Scope};
-use tracee::process::{self, Range, RunState};
+use tracee::process::{self, RunState};
 
 #[cfg(test)]
 mod tests;
@@ -37,9 +38,9 @@ pub(crate) struct Machine {
     callers: Callers,
     hold: Hold,
     /// The processes that the cgroup has listed.
-    handles: HashMap<i32, ProcessHandle>,
+    handles: HashMap<HostPid, ProcessHandle>,
     /// Anonymous memory of processes before a checkpoint.
-    anonymous: HashMap<i32, Vec<Range>>,
+    anonymous: HashMap<HostPid, Vec<Range>>,
     /// Staging memory that is not all in place yet.
     backfill: Option<Backfill>,
 }
@@ -66,7 +67,7 @@ impl Machine {
     }
 
     /// Fails for a process that has ended, whoever has its pid now.
-    fn check(&self, action: &'static str, pid: i32) -> Result<(), SessionError> {
+    fn check(&self, action: &'static str, pid: HostPid) -> Result<(), SessionError> {
         match self.handles.get(&pid) {
             Some(handle) if !handle.is_alive() => {
                 let why = "the process has ended".to_owned();
@@ -81,20 +82,20 @@ fn container<E: std::error::Error + 'static>(action: &'static str) -> impl Fn(E)
     move |error| SessionError::Container { action: action.to_owned(), why: chain(&error) }
 }
 
-fn process(action: &'static str, pid: i32) -> impl Fn(&dyn std::error::Error) -> SessionError {
+fn process(action: &'static str, pid: HostPid) -> impl Fn(&dyn std::error::Error) -> SessionError {
     move |error| SessionError::Process { action: action.to_owned(), process: name(pid), why: chain(error) }
 }
 
 /// `process 123 (python3)`
-fn name(pid: i32) -> String {
-    match std::fs::read_to_string(format!("/proc/{pid}/comm")) {
-        Ok(comm) => format!("process {pid} ({})", comm.trim()),
+fn name(pid: HostPid) -> String {
+    match proc::name(pid) {
+        Ok(comm) => format!("process {pid} ({comm})"),
         Err(_) => format!("process {pid}"),
     }
 }
 
 impl Processes for Machine {
-    fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
+    fn pids(&mut self) -> Result<Vec<HostPid>, SessionError> {
         let list = |machine: &Self| machine.cgroup()?.pids().map_err(container("list the processes of"));
         let mut pids = list(self)?;
         let mut new = Vec::new();
@@ -102,8 +103,7 @@ impl Processes for Machine {
             if self.handles.contains_key(pid) {
                 continue;
             }
-            let Some(host_pid) = HostPid::new(*pid) else { continue };
-            match ProcessHandle::open(host_pid) {
+            match ProcessHandle::open(*pid) {
                 Ok(handle) => {
                     self.handles.insert(*pid, handle);
                     new.push(*pid);
@@ -123,27 +123,27 @@ impl Processes for Machine {
         Ok(pids)
     }
 
-    fn is_gone(&mut self, pid: i32) -> bool {
+    fn is_gone(&mut self, pid: HostPid) -> bool {
         self.handles.get(&pid).is_some_and(|handle| !handle.is_alive()) || process::run_state(pid) == RunState::Dead
     }
 
-    fn touches_gpu(&mut self, pid: i32) -> bool {
+    fn touches_gpu(&mut self, pid: HostPid) -> bool {
         cuda::process::touches_gpu(pid) || self.has_drivers_threads(pid)
     }
 
-    fn has_drivers_threads(&mut self, pid: i32) -> bool {
-        process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| is_drivers(pid, thread)))
+    fn has_drivers_threads(&mut self, pid: HostPid) -> bool {
+        proc::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| is_drivers(pid, thread)))
     }
 
-    fn has_drivers_library(&mut self, pid: i32) -> bool {
+    fn has_drivers_library(&mut self, pid: HostPid) -> bool {
         cuda::process::has_library(pid)
     }
 
-    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn refuse_traced(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.hold.refuse_traced(pid).map_err(|error| process("hold", pid)(&error))
     }
 
-    fn left(&mut self, pid: i32) -> Option<String> {
+    fn left(&mut self, pid: HostPid) -> Option<String> {
         if let Some(mapping) = cuda::process::device_mappings(pid).unwrap_or_default().into_iter().next() {
             return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));
         }
@@ -151,7 +151,7 @@ impl Processes for Machine {
         Some(format!("descriptor {} of {}", fd.fd, fd.path.display()))
     }
 
-    fn describe(&mut self, pid: i32) -> String {
+    fn describe(&mut self, pid: HostPid) -> String {
         let name = name(pid);
         let state = match process::run_state(pid) {
             RunState::Running => return name,
@@ -164,11 +164,11 @@ impl Processes for Machine {
         format!("{name}, {state},")
     }
 
-    fn namespace_pid(&mut self, pid: i32) -> i32 {
-        process::namespace_pid(pid).unwrap_or(pid)
+    fn ids(&mut self, pid: HostPid) -> Option<ProcessIds> {
+        ProcessIds::of(pid).ok()
     }
 
-    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range> {
+    fn staged(&mut self, pid: HostPid, is_first: bool) -> Vec<Range> {
         let now = process::anonymous_mappings(pid).unwrap_or_default();
         if is_first {
             self.anonymous.insert(pid, now);
@@ -178,14 +178,14 @@ impl Processes for Machine {
         process::gained(before, &now)
     }
 
-    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+    fn mappings(&mut self, pid: HostPid) -> Vec<(u64, u64)> {
         let mappings = cuda::process::device_mappings(pid).unwrap_or_default();
         mappings.iter().map(|mapping| (mapping.start, mapping.end)).collect()
     }
 
-    fn is_stopped(&mut self, pid: i32) -> bool {
+    fn is_stopped(&mut self, pid: HostPid) -> bool {
         // Its own threads may be held, which is another kind of halt. What matters is the driver's.
-        let threads = process::threads(pid).unwrap_or_default();
+        let threads = proc::threads(pid).unwrap_or_default();
         let mut drivers = threads.iter().filter(|thread| is_drivers(pid, thread)).peekable();
         if drivers.peek().is_none() {
             return process::run_state(pid) == RunState::Stopped;
@@ -193,21 +193,21 @@ impl Processes for Machine {
         drivers.any(|thread| process::thread_state(pid, thread.tid) == Some(b'T'))
     }
 
-    fn is_stopping(&mut self, pid: i32) -> bool {
+    fn is_stopping(&mut self, pid: HostPid) -> bool {
         process::run_state(pid) == RunState::Stopped || hold::is_stopping(pid)
     }
 
-    fn unsupported(&mut self, pid: i32) -> Unsupported {
+    fn unsupported(&mut self, pid: HostPid) -> Unsupported {
         let uses = cuda::process::uses(pid);
         Unsupported { cupti: uses.cupti, mig: uses.mig, mps: uses.mps, ipc: uses.ipc }
     }
 }
 
 impl Driver for Machine {
-    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+    fn calls(&mut self, calls: &[(HostPid, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>> {
         let (gone, there): (Vec<_>, Vec<_>) =
             calls.iter().cloned().enumerate().partition(|(_, (pid, _))| self.check("call", *pid).is_err());
-        let (at, calls): (Vec<usize>, Vec<(i32, Call)>) = there.into_iter().unzip();
+        let (at, calls): (Vec<usize>, Vec<(HostPid, Call)>) = there.into_iter().unzip();
         let Self { cgroup, callers, hold, backfill, .. } = self;
         let checkpoints = calls.iter().filter(|(_, call)| *call == Call::Checkpoint);
         let mut prefault = Prefault::of(checkpoints.map(|(pid, _)| *pid));
@@ -255,18 +255,18 @@ impl Freezer for Machine {
 }
 
 impl Tracer for Machine {
-    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn hold(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("hold", pid)?;
         self.hold.take(pid).map_err(|error| process("hold", pid)(&error))
     }
 
-    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn hold_whole(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("hold", pid)?;
         self.hold.take_scope(pid, Scope::All).map_err(|error| process("hold", pid)(&error))
     }
 
-    fn is_in_driver(&mut self, pid: i32) -> bool {
-        let threads = process::threads(pid).unwrap_or_default();
+    fn is_in_driver(&mut self, pid: HostPid) -> bool {
+        let threads = proc::threads(pid).unwrap_or_default();
         let mut own = threads.iter().filter(|thread| !is_drivers(pid, thread));
         let Ok(driver) = tracee::stack::Code::of(pid, cuda::process::is_library) else { return own.next().is_some() };
         // A thread of which nothing is known may be anywhere.
@@ -277,7 +277,7 @@ impl Tracer for Machine {
         self.hold.settle(Instant::now() + limit).map_err(container("hold all threads of"))
     }
 
-    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+    fn let_go(&mut self, keep: &[HostPid]) -> Result<(), SessionError> {
         // Those that are left go on when this process ends, or die with it.
         let tries = if self.hold.is_exit_kill() { MOST_RELEASES } else { 1 };
         let mut let_go = Ok(());
@@ -291,42 +291,38 @@ impl Tracer for Machine {
         let_go.map_err(container("let go of all threads of"))
     }
 
-    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn cont(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("continue", pid)?;
         self.hold.cont(pid, Instant::now() + CONTINUING).map_err(|error| process("continue", pid)(&error))
     }
 
-    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn cont_unheld(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("continue", pid)?;
         let Some(handle) = self.handles.get(&pid) else { return Ok(()) };
         handle.signal(Signal::CONT).map_err(|error| process("continue", pid)(&error))
     }
 
-    fn stop(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn stop(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("stop again", pid)?;
         self.hold.stop(pid).map_err(|error| process("stop again", pid)(&error))
     }
 
-    fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError> {
         self.check("free the GPU of", pid)?;
         let cleaned = residue::clean(&mut self.hold, pid, Instant::now() + CLEANING);
         cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
     }
 
-    fn remap(
-        &mut self,
-        files: &[PathBuf],
-        process: &ProcessLayout,
-        limit: Duration,
-    ) -> Result<Vec<Range>, SessionError> {
-        self.check("put files in the place of memory of", process.pid)?;
-        let remapped = remap::remap_in(&mut self.hold, files, process, Instant::now() + limit);
-        remapped.map_err(|error| self::process("put files in the place of memory of", process.pid)(&error))
+    fn remap(&mut self, packs: &[PathBuf], of: &ProcessLayout, limit: Duration) -> Result<Vec<Range>, SessionError> {
+        let pid = of.process.host;
+        self.check("put files in the place of memory of", pid)?;
+        let remapped = remap::remap_in(&mut self.hold, packs, of, Instant::now() + limit);
+        remapped.map_err(|error| process("put files in the place of memory of", pid)(&error))
     }
 
     fn map_staging(&mut self, staging: &Layout, limit: Duration) -> Result<(), SessionError> {
-        for process in &staging.processes {
-            self.check("map the saved GPU state in", process.pid)?;
+        for of in &staging.processes {
+            self.check("map the saved GPU state in", of.process.host)?;
         }
         let begun = Backfill::begin(&mut self.hold, staging, Instant::now() + limit);
         self.backfill = Some(begun.map_err(container("map the saved GPU state in"))?);
@@ -353,7 +349,7 @@ fn memory_left(cgroup: &Cgroup) -> Option<MemoryLeft> {
 }
 
 /// Tells whether a thread is of this process.
-fn is_own_thread(tid: i32) -> bool {
+fn is_own_thread(tid: HostPid) -> bool {
     std::path::Path::new(&format!("/proc/self/task/{tid}")).exists()
 }
 

@@ -15,10 +15,10 @@ use std::time::Duration;
 
 use cgroup::Cgroup;
 use cuda::{Callers, Inventory, Pair};
+use memory::{Layout, Regions};
 use phase::Phase;
 
 use crate::host::Machine;
-use crate::remap::{Layout, Remapped};
 use crate::session::{Driver, Owed, Resumed, Session, SessionError, Suspended, Undo};
 
 type Job = Box<dyn FnOnce(&mut Machine, &mut Undo) + Send>;
@@ -98,8 +98,8 @@ impl Keeper {
         self.run(Some(cgroup), began, &mut || false, move |session, _| session.suspend(paused, patience, limit))
     }
 
-    /// Puts private mappings of files in the place of memory of a container that is suspended, without a change of what its
-    /// processes find there. It may take `limit` for each process. No process of the container runs meanwhile.
+    /// Puts private mappings of packs in the place of memory of a container that is suspended, without a change of what its
+    /// processes find there. Returns the memory that stays as it was. It may take `limit` for each process. No process of the container runs meanwhile.
     ///
     /// # Errors
     /// When that was not done, or not wholly. The container has its data, in memory or in files: it can be resumed, or saved as
@@ -110,7 +110,7 @@ impl Keeper {
         layout: &Layout,
         limit: Duration,
         began: &mut dyn FnMut(Phase),
-    ) -> Result<Remapped, SessionError> {
+    ) -> Result<Vec<Regions>, SessionError> {
         let layout = layout.clone();
         self.run(Some(cgroup), began, &mut || false, move |session, _| session.remap(&layout, limit))
     }
@@ -132,7 +132,7 @@ impl Keeper {
     }
 
     /// Gives a restored, frozen container its GPU state back and lets the container run. CUDA processes have their memory but
-    /// for this staging memory, whose files must be packs of the crate `memory`. Other processes get theirs meanwhile.
+    /// for this staging memory. Other processes get theirs meanwhile.
     /// Nothing of the container runs before the GPU state is back and `is_whole` has returned true. The end of this
     /// process before that ends the container.
     ///

@@ -20,8 +20,7 @@ mod residue;
 mod session;
 
 pub use keeper::Keeper;
-pub use remap::{Layout, Piece, ProcessLayout, Remapped, RemappedProcess, Source};
-pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Staging, Step, Suspended, SuspendedProcess};
+pub use session::{LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Step, Suspended, SuspendedProcess};
 
 /// Tells whether an environment variable of containerd switches something off.
 fn is_off(variable: &str) -> bool {

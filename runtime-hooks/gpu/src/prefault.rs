@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 mod tests;
 
 use cuda::TICK;
+use proc::{HostPid, Range};
 use tracee::hold::Hold;
 use tracee::inject::{InjectError, Team, answer, argument};
-use tracee::process::Range;
 use tracee::watch::{Seen, Watch};
 
 /// A mapping that is shorter than this, in bytes, is populated soon enough.
@@ -67,7 +67,7 @@ const SWITCH: &str = "GPUSNAP_PREFAULT";
 
 impl Prefault {
     /// Of processes that the driver is about to checkpoint, whose other threads are held.
-    pub(crate) fn of(pids: impl Iterator<Item = i32>) -> Self {
+    pub(crate) fn of(pids: impl Iterator<Item = HostPid>) -> Self {
         let until = Instant::now() + WATCHED;
         let of =
             |pid| Process { watch: Watch::begin(pid, drivers_of(pid)), until, team: None, slices: VecDeque::new() };
@@ -147,7 +147,7 @@ impl Process {
             }
             Seen::Made(range) => {
                 let Some(team) = &mut self.team else { return Ok(()) };
-                tracing::debug!(pid = self.watch.pid(), %range, threads = team.len(), "touching memory ahead of the driver");
+                tracing::debug!(pid = self.watch.pid().raw(), %range, threads = team.len(), "touching memory ahead of the driver");
                 let advice = argument(libc::MADV_HUGEPAGE);
                 // A kernel without huge pages has small ones.
                 let advised = team.call(libc::SYS_madvise, [range.start, range.len(), advice, 0, 0, 0]);
@@ -161,16 +161,21 @@ impl Process {
     }
 
     fn give_up(&mut self, error: &InjectError) {
-        tracing::debug!(pid = self.watch.pid(), error = error as &dyn std::error::Error, "not ahead of the driver");
+        tracing::debug!(
+            pid = self.watch.pid().raw(),
+            error = error as &dyn std::error::Error,
+            "not ahead of the driver"
+        );
         self.slices.clear();
         self.watch.abandon();
     }
 }
 
 /// The driver's threads of a process. The first of the process is none, whatever its name.
-fn drivers_of(pid: i32) -> Vec<i32> {
-    let threads = tracee::process::threads(pid).unwrap_or_default();
-    let drivers = threads.into_iter().filter(|thread| thread.tid != pid && cuda::process::is_drivers(pid, thread));
+fn drivers_of(pid: HostPid) -> Vec<i32> {
+    let threads = proc::threads(pid).unwrap_or_default();
+    let drivers =
+        threads.into_iter().filter(|thread| thread.tid != pid.raw() && cuda::process::is_drivers(pid, thread));
     drivers.map(|thread| thread.tid).collect()
 }
 

@@ -17,9 +17,10 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use memory::{ProcessLayout, Segment};
+use proc::{HostPid, Mapping, Range};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
-use serde::{Deserialize, Serialize};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags};
 
 mod error;
 mod plan;
@@ -30,71 +31,8 @@ pub(crate) use error::RemapError;
 use plan::{PAGE, Plan};
 use tracee::hold::Hold;
 use tracee::inject::{Injector, answer, argument};
-use tracee::process::{self, Range};
 
-/// Files to take the place of memory in the processes of a container.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Layout {
-    /// The files, as the guardian finds them. They must never change or become shorter while a process lives that has one
-    /// mapped.
-    pub files: Vec<PathBuf>,
-    /// The processes.
-    pub processes: Vec<ProcessLayout>,
-}
-
-/// Files to take the place of one process's memory.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessLayout {
-    /// In the pid namespace of the guardian, as [`crate::Staging`] has it.
-    pub pid: i32,
-    /// In any order. They need not be all of its memory, nor be adjacent.
-    pub pieces: Vec<Piece>,
-}
-
-/// A piece of private anonymous memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
-    /// First address. Address and length are in bytes, of whole pages.
-    pub address: u64,
-    /// Length.
-    pub length: u64,
-    /// Contents: those of a part of a file, or nothing but zeros.
-    pub source: Option<Source>,
-}
-
-/// A place in a file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Source {
-    /// Its index in [`Layout::files`].
-    pub file: usize,
-    /// In bytes, whole pages.
-    pub offset: u64,
-}
-
-/// Result of a remapping.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Remapped {
-    /// By process, in the order of the order.
-    pub processes: Vec<RemappedProcess>,
-}
-
-/// Result of a remapping in one process.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RemappedProcess {
-    /// As in [`ProcessLayout::pid`].
-    pub pid: i32,
-    /// Pieces in memory as before, because the process cannot have so many mappings: the smallest, in order of
-    /// addresses.
-    pub left: Vec<Range>,
-}
-
-impl Piece {
-    pub(crate) fn range(&self) -> Range {
-        Range { start: self.address, end: self.address.saturating_add(self.length) }
-    }
-}
-
-/// Mapping over a piece may fail for want of memory when the memory that it had is gone already. What that has freed is
+/// Mapping over a segment may fail for want of memory when the memory that it had is gone already. What that has freed is
 /// there soon.
 const TRIES: u32 = 50;
 const BETWEEN_TRIES: Duration = Duration::from_millis(20);
@@ -102,19 +40,19 @@ const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 /// Puts files in the place of memory of one process, all whose threads are held, and says what was left.
 ///
 /// # Errors
-/// When something is not as it has to be; nothing has changed then. Or when a call in the process fails: then some pieces
+/// When something is not as it has to be; nothing has changed then. Or when a call in the process fails: then some segments
 /// are in memory and others in files.
 pub(crate) fn remap_in(
     hold: &mut Hold,
-    files: &[PathBuf],
-    process: &ProcessLayout,
+    packs: &[PathBuf],
+    of: &ProcessLayout,
     deadline: Instant,
 ) -> Result<Vec<Range>, RemapError> {
-    let plan = Plan::of(files.len(), process)?;
-    for pieces in by_file(&plan.pieces) {
-        compare(process.pid, files, pieces)?;
+    let plan = Plan::of(packs.len(), of)?;
+    for segments in by_pack(&plan.segments) {
+        compare(of.process.host, packs, segments)?;
     }
-    map_in(hold, files, process.pid, plan, deadline)
+    map_in(hold, packs, of.process.host, plan, deadline)
 }
 
 /// As [`remap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
@@ -123,91 +61,105 @@ pub(crate) fn remap_in(
 /// As for [`remap_in`].
 pub(crate) fn map_in_empty(
     hold: &mut Hold,
-    files: &[PathBuf],
-    process: &ProcessLayout,
+    packs: &[PathBuf],
+    of: &ProcessLayout,
     deadline: Instant,
 ) -> Result<Vec<Range>, RemapError> {
-    map_in(hold, files, process.pid, Plan::of(files.len(), process)?, deadline)
+    map_in(hold, packs, of.process.host, Plan::of(packs.len(), of)?, deadline)
 }
 
 fn map_in(
     hold: &mut Hold,
-    files: &[PathBuf],
-    pid: i32,
-    Plan { pieces, left }: Plan,
+    packs: &[PathBuf],
+    pid: HostPid,
+    Plan { segments, left }: Plan,
     deadline: Instant,
 ) -> Result<Vec<Range>, RemapError> {
-    if pieces.is_empty() {
+    if segments.is_empty() {
         return Ok(left);
     }
     let mut injector = Injector::attach(hold, pid, deadline).map_err(RemapError::inject(pid))?;
     // Zeros first: it gives memory back that the others may need a little of.
-    for pieces in by_file(&pieces) {
-        let remapped = match pieces.first().and_then(|piece| piece.source) {
-            Some(Source { file, .. }) => remap_file(&mut injector, pid, &files[file], pieces),
-            None => map_pieces(&mut injector, pid, None, pieces),
+    for segments in by_pack(&segments) {
+        let remapped = match segments.first().and_then(Segment::stored) {
+            Some((pack, _)) => remap_file(&mut injector, pid, &packs[pack], segments),
+            None => map_pieces(&mut injector, pid, None, segments),
         };
         remapped?;
     }
     injector.finish().map_err(RemapError::inject(pid))?;
-    check(pid, &pieces)?;
+    check(pid, &segments)?;
     Ok(left)
 }
 
-/// Pieces of a plan that one file has, or none.
-fn by_file(pieces: &[Piece]) -> impl Iterator<Item = &[Piece]> {
-    pieces.chunk_by(|a, b| a.source.map(|source| source.file) == b.source.map(|source| source.file))
+/// Segments of a plan that one pack has, or none.
+fn by_pack(segments: &[Segment]) -> impl Iterator<Item = &[Segment]> {
+    segments.chunk_by(|a, b| pack_of(a) == pack_of(b))
 }
 
-/// Compares the first and the last page of each piece with its source. That does not find every difference, but pieces that
+fn pack_of(segment: &Segment) -> Option<usize> {
+    segment.stored().map(|(pack, _)| pack)
+}
+
+/// Compares the first and the last page of each segment with its source. That does not find every difference, but segments that
 /// are somewhere else than they ought to be, or of another process.
-fn compare(pid: i32, files: &[PathBuf], pieces: &[Piece]) -> Result<(), RemapError> {
-    let memory = File::open(format!("/proc/{pid}/mem")).map_err(RemapError::memory(pid))?;
+fn compare(pid: HostPid, packs: &[PathBuf], segments: &[Segment]) -> Result<(), RemapError> {
+    let memory = File::open(pid.path("mem")).map_err(RemapError::memory(pid))?;
     let mut file = None;
-    for piece in pieces {
-        if let (Some(source), None) = (piece.source, &file) {
-            let path = &files[source.file];
+    for segment in segments {
+        if let (Some((pack, _)), None) = (segment.stored(), &file) {
+            let path = &packs[pack];
             let opened = File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
             let (length, opened) = opened.map_err(RemapError::file(path))?;
             let is_short =
-                |piece: &&Piece| piece.source.is_some_and(|at| length.saturating_sub(at.offset) < piece.length);
-            if let Some(piece) = pieces.iter().find(is_short) {
-                return Err(RemapError::Piece { pid, range: piece.range(), why: "its file is too short" });
+                |segment: &&Segment| segment.stored().is_some_and(|(_, at)| length.saturating_sub(at) < segment.length);
+            if let Some(segment) = segments.iter().find(is_short) {
+                return Err(RemapError::Segment { pid, range: segment.range(), why: "its file is too short" });
             }
             file = Some(opened);
         }
-        for at in [0, piece.length - PAGE] {
+        for at in [0, segment.length - PAGE] {
             let mut there = [0; 4096];
             let mut ours = [0; 4096];
-            memory.read_exact_at(&mut there, piece.address + at).map_err(RemapError::memory(pid))?;
-            if let (Some(source), Some(file)) = (piece.source, &file) {
-                let read = file.read_exact_at(&mut ours, source.offset + at);
-                read.map_err(RemapError::file(&files[source.file]))?;
+            memory.read_exact_at(&mut there, segment.address + at).map_err(RemapError::memory(pid))?;
+            if let (Some((pack, offset)), Some(file)) = (segment.stored(), &file) {
+                let read = file.read_exact_at(&mut ours, offset + at);
+                read.map_err(RemapError::file(&packs[pack]))?;
             }
             if there != ours {
-                return Err(RemapError::Differs { pid, address: piece.address + at });
+                return Err(RemapError::Differs { pid, address: segment.address + at });
             }
         }
     }
     Ok(())
 }
 
-/// Maps a file over pieces. The process has a descriptor of it meanwhile.
-fn remap_file(injector: &mut Injector<'_>, pid: i32, path: &PathBuf, pieces: &[Piece]) -> Result<(), RemapError> {
+/// Maps a file over segments. The process has a descriptor of it meanwhile.
+fn remap_file(
+    injector: &mut Injector<'_>,
+    pid: HostPid,
+    path: &PathBuf,
+    segments: &[Segment],
+) -> Result<(), RemapError> {
     let file = File::open(path).map_err(RemapError::file(path))?;
     let fd = hand_over(injector, pid, &file)?;
-    let mapped = map_pieces(injector, pid, Some(fd), pieces);
+    let mapped = map_pieces(injector, pid, Some(fd), segments);
     let closed = close(injector, pid, fd);
     mapped.and(closed)
 }
 
-fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[Piece]) -> Result<(), RemapError> {
+fn map_pieces(
+    injector: &mut Injector<'_>,
+    pid: HostPid,
+    fd: Option<i32>,
+    segments: &[Segment],
+) -> Result<(), RemapError> {
     let access = argument(libc::PROT_READ | libc::PROT_WRITE);
     let anonymous = if fd.is_none() { libc::MAP_ANONYMOUS } else { 0 };
     let flags = argument(libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_NORESERVE | anonymous);
-    for piece in pieces {
-        let offset = piece.source.map_or(0, |source| source.offset);
-        let arguments = [piece.address, piece.length, access, flags, argument(fd.unwrap_or(-1)), offset];
+    for segment in segments {
+        let offset = segment.stored().map_or(0, |(_, offset)| offset);
+        let arguments = [segment.address, segment.length, access, flags, argument(fd.unwrap_or(-1)), offset];
         let mut tries = 0;
         loop {
             match call(injector, pid, libc::SYS_mmap, arguments)? {
@@ -216,7 +168,7 @@ fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[
                     tries += 1;
                     std::thread::sleep(BETWEEN_TRIES);
                 }
-                Err(source) => return Err(RemapError::Map { pid, range: piece.range(), source }),
+                Err(source) => return Err(RemapError::Map { pid, range: segment.range(), source }),
             }
         }
     }
@@ -225,7 +177,7 @@ fn map_pieces(injector: &mut Injector<'_>, pid: i32, fd: Option<i32>, pieces: &[
 
 /// Gives a process a descriptor of a file, by way of a pair of sockets that it makes: its end of it is taken from it, the
 /// file goes in there and comes out at the other end.
-fn hand_over(injector: &mut Injector<'_>, pid: i32, file: &File) -> Result<i32, RemapError> {
+fn hand_over(injector: &mut Injector<'_>, pid: HostPid, file: &File) -> Result<i32, RemapError> {
     let failed = |action| move |source| RemapError::Call { action, pid, source };
     let pair = injector.scratch(&[0; 8]).map_err(RemapError::inject(pid))?;
     let kind = argument(libc::SOCK_DGRAM | libc::SOCK_CLOEXEC);
@@ -250,8 +202,8 @@ fn hand_over(injector: &mut Injector<'_>, pid: i32, file: &File) -> Result<i32, 
 }
 
 /// A descriptor of a process, as one of this process.
-fn take(pid: i32, tid: i32, fd: i32) -> io::Result<OwnedFd> {
-    let process = rustix::process::pidfd_open(Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?, PidfdFlags::empty())?;
+fn take(pid: HostPid, tid: i32, fd: i32) -> io::Result<OwnedFd> {
+    let process = rustix::process::pidfd_open(pid.as_pid(), PidfdFlags::empty())?;
     let taken = rustix::process::pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?;
     // A thread may have descriptors of its own (CLONE_FILES), and then this is not the socket.
     let meant = fs::metadata(format!("/proc/{pid}/task/{tid}/fd/{fd}"))?;
@@ -270,7 +222,7 @@ fn send(socket: &OwnedFd, file: &File) -> io::Result<()> {
 }
 
 /// Lets a process take a descriptor from a socket.
-fn receive(injector: &mut Injector<'_>, pid: i32, socket: i32) -> Result<i32, RemapError> {
+fn receive(injector: &mut Injector<'_>, pid: HostPid, socket: i32) -> Result<i32, RemapError> {
     /// Places of vector, byte and control message in the scratch memory, behind a `struct msghdr`.
     const VECTOR: u64 = 56;
     const BYTE: u64 = 72;
@@ -300,7 +252,7 @@ fn number(bytes: &[u8]) -> i32 {
     bytes.try_into().map_or(-1, i32::from_ne_bytes)
 }
 
-fn close(injector: &mut Injector<'_>, pid: i32, fd: i32) -> Result<(), RemapError> {
+fn close(injector: &mut Injector<'_>, pid: HostPid, fd: i32) -> Result<(), RemapError> {
     let closed = call(injector, pid, libc::SYS_close, [argument(fd), 0, 0, 0, 0, 0])?;
     closed.map_err(|source| RemapError::Call { action: "close a descriptor of", pid, source })?;
     Ok(())
@@ -308,28 +260,27 @@ fn close(injector: &mut Injector<'_>, pid: i32, fd: i32) -> Result<(), RemapErro
 
 fn call(
     injector: &mut Injector<'_>,
-    pid: i32,
+    pid: HostPid,
     number: i64,
     arguments: [u64; 6],
 ) -> Result<io::Result<i64>, RemapError> {
     injector.call(number, arguments).map(answer).map_err(RemapError::inject(pid))
 }
 
-/// Whether all pieces are mapped as they should be.
-fn check(pid: i32, pieces: &[Piece]) -> Result<(), RemapError> {
-    let mappings = process::mappings(pid).map_err(RemapError::memory(pid))?;
-    let by_end: BTreeMap<u64, &process::Mapping> =
-        mappings.iter().map(|mapping| (mapping.range.end, mapping)).collect();
-    for piece in pieces {
-        let holder = by_end.range(piece.address + 1..).next().map(|(_, mapping)| *mapping);
+/// Whether all segments are mapped as they should be.
+fn check(pid: HostPid, segments: &[Segment]) -> Result<(), RemapError> {
+    let mappings = proc::mappings(pid).map_err(RemapError::memory(pid))?;
+    let by_end: BTreeMap<u64, &Mapping> = mappings.iter().map(|mapping| (mapping.range.end, mapping)).collect();
+    for segment in segments {
+        let holder = by_end.range(segment.address + 1..).next().map(|(_, mapping)| *mapping);
         let is_there = holder.is_some_and(|mapping| {
-            mapping.range.start <= piece.address
-                && (piece.source.is_none() || mapping.range.end >= piece.range().end)
+            mapping.range.start <= segment.address
+                && (segment.stored().is_none() || mapping.range.end >= segment.range().end)
                 && mapping.access == *b"rw-p"
-                && (mapping.inode != 0) == piece.source.is_some()
+                && (mapping.inode != 0) == segment.stored().is_some()
         });
         if !is_there {
-            return Err(RemapError::Piece { pid, range: piece.range(), why: "it is not mapped as it should be" });
+            return Err(RemapError::Segment { pid, range: segment.range(), why: "it is not mapped as it should be" });
         }
     }
     Ok(())

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use cgroup::Cgroup;
+use proc::{HostPid, Range, Status};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
@@ -22,7 +23,7 @@ mod tests;
 
 use tracee::hold::{Hold, HoldError, ReleaseError, Scope};
 use tracee::inject::{InjectError, Injector, answer, argument};
-use tracee::process::{self, DeviceFd, DeviceMapping, Range};
+use tracee::process::{self, DeviceFd, DeviceMapping};
 
 /// The null device, as a C string.
 const NULL: &[u8] = b"/dev/null\0";
@@ -43,13 +44,13 @@ pub(crate) enum ResidueError {
     #[error("cannot clean process {pid}: it is in a frozen cgroup")]
     Frozen {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// Its threads cannot be held.
     #[error("cannot hold process {pid} to clean it")]
     Hold {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: HoldError,
@@ -58,7 +59,7 @@ pub(crate) enum ResidueError {
     #[error("cannot list what process {pid} has of the driver")]
     List {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: io::Error,
@@ -67,7 +68,7 @@ pub(crate) enum ResidueError {
     #[error("cannot clean process {pid}")]
     Inject {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: InjectError,
@@ -76,7 +77,7 @@ pub(crate) enum ResidueError {
     #[error("cannot replace the mapping {range} of {path} in process {pid}")]
     Mapping {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The mapping.
         range: Range,
         /// The file.
@@ -89,7 +90,7 @@ pub(crate) enum ResidueError {
     #[error("cannot replace descriptor {fd} of {path} in process {pid}")]
     Fd {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The descriptor.
         fd: i32,
         /// The file.
@@ -102,7 +103,7 @@ pub(crate) enum ResidueError {
     #[error("cannot let go of process {pid} after cleaning it")]
     Release {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: ReleaseError,
@@ -116,18 +117,18 @@ pub(crate) enum ResidueError {
 /// # Errors
 /// When it is frozen, cannot be held or does not do it by the deadline, or something cannot be replaced. What comes after
 /// that is left as it is.
-pub(crate) fn clean(hold: &mut Hold, pid: i32, deadline: Instant) -> Result<Cleaned, ResidueError> {
+pub(crate) fn clean(hold: &mut Hold, pid: HostPid, deadline: Instant) -> Result<Cleaned, ResidueError> {
     clean_matching_with(hold, pid, deadline, cuda::process::is_device)
 }
 
 #[cfg(test)]
-fn clean_matching(pid: i32, deadline: Instant, matches: impl Fn(&Path) -> bool) -> Result<Cleaned, ResidueError> {
+fn clean_matching(pid: HostPid, deadline: Instant, matches: impl Fn(&Path) -> bool) -> Result<Cleaned, ResidueError> {
     clean_matching_with(&mut Hold::new(cuda::process::drivers), pid, deadline, matches)
 }
 
 fn clean_matching_with(
     hold: &mut Hold,
-    pid: i32,
+    pid: HostPid,
     deadline: Instant,
     matches: impl Fn(&Path) -> bool,
 ) -> Result<Cleaned, ResidueError> {
@@ -148,7 +149,7 @@ fn clean_matching_with(
 
 fn clean_held(
     hold: &mut Hold,
-    pid: i32,
+    pid: HostPid,
     deadline: Instant,
     matches: impl Fn(&Path) -> bool,
 ) -> Result<Cleaned, ResidueError> {
@@ -180,7 +181,7 @@ fn clean_held(
     Ok(Cleaned { mappings: mappings.len(), fds: fds.len() })
 }
 
-fn replace_mapping(injector: &mut Injector<'_>, pid: i32, mapping: &DeviceMapping) -> Result<(), ResidueError> {
+fn replace_mapping(injector: &mut Injector<'_>, pid: HostPid, mapping: &DeviceMapping) -> Result<(), ResidueError> {
     let range = Range { start: mapping.start, end: mapping.end };
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let arguments = [range.start, range.len(), argument(libc::PROT_NONE), argument(flags), argument(-1), 0];
@@ -189,7 +190,7 @@ fn replace_mapping(injector: &mut Injector<'_>, pid: i32, mapping: &DeviceMappin
     Ok(())
 }
 
-fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Result<(), ResidueError> {
+fn replace_fds(injector: &mut Injector<'_>, pid: HostPid, fds: &[DeviceFd]) -> Result<(), ResidueError> {
     let Some(first) = fds.first() else { return Ok(()) };
     let closing: Vec<_> = fds.iter().map(|at| closes_on_exec(pid, at.fd)).collect();
     let failed =
@@ -229,7 +230,7 @@ fn replace_fds(injector: &mut Injector<'_>, pid: i32, fds: &[DeviceFd]) -> Resul
 }
 
 /// Opens the null device in a process. It is what it ought to be, or an error.
-fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, ResidueError> {
+fn open_null(injector: &mut Injector<'_>, pid: HostPid) -> Result<io::Result<i32>, ResidueError> {
     if !is_null_at_hand(pid) {
         return Ok(Err(io::ErrorKind::NotFound.into()));
     }
@@ -250,7 +251,7 @@ fn open_null(injector: &mut Injector<'_>, pid: i32) -> Result<io::Result<i32>, R
 
 /// Tells whether the null device is where a process sees it, and is found without asking anybody: a link to a file system in
 /// user space, which the container may have put there, would keep the process waiting.
-fn is_null_at_hand(pid: i32) -> bool {
+fn is_null_at_hand(pid: HostPid) -> bool {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     let path = OFlags::PATH | OFlags::CLOEXEC;
     let Ok(root) = rustix::fs::open(format!("/proc/{pid}/root"), path | OFlags::DIRECTORY, Mode::empty()) else {
@@ -268,15 +269,15 @@ fn is_null_at_hand(pid: i32) -> bool {
 }
 
 /// Whether a descriptor of a process is closed when it executes a program.
-fn closes_on_exec(pid: i32, fd: i32) -> bool {
-    let info = fs::read(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
-    let flags = process::status_field(&info, "flags").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+fn closes_on_exec(pid: HostPid, fd: i32) -> bool {
+    let info = Status::parse(fs::read(pid.path(&format!("fdinfo/{fd}"))).unwrap_or_default());
+    let flags = info.field("flags").and_then(|flags| i32::from_str_radix(flags, 8).ok());
     flags.is_some_and(|flags| flags & libc::O_CLOEXEC != 0)
 }
 
 fn call(
     injector: &mut Injector<'_>,
-    pid: i32,
+    pid: HostPid,
     number: i64,
     arguments: [u64; 6],
 ) -> Result<io::Result<i64>, ResidueError> {

@@ -39,12 +39,10 @@
 use std::time::{Duration, Instant};
 
 use cuda::{Answer, Call, CallFailure, CudaResult, Inventory, ProcessState, SHORT_CALL};
+use memory::{Layout, Regions};
 use phase::Phase;
-use proc::{HostPid, Stat};
+use proc::{ContainerPid, HostPid, Range, Stat};
 use serde::{Deserialize, Serialize};
-use tracee::process::Range;
-
-use crate::remap::{Layout, Remapped, RemappedProcess};
 
 mod error;
 mod host;
@@ -90,21 +88,21 @@ pub struct Suspended {
     /// Processes without a context that were freed of the driver: how many.
     pub cleaned: usize,
     /// Memory with the state that was on the GPUs, by process, in the order of `processes`.
-    pub staging: Vec<Staging>,
+    pub staging: Vec<Regions>,
 }
 
 impl Suspended {
     /// Leaves out the processes that no checkpoint saves: those that are not init's descendants, which were started by exec.
     /// Returns their pids. They have their GPU state in memory like the others, and get it back in a container that goes on.
-    pub fn leave_out_execs(&mut self, init: i32) -> Vec<i32> {
+    pub fn leave_out_execs(&mut self, init: HostPid) -> Vec<HostPid> {
         let (staging, processes) = (std::mem::take(&mut self.staging), std::mem::take(&mut self.processes));
         let mut left_out = Vec::new();
         for (of, process) in staging.into_iter().zip(processes) {
-            if is_descendant(of.pid, init) {
+            if is_descendant(of.process.host, init) {
                 self.staging.push(of);
                 self.processes.push(process);
             } else {
-                left_out.push(of.pid);
+                left_out.push(of.process.host);
             }
         }
         left_out
@@ -112,21 +110,9 @@ impl Suspended {
 }
 
 /// Tells whether a process is another one, or was forked from that one's descendants and not handed over since.
-fn is_descendant(pid: i32, ancestor: i32) -> bool {
+fn is_descendant(pid: HostPid, ancestor: HostPid) -> bool {
     let parent = |pid: &HostPid| Stat::of(*pid).ok()?.parent();
-    std::iter::successors(HostPid::new(pid), parent).take(MOST_GENERATIONS).any(|pid| pid.raw() == ancestor)
-}
-
-/// The memory of a process to which the driver has moved what the process had on GPUs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Staging {
-    /// In the pid namespace of the guardian, which is the shim's.
-    pub pid: i32,
-    /// In its own, innermost pid namespace.
-    pub namespace_pid: i32,
-    /// The mappings, in order of addresses: all that are new and [`LEAST_STAGING`] long at least.
-    pub ranges: Vec<Range>,
+    std::iter::successors(Some(pid), parent).take(MOST_GENERATIONS).any(|pid| pid == ancestor)
 }
 
 /// More than any tree of processes has.
@@ -139,8 +125,8 @@ pub const LEAST_STAGING: u64 = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SuspendedProcess {
-    /// In its own, innermost pid namespace.
-    pub pid: i32,
+    /// Pid in the container.
+    pub pid: ContainerPid,
     /// Bytes that the checkpoint moved to its memory.
     pub staged: u64,
     /// Bytes on each GPU, as far as NVML knows.
@@ -179,7 +165,7 @@ pub(crate) struct Session<'a, H: Host> {
 }
 
 struct Member {
-    pid: i32,
+    pid: HostPid,
     /// It was stopped by a signal.
     is_stopped: bool,
     is_locked: bool,
@@ -304,17 +290,22 @@ impl<'a, H: Host> Session<'a, H> {
         self.let_go(&[])?;
         let (mut processes, mut staging) = (Vec::new(), Vec::new());
         for Member { pid, staged, .. } in std::mem::take(&mut self.members) {
-            let namespace_pid = self.host.namespace_pid(pid);
+            // A process that was killed meanwhile is not saved.
+            let Some(process) = self.host.ids(pid) else { continue };
             let gpus = self.undo.room(pid).to_vec();
-            processes.push(SuspendedProcess { pid: namespace_pid, staged: staged.iter().map(Range::len).sum(), gpus });
+            processes.push(SuspendedProcess {
+                pid: process.container,
+                staged: staged.iter().map(Range::len).sum(),
+                gpus,
+            });
             let ranges = staged.into_iter().filter(|range| range.len() >= LEAST_STAGING).collect();
-            staging.push(Staging { pid, namespace_pid, ranges });
+            staging.push(Regions { process, ranges });
         }
         Ok(Suspended { inventory, processes, cleaned, staging })
     }
 
     /// Lets all processes go but these.
-    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+    fn let_go(&mut self, keep: &[HostPid]) -> Result<(), SessionError> {
         let let_go = self.host.let_go(keep);
         if let_go.is_ok() {
             for pid in self.undo.pids(Step::Held) {
@@ -327,7 +318,7 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// Finds the CUDA processes that are not members yet; the processes that only touch the GPU are the answer.
-    fn discover(&mut self) -> Result<Vec<i32>, SessionError> {
+    fn discover(&mut self) -> Result<Vec<HostPid>, SessionError> {
         let mut residue = Vec::new();
         for pid in self.host.pids()? {
             if self.members.iter().any(|member| member.pid == pid) || !self.host.touches_gpu(pid) {
@@ -358,7 +349,7 @@ impl<'a, H: Host> Session<'a, H> {
         Ok(residue)
     }
 
-    fn refuse_unsupported(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn refuse_unsupported(&mut self, pid: HostPid) -> Result<(), SessionError> {
         let unsupported = self.host.unsupported(pid);
         if unsupported.mig {
             return Err(SessionError::Mig { process: self.host.describe(pid) });
@@ -370,7 +361,7 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// Lets the driver's threads of a stopped process run.
-    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn cont(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.undo.push(Step::Continued(pid));
         self.undo.push(Step::Held(pid));
         self.host.cont(pid)
@@ -378,8 +369,8 @@ impl<'a, H: Host> Session<'a, H> {
 
     /// Waits for processes that touch the GPU without a context: forked, or about to get a context of their own. The
     /// latter must not be freed of the GPU; nor can it be saved half way.
-    fn wait_for_beginners(&mut self, residue: &[i32]) -> Result<(), SessionError> {
-        let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+    fn wait_for_beginners(&mut self, residue: &[HostPid]) -> Result<(), SessionError> {
+        let members: Vec<HostPid> = self.members.iter().map(|member| member.pid).collect();
         let inherited = self.mappings_of(&members);
         let mut unsure = Vec::new();
         for pid in residue {
@@ -400,7 +391,7 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// The driver's word on a process; None for one without CUDA, or that is gone.
-    fn state(&mut self, pid: i32) -> Result<Option<ProcessState>, SessionError> {
+    fn state(&mut self, pid: HostPid) -> Result<Option<ProcessState>, SessionError> {
         let mut answer = self.host.calls(&[(pid, Call::State)], STATE).pop();
         if answer == Some(Err(CallFailure::Hangs)) && self.host.is_stopped(pid) {
             self.cont(pid)?;
@@ -418,16 +409,16 @@ impl<'a, H: Host> Session<'a, H> {
     /// Makes the same call for each of these processes, all at once.
     fn call_each(
         &mut self,
-        pids: Vec<i32>,
+        pids: Vec<HostPid>,
         call: &Call,
         limit: Duration,
-    ) -> impl Iterator<Item = (i32, Result<Answer, CallFailure>)> + use<H> {
+    ) -> impl Iterator<Item = (HostPid, Result<Answer, CallFailure>)> + use<H> {
         let calls: Vec<_> = pids.iter().map(|pid| (*pid, call.clone())).collect();
         let results = self.host.calls(&calls, limit);
         pids.into_iter().zip(results)
     }
 
-    fn failed(&mut self, action: &str, pid: i32, failure: &CallFailure) -> SessionError {
+    fn failed(&mut self, action: &str, pid: HostPid, failure: &CallFailure) -> SessionError {
         if let CallFailure::Impossible(why) = failure {
             return SessionError::NoDriver(why.clone());
         }
@@ -446,7 +437,7 @@ impl<'a, H: Host> Session<'a, H> {
             let left = patience.saturating_sub(begin.elapsed());
             timeout = timeout.min(left).max(Duration::from_millis(1));
             let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX);
-            let wanted: Vec<i32> = self.members.iter().filter(|m| !m.is_locked).map(|m| m.pid).collect();
+            let wanted: Vec<HostPid> = self.members.iter().filter(|m| !m.is_locked).map(|m| m.pid).collect();
             let mut late = None;
             for pid in &wanted {
                 self.undo.push(Step::Locked(*pid));
@@ -481,7 +472,7 @@ impl<'a, H: Host> Session<'a, H> {
         }
     }
 
-    fn member(&mut self, pid: i32, change: impl FnOnce(&mut Member)) {
+    fn member(&mut self, pid: HostPid, change: impl FnOnce(&mut Member)) {
         if let Some(member) = self.members.iter_mut().find(|member| member.pid == pid) {
             change(member);
         }
@@ -489,7 +480,7 @@ impl<'a, H: Host> Session<'a, H> {
 
     /// Lets all locked members go on, those that are held too: a later round takes them again.
     fn unlock_members(&mut self) -> Result<(), SessionError> {
-        let locked: Vec<i32> = self.members.iter().filter(|m| m.is_locked).map(|m| m.pid).rev().collect();
+        let locked: Vec<HostPid> = self.members.iter().filter(|m| m.is_locked).map(|m| m.pid).rev().collect();
         for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
             match result {
                 Ok(_) => {
@@ -500,7 +491,7 @@ impl<'a, H: Host> Session<'a, H> {
                 Err(failure) => return Err(self.failed("unlock", pid, &failure)),
             }
         }
-        let stopped: Vec<i32> = self.members.iter().filter(|m| m.is_stopped).map(|m| m.pid).collect();
+        let stopped: Vec<HostPid> = self.members.iter().filter(|m| m.is_stopped).map(|m| m.pid).collect();
         for pid in &stopped {
             self.host.stop(*pid)?;
         }
@@ -514,7 +505,7 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     fn checkpoint(&mut self, limit: Duration) -> Result<(), SessionError> {
-        let pids: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+        let pids: Vec<HostPid> = self.members.iter().map(|member| member.pid).collect();
         for pid in &pids {
             self.undo.push(Step::Checkpointed(*pid));
             self.host.staged(*pid, true);
@@ -533,8 +524,8 @@ impl<'a, H: Host> Session<'a, H> {
     }
 
     /// The two conditions for a dump: every CUDA process is checkpointed, and nothing of the driver is in use.
-    fn check_conditions(&mut self, residue: &[i32]) -> Result<(), SessionError> {
-        let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+    fn check_conditions(&mut self, residue: &[HostPid]) -> Result<(), SessionError> {
+        let members: Vec<HostPid> = self.members.iter().map(|member| member.pid).collect();
         for pid in &members {
             match self.state(*pid)? {
                 Some(ProcessState::Checkpointed) => {}
@@ -558,9 +549,9 @@ impl<'a, H: Host> Session<'a, H> {
         Ok(())
     }
 
-    /// Puts files in the place of memory of a container that is suspended, and leaves it so. What came of a failure is
-    /// left as it is: each process has its data.
-    pub(crate) fn remap(mut self, layout: &Layout, limit: Duration) -> Result<Remapped, SessionError> {
+    /// Puts packs in the place of memory of a container that is suspended, and leaves it so. Returns the memory that stays
+    /// as it was. After a failure each process has its data, in memory or in packs.
+    pub(crate) fn remap(mut self, layout: &Layout, limit: Duration) -> Result<Vec<Regions>, SessionError> {
         self.enter(Phase::Remap);
         let remapped = self.remap_held(layout, limit);
         // Whatever came of it, nothing may run on: what cannot be frozen stays held.
@@ -572,12 +563,12 @@ impl<'a, H: Host> Session<'a, H> {
     /// The files have what was in the memory while the container was frozen. It still is: the container is thawed only
     /// when all threads of all its processes, those of the driver too, have been told to halt, which they do before they
     /// execute anything. And what could write to it without a thread, a device, was closed by the driver's checkpoint.
-    fn remap_held(&mut self, layout: &Layout, limit: Duration) -> Result<Remapped, SessionError> {
-        let is_remapped = |pid: &i32| layout.processes.iter().any(|process| process.pid == *pid);
-        let (stopped, mut pids): (Vec<i32>, Vec<i32>) =
+    fn remap_held(&mut self, layout: &Layout, limit: Duration) -> Result<Vec<Regions>, SessionError> {
+        let is_remapped = |pid: &HostPid| layout.processes.iter().any(|of| of.process.host == *pid);
+        let (stopped, mut pids): (Vec<HostPid>, Vec<HostPid>) =
             self.host.pids()?.into_iter().partition(|pid| self.host.is_stopping(*pid));
         // Of those that are stopped the others need no hold, and CRIU finds them as it likes them.
-        let stopped: Vec<i32> = stopped.into_iter().filter(is_remapped).collect();
+        let stopped: Vec<HostPid> = stopped.into_iter().filter(is_remapped).collect();
         pids.extend(&stopped);
         self.hold_all(&pids, H::hold_whole)?;
         self.undo.push(Step::Freezer);
@@ -586,11 +577,11 @@ impl<'a, H: Host> Session<'a, H> {
         for pid in &stopped {
             self.cont(*pid)?;
         }
-        let mut remapped = Remapped::default();
+        let mut left = Vec::new();
         let mut failure = None;
-        for process in &layout.processes {
-            match self.host.remap(&layout.files, process, limit) {
-                Ok(left) => remapped.processes.push(RemappedProcess { pid: process.pid, left }),
+        for of in &layout.processes {
+            match self.host.remap(&layout.packs, of, limit) {
+                Ok(ranges) => left.push(Regions { process: of.process, ranges }),
                 Err(error) => {
                     failure = Some(error);
                     break;
@@ -603,7 +594,7 @@ impl<'a, H: Host> Session<'a, H> {
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
-        failure.map_or(Ok(remapped), Err)
+        failure.map_or(Ok(left), Err)
     }
 }
 

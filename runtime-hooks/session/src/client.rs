@@ -255,7 +255,7 @@ impl Conductor for Sessions {
         let session = self.start(&line, streams, Phase::Inspect, Duration::ZERO);
         let mut session = session.map_err(|cause| failed(Phase::Inspect, cause))?;
         match session.outcome(&stop).await {
-            Ok(Report::Restored { pid }) => match adoption.adopt(pid) {
+            Ok(Report::Restored { pid }) => match adoption.adopt(pid.raw()) {
                 Ok(init) => Ok(Box::new(RestoredBySession { session, order, init, stop, _adoption: adoption })),
                 Err(error) => {
                     let phase = session.phase;

@@ -1,5 +1,6 @@
 //! Errors of a session.
 
+use proc::HostPid;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -66,7 +67,7 @@ pub enum SessionError {
     #[error("its init, process {pid}, is saved and killed, but does not end")]
     DoesNotEnd {
         /// Pid of init.
-        pid: i32,
+        pid: HostPid,
     },
     /// An annotation is malformed.
     #[error("the container has an annotation that is not understood: {0}")]
@@ -74,12 +75,6 @@ pub enum SessionError {
     /// The runtime cannot put memory back.
     #[error("its big memory is not in the images, and its runtime fills none: use libcontainer (no BinaryName)")]
     Fill,
-    /// A process of the checkpoint was not restored.
-    #[error("there is GPU state of process {pid}, which was not restored")]
-    Gone {
-        /// Pid in the container.
-        pid: i32,
-    },
     /// The node differs from the one that was saved.
     #[error("the checkpoint does not fit this node: {0}")]
     Node(String),

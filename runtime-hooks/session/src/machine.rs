@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ::memory::Regions;
 use bulk::{Published, Saving};
 use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
 use phase::{Cancel, Phase, Timeline};
-use proc::HostPid;
+use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
 use role::{Because, Failure};
 use runtime::{CheckpointRequest, OciRuntime, Review};
@@ -64,7 +65,7 @@ pub(crate) struct Machine<'a> {
     folder: PathBuf,
     log: Option<LogFolder>,
     gpu: Option<SavedGpus>,
-    staging: Vec<gpu::Staging>,
+    staging: Vec<Regions>,
     memory: Option<BigMemory>,
     /// Memory goes to the node store, or beside the images.
     is_saving: bool,
@@ -87,11 +88,10 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Ses
 impl<'a> Machine<'a> {
     pub(crate) fn new(services: &'a Services, order: &'a CheckpointOrder) -> Result<Self, SessionError> {
         let _enter = services.tokio.enter();
-        let init = services.reaper.adoption().adopt(order.init);
-        let init = init.map_err(file("watch", &PathBuf::from(format!("/proc/{}", order.init))))?;
+        let init = services.reaper.adoption().adopt(order.init.raw());
+        let init = init.map_err(file("watch", &order.init.path("")))?;
         let runtime = order.subject.runtime.runtime(&services.reaper);
-        let pid = HostPid::new(order.init).ok_or(SessionError::Bug("the pid of an order"))?;
-        let cgroup = runtime.cgroup(&order.subject.id, pid)?;
+        let cgroup = runtime.cgroup(&order.subject.id, order.init)?;
         Ok(Self {
             services,
             order,
@@ -173,12 +173,8 @@ impl<'a> Machine<'a> {
     /// Returns the criu that traces a process of the container.
     fn tracer(&self) -> Option<HostPid> {
         let pids = self.cgroup.pids().unwrap_or_default();
-        let tracers = pids.into_iter().filter_map(|pid| {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
-            HostPid::new(tracer.trim().parse().ok()?)
-        });
-        tracers.into_iter().find(|pid| proc::name(*pid).is_ok_and(|name| name == "criu"))
+        let mut tracers = pids.into_iter().filter_map(|pid| Status::of(pid).ok()?.tracer());
+        tracers.find(|pid| proc::name(*pid).is_ok_and(|name| name == "criu"))
     }
 
     /// Returns whether threads of the container are held, so that CRIU cannot seize them.
@@ -193,27 +189,19 @@ impl<'a> Machine<'a> {
 
     fn remap(&mut self, memory: &mut BigMemory) -> Result<(), SessionError> {
         let staging = std::mem::take(&mut self.staging);
-        let ranges = |of: &gpu::Staging| of.ranges.iter().map(|range| range.start..range.end).collect();
-        let to_save = |of: &gpu::Staging| bulk::Staging { process: of.pid, pid: of.namespace_pid, ranges: ranges(of) };
         self.enter(Phase::SaveMemory);
-        let saved = memory.saving.save(&staging.iter().map(to_save).collect::<Vec<_>>())?;
-        memory.files.clone_from(&saved.files);
+        let saved = memory.saving.save(&staging)?;
+        memory.files.clone_from(&saved.packs);
         let timeline = self.services.timeline.clone();
         let cgroup = self.cgroup.clone();
         let mut began = |phase| timeline.enter(phase);
-        let remapped = self.keeper().remap(&cgroup, &memory::remap(saved), GPU, &mut began);
+        let remapped = self.keeper().remap(&cgroup, &saved, GPU, &mut began);
         match remapped {
-            Ok(remapped) => {
-                let pid = |process| staging.iter().find(|of| of.pid == process).map_or(process, |of| of.namespace_pid);
-                let left = remapped.processes.into_iter();
-                let left = left.flat_map(|of| of.left.into_iter().map(move |range| (of.pid, range)));
-                memory.left = left.map(|(process, range)| (pid(process), range.start..range.end)).collect();
-            }
+            Ok(left) => memory.left = left,
             // CRIU dumps what is not in files then, which takes longer and is as good.
             Err(error) if !self.is_held() => {
                 tracing::warn!("its GPU memory goes through the images: {}", phase::chain(&error));
-                let all = staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.namespace_pid, range)));
-                memory.left = all.map(|(pid, range)| (pid, range.start..range.end)).collect();
+                memory.left = staging;
             }
             Err(error) => return Err(error.into()),
         }
@@ -438,13 +426,12 @@ impl Actions for Machine<'_> {
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.
-fn is_ending(pid: i32) -> bool {
+fn is_ending(pid: HostPid) -> bool {
     const KILL: u64 = 1 << 8;
-    let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-    let pending = |name| field(name).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
-    let is_dead = field("State:").is_some_and(|state| state.starts_with(['Z', 'X']));
-    is_dead || (pending("SigPnd:") | pending("ShdPnd:")) & KILL != 0
+    let Ok(status) = Status::of(pid) else { return true };
+    let pending = |name| status.bits(name).unwrap_or(0);
+    let is_dead = matches!(status.state(), Some(b'Z' | b'X'));
+    is_dead || (pending("SigPnd") | pending("ShdPnd")) & KILL != 0
 }
 
 impl Undo for Machine<'_> {

@@ -8,15 +8,15 @@
 //! CRIU dumps all other memory. What is big of that is moved out of the images afterwards.
 
 use std::ffi::CStr;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bulk::{Place, Publish, Published, Saved, SavedStaging, Saving};
+use bulk::{Place, Publish, Published, Saving};
 use cgroup::Cgroup;
 use checkpoint::{MemoryPlace, SavedGpus};
-use gpu::{Layout, Piece, ProcessLayout, Source};
+use memory::Regions;
 use phase::{Phase, Timeline};
+use proc::{HostPid, ProcessIds};
 use snapshot::{Config, Host, Name, Scope};
 
 use crate::error::SessionError;
@@ -27,8 +27,8 @@ pub(crate) struct BigMemory {
     pub(crate) saving: Saving,
     /// Files that processes have mapped in the place of staging memory.
     pub(crate) files: Vec<PathBuf>,
-    /// Parts of the staging memory that are in memory all the same, by pid in the container.
-    pub(crate) left: Vec<(i32, Range<u64>)>,
+    /// Parts of the staging memory that are in memory all the same.
+    pub(crate) left: Vec<Regions>,
 }
 
 /// A publication that waits for whole images. Owns everything that it needs, so that it can run beside the container.
@@ -87,8 +87,8 @@ pub(crate) struct Described<'a> {
 pub(crate) fn resident(cgroup: &Cgroup) -> Result<u64, SessionError> {
     let pids = cgroup.pids().map_err(SessionError::Cgroup)?;
     // A process that has just ended has none.
-    let of = |pid: i32| {
-        let text = std::fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    let of = |pid: HostPid| {
+        let text = std::fs::read_to_string(pid.path("statm")).ok()?;
         let mut pages = text.split(' ').skip(1).map_while(|number| number.parse::<u64>().ok());
         Some(pages.next()?.saturating_sub(pages.next()?))
     };
@@ -100,8 +100,8 @@ pub(crate) fn resident(cgroup: &Cgroup) -> Result<u64, SessionError> {
 fn would_not_fit_apart(cgroup: &Cgroup) -> Result<bool, SessionError> {
     let Some(left) = cgroup.memory_left() else { return Ok(false) };
     let pids = cgroup.pids().map_err(SessionError::Cgroup)?;
-    let shared = |pid: i32| {
-        let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    let shared = |pid: HostPid| {
+        let rollup = std::fs::read_to_string(pid.path("smaps_rollup")).ok()?;
         let kib = |key: &str| {
             let line = rollup.lines().find_map(|line| line.strip_prefix(key))?;
             line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
@@ -109,19 +109,6 @@ fn would_not_fit_apart(cgroup: &Cgroup) -> Result<bool, SessionError> {
         Some(kib("Anonymous:")?.saturating_sub(kib("Pss_Anon:")?) << 10)
     };
     Ok(pids.into_iter().filter_map(shared).sum::<u64>() > left)
-}
-
-/// Returns saved staging memory as the order to put its files in its place.
-pub(crate) fn remap(saved: Saved) -> Layout {
-    let piece = |piece: bulk::Piece| {
-        let source = piece.source.map(|(file, offset)| Source { file, offset });
-        Piece { address: piece.address, length: piece.length, source }
-    };
-    let process = |SavedStaging { process, pieces }| ProcessLayout {
-        pid: process,
-        pieces: pieces.into_iter().map(piece).collect(),
-    };
-    Layout { files: saved.files, processes: saved.processes.into_iter().map(process).collect() }
 }
 
 /// Returns a name unlike any other of the container: no snapshot takes the place of one that a folder points to. A session
@@ -139,12 +126,11 @@ fn config(order: &CheckpointOrder, machine: &Described<'_>) -> Result<Config, Se
         config.host.driver = Some(gpu.driver().to_owned());
         config.gpus = gpu.gpus().iter().map(snapshot_gpu).collect();
     }
-    for process in machine.cgroup.pids().map_err(SessionError::Cgroup)? {
-        let Ok(comm) = std::fs::read_to_string(format!("/proc/{process}/comm")) else { continue };
-        let pid = cuda::process::namespace_pid(process).unwrap_or(process);
-        let staged = machine.gpu.and_then(|gpu| gpu.staged(pid));
-        let (comm, gpu, staged) = (comm.trim_end().to_owned(), staged.is_some(), staged.unwrap_or(0));
-        config.processes.push(snapshot::Process { pid, comm, gpu, staged });
+    for pid in machine.cgroup.pids().map_err(SessionError::Cgroup)? {
+        let (Ok(comm), Ok(ids)) = (proc::name(pid), ProcessIds::of(pid)) else { continue };
+        let staged = machine.gpu.and_then(|gpu| gpu.staged(ids.container));
+        let (gpu, staged) = (staged.is_some(), staged.unwrap_or(0));
+        config.processes.push(snapshot::Process { pid: ids.container.raw(), comm, gpu, staged });
     }
     Ok(config)
 }

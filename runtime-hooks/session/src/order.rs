@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use checkpoint::{Annotations, CheckpointOptions, DeviceNode, Shm};
 use phase::Phase;
+use proc::HostPid;
 use runtime::Choice;
 use serde::{Deserialize, Serialize};
 
@@ -44,8 +45,8 @@ pub struct Subject {
 pub struct CheckpointOrder {
     /// The container.
     pub subject: Subject,
-    /// Pid of init, in the pid namespace of the shim.
-    pub init: i32,
+    /// Pid of init.
+    pub init: HostPid,
     /// Milliseconds since 1970. The name of the snapshot has them, so a successor knows the name.
     pub began: u64,
     /// The container was paused before, and is to be left so.
@@ -141,7 +142,7 @@ pub(crate) enum Report {
     /// A phase began.
     Began(Phase),
     /// CRIU has made the processes; this is the pid of init.
-    Restored { pid: i32 },
+    Restored { pid: HostPid },
     /// The operation succeeded. The session ends.
     Done,
     /// Word of a successor: the checkpoint is whole, and the container as ordered. The session ends.

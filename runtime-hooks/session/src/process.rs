@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use phase::{Cancel, Phase, Timeline};
+use proc::HostPid;
 use reaper::Reaper;
 use role::{Failure, Role, Wire};
 use rustix::io::FdFlags;
@@ -223,7 +224,7 @@ struct ToShim<'a> {
 }
 
 impl Shim for ToShim<'_> {
-    fn restored(&mut self, init: i32) {
+    fn restored(&mut self, init: HostPid) {
         self.reports.send(&Report::Restored { pid: init });
     }
 

@@ -18,13 +18,14 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use bulk::{Node, Restored, Restoring, Saved, Source};
+use bulk::{Node, Restoring, Source};
 use cgroup::Cgroup;
 use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
-use gpu::{Keeper, Layout};
+use gpu::Keeper;
+use memory::Layout;
 use phase::Phase;
-use proc::HostPid;
+use proc::{HostPid, ProcessIds};
 use reaper::Child;
 use role::Failure;
 use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
@@ -34,7 +35,6 @@ use snapshot::Scope;
 use crate::error::{Failed, SessionError};
 use crate::limits::GPU;
 use crate::machine::Services;
-use crate::memory;
 use crate::order::RestoreOrder;
 
 /// CRIU's name for its log of a restore.
@@ -45,7 +45,7 @@ const ENDING: Duration = Duration::from_secs(1);
 /// Words between shim and session in the middle of a restore.
 pub(crate) trait Shim {
     /// Says that CRIU has made init.
-    fn restored(&mut self, init: i32);
+    fn restored(&mut self, init: HostPid);
     /// Waits until the shim has adopted init and connected its streams.
     fn wait_for_go_on(&mut self) -> Result<(), SessionError>;
 }
@@ -148,7 +148,7 @@ impl<'a> Restore<'a> {
         });
         let init = restored?;
         *made = Some(init.clone());
-        shim.restored(init.pid());
+        shim.restored(init.process());
         let cgroup = self.join(&init)?;
         let node = node.transpose().map_err(|_| SessionError::Bug("the inventory of GPUs"))?.transpose()?;
         let pairs = match (&gpu, node) {
@@ -156,7 +156,7 @@ impl<'a> Restore<'a> {
             _ => Vec::new(),
         };
         if let Some(cgroup) = &cgroup {
-            let whole = Whole { keeper, gpu: gpu.as_ref(), memory, init: init.pid(), pairs };
+            let whole = Whole { keeper, gpu: gpu.as_ref(), memory, init: init.process(), pairs };
             self.resume(whole, cgroup, shim)?;
         } else {
             shim.wait_for_go_on()?;
@@ -218,7 +218,7 @@ impl<'a> Restore<'a> {
             let wait = async { tokio::time::timeout(ENDING, init.wait()).await };
             self.services.tokio.block_on(wait).is_ok()
         };
-        match self.runtime.cgroup(&self.order.subject.id, HostPid::new(init.pid()).ok_or(SessionError::Bug("a pid"))?) {
+        match self.runtime.cgroup(&self.order.subject.id, init.process()) {
             // On version 1 the kernel says of a dead process that it is in no cgroup.
             Err(_) if ended() => Ok(None),
             found => Ok(found.map(Some)?),
@@ -315,7 +315,7 @@ struct Whole<'a> {
     keeper: Option<Keeper>,
     gpu: Option<&'a SavedGpus>,
     memory: Option<Restoring>,
-    init: i32,
+    init: HostPid,
     pairs: Vec<Pair>,
 }
 
@@ -323,7 +323,7 @@ struct Whole<'a> {
 struct Filling {
     memory: Restoring,
     /// All processes, those with GPU state first.
-    processes: Vec<Restored>,
+    processes: Vec<ProcessIds>,
     /// Number of processes with GPU state.
     first: usize,
     /// Staging memory that is mapped from files. Empty if it is filled like the rest.
@@ -333,18 +333,12 @@ struct Filling {
 impl Filling {
     fn of(memory: Restoring, gpu: Option<&SavedGpus>, cgroup: &Cgroup) -> Result<Self, SessionError> {
         let pids = cgroup.pids().map_err(SessionError::Cgroup)?.into_iter();
-        let mut processes: Vec<Restored> = pids
-            .filter_map(|process| Some(Restored { pid: cuda::process::namespace_pid(process).ok()?, process }))
-            .collect();
-        let staged = |of: &Restored| gpu.and_then(|gpu| gpu.staged(of.pid));
+        let mut processes: Vec<ProcessIds> = pids.filter_map(|pid| ProcessIds::of(pid).ok()).collect();
+        let staged = |of: &ProcessIds| gpu.and_then(|gpu| gpu.staged(of.container));
         processes.sort_by_key(|of| Reverse(staged(of)));
         let first = processes.iter().filter(|of| staged(of).is_some()).count();
-        let mut staging: Saved = gpu.and_then(|_| memory.staging()).unwrap_or_default();
-        for saved in &mut staging.processes {
-            let here = processes.iter().find(|of| of.pid == saved.process);
-            saved.process = here.ok_or(SessionError::Gone { pid: saved.process })?.process;
-        }
-        Ok(Self { memory, processes, first, staging: memory::remap(staging) })
+        let staging = if gpu.is_some() { memory.staging(&processes)?.unwrap_or_default() } else { Layout::default() };
+        Ok(Self { memory, processes, first, staging })
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::ptrace;
+use proc::{HostPid, Stat, Status, Wait};
 use rustix::process::{Pid, WaitId, WaitIdOptions};
 
 mod error;
@@ -21,7 +22,7 @@ pub(crate) mod sys;
 mod tests;
 
 use crate::process::{self, RunState};
-pub use error::{HoldError, ReleaseError, Waits};
+pub use error::{HoldError, ReleaseError};
 pub use jobs::{JobError, is_stopping};
 
 /// Longest time that [`Hold::let_go`] waits for threads that do not stand still yet, or are dying. Standing still
@@ -40,7 +41,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_micros(50), Duration::from_m
 /// blocks whoever takes the next thread until then. Only the end of this process resolves that.
 #[derive(Debug)]
 pub struct Hold {
-    processes: BTreeMap<i32, Held>,
+    processes: BTreeMap<HostPid, Held>,
     spares: Spares,
     /// The end of this thread ends what is held (`PTRACE_O_EXITKILL`).
     exit_kill: bool,
@@ -49,7 +50,7 @@ pub struct Hold {
 }
 
 /// The threads of a process, of those given, that are to run on while the others are held.
-pub type Spares = fn(pid: i32, threads: &[process::Thread]) -> Vec<i32>;
+pub type Spares = fn(pid: HostPid, threads: &[proc::Thread]) -> Vec<i32>;
 
 /// Threads of one process that are held.
 #[derive(Debug)]
@@ -113,7 +114,7 @@ impl Hold {
     ///
     /// # Errors
     /// When it has ended, or another process traces it.
-    pub fn take(&mut self, pid: i32) -> Result<(), HoldError> {
+    pub fn take(&mut self, pid: HostPid) -> Result<(), HoldError> {
         self.take_scope(pid, Scope::Program)
     }
 
@@ -121,7 +122,7 @@ impl Hold {
     ///
     /// # Errors
     /// As for [`Self::take`].
-    pub fn take_scope(&mut self, pid: i32, scope: Scope) -> Result<(), HoldError> {
+    pub fn take_scope(&mut self, pid: HostPid, scope: Scope) -> Result<(), HoldError> {
         if process::run_state(pid) == RunState::Dead {
             return Err(HoldError::Gone { pid });
         }
@@ -138,12 +139,12 @@ impl Hold {
     ///
     /// # Errors
     /// [`HoldError::Traced`] names the thread and the tracer.
-    pub fn refuse_traced(&self, pid: i32) -> Result<(), HoldError> {
+    pub fn refuse_traced(&self, pid: HostPid) -> Result<(), HoldError> {
         if self.processes.contains_key(&pid) {
             return Ok(());
         }
         // A process that has ended is traced by none.
-        for process::Thread { tid, .. } in process::threads(pid).unwrap_or_default() {
+        for proc::Thread { tid, .. } in proc::threads(pid).unwrap_or_default() {
             refuse_traced(pid, tid)?;
         }
         Ok(())
@@ -163,11 +164,11 @@ impl Hold {
     ///
     /// # Errors
     /// As for [`Self::settle`].
-    pub fn settle_only(&mut self, pid: i32, deadline: Instant) -> Result<(), HoldError> {
+    pub fn settle_only(&mut self, pid: HostPid, deadline: Instant) -> Result<(), HoldError> {
         self.settle_those(deadline, |other| other == pid)
     }
 
-    fn settle_those(&mut self, deadline: Instant, concerns: impl Fn(i32) -> bool) -> Result<(), HoldError> {
+    fn settle_those(&mut self, deadline: Instant, concerns: impl Fn(HostPid) -> bool) -> Result<(), HoldError> {
         let mut pause = PAUSE.0;
         loop {
             let mut moving = None;
@@ -186,8 +187,7 @@ impl Hold {
             self.forget_dead();
             let Some((pid, tid)) = moving else { return Ok(()) };
             if Instant::now() >= deadline {
-                let name = process::thread_name(pid, tid).unwrap_or_default();
-                return Err(HoldError::Moving { pid, tid, name, waits: Waits::of(pid, tid) });
+                return Err(HoldError::Moving { wait: Wait::of(pid, tid), reason: error::reason(pid) });
             }
             std::thread::sleep(pause);
             pause = PAUSE.1.min(pause * 2);
@@ -215,7 +215,7 @@ impl Hold {
     }
 
     /// The processes that have been taken and not been let go, as far as is known.
-    pub fn pids(&self) -> impl Iterator<Item = i32> + '_ {
+    pub fn pids(&self) -> impl Iterator<Item = HostPid> + '_ {
         self.processes.keys().copied()
     }
 
@@ -234,7 +234,7 @@ impl Hold {
     ///
     /// # Errors
     /// As for [`Self::let_go`].
-    pub fn let_go_of(&mut self, pid: i32) -> Result<(), ReleaseError> {
+    pub fn let_go_of(&mut self, pid: HostPid) -> Result<(), ReleaseError> {
         self.let_go_those(|of, _| of == pid)
     }
 
@@ -242,11 +242,11 @@ impl Hold {
     ///
     /// # Errors
     /// As for [`Self::let_go`].
-    pub fn let_go_but(&mut self, keep: &[i32]) -> Result<(), ReleaseError> {
+    pub fn let_go_but(&mut self, keep: &[HostPid]) -> Result<(), ReleaseError> {
         self.let_go_those(|of, _| !keep.contains(&of))
     }
 
-    fn let_go_those(&mut self, concerns: impl Fn(i32, i32) -> bool) -> Result<(), ReleaseError> {
+    fn let_go_those(&mut self, concerns: impl Fn(HostPid, i32) -> bool) -> Result<(), ReleaseError> {
         let deadline = Instant::now() + GRACE;
         let mut pause = PAUSE.0;
         loop {
@@ -257,7 +257,7 @@ impl Hold {
                 refused = refused.or(held.detach(*pid, |tid| concerns(*pid, tid)).err());
             }
             self.processes.retain(|_, held| !held.threads.is_empty());
-            let threads = |(pid, held): (&i32, &Held)| {
+            let threads = |(pid, held): (&HostPid, &Held)| {
                 let pid = *pid;
                 let threads: Vec<_> = held.threads.iter().map(|(tid, stand)| (pid, *tid, *stand)).collect();
                 threads
@@ -270,12 +270,12 @@ impl Hold {
             if Instant::now() >= deadline {
                 // Who has ended cannot be detached from. If the other threads are not dying they are let go, and this
                 // one is waited for when they have ended.
-                let lives = |pid: i32| process::run_state(pid) != RunState::Dead;
-                let moving = |(pid, _, stand): &&(i32, i32, Stand)| *stand != Stand::Ended || !lives(*pid);
+                let lives = |pid: HostPid| process::run_state(pid) != RunState::Dead;
+                let moving = |(pid, _, stand): &&(HostPid, i32, Stand)| *stand != Stand::Ended || !lives(*pid);
                 let mut left = left.iter().filter(moving);
                 let Some((pid, tid, _)) = left.next().copied() else { return refused.map_or(Ok(()), Err) };
-                let name = process::thread_name(pid, tid).unwrap_or_default();
-                let moving = ReleaseError::Moving { pid, tid, name, others: left.count(), waits: Waits::of(pid, tid) };
+                let (wait, others) = (Wait::of(pid, tid), left.count());
+                let moving = ReleaseError::Moving { wait, others, reason: error::reason(pid) };
                 return Err(refused.unwrap_or(moving));
             }
             std::thread::sleep(pause);
@@ -287,17 +287,17 @@ impl Hold {
     ///
     /// # Errors
     /// As for [`Self::let_go`].
-    pub fn let_spared_go(&mut self, pid: i32) -> Result<(), ReleaseError> {
+    pub fn let_spared_go(&mut self, pid: HostPid) -> Result<(), ReleaseError> {
         if let Some(held) = self.processes.get_mut(&pid) {
             held.scope = Scope::Program;
         }
-        let threads = process::threads(pid).unwrap_or_default();
+        let threads = proc::threads(pid).unwrap_or_default();
         let spared = (self.spares)(pid, &threads);
         self.let_go_those(|of, tid| of == pid && spared.contains(&tid))
     }
 
     /// The threads of a process that stand still, with the signals in whose delivery they do.
-    pub fn still(&self, pid: i32) -> Vec<(i32, i32)> {
+    pub fn still(&self, pid: HostPid) -> Vec<(i32, i32)> {
         let threads = self.processes.get(&pid).map(|held| &held.threads);
         let still = |(tid, stand): (&i32, &Stand)| match stand {
             Stand::Still { signal } => Some((*tid, *signal)),
@@ -308,7 +308,7 @@ impl Hold {
 
     /// Suspends the seccomp filter of a thread of a process that stands still, or puts the filter in force again. The end of
     /// its tracing does that too.
-    pub(crate) fn suspend_filter(&self, pid: i32, tid: i32, suspend: bool) -> io::Result<()> {
+    pub(crate) fn suspend_filter(&self, pid: HostPid, tid: i32, suspend: bool) -> io::Result<()> {
         let exit_kill = self.processes.get(&pid).is_some_and(|held| held.exit_kill);
         let mut options = options(exit_kill);
         if suspend {
@@ -318,7 +318,7 @@ impl Hold {
     }
 
     /// Notes how a thread stands that the caller has moved.
-    pub fn note(&mut self, pid: i32, tid: i32, stand: Stand) {
+    pub fn note(&mut self, pid: HostPid, tid: i32, stand: Stand) {
         if let Some(held) = self.processes.get_mut(&pid) {
             held.threads.insert(tid, stand);
         }
@@ -341,15 +341,15 @@ impl Drop for Hold {
 
 impl Held {
     /// Takes the threads that are not taken yet, and says of one such that it is there.
-    fn call_new(&mut self, pid: i32, spares: Spares) -> Result<Option<i32>, HoldError> {
-        let threads = match process::threads(pid) {
+    fn call_new(&mut self, pid: HostPid, spares: Spares) -> Result<Option<i32>, HoldError> {
+        let threads = match proc::threads(pid) {
             Ok(threads) => threads,
             Err(error) if proc::is_gone(&error) => return Ok(None),
             Err(source) => return Err(HoldError::List { pid, source }),
         };
         let spared = spares(pid, &threads);
         let mut new = None;
-        for process::Thread { tid, .. } in &threads {
+        for proc::Thread { tid, .. } in &threads {
             if self.threads.contains_key(tid) || (self.scope == Scope::Program && spared.contains(tid)) {
                 continue;
             }
@@ -366,7 +366,7 @@ impl Held {
     }
 
     /// Looks how each thread stands, and reaps the dead.
-    fn look(&mut self, pid: i32) -> Result<(), HoldError> {
+    fn look(&mut self, pid: HostPid) -> Result<(), HoldError> {
         let mut dead = vec![];
         for (tid, stand) in &mut self.threads {
             match look(pid, *tid) {
@@ -382,7 +382,7 @@ impl Held {
     }
 
     /// Lets go of those that stand still.
-    fn detach(&mut self, pid: i32, concerns: impl Fn(i32) -> bool) -> Result<(), ReleaseError> {
+    fn detach(&mut self, pid: HostPid, concerns: impl Fn(i32) -> bool) -> Result<(), ReleaseError> {
         let mut refused = None;
         self.threads.retain(|tid, stand| {
             if !concerns(*tid) {
@@ -429,7 +429,7 @@ enum Called {
     Ended,
 }
 
-fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
+fn call(pid: HostPid, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
     if is_stopped_and_frozen(pid, tid) {
         return Ok(Called::NotYet);
     }
@@ -438,9 +438,9 @@ fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
         Ok(()) => {}
         Err(Errno::ESRCH) => return Ok(Called::Ended),
         Err(errno) => {
-            let Ok(status) = std::fs::read(format!("/proc/{pid}/task/{tid}/status")) else { return Ok(Called::Ended) };
+            let Ok(status) = Status::of_thread(pid, tid) else { return Ok(Called::Ended) };
             refuse_tracer(pid, tid, &status)?;
-            if matches!(process::letter(pid, tid), Err(_) | Ok(b'Z' | b'X')) {
+            if Stat::of_thread(pid, tid).map_or(true, |stat| stat.has_ended()) {
                 return Ok(Called::Ended);
             }
             return Err(HoldError::Refused { action: "seize", pid, tid, source: errno.into() });
@@ -453,35 +453,34 @@ fn call(pid: i32, tid: i32, exit_kill: bool) -> Result<Called, HoldError> {
     }
 }
 
-fn refuse_traced(pid: i32, tid: i32) -> Result<(), HoldError> {
+fn refuse_traced(pid: HostPid, tid: i32) -> Result<(), HoldError> {
     // A thread that has ended is traced by none.
-    let status = std::fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    refuse_tracer(pid, tid, &status)
+    Status::of_thread(pid, tid).map_or(Ok(()), |status| refuse_tracer(pid, tid, &status))
 }
 
-fn refuse_tracer(pid: i32, tid: i32, status: &[u8]) -> Result<(), HoldError> {
-    let Some(tracer) = process::status_number(status, "TracerPid").filter(|tracer| *tracer != 0) else { return Ok(()) };
-    let name = process::thread_name(tracer, tracer).unwrap_or_default();
+fn refuse_tracer(pid: HostPid, tid: i32, status: &Status) -> Result<(), HoldError> {
+    let Some(tracer) = status.tracer() else { return Ok(()) };
+    let name = proc::name(tracer).unwrap_or_default();
     Err(HoldError::Traced { pid, tid, tracer, name })
 }
 
 /// Whether a thread is stopped by a signal and has been frozen by the v1 freezer after that. Seizing such a one blocks
 /// until it is thawed: the kernel waits for it to go from one kind of stop to another.
-fn is_stopped_and_frozen(pid: i32, tid: i32) -> bool {
-    let Ok(stat) = std::fs::read(format!("/proc/{pid}/task/{tid}/stat")) else { return false };
+fn is_stopped_and_frozen(pid: HostPid, tid: i32) -> bool {
+    let Ok(stat) = Stat::of_thread(pid, tid) else { return false };
     // The freezer shows as D. The 52nd field of proc_pid_stat(5), "exit_code", is the signal that stopped it.
-    if !matches!(process::letter(pid, tid), Ok(b'D')) {
+    if stat.state() != b'D' {
         return false;
     }
-    process::stat_field(&stat, 52).is_some_and(|signal| signal != 0)
+    stat.field(52).is_some_and(|signal| signal != 0)
         || std::fs::read(format!("/proc/{pid}/task/{tid}/wchan")).is_ok_and(|place| place == b"do_signal_stop")
 }
 
 /// Returns the state of a tracee, and `None` of one that is dead and reaped, or traced no more.
-pub fn look(pid: i32, tid: i32) -> io::Result<Option<Stand>> {
+pub fn look(pid: HostPid, tid: i32) -> io::Result<Option<Stand>> {
     match glance(tid)? {
         Glance::Moving => {
-            let ended = matches!(process::letter(pid, tid), Ok(b'Z'));
+            let ended = process::thread_state(pid, tid) == Some(b'Z');
             Ok(Some(if ended { Stand::Ended } else { Stand::Called }))
         }
         Glance::Stop(Stop::Signal(signal)) => Ok(Some(Stand::Still { signal })),
@@ -490,7 +489,7 @@ pub fn look(pid: i32, tid: i32) -> io::Result<Option<Stand>> {
         Glance::Gone => Ok(None),
         Glance::Dead => {
             // Whoever is a child of this process is waited for elsewhere in it, and for its exit status.
-            if let Some(id) = Pid::from_raw(tid).filter(|_| tid != pid || !is_own_child(pid)) {
+            if let Some(id) = Pid::from_raw(tid).filter(|_| tid != pid.raw() || !is_own_child(pid)) {
                 rustix::process::waitid(WaitId::Pid(id), ALWAYS | WaitIdOptions::EXITED)?;
             }
             Ok(None)
@@ -548,8 +547,6 @@ pub fn glance(tid: i32) -> io::Result<Glance> {
 /// Signal of a stop at a system call with `PTRACE_O_TRACESYSGOOD`.
 const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 
-fn is_own_child(pid: i32) -> bool {
-    let own = rustix::process::getpid().as_raw_nonzero().get();
-    std::fs::read(format!("/proc/{pid}/status"))
-        .is_ok_and(|status| process::status_number(&status, "PPid") == Some(own))
+fn is_own_child(pid: HostPid) -> bool {
+    Stat::of(pid).is_ok_and(|stat| stat.parent() == Some(HostPid::own()))
 }

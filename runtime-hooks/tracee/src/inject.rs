@@ -19,6 +19,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
+use proc::{HostPid, Mapping};
 
 #[cfg_attr(target_arch = "x86_64", path = "inject/x86_64.rs")]
 #[cfg_attr(not(target_arch = "x86_64"), path = "inject/other.rs")]
@@ -29,7 +30,7 @@ mod tests;
 mod worker;
 
 use crate::hold::{Glance, Hold, HoldError, Stand, Stop, glance, sys};
-use crate::process::{self, Mapping};
+use crate::process;
 use machine::State;
 pub(crate) use machine::set_argument;
 pub use team::Team;
@@ -54,13 +55,13 @@ pub enum InjectError {
     #[error("cannot inject into process {pid}: not a program of a supported architecture")]
     Unsupported {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// Its threads do not stand still.
     #[error("cannot inject into process {pid}")]
     Hold {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: HoldError,
@@ -69,19 +70,19 @@ pub enum InjectError {
     #[error("cannot inject into process {pid}: none of its threads is held")]
     NotHeld {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// None of its code makes a system call.
     #[error("cannot inject into process {pid}: no system call instruction found in it")]
     NoInstruction {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// There is no room below the stack of the thread.
     #[error("cannot inject into process {pid}: no room on the stack of thread {tid}")]
     NoRoom {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
     },
@@ -91,7 +92,7 @@ pub enum InjectError {
         /// "read the memory of", ...
         action: &'static str,
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: io::Error,
@@ -102,7 +103,7 @@ pub enum InjectError {
         /// "set the registers of", ...
         action: &'static str,
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// Why.
@@ -113,7 +114,7 @@ pub enum InjectError {
     #[error("cannot inject into thread {tid} of process {pid}: its seccomp filter cannot be suspended")]
     Filter {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// Why not.
@@ -124,13 +125,13 @@ pub enum InjectError {
     #[error("process {pid} has ended during an injected call")]
     Died {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// A call caused a signal instead of a result: a seccomp filter may do that.
     #[error("signal {signal} came up in thread {tid} of process {pid} in place of an injected call")]
     Signal {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// The signal.
@@ -151,7 +152,7 @@ pub enum InjectError {
     #[error("thread {tid} of process {pid} does not get through an injected call in time")]
     Deadline {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
     },
@@ -190,7 +191,7 @@ impl<'h> Injector<'h> {
     /// # Errors
     /// When no thread of it is held, or all do not stand still by the deadline, when it has no code to use, or the
     /// kernel refuses a request. Nothing of it has changed then.
-    pub fn attach(hold: &'h mut Hold, pid: i32, deadline: Instant) -> Result<Self, InjectError> {
+    pub fn attach(hold: &'h mut Hold, pid: HostPid, deadline: Instant) -> Result<Self, InjectError> {
         hold.settle_only(pid, deadline).map_err(|source| InjectError::Hold { pid, source })?;
         let mappings = list(pid)?;
         let (tid, signal, mut state) = choose(hold, pid, &mappings)?;
@@ -257,11 +258,11 @@ impl Drop for Injector<'_> {
     }
 }
 
-fn list(pid: i32) -> Result<Vec<Mapping>, InjectError> {
-    process::mappings(pid).map_err(|source| InjectError::File { action: "read the mappings of", pid, source })
+fn list(pid: HostPid) -> Result<Vec<Mapping>, InjectError> {
+    proc::mappings(pid).map_err(|source| InjectError::File { action: "read the mappings of", pid, source })
 }
 
-fn open(pid: i32, tid: i32) -> Result<File, InjectError> {
+fn open(pid: HostPid, tid: i32) -> Result<File, InjectError> {
     let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/task/{tid}/mem"));
     memory.map_err(|source| InjectError::File { action: "open the memory of", pid, source })
 }
@@ -280,7 +281,7 @@ pub fn argument(number: i32) -> u64 {
     i64::from(number).cast_unsigned()
 }
 
-fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Stop, InjectError> {
+fn await_stop(pid: HostPid, tid: i32, deadline: Instant) -> Result<Stop, InjectError> {
     loop {
         let glance = glance(tid);
         match glance.map_err(|source| InjectError::Refused { action: "wait for", pid, tid, source })? {
@@ -298,7 +299,7 @@ fn await_stop(pid: i32, tid: i32, deadline: Instant) -> Result<Stop, InjectError
 /// the middle of something that the kernel would undo), and on the first thread's stack, which has nothing below it.
 /// A runtime with small stacks of its own has other things right below them: they are put back, but not if this
 /// process dies.
-fn choose(hold: &Hold, pid: i32, mappings: &[Mapping]) -> Result<(i32, i32, State), InjectError> {
+fn choose(hold: &Hold, pid: HostPid, mappings: &[Mapping]) -> Result<(i32, i32, State), InjectError> {
     let stack = mappings.iter().find(|mapping| mapping.path == Path::new("[stack]"));
     let mut best = None;
     let mut best_rank = None;
@@ -317,7 +318,7 @@ fn choose(hold: &Hold, pid: i32, mappings: &[Mapping]) -> Result<(i32, i32, Stat
 
 /// Lets a thread take the signal in whose delivery it stands. It does not get to its program: if there is a handler,
 /// it stops where that begins.
-fn deliver(hold: &mut Hold, pid: i32, tid: i32, signal: i32, deadline: Instant) -> Result<(), InjectError> {
+fn deliver(hold: &mut Hold, pid: HostPid, tid: i32, signal: i32, deadline: Instant) -> Result<(), InjectError> {
     let refused = |action| move |source| InjectError::Refused { action, pid, tid, source };
     let mut signal = signal;
     while signal != 0 {

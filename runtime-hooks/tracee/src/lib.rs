@@ -12,8 +12,8 @@ pub mod watch;
 
 /// In tests, threads with names of the driver's kind are spared, but for those that are called as the first one.
 #[cfg(test)]
-fn spared(pid: i32, threads: &[process::Thread]) -> Vec<i32> {
-    let first = threads.iter().find(|thread| thread.tid == pid).map(|thread| &thread.name);
-    let is_spared = |thread: &&process::Thread| thread.name.starts_with("cuda") && first != Some(&thread.name);
+fn spared(pid: proc::HostPid, threads: &[proc::Thread]) -> Vec<i32> {
+    let first = threads.iter().find(|thread| thread.tid == pid.raw()).map(|thread| &thread.name);
+    let is_spared = |thread: &&proc::Thread| thread.name.starts_with("cuda") && first != Some(&thread.name);
     threads.iter().filter(is_spared).map(|thread| thread.tid).collect()
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::process::{self, Range};
+use proc::{HostPid, Range};
 
 /// Bytes of the stack that are searched, from the stack pointer on. Below the frames of a library that waits are at
 /// most those of a few functions of the C library, which are small.
@@ -13,7 +13,7 @@ const DEPTH: usize = 4096;
 
 /// Code of a library in a process.
 pub struct Code {
-    pid: i32,
+    pid: HostPid,
     ranges: Vec<Range>,
     memory: File,
 }
@@ -23,8 +23,8 @@ impl Code {
     ///
     /// # Errors
     /// There is no such process.
-    pub fn of(pid: i32, matches: impl Fn(&Path) -> bool) -> io::Result<Self> {
-        let mappings = process::mappings(pid)?.into_iter();
+    pub fn of(pid: HostPid, matches: impl Fn(&Path) -> bool) -> io::Result<Self> {
+        let mappings = proc::mappings(pid)?.into_iter();
         let ranges = mappings.filter(|mapping| mapping.is_executable() && matches(&mapping.path));
         let ranges = ranges.map(|mapping| mapping.range).collect();
         Ok(Self { pid, ranges, memory: File::open(format!("/proc/{pid}/mem"))? })
@@ -52,7 +52,7 @@ impl Code {
 }
 
 /// Returns the stack pointer and the program counter of a thread.
-fn place(pid: i32, tid: i32) -> io::Result<(u64, u64)> {
+fn place(pid: HostPid, tid: i32) -> io::Result<(u64, u64)> {
     // The call's number and arguments, or -1; the stack pointer and the program counter come last.
     let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall"))?;
     let mut last = text.split_whitespace().rev().map(|word| {
@@ -82,8 +82,8 @@ mod tests {
         hold.take(program.pid).unwrap();
         hold.settle(soon()).unwrap();
         let test = std::env::current_exe().unwrap();
-        assert!(process::mappings(program.pid).unwrap().iter().any(|mapping| is_unwinder(&mapping.path)));
-        let tids = process::tids(program.pid).unwrap();
+        assert!(proc::mappings(program.pid).unwrap().iter().any(|mapping| is_unwinder(&mapping.path)));
+        let tids = proc::tids(program.pid).unwrap();
         let held: Vec<i32> = tids.into_iter().filter(|tid| place(program.pid, *tid).is_ok()).collect();
         assert!(held.len() >= 4, "{held:?}");
         let own = Code::of(program.pid, |path| path == test).unwrap();
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn a_thread_that_runs_is_in_an_unknown_place() {
         let program = Program::play("many");
-        let found = process::tids(program.pid).unwrap().into_iter().map(|tid| place(program.pid, tid));
+        let found = proc::tids(program.pid).unwrap().into_iter().map(|tid| place(program.pid, tid));
         assert!(found.filter_map(Result::err).any(|error| error.kind() == io::ErrorKind::WouldBlock));
     }
 }

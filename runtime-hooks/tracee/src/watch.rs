@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
 use nix::unistd::Pid;
+use proc::{HostPid, Range};
 
 use crate::hold::sys::{self, AtCall};
 use crate::hold::{self, Glance, Stop, glance};
 use crate::inject::{InjectError, set_argument, step};
-use crate::process::Range;
 
 /// Pause between two looks at a thread that was told to stop.
 const PAUSE: Duration = Duration::from_micros(50);
@@ -21,7 +21,7 @@ const FLAGS: usize = 3;
 /// Threads that this thread traces, until it has let go of them. Its end lets them go too.
 #[derive(Debug)]
 pub struct Watch {
-    pid: i32,
+    pid: HostPid,
     threads: Vec<i32>,
     asked: Option<Asked>,
     is_leaving: bool,
@@ -53,7 +53,7 @@ pub enum Seen {
 
 impl Watch {
     /// Begins with these threads of a process. Those that cannot be traced are not.
-    pub fn begin(pid: i32, threads: Vec<i32>) -> Self {
+    pub fn begin(pid: HostPid, threads: Vec<i32>) -> Self {
         let seize = |tid: &i32| {
             let thread = Pid::from_raw(*tid);
             let seized = ptrace::seize(thread, ptrace::Options::PTRACE_O_TRACESYSGOOD);
@@ -66,7 +66,7 @@ impl Watch {
 
     /// Returns the process.
     #[must_use]
-    pub fn pid(&self) -> i32 {
+    pub fn pid(&self) -> HostPid {
         self.pid
     }
 
@@ -159,7 +159,7 @@ impl Watch {
     /// As [`Self::leave`], whatever the kernel says of single threads.
     pub fn abandon(&mut self) {
         if let Err(error) = self.leave() {
-            tracing::debug!(pid = self.pid, error = &error as &dyn std::error::Error, "cannot let go of a thread");
+            tracing::debug!(pid = %self.pid, error = &error as &dyn std::error::Error, "cannot let go of a thread");
         }
     }
 
@@ -168,7 +168,7 @@ impl Watch {
         self.abandon();
         while !self.is_over() {
             if Instant::now() >= deadline {
-                tracing::error!(pid = self.pid, threads = ?self.threads, "threads stay traced");
+                tracing::error!(pid = %self.pid, threads = ?self.threads, "threads stay traced");
                 return;
             }
             std::thread::sleep(PAUSE);

@@ -18,4 +18,4 @@ mod types;
 pub use inline::is_inline;
 pub use restore::Restoring;
 pub use save::{LEAST_MEMORY, Saving, withdraw};
-pub use types::{Node, Piece, Place, Publish, Published, Restored, Saved, SavedStaging, Source, Staging};
+pub use types::{Node, Place, Publish, Published, Source};

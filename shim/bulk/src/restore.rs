@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use memory::{Control, Destination, Pack, Place, Process, Segment, SegmentTable};
+use memory::{Control, Destination, Layout, Pack, Place, ProcessLayout, Segment, SegmentTable};
 use phase::{Cancel, Phase};
+use proc::ProcessIds;
 use role::{Because, Failure};
 use snapshot::{
     GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, Name, OpenError, Pointer, Reference, ResolveError, SEGMENTS_TYPE, Snapshot,
@@ -18,8 +19,7 @@ use snapshot::{
 };
 
 use crate::inline;
-use crate::save::piece;
-use crate::types::{Node, Restored, Saved, SavedStaging, Source};
+use crate::types::{Node, Source};
 
 /// How much is read ahead of a restore: what a node's memory surely has room for besides what is restored.
 const PREFETCH: u64 = 64 << 30;
@@ -29,8 +29,8 @@ const LEAST_REST: u64 = 64 << 20;
 
 /// Less staging memory than this, in bytes, is filled in the time that it takes to map files.
 const LEAST_STAGING: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
-/// As many pieces of it can be mapped in the time that is gained.
-const MOST_PIECES: usize = 2000;
+/// As many segments of it can be mapped in the time that is gained.
+const MOST_SEGMENTS: usize = 2000;
 
 /// A pull takes seconds or more.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
@@ -99,22 +99,30 @@ impl Restoring {
         Ok(Self { table, packs, of_staging, control, _snapshot: snapshot })
     }
 
-    /// Staging memory that the driver may begin to read from files, before it is filled: if it is worth that, and the files
-    /// are in memory.
-    #[must_use]
-    pub fn staging(&self) -> Option<Saved> {
+    /// Returns the staging memory of these processes that the driver may begin to read from packs, before it is filled. None
+    /// if that is not worth it, or the packs are not in memory.
+    ///
+    /// # Errors
+    /// Staging memory of a process that is not among these.
+    pub fn staging(&self, restored: &[ProcessIds]) -> Result<Option<Layout>, Failure> {
         let packs = &self.packs[..self.of_staging];
-        let of = |process: &Process| SavedStaging {
-            process: process.pid,
-            pieces: process.segments.iter().filter(|segment| self.is_staging(segment)).map(piece).collect(),
-        };
-        let mut processes: Vec<SavedStaging> = self.table.processes().iter().map(of).collect();
-        processes.retain(|process| !process.pieces.is_empty());
-        let pieces = processes.iter().flat_map(|process| &process.pieces);
-        let (bytes, count) = pieces.fold((0, 0), |(bytes, count), piece| (bytes + piece.length, count + 1));
-        let is_worth_it = bytes >= LEAST_STAGING && count <= MOST_PIECES && packs.iter().all(Pack::is_in_memory);
-        let files = packs.iter().map(|pack| pack.path().to_owned()).collect();
-        is_worth_it.then_some(Saved { files, processes })
+        let mut processes = Vec::new();
+        for process in self.table.processes() {
+            let staging = process.segments.iter().copied().filter(|segment| self.is_staging(segment));
+            let segments: Vec<Segment> = staging.collect();
+            if segments.is_empty() {
+                continue;
+            }
+            let ids = restored.iter().find(|ids| ids.container == process.pid).ok_or_else(|| {
+                Failure::new(format!("there is GPU state of process {}, which was not restored", process.pid))
+            })?;
+            processes.push(ProcessLayout { process: *ids, segments });
+        }
+        let segments = processes.iter().flat_map(|process| &process.segments);
+        let (bytes, count) = segments.fold((0, 0), |(bytes, count), segment| (bytes + segment.length, count + 1));
+        let is_worth_it = bytes >= LEAST_STAGING && count <= MOST_SEGMENTS && packs.iter().all(Pack::is_in_memory);
+        let packs = packs.iter().map(|pack| pack.path().to_owned()).collect();
+        Ok(is_worth_it.then_some(Layout { packs, processes }))
     }
 
     fn is_staging(&self, segment: &Segment) -> bool {
@@ -129,24 +137,23 @@ impl Restoring {
     /// When the snapshot is damaged, or memory cannot be written. The processes are of no use then.
     pub fn fill(
         &self,
-        processes: &[Restored],
+        processes: &[ProcessIds],
         first: usize,
         staging: bool,
         filled_first: &(dyn Fn() + Sync),
     ) -> Result<(), Failure> {
         let table = if staging { Cow::Borrowed(&self.table) } else { Cow::Owned(self.without_staging()?) };
-        let processes: Vec<(i32, i32)> = processes.iter().map(|of| (of.pid, of.process)).collect();
         let (early, late) = processes.split_at(first.min(processes.len()));
-        let rest: u64 = late.iter().flat_map(|(pid, _)| table.segments(*pid)).filter_map(stored).sum();
+        let rest: u64 = late.iter().flat_map(|ids| table.segments(ids.container)).filter_map(stored).sum();
         let missing = AtomicUsize::new(early.len());
         let ready = |pid| {
-            let is_early = early.iter().any(|(of, _)| *of == pid);
+            let is_early = early.iter().any(|ids| ids.container == pid);
             // Only what that says is used, and it is said once.
             if is_early && missing.fetch_sub(1, Ordering::Relaxed) == 1 && rest >= LEAST_REST {
                 filled_first();
             }
         };
-        let into = Destination { processes: &processes, ready: &ready };
+        let into = Destination { processes, ready: &ready };
         memory::fill(&table, &self.packs, &into, &self.control).because("cannot put its memory back")
     }
 
@@ -299,8 +306,16 @@ mod tests {
     use std::fs::File;
 
     use memory::{Draft, FileSource, Saved as SavedMemory, save_files};
+    use proc::{ContainerPid, HostPid};
 
     use super::*;
+
+    /// The only process, in the container.
+    const SAVED: ContainerPid = ContainerPid::new(7).unwrap();
+
+    fn restored() -> [ProcessIds; 1] {
+        [ProcessIds { host: HostPid::own(), container: SAVED }]
+    }
 
     /// Memory of process 7 at this address, each chunk unlike the others.
     fn saved(folder: &Path, prefix: &str, address: u64, length: usize) -> SavedMemory {
@@ -308,7 +323,7 @@ mod tests {
         let bytes: Vec<u8> = (0..length).map(|at| u8::try_from((at / 65536 + 1) % 251).unwrap()).collect();
         std::fs::write(&path, bytes).unwrap();
         let (file, length) = (File::open(&path).unwrap(), u64::try_from(length).unwrap());
-        let source = FileSource { file: &file, path: &path, offset: 0, pid: 7, address, length };
+        let source = FileSource { file: &file, path: &path, offset: 0, pid: SAVED, address, length };
         let draft = Draft { folder: folder.to_owned(), prefix: prefix.to_owned() };
         save_files(&[source], &draft, &Control::new()).unwrap()
     }
@@ -330,20 +345,29 @@ mod tests {
     fn staging_memory_can_be_filled_by_somebody_else() {
         let folder = tempfile::tempdir().unwrap();
         let restoring = restoring(folder.path(), 2 << 20);
-        let staging = restoring.staging().unwrap();
-        assert_eq!(staging.files, [restoring.packs[0].path()]);
-        let [SavedStaging { process: 7, pieces }] = staging.processes.as_slice() else { panic!("{staging:?}") };
-        assert_eq!(pieces.iter().map(|piece| piece.length).sum::<u64>(), 2 << 20);
-        assert!(pieces.iter().all(|piece| (0x1000_0000..0x1020_0000).contains(&piece.address)), "{pieces:?}");
+        let staging = restoring.staging(&restored()).unwrap().unwrap();
+        assert_eq!(staging.packs, [restoring.packs[0].path()]);
+        let [ProcessLayout { process, segments }] = staging.processes.as_slice() else { panic!("{staging:?}") };
+        assert_eq!([*process], restored());
+        assert_eq!(segments.iter().map(|segment| segment.length).sum::<u64>(), 2 << 20);
+        let is_staging = |segment: &Segment| (0x1000_0000..0x1020_0000).contains(&segment.address);
+        assert!(segments.iter().all(is_staging), "{segments:?}");
         let rest = restoring.without_staging().unwrap();
-        assert_eq!(rest.segments(7).iter().map(|segment| segment.length).sum::<u64>(), 2 << 20);
-        assert!(rest.segments(7).iter().all(|segment| segment.address >= 0x5000_0000), "{rest:?}");
+        assert_eq!(rest.segments(SAVED).iter().map(|segment| segment.length).sum::<u64>(), 2 << 20);
+        assert!(rest.segments(SAVED).iter().all(|segment| segment.address >= 0x5000_0000), "{rest:?}");
     }
 
     #[test]
     fn little_staging_memory_is_filled_with_the_rest() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(restoring(folder.path(), 512 << 10).staging(), None);
+        assert_eq!(restoring(folder.path(), 512 << 10).staging(&restored()).unwrap(), None);
+    }
+
+    #[test]
+    fn staging_memory_of_a_process_that_was_not_restored_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = restoring(folder.path(), 2 << 20).staging(&[]).unwrap_err().to_string();
+        assert_eq!(error, "there is GPU state of process 7, which was not restored");
     }
 
     mod trust {

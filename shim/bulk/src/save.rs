@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use images::{Changes, Inherited, Run};
-use memory::{Control, FileSource, SegmentTable, Target};
+use memory::{Control, FileSource, Layout, ProcessLayout, Regions, SegmentTable};
 use phase::Phase;
+use proc::{ContainerPid, Range};
 use role::{Because, Failure};
 use snapshot::{
     CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer,
@@ -17,7 +17,7 @@ use snapshot::{
 };
 
 use crate::inline;
-use crate::types::{Piece, Place, Publish, Published, Saved, SavedStaging, Source, Staging};
+use crate::types::{Place, Publish, Published, Source};
 
 /// Shorter runs stay in the images: CRIU reads them in passing, and each is a segment (measured: cuda.md).
 const LEAST_RUN: u64 = 256 << 10;
@@ -45,7 +45,7 @@ pub struct Saving {
     gpu: memory::Saved,
     /// Its packs' digests, which are computed while other things are done.
     hashes: Option<Hashes>,
-    staging: Vec<Staging>,
+    staging: Vec<Regions>,
 }
 
 impl Saving {
@@ -66,18 +66,16 @@ impl Saving {
     ///
     /// # Errors
     /// When memory cannot be read, or the store has no room for it.
-    pub fn save(&mut self, staging: &[Staging]) -> Result<Saved, Failure> {
-        let target = |of: &Staging| Target { process: of.process, pid: of.pid, ranges: of.ranges.clone() };
-        let targets: Vec<Target> = staging.iter().map(target).collect();
-        let saved = memory::save_processes(&targets, LEAST_ZEROS, &self.packs("gpu"), &self.control);
+    pub fn save(&mut self, staging: &[Regions]) -> Result<Layout, Failure> {
+        let saved = memory::save_processes(staging, LEAST_ZEROS, &self.packs("gpu"), &self.control);
         self.gpu = saved.because("cannot save GPU memory")?;
         self.staging = staging.to_vec();
         self.hashes = Some(hashes(self.gpu.packs.clone()));
-        let pieces = |of: &Staging| SavedStaging {
+        let layout = |of: &Regions| ProcessLayout {
             process: of.process,
-            pieces: self.gpu.table.segments(of.pid).iter().map(piece).collect(),
+            segments: self.gpu.table.segments(of.process.container).to_vec(),
         };
-        Ok(Saved { files: self.gpu.packs.clone(), processes: staging.iter().map(pieces).collect() })
+        Ok(Layout { packs: self.gpu.packs.clone(), processes: staging.iter().map(layout).collect() })
     }
 
     fn packs(&self, prefix: &str) -> memory::Draft {
@@ -117,11 +115,11 @@ impl Saving {
     fn move_memory(
         &self,
         images: &Path,
-        left: &[(i32, Range<u64>)],
+        left: &[Regions],
         keep_shared: bool,
     ) -> Result<Option<(memory::Saved, SegmentTable)>, Failure> {
         let staged = |run: &Run| {
-            let of = self.staging.iter().filter(|of| of.pid == run.pid).flat_map(|of| &of.ranges);
+            let of = self.staging.iter().filter(|of| of.process.container == run.pid).flat_map(|of| &of.ranges);
             of.into_iter().any(|range| range.start < run.address + run.length && run.address < range.end)
         };
         let inherited = if keep_shared { Inherited::Leave } else { Inherited::Take };
@@ -142,14 +140,15 @@ impl Saving {
     }
 
     /// Nothing of staging memory may be in the images but what was left in memory: it would have changed since it was saved.
-    fn check_staging(&self, images: &Path, left: &[(i32, Range<u64>)]) -> Result<(), Failure> {
-        for (pid, range) in self.staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.pid, range))) {
-            let present = images::present(images, pid, range.clone()).because("cannot read the images")?;
+    fn check_staging(&self, images: &Path, left: &[Regions]) -> Result<(), Failure> {
+        for (pid, range) in
+            self.staging.iter().flat_map(|of| of.ranges.iter().map(|range| (of.process.container, *range)))
+        {
+            let present = images::present(images, pid, range.start..range.end).because("cannot read the images")?;
             for Run { address, length, .. } in present {
-                let is_left = |(of, left): &(i32, Range<u64>)| {
-                    *of == pid && left.start <= address && address + length <= left.end
-                };
-                if !left.iter().any(is_left) {
+                let of_process = left.iter().filter(|of| of.process.container == pid).flat_map(|of| &of.ranges);
+                let is_left = |left: &Range| left.start <= address && address + length <= left.end;
+                if !of_process.copied().any(|left| is_left(&left)) {
                     return Err(Failure::new(format!(
                         "process {pid} has changed its memory at {address:#x} since that was saved"
                     )));
@@ -162,13 +161,13 @@ impl Saving {
     fn changes(&self, runs: &[Run]) -> Vec<Changes> {
         // A kernel without them refuses the advice.
         let huge = Path::new("/sys/kernel/mm/transparent_hugepage").exists();
-        let mut changes = BTreeMap::<i32, Changes>::new();
+        let mut changes = BTreeMap::<ContainerPid, Changes>::new();
         for run in runs {
             changes_of(&mut changes, run.pid).without.push(run.address..run.address + run.length);
         }
-        for Staging { pid, ranges, .. } in &self.staging {
-            let staging = ranges.iter().map(|range| images::Staging { range: range.clone(), huge });
-            changes_of(&mut changes, *pid).staging.extend(staging);
+        for Regions { process, ranges } in &self.staging {
+            let staging = ranges.iter().map(|range| images::Staging { range: range.start..range.end, huge });
+            changes_of(&mut changes, process.container).staging.extend(staging);
         }
         changes.into_values().collect()
     }
@@ -246,20 +245,12 @@ fn hashes(packs: Vec<PathBuf>) -> Hashes {
     std::thread::spawn(move || snapshot::hash_files(&packs, &|_| ()))
 }
 
-fn changes_of(changes: &mut BTreeMap<i32, Changes>, pid: i32) -> &mut Changes {
-    changes.entry(pid).or_insert_with(|| Changes { pid, ..Changes::default() })
+fn changes_of(changes: &mut BTreeMap<ContainerPid, Changes>, pid: ContainerPid) -> &mut Changes {
+    changes.entry(pid).or_insert_with(|| Changes { pid, without: vec![], staging: vec![] })
 }
 
 fn layer(media_type: &str, path: PathBuf) -> NewLayer {
     NewLayer { media_type: media_type.to_owned(), path, digest: None, annotations: BTreeMap::new() }
-}
-
-pub(crate) fn piece(segment: &memory::Segment) -> Piece {
-    let source = match segment.place {
-        memory::Place::Zero => None,
-        memory::Place::Pack { index, offset } => Some((usize::try_from(index).unwrap_or(usize::MAX), offset)),
-    };
-    Piece { address: segment.address, length: segment.length, source }
 }
 
 fn source<'a>(files: &'a BTreeMap<&Path, File>, run: &'a Run) -> Option<FileSource<'a>> {

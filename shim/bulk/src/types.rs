@@ -1,8 +1,8 @@
 //! Memory of processes, and the places where it is kept.
 
-use std::ops::Range;
 use std::path::PathBuf;
 
+use memory::Regions;
 use serde::{Deserialize, Serialize};
 use snapshot::{Config, Name, Pointer, Scope};
 
@@ -18,46 +18,6 @@ pub struct Node {
     pub registry: Option<String>,
 }
 
-/// Memory of a process to which the driver has moved what the process had on GPUs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Staging {
-    /// In the pid namespace of the shim.
-    pub process: i32,
-    /// In its own, innermost pid namespace.
-    pub pid: i32,
-    /// Addresses.
-    pub ranges: Vec<Range<u64>>,
-}
-
-/// Where saved staging memory is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Saved {
-    /// The files.
-    pub files: Vec<PathBuf>,
-    /// In the order of what was asked for.
-    pub processes: Vec<SavedStaging>,
-}
-
-/// Where the staging memory of a process is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedStaging {
-    /// In the pid namespace of the shim; of one that is not restored yet in its own.
-    pub process: i32,
-    /// All of it, in order of addresses.
-    pub pieces: Vec<Piece>,
-}
-
-/// A piece of memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
-    /// Where it begins, and how many bytes it has: whole pages.
-    pub address: u64,
-    /// In bytes.
-    pub length: u64,
-    /// Index of the file that has it, and where in that; None if it is all zero.
-    pub source: Option<(usize, u64)>,
-}
-
 /// Images that are whole, and what is to be made of them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Publish {
@@ -65,9 +25,8 @@ pub struct Publish {
     pub images: PathBuf,
     /// What memory is to be where.
     pub place: Place,
-    /// Parts of the saved staging memory that stayed in memory, by the process's pid in its own pid namespace: the images
-    /// have them too.
-    pub left: Vec<(i32, Range<u64>)>,
+    /// Parts of the saved staging memory that stayed in memory: the images have them too.
+    pub left: Vec<Regions>,
     /// Pages that processes have in common by a fork stay in the images, so that they are in common again. A fill makes them
     /// a page of each process.
     pub keep_shared: bool,
@@ -103,13 +62,4 @@ pub enum Source {
     Snapshot(Pointer),
     /// Beside the images.
     Inline,
-}
-
-/// A process whose memory is to be filled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Restored {
-    /// In its own, innermost pid namespace.
-    pub pid: i32,
-    /// In the pid namespace of the shim.
-    pub process: i32,
 }

@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use proc::HostPid;
+
 use crate::{Cgroup, CgroupError, file};
 
 /// Moves a process to where another one is, in the hierarchy that decides who is in the container.
-pub(crate) fn expel(cgroup: &Cgroup, pid: i32, beside: i32) -> Result<(), CgroupError> {
+pub(crate) fn expel(cgroup: &Cgroup, pid: HostPid, beside: HostPid) -> Result<(), CgroupError> {
     let other = Cgroup::of_process(beside);
     let root = root_of(cgroup.directory());
     let to = match other {

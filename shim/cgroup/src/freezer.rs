@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use proc::{HostPid, Stat};
+use proc::{HostPid, Stat, Wait};
 
-use crate::{Cgroup, CgroupError, Hierarchy, Wait, file, process, vfork};
+use crate::{Cgroup, CgroupError, Hierarchy, file, process, vfork};
 
 /// Limit of a freeze. The kernel needs less than a millisecond, but a process in an uninterruptible wait,
 /// for a dead network file system say, is frozen only when that ends.
@@ -45,7 +45,7 @@ pub(crate) fn freeze_at_rest(cgroup: &Cgroup, mut is_frozen: bool, moments: u32)
         if tries == moments {
             return Err(CgroupError::Vfork { pid });
         }
-        tracing::debug!(pid, "a process is in the middle of a vfork, and is given another moment");
+        tracing::debug!(%pid, "a process is in the middle of a vfork, and is given another moment");
         thaw(cgroup)?;
         is_frozen = false;
         std::thread::sleep(moment);
@@ -80,16 +80,13 @@ pub(crate) fn freeze_within(cgroup: &Cgroup, limit: Duration) -> Result<(), Cgro
 
 /// Returns the first thread of these processes, which are thawed, that stays in an uninterruptible wait: no freezer stops
 /// that thread. A wait for a disk is over at the second look, and so is the freeze on version 1, which shows as such a wait.
-fn uninterruptible(pids: &[i32]) -> Option<Wait> {
+fn uninterruptible(pids: &[HostPid]) -> Option<Wait> {
     let waits = |pid: HostPid, tid: i32| Stat::of_thread(pid, tid).is_ok_and(|stat| stat.state() == b'D');
-    let pids = pids.iter().filter_map(|pid| HostPid::new(*pid));
-    let all = pids.flat_map(|pid| proc::tids(pid).unwrap_or_default().into_iter().map(move |tid| (pid, tid)));
+    let all = pids.iter().flat_map(|pid| proc::tids(*pid).unwrap_or_default().into_iter().map(move |tid| (*pid, tid)));
     std::thread::sleep(SECOND_LOOK);
     let waiting: Vec<(HostPid, i32)> = all.filter(|(pid, tid)| waits(*pid, *tid)).collect();
     std::thread::sleep(SECOND_LOOK);
-    let (pid, tid) = waiting.into_iter().find(|(pid, tid)| waits(*pid, *tid))?;
-    let place = std::fs::read_to_string(pid.path(&format!("task/{tid}/wchan"))).unwrap_or_default();
-    Some(Wait { pid: pid.raw(), tid, name: proc::thread_name(pid, tid).unwrap_or_default(), place })
+    waiting.into_iter().map(|(pid, tid)| Wait::of(pid, tid)).find(Wait::is_uninterruptible)
 }
 
 fn freeze_v1(freezer: &Path, limit: Duration) -> Result<bool, CgroupError> {

@@ -23,7 +23,6 @@ mod v1;
 mod v2;
 mod vfork;
 
-use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -34,7 +33,7 @@ use rustix::process::Signal;
 use locate::Places;
 pub use oom::OomWatch;
 pub use place::{Membership, Place};
-use proc::HostPid;
+use proc::{HostPid, Wait};
 use serde::{Deserialize, Serialize};
 
 /// What went wrong with a cgroup file.
@@ -55,7 +54,7 @@ pub enum CgroupError {
     #[error("process {pid} has no cgroup of its own")]
     None {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// The caller is in the cgroup itself, and would have frozen or killed itself.
     #[error("this process is itself in the cgroup {path}")]
@@ -83,7 +82,7 @@ pub enum CgroupError {
     #[error("process {pid} waits for a child that it has vforked, and is never at rest")]
     Vfork {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// The cgroup is still there after a minute of attempts to remove it.
     #[error("the cgroup {path} does not go: processes {pids:?} are in it")]
@@ -91,7 +90,7 @@ pub enum CgroupError {
         /// The directory, which may be below the one that was to be removed.
         path: PathBuf,
         /// Processes in the cgroup.
-        pids: Vec<i32>,
+        pids: Vec<HostPid>,
         /// Answer of the kernel.
         #[source]
         source: io::Error,
@@ -124,27 +123,6 @@ pub enum CgroupError {
     },
 }
 
-/// A thread in an uninterruptible wait.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wait {
-    /// Process of the thread.
-    pub pid: i32,
-    /// Id of the thread.
-    pub tid: i32,
-    /// Name of the thread.
-    pub name: String,
-    /// Function of the kernel in which it waits; empty where the kernel does not tell.
-    pub place: String,
-}
-
-impl fmt::Display for Wait {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { pid, tid, name, place } = self;
-        write!(f, "thread {tid} ({name}) of process {pid} waits uninterruptibly")?;
-        if place.is_empty() || place == "0" { Ok(()) } else { write!(f, " in {place}") }
-    }
-}
-
 /// The cgroup of one container. The value stays valid when the processes end, and while the cgroup's
 /// directories are there it can be asked. Another process that sees the same hierarchies can be given it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -164,11 +142,11 @@ impl Cgroup {
     ///
     /// # Errors
     /// When the process has ended, it has no cgroup but the root, or /proc cannot be read.
-    pub fn of_process(pid: i32) -> Result<Self, CgroupError> {
+    pub fn of_process(pid: HostPid) -> Result<Self, CgroupError> {
         let read = |path: PathBuf| {
             std::fs::read_to_string(&path).map_err(|source| CgroupError::File { action: "read", path, source })
         };
-        let cgroup = read(format!("/proc/{pid}/cgroup").into())?;
+        let cgroup = read(pid.path("cgroup"))?;
         let mountinfo = read("/proc/self/mountinfo".into())?;
         match locate::places(&cgroup, &mountinfo, Path::is_dir) {
             Some(Places::V1(controllers)) => Ok(Self { hierarchy: Hierarchy::V1(v1::Directories::new(controllers)) }),
@@ -205,7 +183,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// When the cgroup's files cannot be read; a cgroup that is gone has no processes.
-    pub fn pids(&self) -> Result<Vec<i32>, CgroupError> {
+    pub fn pids(&self) -> Result<Vec<HostPid>, CgroupError> {
         process::pids(self.directory())
     }
 
@@ -252,7 +230,7 @@ impl Cgroup {
     /// As [`Self::freeze`], and when a maker cannot be moved.
     pub fn freeze_around(&self, makers: &[HostPid], beside: HostPid) -> Result<(), CgroupError> {
         for maker in makers {
-            self.expel(maker.raw(), beside.raw())?;
+            self.expel(*maker, beside)?;
         }
         self.freeze()
     }
@@ -336,7 +314,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// When a cgroup's file cannot be written.
-    pub fn expel(&self, pid: i32, beside: i32) -> Result<(), CgroupError> {
+    pub fn expel(&self, pid: HostPid, beside: HostPid) -> Result<(), CgroupError> {
         expel::expel(self, pid, beside)
     }
 

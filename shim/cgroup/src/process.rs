@@ -4,7 +4,8 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use proc::HostPid;
+use rustix::process::{PidfdFlags, Signal};
 
 use crate::{Cgroup, CgroupError, file, freezer};
 
@@ -16,14 +17,14 @@ const PASSES: usize = 100;
 const BATCH: usize = 128;
 
 /// The processes in `directory` and all cgroups below it.
-pub(crate) fn pids(directory: &Path) -> Result<Vec<i32>, CgroupError> {
+pub(crate) fn pids(directory: &Path) -> Result<Vec<HostPid>, CgroupError> {
     let mut pids = HashSet::new();
     for cgroup in subtree(directory)? {
         let Some(text) = file::text(&cgroup.join("cgroup.procs"))? else { continue };
         // 0 stands for a process that this pid namespace does not see.
-        pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 0));
+        pids.extend(text.lines().filter_map(|line| HostPid::new(line.parse().ok()?)));
     }
-    let mut pids: Vec<i32> = pids.into_iter().collect();
+    let mut pids: Vec<HostPid> = pids.into_iter().collect();
     pids.sort_unstable();
     Ok(pids)
 }
@@ -63,7 +64,7 @@ pub(crate) fn signal(directory: &Path, signal: Signal) -> Result<(), CgroupError
 
 /// Signals everyone who is not in `signalled` yet, and returns how many those were. With SIGKILL the others are
 /// signalled once more: it does no harm, and one of their pids may be another process's by now.
-fn signal_new(directory: &Path, signal: Signal, signalled: &mut HashSet<i32>) -> Result<usize, CgroupError> {
+fn signal_new(directory: &Path, signal: Signal, signalled: &mut HashSet<HostPid>) -> Result<usize, CgroupError> {
     let mut targets = pids(directory)?;
     refuse_own(directory, &targets)?;
     let new = targets.iter().filter(|pid| !signalled.contains(pid)).count();
@@ -71,15 +72,15 @@ fn signal_new(directory: &Path, signal: Signal, signalled: &mut HashSet<i32>) ->
         targets.retain(|pid| !signalled.contains(pid));
     }
     for batch in targets.chunks(BATCH) {
-        let opened: Vec<(i32, OwnedFd)> = batch.iter().filter_map(|pid| Some((*pid, open(*pid)?))).collect();
+        let opened: Vec<(HostPid, OwnedFd)> = batch.iter().filter_map(|pid| Some((*pid, open(*pid)?))).collect();
         // A process may have ended between the list and its pidfd, and another one, from outside, may have got its
         // pid. If the pid is still in the cgroup now, then the pidfd is of that process, or of one that is dead.
-        let still: HashSet<i32> = pids(directory)?.into_iter().collect();
+        let still: HashSet<HostPid> = pids(directory)?.into_iter().collect();
         for (pid, pidfd) in opened {
             if still.contains(&pid)
                 && let Err(error) = rustix::process::pidfd_send_signal(&pidfd, signal)
             {
-                tracing::debug!(pid, %error, "cannot signal a process: it has ended");
+                tracing::debug!(%pid, %error, "cannot signal a process: it has ended");
             }
         }
     }
@@ -87,8 +88,8 @@ fn signal_new(directory: &Path, signal: Signal, signalled: &mut HashSet<i32>) ->
     Ok(new)
 }
 
-fn open(pid: i32) -> Option<OwnedFd> {
-    rustix::process::pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()
+fn open(pid: HostPid) -> Option<OwnedFd> {
+    rustix::process::pidfd_open(pid.as_pid(), PidfdFlags::empty()).ok()
 }
 
 /// Kills everyone through the kernel's own `cgroup.kill`, which no fork can outrun. False where the kernel (before
@@ -136,8 +137,8 @@ pub(crate) fn kill(cgroup: &Cgroup) -> Result<(), CgroupError> {
 }
 
 /// Who freezes or kills itself cannot thaw anyone any more.
-pub(crate) fn refuse_own(directory: &Path, pids: &[i32]) -> Result<(), CgroupError> {
-    if pids.contains(&rustix::process::getpid().as_raw_nonzero().get()) {
+pub(crate) fn refuse_own(directory: &Path, pids: &[HostPid]) -> Result<(), CgroupError> {
+    if pids.contains(&HostPid::own()) {
         return Err(CgroupError::Own { path: directory.to_owned() });
     }
     Ok(())

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use proc::{HostPid, ProcessHandle};
+use proc::ProcessHandle;
 use rustix::process::Signal;
 
 use crate::{CgroupError, file, process};
@@ -75,11 +75,10 @@ fn kill(directory: &Path) -> Result<(), CgroupError> {
     if pids.is_empty() || process::kill_v2(directory)? {
         return Ok(());
     }
-    let handles: Vec<ProcessHandle> =
-        pids.into_iter().filter_map(|pid| ProcessHandle::open(HostPid::new(pid)?).ok()).collect();
+    let handles: Vec<ProcessHandle> = pids.into_iter().filter_map(|pid| ProcessHandle::open(pid).ok()).collect();
     // A pid that is still listed was this process's when it was opened, or that process is dead.
     let still = process::pids(directory)?;
-    for handle in handles.iter().filter(|handle| still.contains(&handle.pid().raw())) {
+    for handle in handles.iter().filter(|handle| still.contains(&handle.pid())) {
         // An error means that it is dead.
         let _ = handle.signal(Signal::KILL);
     }

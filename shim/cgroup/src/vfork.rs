@@ -32,8 +32,8 @@ enum Call {
 ///
 /// A thread that was just made shows the call that made it, and so does the one that made it, until they are back in
 /// their program. They wait for nothing, unless the call was a vfork.
-pub(crate) fn waiting(pids: &[i32]) -> Option<i32> {
-    pids.iter().copied().find(|pid| HostPid::new(*pid).is_some_and(threads_wait))
+pub(crate) fn waiting(pids: &[HostPid]) -> Option<HostPid> {
+    pids.iter().copied().find(|pid| threads_wait(*pid))
 }
 
 fn threads_wait(pid: HostPid) -> bool {
@@ -119,7 +119,7 @@ pub(crate) mod tests {
 
     #[test]
     fn this_process_does_not_wait() {
-        assert_eq!(waiting(&[HostPid::own().raw()]), None);
+        assert_eq!(waiting(&[HostPid::own()]), None);
     }
 
     /// Threads are made and end all the time, as in a server with one for each request. Each look at them may meet one
@@ -133,7 +133,7 @@ pub(crate) mod tests {
                     let _ = std::thread::spawn(|| ()).join();
                 }
             });
-            let waited = (0..2000).find_map(|_| waiting(&[HostPid::own().raw()]));
+            let waited = (0..2000).find_map(|_| waiting(&[HostPid::own()]));
             ends.store(true, std::sync::atomic::Ordering::Relaxed);
             assert_eq!(waited, None);
         });
@@ -152,7 +152,7 @@ pub(crate) mod tests {
 
     /// A process that waits in `vfork` for a child that stands still.
     pub(crate) struct Parent {
-        pub(crate) pid: i32,
+        pub(crate) pid: HostPid,
         python: std::process::Child,
         fifo: std::path::PathBuf,
     }
@@ -173,7 +173,7 @@ pub(crate) mod tests {
                     return None;
                 }
             };
-            let pid = i32::try_from(python.id()).unwrap();
+            let pid = rustix::process::Pid::from_child(&python).into();
             while waiting(&[pid]).is_none() {
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }

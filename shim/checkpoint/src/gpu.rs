@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use cuda::{Gpu, Inventory, Pair};
 use gpu::{Suspended, SuspendedProcess};
+use proc::{ContainerPid, HostPid};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, Uid};
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +30,7 @@ impl SavedGpus {
     /// devices. If a hook brings the GPUs, the configuration has none, and the nodes visible to the
     /// process `init` are the only source.
     #[must_use]
-    pub fn of(suspended: Suspended, given: &[DeviceNode], init: i32) -> Option<Self> {
+    pub fn of(suspended: Suspended, given: &[DeviceNode], init: HostPid) -> Option<Self> {
         let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
         if processes.is_empty() && cleaned == 0 {
             return None;
@@ -62,7 +63,7 @@ impl SavedGpus {
 
     /// Bytes that the driver moved to a process's memory; `None` without CUDA.
     #[must_use]
-    pub fn staged(&self, pid: i32) -> Option<u64> {
+    pub fn staged(&self, pid: ContainerPid) -> Option<u64> {
         self.processes.iter().find(|process| process.pid == pid).map(|process| process.staged)
     }
 
@@ -112,8 +113,8 @@ fn of_nodes(mut gpus: Vec<Gpu>, minors: &[u32]) -> Vec<Gpu> {
 }
 
 /// N of every `/dev/nvidiaN` visible to a process.
-fn nodes_of(pid: i32) -> Vec<u32> {
-    let Ok(nodes) = std::fs::read_dir(format!("/proc/{pid}/root/dev")) else { return Vec::new() };
+fn nodes_of(pid: HostPid) -> Vec<u32> {
+    let Ok(nodes) = std::fs::read_dir(pid.path("root/dev")) else { return Vec::new() };
     nodes.flatten().filter_map(|node| minor(Path::new(&node.file_name()))).collect()
 }
 
@@ -154,17 +155,17 @@ impl DeviceNode {
     ///
     /// # Errors
     /// A node that cannot be made.
-    pub fn make_missing(nodes: &[Self], pid: i32) -> io::Result<()> {
+    pub fn make_missing(nodes: &[Self], pid: HostPid) -> io::Result<()> {
         for node in nodes.iter().filter(|node| node.is_nvidias()) {
             node.make_for(pid)?;
         }
         Ok(())
     }
 
-    fn make_for(&self, pid: i32) -> io::Result<()> {
+    fn make_for(&self, pid: HostPid) -> io::Result<()> {
         let inside = self.path.strip_prefix("/").unwrap_or(&self.path);
         // The folder may be a link made by the container, which must not lead outside.
-        let root = std::fs::File::open(format!("/proc/{pid}/root"))?;
+        let root = std::fs::File::open(pid.path("root"))?;
         let (Some(folder), Some(name)) = (inside.parent(), inside.file_name()) else { return Ok(()) };
         let resolve = rustix::fs::ResolveFlags::IN_ROOT | rustix::fs::ResolveFlags::NO_MAGICLINKS;
         let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;

@@ -16,6 +16,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use caps::{CapSet, Capability, CapsHashSet};
+use proc::HostPid;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
@@ -69,7 +70,7 @@ pub struct Pair {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Request {
-    Call { pid: i32, call: Call },
+    Call { pid: HostPid, call: Call },
     Inventory,
 }
 
@@ -159,7 +160,7 @@ fn drop_capabilities() -> io::Result<()> {
     set(CapSet::Permitted, &kept)
 }
 
-fn make(driver: &Driver, pid: i32, call: Call) -> Reply {
+fn make(driver: &Driver, pid: HostPid, call: Call) -> Reply {
     let done = match call {
         Call::State => return driver.state(pid).map_or_else(Reply::Refused, Reply::State),
         Call::Lock { timeout_ms } => driver.lock(pid, timeout_ms),
@@ -261,7 +262,7 @@ impl Callers {
     /// each time at most.
     pub fn make(
         &mut self,
-        calls: &[(i32, Call)],
+        calls: &[(HostPid, Call)],
         limit: Duration,
         tick: &mut dyn FnMut() -> Duration,
     ) -> Vec<Result<Answer, CallFailure>> {
@@ -376,17 +377,17 @@ mod tests {
     #[test]
     fn a_program_that_is_not_there_is_told() {
         let mut callers = Callers::new("/nowhere".into());
-        let results = callers.make(&[(1, Call::State)], SHORT_CALL, &mut || TICK);
+        let results = callers.make(&[(HostPid::own(), Call::State)], SHORT_CALL, &mut || TICK);
         assert!(matches!(&results[..], [Err(CallFailure::Impossible(why))] if why.contains("cannot start")));
     }
 
     #[test]
     fn a_caller_that_dies_is_told_from_one_that_hangs() {
         let mut dies = Callers::new("/bin/false".into());
-        assert_eq!(dies.make(&[(1, Call::State)], SHORT_CALL, &mut || TICK), [Err(CallFailure::Died)]);
+        assert_eq!(dies.make(&[(HostPid::own(), Call::State)], SHORT_CALL, &mut || TICK), [Err(CallFailure::Died)]);
         // It is busy with its standard output for ever.
         let mut hangs = Callers::new("/usr/bin/yes".into());
         let limit = Duration::from_millis(200);
-        assert_eq!(hangs.make(&[(1, Call::State)], limit, &mut || TICK), [Err(CallFailure::Hangs)]);
+        assert_eq!(hangs.make(&[(HostPid::own(), Call::State)], limit, &mut || TICK), [Err(CallFailure::Hangs)]);
     }
 }

@@ -24,6 +24,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use proc::ContainerPid;
+
 use crate::format::{COMMON_MAGIC, CORE_MAGIC, ImageError};
 use crate::pages::{Extent, Pagemap, page_size, pagemap_path, pages_path};
 use crate::sharing::{InheritedMapping, Stored, same_pages, within};
@@ -38,7 +40,7 @@ const MAX_CORE: u32 = 16 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The process, by its number in the dumped tree's pid namespace.
-    pub pid: i32,
+    pub pid: ContainerPid,
     /// Start address in the process's memory.
     pub address: u64,
     /// Length in bytes; whole pages.
@@ -109,18 +111,18 @@ pub fn runs(images: &Path, least: u64, inherited: Inherited) -> Result<Vec<Run>,
 ///
 /// # Errors
 /// Fails if the images cannot be read or are damaged.
-pub fn present(images: &Path, pid: i32, range: Range<u64>) -> Result<Vec<Run>, ImageError> {
+pub fn present(images: &Path, pid: ContainerPid, range: Range<u64>) -> Result<Vec<Run>, ImageError> {
     let stored = read_pagemap(images, pid)?;
     let file: Arc<Path> = stored.file.as_path().into();
     Ok(within(&stored.extents, range.start, range.end).map(|extent| run(pid, extent, &file)).collect())
 }
 
-fn run(pid: i32, extent: Extent, file: &Arc<Path>) -> Run {
+fn run(pid: ContainerPid, extent: Extent, file: &Arc<Path>) -> Run {
     let Extent { address, length, offset } = extent;
     Run { pid, address, length, file: Arc::clone(file), offset }
 }
 
-fn read_pagemap(images: &Path, pid: i32) -> Result<Stored, ImageError> {
+fn read_pagemap(images: &Path, pid: ContainerPid) -> Result<Stored, ImageError> {
     let path = pagemap_path(images, pid);
     let pagemap = Pagemap::open(&path)?;
     Ok(Stored { file: pages_path(images, pagemap.pages_id), extents: pagemap.extents()? })
@@ -154,9 +156,10 @@ fn without(extent: Extent, holes: &[Range<u64>]) -> Vec<Extent> {
 
 /// Returns the mappings of plain memory that CRIU restores as inherited (`check_cow_vmas` in
 /// criu/mem.c).
-fn inherited_mappings(processes: &[Process], mappings: &BTreeMap<i32, Vec<Vma<'_>>>) -> Vec<InheritedMapping> {
+fn inherited_mappings(processes: &[Process], mappings: &BTreeMap<ContainerPid, Vec<Vma<'_>>>) -> Vec<InheritedMapping> {
     let mut inherited = vec![];
     for Process { pid, parent, .. } in processes {
+        let Some(parent) = parent else { continue };
         let (Some(own), Some(parents)) = (mappings.get(pid), mappings.get(parent)) else { continue };
         let plain = |vma: &&Vma<'_>| vma.is_plain();
         let parents: BTreeMap<u64, u64> = parents.iter().filter(plain).map(|vma| (vma.start, vma.end)).collect();

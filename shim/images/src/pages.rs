@@ -7,6 +7,8 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use proc::ContainerPid;
+
 use crate::format::{COMMON_MAGIC, ImageError, PAGEMAP_MAGIC, damaged};
 use crate::wire::{Field, MAX_ENTRY, Reader, Value, fields};
 
@@ -164,7 +166,7 @@ pub(crate) fn page_size() -> u64 {
     u64::try_from(rustix::param::page_size()).unwrap_or(u64::MAX)
 }
 
-pub(crate) fn pagemap_path(images: &Path, pid: i32) -> PathBuf {
+pub(crate) fn pagemap_path(images: &Path, pid: ContainerPid) -> PathBuf {
     images.join(format!("pagemap-{pid}.img"))
 }
 

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
+use proc::ContainerPid;
+
 use crate::cut::mark;
 use crate::format::{ImageError, damaged};
 use crate::pages::{self, PAGES_ID, Pagemap, page_size, pagemap_path, pagemaps, pages_path};
@@ -18,10 +20,10 @@ use crate::vma::{self, VMAS, Vma, anonymous, mm_path, read_mm, vmas};
 use crate::wire::{Value, fields, open, put_message, with_numbers, write_entry, write_magic};
 
 /// Changes to a process's images.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Changes {
     /// The process, by its number in the dumped tree's pid namespace.
-    pub pid: i32,
+    pub pid: ContainerPid,
     /// Addresses of memory to be taken out: [`crate::Run`]s, or parts of runs. Whole pages.
     pub without: Vec<Range<u64>>,
     /// Ranges to become anonymous memory.
@@ -59,7 +61,7 @@ pub enum RewriteError {
     #[error("process {pid}: {start:#x}-{end:#x} {what}")]
     Range {
         /// The process.
-        pid: i32,
+        pid: ContainerPid,
         /// Start address.
         start: u64,
         /// End address.
@@ -150,7 +152,7 @@ fn rewrite_mm(images: &Path, changes: &Changes) -> Result<(), RewriteError> {
 
 /// Checks that suitable mappings cover a range, without a gap.
 fn covered(
-    pid: i32,
+    pid: ContainerPid,
     range: &Range<u64>,
     vmas: &[Vma<'_>],
     fits: impl Fn(&Vma<'_>) -> bool,
@@ -200,7 +202,7 @@ fn place(path: &Path, vma: &Vma<'_>, staging: &[Staging], messages: &mut Vec<Vec
 
 /// Writes a new file of pages, number `id`, with the remaining pages, and then the pagemap for it.
 /// `gone` ascends.
-fn rewrite_pages(images: &Path, pid: i32, gone: &[Range<u64>], id: u64) -> Result<(), RewriteError> {
+fn rewrite_pages(images: &Path, pid: ContainerPid, gone: &[Range<u64>], id: u64) -> Result<(), RewriteError> {
     let path = pagemap_path(images, pid);
     let mut pagemap = Pagemap::open(&path)?;
     let old_path = pages_path(images, pagemap.pages_id);

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::thread;
 
+use proc::ContainerPid;
+
 use crate::format::{ImageError, damaged};
 use crate::pages::{Extent, page_size};
 use crate::wire::open;
@@ -29,7 +31,7 @@ pub(crate) struct Stored {
 
 /// The same addresses of a parent and a child.
 struct Pair<'a> {
-    pids: [i32; 2],
+    pids: [ContainerPid; 2],
     address: u64,
     length: u64,
     /// The files with the contents, and the offsets inside.
@@ -37,16 +39,16 @@ struct Pair<'a> {
 }
 
 /// Candidates for shared pages: a child, its parent, and the addresses of a mapping of both.
-pub(crate) type InheritedMapping = (i32, i32, Range<u64>);
+pub(crate) type InheritedMapping = (ContainerPid, ContainerPid, Range<u64>);
 
 /// Returns the addresses of pages equal in a process and in its parent or a child, by process, in
 /// any order.
 pub(crate) fn same_pages(
-    stored: &BTreeMap<i32, Stored>,
+    stored: &BTreeMap<ContainerPid, Stored>,
     inherited: &[InheritedMapping],
-) -> Result<BTreeMap<i32, Vec<Range<u64>>>, ImageError> {
+) -> Result<BTreeMap<ContainerPid, Vec<Range<u64>>>, ImageError> {
     let pairs = Mutex::new(inherited.iter().flat_map(|inherited| pairs(stored, inherited)));
-    let same = Mutex::new(BTreeMap::<i32, Vec<Range<u64>>>::new());
+    let same = Mutex::new(BTreeMap::<ContainerPid, Vec<Range<u64>>>::new());
     let work = || -> Result<(), ImageError> {
         let next = || pairs.lock().ok()?.next();
         while let Some(pair) = next() {
@@ -72,7 +74,7 @@ pub(crate) fn same_pages(
 
 /// Returns the common part of a mapping, in blocks.
 fn pairs<'a>(
-    stored: &'a BTreeMap<i32, Stored>,
+    stored: &'a BTreeMap<ContainerPid, Stored>,
     inherited: &InheritedMapping,
 ) -> impl Iterator<Item = Pair<'a>> + use<'a> {
     let (child, parent, Range { start, end }) = inherited.clone();

@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use proc::ContainerPid;
+
 use crate::format::{COMMON_MAGIC, ImageError, PSTREE, PSTREE_MAGIC, damaged};
 use crate::wire::{Field, MAX_ENTRY, Reader, Value, fields, first_entry};
 
@@ -10,8 +12,9 @@ use crate::wire::{Field, MAX_ENTRY, Reader, Value, fields, first_entry};
 const MAX_TASKS: usize = 1 << 22;
 
 pub(crate) struct Process {
-    pub(crate) pid: i32,
-    pub(crate) parent: i32,
+    pub(crate) pid: ContainerPid,
+    /// None of the root, whose parent is not saved.
+    pub(crate) parent: Option<ContainerPid>,
     pub(crate) threads: Vec<u64>,
 }
 
@@ -26,17 +29,19 @@ pub(crate) fn processes(images: &Path) -> Result<Vec<Process>, ImageError> {
     let mut tasks = 0;
     let (mut pids, mut threads) = (BTreeSet::new(), BTreeSet::new());
     while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        let mut process = Process { pid: 0, parent: 0, threads: vec![] };
-        let number = |value| i32::try_from(value).map_err(|_| damaged(&path, "a process has an impossible number"));
+        let (mut pid, mut parent, mut of_process) = (None, None, vec![]);
+        let impossible = || damaged(&path, "a process has an impossible number");
+        let number = |value| i32::try_from(value).map_err(|_| impossible());
         fields(&path, &entry, |Field { number: field, value, .. }| {
             match (field, value) {
-                (1, Value::Number(value)) => process.pid = number(value)?,
-                (2, Value::Number(value)) => process.parent = number(value)?,
-                (5, Value::Number(value)) => process.threads.push(value),
+                (1, Value::Number(value)) => pid = ContainerPid::new(number(value)?),
+                (2, Value::Number(value)) => parent = ContainerPid::new(number(value)?),
+                (5, Value::Number(value)) => of_process.push(value),
                 _ => {}
             }
             Ok(())
         })?;
+        let process = Process { pid: pid.ok_or_else(impossible)?, parent, threads: of_process };
         tasks += 1 + process.threads.len();
         if tasks > MAX_TASKS {
             return Err(damaged(&path, "it has too many processes"));

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use proc::ContainerPid;
+
 use crate::format::{COMMON_MAGIC, ImageError, MM_MAGIC, damaged};
 use crate::pages::page_size;
 use crate::wire::{Field, Value, fields, first_entry, put_number, with_numbers};
@@ -137,7 +139,7 @@ pub(crate) fn anonymous(start: u64, end: u64, huge: bool) -> Vec<u8> {
     message
 }
 
-pub(crate) fn mm_path(images: &Path, pid: i32) -> PathBuf {
+pub(crate) fn mm_path(images: &Path, pid: ContainerPid) -> PathBuf {
     images.join(format!("mm-{pid}.img"))
 }
 

@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use memory::{
-    CHUNK, Control, Destination, Draft, FileSource, MAX_PACK_DATA, Pack, Process, Saved, Segment, SegmentTable, Target,
-    fill, save_files, save_processes, verify,
+    CHUNK, Control, Destination, Draft, FileSource, MAX_PACK_DATA, Pack, Process, Regions, Saved, Segment,
+    SegmentTable, fill, save_files, save_processes, verify,
 };
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::signal::{Signal, kill};
@@ -27,6 +27,7 @@ use nix::sys::time::{TimeSpec, TimeVal};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
+use proc::{ContainerPid, ProcessIds, Range};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -190,8 +191,8 @@ impl Bench {
 
     fn save(&mut self, source: &Holder) -> Result<Saved> {
         let draft = Draft { folder: self.emptied("packs")?, prefix: "pack".into() };
-        let range = source.address..source.address + self.size;
-        let target = Target { process: source.pid, pid: 1, ranges: vec![range] };
+        let range = Range { start: source.address, end: source.address + self.size };
+        let target = Regions { process: ids(source.pid)?, ranges: vec![range] };
         let control = Control::with_threads(self.threads);
         self.table.time("SAVE from the process", || Ok(save_processes(&[target], CHUNK, &draft, &control)?))
     }
@@ -222,7 +223,7 @@ impl Bench {
         drop(target);
         let target = Holder::start(size, "nothing")?;
         let table = moved(&saved, source, &target)?;
-        let destination = Destination { processes: &[(1, target.pid)], ready: &|_| () };
+        let destination = Destination { processes: &[ids(target.pid)?], ready: &|_| () };
         for what in ["FILL fresh memory", "FILL, memory is there", "FILL from a disk, memory is there"] {
             if what.contains("disk") {
                 for pack in &packs {
@@ -244,7 +245,7 @@ impl Bench {
                 file: pack.file(),
                 path: pack.path(),
                 offset: 0,
-                pid: 1,
+                pid: FIRST,
                 address: number * MAX_PACK_DATA,
                 length: pack.data_length(),
             })
@@ -268,8 +269,8 @@ impl Bench {
 
 fn moved(saved: &Saved, from: &Holder, to: &Holder) -> Result<SegmentTable> {
     let there = |segment: &Segment| Segment { address: segment.address - from.address + to.address, ..*segment };
-    let segments = saved.table.segments(1).iter().map(there).collect();
-    Ok(SegmentTable::new(saved.table.packs().to_vec(), vec![Process { pid: 1, segments }])?)
+    let segments = saved.table.segments(FIRST).iter().map(there).collect();
+    Ok(SegmentTable::new(saved.table.packs().to_vec(), vec![Process { pid: FIRST, segments }])?)
 }
 
 /// Does something with each part of the memory, each window of 256 MiB on one thread.
@@ -294,6 +295,13 @@ fn spread(threads: NonZeroUsize, size: u64, work: impl Fn(usize, u64, &mut [u8])
         let all: Vec<_> = (0..threads.get()).map(|_| scope.spawn(run)).collect();
         all.into_iter().try_for_each(|one| one.join().map_err(|_| "a thread panicked")?)
     })
+}
+
+/// The only process of a table.
+const FIRST: ContainerPid = ContainerPid::new(1).expect("1 is a pid");
+
+fn ids(host: i32) -> Result<ProcessIds> {
+    Ok(ProcessIds { host: host.try_into()?, container: FIRST })
 }
 
 fn read(pid: i32, address: u64, buffer: &mut [u8]) -> Result<()> {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use nix::errno::Errno;
+use proc::{ContainerPid, HostPid};
 use thiserror::Error;
 
 use crate::control::Cancelled;
@@ -16,8 +17,8 @@ pub enum SaveError {
     /// What is asked for is not made of whole pages within the address space.
     #[error("{length} bytes at {address:#x} of process {pid} are not whole pages of its memory")]
     Range {
-        /// The process, as the host numbers it; for files, as the table does.
-        pid: i32,
+        /// The process, in the container.
+        pid: ContainerPid,
         /// Begin of the range.
         address: u64,
         /// Its length in bytes.
@@ -27,7 +28,7 @@ pub enum SaveError {
     #[error("process {pid} ended while its memory was read at {address:#x}")]
     Gone {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// What was to be read.
         address: u64,
     },
@@ -35,7 +36,7 @@ pub enum SaveError {
     #[error("memory of process {pid} at {address:#x} is not there any more")]
     Unmapped {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// The first address that cannot be read.
         address: u64,
     },
@@ -43,7 +44,7 @@ pub enum SaveError {
     #[error("cannot read memory of process {pid} at {address:#x}")]
     Process {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// What was to be read.
         address: u64,
         /// Why.
@@ -53,7 +54,7 @@ pub enum SaveError {
     #[error("cannot read memory of process {pid} at {address:#x} from {path}")]
     Source {
         /// The process, as the table numbers it.
-        pid: i32,
+        pid: ContainerPid,
         /// The address of what was to be read.
         address: u64,
         /// The file.
@@ -65,7 +66,7 @@ pub enum SaveError {
     #[error("memory of process {pid} at {address:#x} changed in {path} while it was saved")]
     Changed {
         /// The process, as the table numbers it.
-        pid: i32,
+        pid: ContainerPid,
         /// Where.
         address: u64,
         /// The file.
@@ -104,7 +105,7 @@ pub enum SaveError {
 }
 
 impl SaveError {
-    pub(crate) fn process(pid: i32, error: RemoteError) -> Self {
+    pub(crate) fn process(pid: HostPid, error: RemoteError) -> Self {
         let RemoteError { address, errno } = error;
         match errno {
             Errno::ESRCH => Self::Gone { pid, address },
@@ -213,7 +214,7 @@ pub enum FillError {
     #[error("there is memory of process {pid}, which was not restored")]
     Unknown {
         /// The process, as the table numbers it.
-        pid: i32,
+        pid: ContainerPid,
     },
     /// A chunk is not what was saved. Nothing of it was written.
     #[error("chunk {chunk} of {path}, pack {pack}, is damaged")]
@@ -237,7 +238,7 @@ pub enum FillError {
     #[error("process {pid} ended while its memory was filled at {address:#x}")]
     Gone {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// What was to be written.
         address: u64,
     },
@@ -245,7 +246,7 @@ pub enum FillError {
     #[error("process {pid} has no memory to fill at {address:#x}")]
     Unmapped {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// The first address that cannot be written.
         address: u64,
     },
@@ -253,7 +254,7 @@ pub enum FillError {
     #[error("cannot fill memory of process {pid} at {address:#x}")]
     Process {
         /// The process, as the host numbers it.
-        pid: i32,
+        pid: HostPid,
         /// What was to be written.
         address: u64,
         /// Why.
@@ -265,7 +266,7 @@ pub enum FillError {
 }
 
 impl FillError {
-    pub(crate) fn process(pid: i32, error: RemoteError) -> Self {
+    pub(crate) fn process(pid: HostPid, error: RemoteError) -> Self {
         let RemoteError { address, errno } = error;
         match errno {
             Errno::ESRCH => Self::Gone { pid, address },

@@ -24,9 +24,9 @@ pub(crate) struct Remote {
 
 impl Remote {
     /// Opens the process that has this pid now, of which something at this address is wanted.
-    pub(crate) fn open(pid: i32, address: u64) -> Result<Self, RemoteError> {
+    pub(crate) fn open(pid: HostPid, address: u64) -> Result<Self, RemoteError> {
         let gone = RemoteError { address, errno: Errno::ESRCH };
-        let opened = ProcessHandle::open(HostPid::new(pid).ok_or(gone)?);
+        let opened = ProcessHandle::open(pid);
         let process = opened.map_err(|error| match error.raw_os_error() {
             Some(number) => RemoteError { address, errno: Errno::from_raw(number) },
             None => gone,
@@ -34,8 +34,8 @@ impl Remote {
         Ok(Self { process })
     }
 
-    pub(crate) fn pid(&self) -> i32 {
-        self.process.pid().raw()
+    pub(crate) fn pid(&self) -> HostPid {
+        self.process.pid()
     }
 
     /// Reads all of the buffer from an address on.
@@ -58,7 +58,7 @@ impl Remote {
     }
 
     fn raw(&self) -> Pid {
-        Pid::from_raw(self.pid())
+        Pid::from_raw(self.pid().raw())
     }
 
     fn check(&self, address: u64) -> Result<(), RemoteError> {

@@ -13,6 +13,7 @@ mod pid;
 mod stat;
 mod status;
 mod thread;
+mod wait;
 
 use std::io;
 
@@ -23,6 +24,7 @@ pub use pid::{ContainerPid, HostPid, ProcessIds};
 pub use stat::Stat;
 pub use status::{Capabilities, Seccomp, Status};
 pub use thread::{Thread, living, thread_name, threads, tids};
+pub use wait::Wait;
 
 /// Returns whether an error of `/proc`, or of a signal, means that the process has gone.
 #[must_use]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use criu::BoxError;
 use phase::Cancel;
+use proc::HostPid;
 use serde::{Deserialize, Serialize};
 
 use crate::{ProcessIo, Timeline};
@@ -49,7 +50,7 @@ pub struct CheckpointRequest {
     /// Container id.
     pub id: String,
     /// The container's init process, in this process's pid namespace.
-    pub init: i32,
+    pub init: HostPid,
     /// An existing directory for the images, still empty.
     pub images: PathBuf,
     /// An existing directory for CRIU's log, `dump.log`.

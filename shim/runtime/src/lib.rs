@@ -126,7 +126,7 @@ pub trait OciRuntime: Debug + Send + Sync {
     /// Returns the container's cgroup: the cgroup of its creation. Processes of the container, init
     /// too, may have moved to cgroups below. `init` is looked up if the runtime keeps no note.
     fn cgroup(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
-        Cgroup::of_process(init.raw()).map_err(|error| RuntimeError::Cgroup {
+        Cgroup::of_process(init).map_err(|error| RuntimeError::Cgroup {
             runtime: "this runtime".into(),
             container: id.into(),
             message: phase::chain(&error),

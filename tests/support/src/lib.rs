@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
+use proc::HostPid;
 
 #[cfg(test)]
 mod architecture;
@@ -39,7 +40,7 @@ pub struct Program {
     pub child: Child,
     input: ChildStdin,
     /// The program's own pid: the child's, or that of the child's child.
-    pub pid: i32,
+    pub pid: HostPid,
     /// The last thread to be set up.
     pub thread: i32,
     values: u64,
@@ -83,7 +84,7 @@ impl Program {
             ready.expect("the program says that it is ready").split(' ').map(|word| word.parse().unwrap()).collect();
         // Drain later output: the pipe must not fill.
         std::thread::spawn(move || lines.count());
-        let pid = i32::try_from(numbers[0]).unwrap();
+        let pid = HostPid::new(i32::try_from(numbers[0]).unwrap()).unwrap();
         let thread = i32::try_from(numbers[1]).unwrap();
         let memory = File::open(format!("/proc/{pid}/task/{thread}/mem")).unwrap();
         Self { child, input, pid, thread, values: numbers[2], delivered: numbers[3], memory, thaw: RefCell::new(None) }
@@ -120,7 +121,7 @@ impl Program {
     }
 
     pub fn signal(&self, signal: i32) {
-        sys::queue_signal(self.pid, signal).unwrap();
+        sys::queue_signal(self.pid.raw(), signal).unwrap();
     }
 
     /// Writes a line to the program's input.
@@ -148,8 +149,7 @@ impl Drop for Program {
         if let Some((file, thawed)) = self.thaw.take() {
             let _ = fs::write(file, thawed);
         }
-        let pid = rustix::process::Pid::from_raw(self.pid).unwrap();
-        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = rustix::process::kill_process(self.pid.as_pid(), rustix::process::Signal::KILL);
         let _ = self.child.kill();
         wait(&mut self.child);
     }
@@ -336,11 +336,11 @@ fn many_of_the_program() -> ! {
 }
 
 /// Sends a signal to the driver's thread of a process; the thread polls for the signal.
-pub fn tell_driver(pid: i32) {
+pub fn tell_driver(pid: HostPid) {
     let mut tids = fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(|entry| entry.unwrap());
     let is_driver = |entry: &fs::DirEntry| fs::read(entry.path().join("comm")).unwrap() == b"cuda0123456789a\n";
     let driver = tids.find(is_driver).unwrap().file_name().into_string().unwrap();
-    sys::signal_thread(pid, driver.parse().unwrap(), libc::SIGUSR1).unwrap();
+    sys::signal_thread(pid.raw(), driver.parse().unwrap(), libc::SIGUSR1).unwrap();
 }
 
 /// The word at this byte of a staging area: every fourth 64 KiB are empty.

@@ -3,14 +3,13 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use memory::{Draft, Target, save_processes};
+use memory::{Draft, Regions, save_processes};
 
 use super::*;
-use crate::remap::Source;
 use cuda::process::drivers;
 use support::{Program, soon};
 use tracee::inject::Injector;
-use tracee::process::RunState;
+use tracee::process::{self, RunState};
 
 const MEBIBYTES: u64 = 8;
 
@@ -35,18 +34,12 @@ impl Emptied {
         hold.settle(soon()).unwrap();
         let contents = program.bytes(start, usize::try_from(range.len()).unwrap());
         let directory = tempfile::tempdir().unwrap();
-        let target = Target { process: pid, pid: 1, ranges: std::iter::once(range.start..range.end).collect() };
+        let process = ProcessIds::of(pid).unwrap();
         let draft = Draft { folder: directory.path().to_owned(), prefix: "pack".into() };
-        let saved = save_processes(&[target], 64 << 10, &draft, &Control::new()).unwrap();
-        let piece = |segment: &Segment| {
-            let source = match segment.place {
-                Place::Zero => None,
-                Place::Pack { index, offset } => Some(Source { file: index.try_into().unwrap(), offset }),
-            };
-            Piece { address: segment.address, length: segment.length, source }
-        };
-        let pieces = saved.table.segments(1).iter().map(piece).collect();
-        let layout = Layout { files: saved.packs, processes: vec![ProcessLayout { pid, pieces }] };
+        let regions = Regions { process, ranges: vec![range] };
+        let saved = save_processes(&[regions], 64 << 10, &draft, &Control::new()).unwrap();
+        let segments = saved.table.segments(process.container).to_vec();
+        let layout = Layout { packs: saved.packs, processes: vec![ProcessLayout { process, segments }] };
         let mut emptied = Self { hold, program, range, contents, directory, layout };
         let arguments = [range.start, range.len(), argument(libc::MADV_DONTNEED), 0, 0, 0];
         assert_eq!(emptied.inject(libc::SYS_madvise, arguments), 0);
@@ -75,7 +68,7 @@ impl Emptied {
     }
 
     fn mappings(&self) -> Vec<Mapping> {
-        process::mappings(self.program.pid).unwrap()
+        proc::mappings(self.program.pid).unwrap()
     }
 
     /// Bytes that are mapped from files.
@@ -136,7 +129,7 @@ fn memory_that_the_driver_has_taken_back_is_left_alone() {
 #[test]
 fn a_damaged_file_is_found_in_the_end() {
     let mut emptied = Emptied::play();
-    let pack = File::options().write(true).open(&emptied.layout.files[0]).unwrap();
+    let pack = File::options().write(true).open(&emptied.layout.packs[0]).unwrap();
     pack.write_all_at(b"?", 300_000).unwrap();
     let mut backfill = emptied.begin();
     emptied.tick(&mut backfill);
@@ -146,28 +139,27 @@ fn a_damaged_file_is_found_in_the_end() {
 }
 
 #[test]
-fn pieces_lie_in_windows_and_runs() {
-    let piece = |address: u64, length: u64| {
-        let source = Some(Source { file: 0, offset: address });
-        Piece { address, length, source }
-    };
-    let zeros = Piece { address: 0x5000, length: 0x1000, source: None };
-    let pieces = vec![piece(WINDOW - 0x2000, 0x4000), piece(WINDOW + 0x2000, 0x1000), piece(0x1000, 0x1000), zeros];
-    let windows = Window::of(&ProcessLayout { pid: 7, pieces });
+fn segments_lie_in_windows_and_runs() {
+    let place = |offset| Place::Pack { index: 0, offset };
+    let segment = |address: u64, length: u64| Segment { address, length, place: place(address) };
+    let zeros = Segment { address: 0x5000, length: 0x1000, place: Place::Zero };
+    let segments =
+        vec![segment(WINDOW - 0x2000, 0x4000), segment(WINDOW + 0x2000, 0x1000), segment(0x1000, 0x1000), zeros];
+    let windows = Window::of(&ProcessLayout { process: ProcessIds::of(HostPid::own()).unwrap(), segments });
     let runs = |window: &Window| window.runs.iter().map(|run| (run.range.start, run.range.end)).collect::<Vec<_>>();
     assert_eq!(
         windows.iter().map(runs).collect::<Vec<_>>(),
         [vec![(0x1000, 0x2000), (WINDOW - 0x2000, WINDOW)], vec![(WINDOW, WINDOW + 0x3000)],]
     );
-    let split = &windows[1].runs[0].pieces[0];
-    assert_eq!(split.source, Some(Source { file: 0, offset: WINDOW }), "the second part is where it was");
+    let split = &windows[1].runs[0].segments[0];
+    assert_eq!(split.place, place(WINDOW), "the second part is where it was");
     assert_eq!((windows[0].bytes(), windows[0].len()), (0x3000, WINDOW - 0x1000));
 }
 
 #[test]
 fn what_is_left_elsewhere_is_what_was_not_moved() {
-    let run = |start, end, is_moved| Run { range: Range { start, end }, pieces: Vec::new(), is_moved };
+    let run = |start, end, is_moved| Run { range: Range { start, end }, segments: Vec::new(), is_moved };
     let runs = vec![run(0x1000, 0x3000, true), run(0x4000, 0x5000, false), run(0x7000, 0x8000, true)];
-    let window = Window { pid: 7, runs, elsewhere: Range { start: 0x10_1000, end: 0x10_8000 } };
+    let window = Window { pid: HostPid::own(), runs, elsewhere: Range { start: 0x10_1000, end: 0x10_8000 } };
     assert_eq!(window.rest(), [Range { start: 0x10_3000, end: 0x10_7000 }]);
 }

@@ -31,7 +31,7 @@ fn a_process_that_has_ended_is_not_touched_whoever_has_its_pid() {
         assert!(touched.unwrap_err().to_string().contains("the process has ended"));
     }
     assert!(machine.clean(pid).unwrap_err().to_string().contains("the process has ended"));
-    assert_eq!(machine.pids().unwrap(), Vec::<i32>::new());
+    assert_eq!(machine.pids().unwrap(), []);
 }
 
 #[test]

@@ -13,9 +13,9 @@ fn mapper() -> Program {
 }
 
 /// `Rss` and the like of the mapping that has this address, in KiB.
-fn smaps(pid: i32, start: u64, key: &str) -> u64 {
+fn smaps(pid: HostPid, start: u64, key: &str) -> u64 {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let mapping = process::mappings(pid).unwrap().into_iter().find(|mapping| mapping.range.end > start).unwrap();
+    let mapping = proc::mappings(pid).unwrap().into_iter().find(|mapping| mapping.range.end > start).unwrap();
     let mut lines = smaps.lines().skip_while(|line| !line.starts_with(&format!("{:x}-", mapping.range.start)));
     let line = lines.find_map(|line| line.strip_prefix(key)).unwrap();
     line.trim_start_matches(':').trim().trim_end_matches(" kB").parse().unwrap()
@@ -32,12 +32,9 @@ fn assert_unhurt(program: &Program) {
     }
     assert_eq!((program.value(6), program.value(7)), (0, 0));
     assert_eq!(process::run_state(program.pid), RunState::Running);
-    for tid in process::tids(program.pid).unwrap() {
-        let name = process::thread_name(program.pid, tid).unwrap();
-        let is_unblocked = || {
-            let status = std::fs::read(format!("/proc/{}/task/{tid}/status", program.pid)).unwrap();
-            process::status_field(&status, "SigBlk") == Some("0000000000000000")
-        };
+    for tid in proc::tids(program.pid).unwrap() {
+        let name = proc::thread_name(program.pid, tid).unwrap();
+        let is_unblocked = || proc::Status::of_thread(program.pid, tid).unwrap().blocked_signals() == Some(0);
         if !name.starts_with("cuda") {
             await_that(&format!("thread {tid} ({name}) takes signals"), is_unblocked);
         }
@@ -70,7 +67,7 @@ fn run(program: &Program, prefault: &mut Prefault, hold: &mut Hold, left: u64) -
 fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
     let program = mapper();
     let mut hold = held(&program);
-    let before = process::mappings(program.pid).unwrap().len();
+    let before = proc::mappings(program.pid).unwrap().len();
     let mut prefault = prefault_of(&program);
     prefault.threads = 3;
     let start = run(&program, &mut prefault, &mut hold, u64::MAX);
@@ -83,7 +80,7 @@ fn a_new_mapping_is_touched_by_the_threads_that_are_held() {
     } else {
         eprintln!("skipped in part: there are no huge pages");
     }
-    assert!(process::mappings(program.pid).unwrap().len() <= before + 1, "something else is left");
+    assert!(proc::mappings(program.pid).unwrap().len() <= before + 1, "something else is left");
     hold.let_go().unwrap();
     assert_unhurt(&program);
 }
@@ -154,7 +151,7 @@ fn a_process_whose_first_thread_has_ended_is_left_alone() {
 fn prefaults() {
     let Some(argument) = support::role() else { return };
     let (pid, step) = argument.split_once(' ').unwrap();
-    let pid = pid.parse().unwrap();
+    let pid = HostPid::new(pid.parse().unwrap()).unwrap();
     let mut hold = Hold::new(drivers);
     hold.take(pid).unwrap();
     hold.settle(soon()).unwrap();

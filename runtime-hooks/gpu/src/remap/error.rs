@@ -3,22 +3,22 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use proc::{HostPid, Range};
 use tracee::inject::InjectError;
-use tracee::process::Range;
 
 /// Why files did not, or not wholly, take the place of a process's memory. It has its data in any case.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RemapError {
-    /// A piece is not what it has to be.
+    /// A segment is not what it has to be.
     #[error("cannot replace {range} of process {pid}: {why}")]
-    Piece { pid: i32, range: Range, why: &'static str },
+    Segment { pid: HostPid, range: Range, why: &'static str },
     /// The memory has something else than what is to take its place.
     #[error("the memory of process {pid} at {address:#x} is not what was saved")]
-    Differs { pid: i32, address: u64 },
+    Differs { pid: HostPid, address: u64 },
     /// Its mappings or its memory cannot be read.
     #[error("cannot read the memory of process {pid}")]
     Memory {
-        pid: i32,
+        pid: HostPid,
         #[source]
         source: io::Error,
     },
@@ -32,7 +32,7 @@ pub(crate) enum RemapError {
     /// A call could not be made in it.
     #[error("cannot make calls in process {pid}")]
     Inject {
-        pid: i32,
+        pid: HostPid,
         #[source]
         source: InjectError,
     },
@@ -40,14 +40,14 @@ pub(crate) enum RemapError {
     #[error("cannot {action} process {pid}")]
     Call {
         action: &'static str,
-        pid: i32,
+        pid: HostPid,
         #[source]
         source: io::Error,
     },
     /// A mapping was refused.
     #[error("cannot map anything at {range} of process {pid}")]
     Map {
-        pid: i32,
+        pid: HostPid,
         range: Range,
         #[source]
         source: io::Error,
@@ -55,7 +55,7 @@ pub(crate) enum RemapError {
 }
 
 impl RemapError {
-    pub(super) fn memory(pid: i32) -> impl Fn(io::Error) -> Self {
+    pub(super) fn memory(pid: HostPid) -> impl Fn(io::Error) -> Self {
         move |source| Self::Memory { pid, source }
     }
 
@@ -63,7 +63,7 @@ impl RemapError {
         |source| Self::File { path: path.to_owned(), source }
     }
 
-    pub(super) fn inject(pid: i32) -> impl Fn(InjectError) -> Self {
+    pub(super) fn inject(pid: HostPid) -> impl Fn(InjectError) -> Self {
         move |source| Self::Inject { pid, source }
     }
 }

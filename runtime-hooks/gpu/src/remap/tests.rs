@@ -6,9 +6,11 @@ use std::path::PathBuf;
 
 use super::*;
 use cuda::process::drivers;
+use memory::{Layout, Place};
+use proc::ProcessIds;
 use support::{Program, await_that, soon, wait};
 use tracee::hold::Scope;
-use tracee::process::RunState;
+use tracee::process::{self, RunState};
 
 const MEBIBYTES: u64 = 4;
 const CHUNK: usize = 65536;
@@ -29,18 +31,22 @@ fn staged(program: Program) -> Staged {
     let directory = tempfile::tempdir().unwrap();
     let files: Vec<PathBuf> = ["first", "second"].iter().map(|name| directory.path().join(name)).collect();
     let mut writers: Vec<_> = files.iter().map(|path| (File::create(path).unwrap(), 0)).collect();
-    let mut pieces: Vec<Piece> = Vec::new();
+    let mut segments: Vec<Segment> = Vec::new();
     for (chunk, address) in contents.chunks(CHUNK).zip((start..).step_by(CHUNK)) {
         // The second half goes to the second file.
         let file = usize::from(address - start >= range.len() / 2);
-        let source = chunk.iter().any(|byte| *byte != 0).then_some(Source { file, offset: writers[file].1 });
-        if source.is_some() {
+        let mut place = Place::Zero;
+        if chunk.iter().any(|byte| *byte != 0) {
+            place = Place::Pack { index: u32::try_from(file).unwrap(), offset: writers[file].1 };
             writers[file].0.write_all(chunk).unwrap();
             writers[file].1 += chunk.len() as u64;
         }
-        pieces.push(Piece { address, length: CHUNK as u64, source });
+        segments.push(Segment { address, length: CHUNK as u64, place });
     }
-    let layout = Layout { files, processes: vec![ProcessLayout { pid: program.pid, pieces }] };
+    let layout = Layout {
+        packs: files,
+        processes: vec![ProcessLayout { process: ProcessIds::of(program.pid).unwrap(), segments }],
+    };
     Staged { program, range, directory, layout, contents }
 }
 
@@ -52,7 +58,7 @@ impl Staged {
     fn remap(&self) -> Result<Vec<Range>, RemapError> {
         let mut hold = Hold::new(drivers);
         hold.take_scope(self.program.pid, Scope::All).unwrap();
-        let remapped = remap_in(&mut hold, &self.layout.files, &self.layout.processes[0], soon());
+        let remapped = remap_in(&mut hold, &self.layout.packs, &self.layout.processes[0], soon());
         hold.let_go().unwrap();
         remapped
     }
@@ -66,8 +72,8 @@ impl Staged {
 
     /// Bytes of the staging area in mappings of files.
     fn in_files(&self) -> u64 {
-        let mappings = process::mappings(self.program.pid).unwrap();
-        let ours = |mapping: &&process::Mapping| mapping.path.starts_with(self.directory.path());
+        let mappings = proc::mappings(self.program.pid).unwrap();
+        let ours = |mapping: &&proc::Mapping| mapping.path.starts_with(self.directory.path());
         mappings.iter().filter(ours).map(|mapping| mapping.range.len()).sum()
     }
 
@@ -93,11 +99,11 @@ fn files_take_the_place(mut staged: Staged) {
     assert_eq!(staged.in_files(), staged.range.len() / 4 * 3);
     assert_eq!(staged.descriptors(), before);
     staged.assert_unhurt();
-    let files: Vec<_> = staged.layout.files.iter().map(|file| fs::read(file).unwrap()).collect();
+    let files: Vec<_> = staged.layout.packs.iter().map(|file| fs::read(file).unwrap()).collect();
     staged.program.write_line();
     await_that("it has written to each page", || staged.program.value(2) == 1);
     staged.program.await_progress(0);
-    let now: Vec<_> = staged.layout.files.iter().map(|file| fs::read(file).unwrap()).collect();
+    let now: Vec<_> = staged.layout.packs.iter().map(|file| fs::read(file).unwrap()).collect();
     assert_eq!(now, files, "what it wrote is its own");
     for page in staged.contents.chunks_mut(4096) {
         let word = u64::from_ne_bytes(page[8..16].try_into().unwrap());
@@ -128,11 +134,11 @@ fn what_is_in_files_already_is_refused() {
 #[test]
 fn files_with_something_else_are_refused_and_nothing_changes() {
     let mut staged = Staged::play();
-    let [first, second] = [0, 1].map(|file| staged.layout.files[file].clone());
-    staged.layout.files.reverse();
+    let [first, second] = [0, 1].map(|file| staged.layout.packs[file].clone());
+    staged.layout.packs.reverse();
     assert!(matches!(staged.remap().unwrap_err(), RemapError::Differs { .. }));
     staged.assert_untouched();
-    staged.layout.files = vec![first.clone(), second];
+    staged.layout.packs = vec![first.clone(), second];
     File::options().write(true).open(&first).unwrap().set_len(CHUNK as u64).unwrap();
     assert!(staged.remap().unwrap_err().to_string().contains("its file is too short"));
     staged.assert_untouched();
@@ -144,7 +150,7 @@ fn files_with_something_else_are_refused_and_nothing_changes() {
 #[test]
 fn memory_with_something_else_than_zeros_is_refused() {
     let mut staged = Staged::play();
-    staged.layout.processes[0].pieces[0].source = None;
+    staged.layout.processes[0].segments[0].place = Place::Zero;
     assert!(
         matches!(staged.remap().unwrap_err(), RemapError::Differs { address, .. } if address == staged.range.start)
     );
@@ -162,7 +168,7 @@ fn a_process_without_a_free_descriptor_keeps_its_memory() {
 fn a_process_that_is_not_held_is_refused() {
     let staged = Staged::play();
     let error =
-        remap_in(&mut Hold::new(drivers), &staged.layout.files, &staged.layout.processes[0], soon()).unwrap_err();
+        remap_in(&mut Hold::new(drivers), &staged.layout.packs, &staged.layout.processes[0], soon()).unwrap_err();
     assert!(matches!(error, RemapError::Inject { .. }), "{error}");
     staged.assert_untouched();
 }
@@ -176,8 +182,8 @@ fn remaps() {
     let layout: Layout = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     tracee::steps::die_at(step.parse().unwrap());
     let mut hold = Hold::new(drivers);
-    hold.take_scope(layout.processes[0].pid, Scope::All).unwrap();
-    assert_eq!(remap_in(&mut hold, &layout.files, &layout.processes[0], soon()).unwrap(), []);
+    hold.take_scope(layout.processes[0].process.host, Scope::All).unwrap();
+    assert_eq!(remap_in(&mut hold, &layout.packs, &layout.processes[0], soon()).unwrap(), []);
     hold.let_go().unwrap();
     support::exit(0);
 }
@@ -186,9 +192,9 @@ fn remaps() {
 #[test]
 fn one_that_dies_at_any_step_leaves_the_process_its_data() {
     let mut staged = Staged::play();
-    let pieces = std::mem::take(&mut staged.layout.processes[0].pieces);
+    let pieces = std::mem::take(&mut staged.layout.processes[0].segments);
     // One of zeros, and two of each file.
-    staged.layout.processes[0].pieces = [0, 1, 3, 40, 41].map(|piece| pieces[piece]).to_vec();
+    staged.layout.processes[0].segments = [0, 1, 3, 40, 41].map(|piece| pieces[piece]).to_vec();
     let plan = staged.directory.path().join("plan");
     for step in 1.. {
         fs::write(&plan, serde_json::to_vec(&staged.layout).unwrap()).unwrap();
@@ -206,8 +212,8 @@ fn one_that_dies_at_any_step_leaves_the_process_its_data() {
             let again = Staged::play();
             let old = std::mem::replace(&mut staged.range, again.range);
             let process = &mut staged.layout.processes[0];
-            process.pid = again.program.pid;
-            for piece in &mut process.pieces {
+            process.process = ProcessIds::of(again.program.pid).unwrap();
+            for piece in &mut process.segments {
                 piece.address = piece.address - old.start + again.range.start;
             }
             staged.program = again.program;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Cleaned, ResidueError, clean, clean_held, clean_matching, clean_matching_with, closes_on_exec};
 use cuda::process::drivers;
+use proc::HostPid;
 use support::{Freezer, Program, await_that, soon};
 use tracee::hold::{Hold, HoldError, Scope};
 use tracee::process;
@@ -17,7 +18,7 @@ fn with_residue(name: &str) -> (tempfile::TempDir, Program) {
     (directory, program)
 }
 
-fn descriptors(pid: i32) -> Vec<(String, PathBuf)> {
+fn descriptors(pid: HostPid) -> Vec<(String, PathBuf)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(Result::unwrap);
     let mut all: Vec<_> =
         entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read_link(entry.path()).unwrap())).collect();
@@ -47,7 +48,7 @@ fn mappings_become_inaccessible_and_descriptors_the_null_device() {
     eprintln!("{:?} for {cleaned:?}", start.elapsed());
 
     assert_eq!(cleaned, Cleaned { mappings: 3, fds: 5 });
-    let now = process::mappings(program.pid).unwrap();
+    let now = proc::mappings(program.pid).unwrap();
     for mapping in mappings {
         let holder = now.iter().find(|now| now.range.start <= mapping.start && now.range.end >= mapping.end).unwrap();
         assert_eq!((&holder.access, holder.inode), (b"---p", 0));
@@ -174,7 +175,7 @@ fn many_processes_are_cleaned_in_little_time() {
 fn cleans() {
     let Some(argument) = support::role() else { return };
     let (pid, directory) = argument.split_once(' ').unwrap();
-    clean_matching(pid.parse().unwrap(), soon(), |path| path.starts_with(directory)).unwrap();
+    clean_matching(HostPid::new(pid.parse().unwrap()).unwrap(), soon(), |path| path.starts_with(directory)).unwrap();
     support::exit(0);
 }
 

@@ -4,41 +4,42 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use cuda::{Answer, Call, CallFailure, Inventory};
-use tracee::process::Range;
+use memory::{Layout, ProcessLayout};
+use proc::{HostPid, ProcessIds, Range};
 
 use super::SessionError;
-use crate::remap::{Layout, ProcessLayout};
 
 /// The processes of the container, as the kernel shows them. A pid always means the process that had it when the container's
 /// cgroup listed it first.
 pub(crate) trait Processes {
     /// Lists all, in the pid namespace of this process.
-    fn pids(&mut self) -> Result<Vec<i32>, SessionError>;
+    fn pids(&mut self) -> Result<Vec<HostPid>, SessionError>;
     /// Tells whether a process has ended, whoever has its pid now.
-    fn is_gone(&mut self, pid: i32) -> bool;
+    fn is_gone(&mut self, pid: HostPid) -> bool;
     /// Tells whether the process has something of the driver's: mappings, descriptors, threads.
-    fn touches_gpu(&mut self, pid: i32) -> bool;
+    fn touches_gpu(&mut self, pid: HostPid) -> bool;
     /// Tells whether the process has threads of the driver's.
-    fn has_drivers_threads(&mut self, pid: i32) -> bool;
+    fn has_drivers_threads(&mut self, pid: HostPid) -> bool;
     /// Tells whether the process has loaded the driver's library, so that it may begin to use CUDA.
-    fn has_drivers_library(&mut self, pid: i32) -> bool;
+    fn has_drivers_library(&mut self, pid: HostPid) -> bool;
     /// Fails if a thread of the process is traced by another process, so that nothing here can hold it.
-    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn refuse_traced(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Returns the first mapping or descriptor that is left of the driver in the process.
-    fn left(&mut self, pid: i32) -> Option<String>;
+    fn left(&mut self, pid: HostPid) -> Option<String>;
     /// Returns who a process is, and what keeps it from answering, in words.
-    fn describe(&mut self, pid: i32) -> String;
-    fn namespace_pid(&mut self, pid: i32) -> i32;
+    fn describe(&mut self, pid: HostPid) -> String;
+    /// Returns both pids of a process; None for one that has ended.
+    fn ids(&mut self, pid: HostPid) -> Option<ProcessIds>;
     /// Returns anonymous memory of the process that came since it was asked first.
-    fn staged(&mut self, pid: i32, is_first: bool) -> Vec<Range>;
+    fn staged(&mut self, pid: HostPid, is_first: bool) -> Vec<Range>;
     /// Returns where it has devices of the driver mapped: begin and end.
-    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)>;
+    fn mappings(&mut self, pid: HostPid) -> Vec<(u64, u64)>;
     /// Tells whether the driver's threads of it are stopped by a signal.
-    fn is_stopped(&mut self, pid: i32) -> bool;
+    fn is_stopped(&mut self, pid: HostPid) -> bool;
     /// Tells whether it is stopped by a signal, or will be as soon as it runs.
-    fn is_stopping(&mut self, pid: i32) -> bool;
+    fn is_stopping(&mut self, pid: HostPid) -> bool;
     /// Returns what the process uses that the driver is known to refuse.
-    fn unsupported(&mut self, pid: i32) -> Unsupported;
+    fn unsupported(&mut self, pid: HostPid) -> Unsupported;
 }
 
 /// Features that a process uses and the driver is known to refuse.
@@ -57,7 +58,7 @@ pub(crate) struct Unsupported {
 /// The driver of the node.
 pub(crate) trait Driver {
     /// Makes all calls at once, and holds on to what is held meanwhile.
-    fn calls(&mut self, calls: &[(i32, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
+    fn calls(&mut self, calls: &[(HostPid, Call)], limit: Duration) -> Vec<Result<Answer, CallFailure>>;
     fn inventory(&mut self) -> Result<Inventory, CallFailure>;
 }
 
@@ -84,30 +85,25 @@ pub(crate) struct MemoryLeft {
 /// Threads that are held, and what they are made to do.
 pub(crate) trait Tracer {
     /// Asks all threads but the driver's to halt, as soon as they can.
-    fn hold(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn hold(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// As [`Self::hold`], the driver's too.
-    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn hold_whole(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Returns whether a thread of a process, all whose threads but the driver's are held, stands in a call of the driver.
-    fn is_in_driver(&mut self, pid: i32) -> bool;
+    fn is_in_driver(&mut self, pid: HostPid) -> bool;
     /// Waits until those that are held stand still.
     fn settle(&mut self, limit: Duration) -> Result<(), SessionError>;
     /// Lets all processes go but these.
-    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError>;
+    fn let_go(&mut self, keep: &[HostPid]) -> Result<(), SessionError>;
     /// Lets the driver's threads of a process run that is stopped by a signal, and nothing else of it.
-    fn cont(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn cont(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Lets a process run that is stopped by a signal, whether or not its threads are held.
-    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn cont_unheld(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Stops it again.
-    fn stop(&mut self, pid: i32) -> Result<(), SessionError>;
+    fn stop(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
-    fn clean(&mut self, pid: i32) -> Result<usize, SessionError>;
-    /// Puts files in the place of memory of a process that is held; what was left as it is.
-    fn remap(
-        &mut self,
-        files: &[PathBuf],
-        process: &ProcessLayout,
-        limit: Duration,
-    ) -> Result<Vec<Range>, SessionError>;
+    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError>;
+    /// Puts packs in the place of memory of a process that is held. Returns what was left as it is.
+    fn remap(&mut self, packs: &[PathBuf], of: &ProcessLayout, limit: Duration) -> Result<Vec<Range>, SessionError>;
     /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the
     /// next.
     fn map_staging(&mut self, staging: &Layout, limit: Duration) -> Result<(), SessionError>;

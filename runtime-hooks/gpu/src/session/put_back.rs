@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use cuda::{Call, Pair, ProcessState, SHORT_CALL};
+use memory::Layout;
 use phase::Phase;
+use proc::HostPid;
 
 use super::{BETWEEN_TRIES, HALT, Host, Owed, Resumed, STOPPING, Session, SessionError, Step};
-use crate::remap::Layout;
 
 /// Longest time for other tracers to let go of all processes, such as a criu that is being killed.
 const TRACED: Duration = Duration::from_secs(30);
@@ -226,13 +227,13 @@ impl<H: Host> Session<'_, H> {
     }
 
     /// Nothing of the process is with the driver any more.
-    fn is_back(&mut self, pid: i32) {
+    fn is_back(&mut self, pid: HostPid) {
         self.undo.done(Step::Checkpointed(pid));
         self.undo.done(Step::Locked(pid));
     }
 
     /// Lets the driver's threads run of a process that is stopped by a signal: nobody else answers.
-    fn cont_stopped(&mut self, pid: i32, faults: &mut Faults) {
+    fn cont_stopped(&mut self, pid: HostPid, faults: &mut Faults) {
         if !self.host.is_stopped(pid) {
             return;
         }
@@ -247,8 +248,8 @@ impl<H: Host> Session<'_, H> {
     /// first failure is the answer.
     pub(super) fn hold_all(
         &mut self,
-        pids: &[i32],
-        hold: fn(&mut H, i32) -> Result<(), SessionError>,
+        pids: &[HostPid],
+        hold: fn(&mut H, HostPid) -> Result<(), SessionError>,
     ) -> Result<(), SessionError> {
         let begin = Instant::now();
         let mut waited = Duration::ZERO;
@@ -274,7 +275,7 @@ impl<H: Host> Session<'_, H> {
     }
 
     /// Restores processes. Every one is tried, whatever becomes of the others.
-    fn restore(&mut self, mut checkpointed: Vec<i32>, faults: &mut Faults) -> usize {
+    fn restore(&mut self, mut checkpointed: Vec<HostPid>, faults: &mut Faults) -> usize {
         self.enter(Phase::CudaRestore);
         if let Err(fault) = self.await_room(&checkpointed) {
             faults.note(Err(fault));
@@ -315,7 +316,7 @@ impl<H: Host> Session<'_, H> {
         restored
     }
 
-    fn unlock(&mut self, mut locked: Vec<i32>, faults: &mut Faults) {
+    fn unlock(&mut self, mut locked: Vec<HostPid>, faults: &mut Faults) {
         locked.reverse();
         for (pid, result) in self.call_each(locked, &Call::Unlock, SHORT_CALL) {
             match result {

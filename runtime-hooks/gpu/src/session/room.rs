@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use cuda::{CallFailure, Gpu, Inventory};
+use proc::HostPid;
 
 use super::{BETWEEN_TRIES, Host, OnGpu, Session, SessionError, Undo};
 
@@ -12,7 +13,7 @@ const ROOM: Duration = Duration::from_secs(30);
 
 impl Undo {
     /// Returns what a process had on GPUs, if that is known.
-    pub(crate) fn room(&self, pid: i32) -> &[OnGpu] {
+    pub(crate) fn room(&self, pid: HostPid) -> &[OnGpu] {
         self.rooms.get(&pid).map_or(&[], Vec::as_slice)
     }
 }
@@ -22,7 +23,7 @@ impl<H: Host> Session<'_, H> {
     /// for it.
     pub(super) fn check_memory(&mut self, inventory: &Result<Inventory, CallFailure>) -> Result<(), SessionError> {
         let Some(left) = self.host.memory_left() else { return Ok(()) };
-        let members: Vec<u32> = self.members.iter().map(|member| member.pid.unsigned_abs()).collect();
+        let members: Vec<u32> = self.members.iter().map(|member| member.pid.raw().unsigned_abs()).collect();
         if members.is_empty() {
             return Ok(());
         }
@@ -53,7 +54,7 @@ impl<H: Host> Session<'_, H> {
     pub(super) fn note_room(&mut self, inventory: Option<&Inventory>) {
         for member in &self.members {
             let on_gpu = |gpu: &Gpu| {
-                let process = gpu.processes.iter().find(|process| process.pid == member.pid.unsigned_abs())?;
+                let process = gpu.processes.iter().find(|process| process.pid == member.pid.raw().unsigned_abs())?;
                 Some(OnGpu { uuid: gpu.uuid.clone(), bytes: process.memory? })
             };
             let gpus = inventory.iter().flat_map(|inventory| &inventory.gpus).filter_map(on_gpu).collect();
@@ -63,7 +64,7 @@ impl<H: Host> Session<'_, H> {
 
     /// Waits until there is room on the GPUs for the state of these processes. After a refusal for want of memory the driver
     /// would never give a process its state back.
-    pub(super) fn await_room(&mut self, pids: &[i32]) -> Result<(), SessionError> {
+    pub(super) fn await_room(&mut self, pids: &[HostPid]) -> Result<(), SessionError> {
         let mut needed: BTreeMap<String, u64> = BTreeMap::new();
         for on_gpu in pids.iter().flat_map(|pid| self.undo.room(*pid)) {
             let pair = self.undo.pairs.iter().find(|pair| pair.old == on_gpu.uuid);

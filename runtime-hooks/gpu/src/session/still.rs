@@ -4,6 +4,8 @@
 //! change what is in that layer in between. So everything is held before the thaw that the driver does not need. All of it is
 //! let go when the container is frozen again.
 
+use proc::HostPid;
+
 use super::put_back::Faults;
 use super::{HALT, Host, Session, SessionError, Step};
 
@@ -18,7 +20,7 @@ impl<H: Host> Session<'_, H> {
             self.host.refuse_traced(*pid)?;
         }
         self.are_still = true;
-        let cuda: Vec<i32> = pids.iter().copied().filter(|pid| self.host.has_drivers_threads(*pid)).collect();
+        let cuda: Vec<HostPid> = pids.iter().copied().filter(|pid| self.host.has_drivers_threads(*pid)).collect();
         let inherited = self.mappings_of(&cuda);
         for pid in pids {
             let may_begin = !cuda.contains(&pid)
@@ -38,7 +40,7 @@ impl<H: Host> Session<'_, H> {
     /// it. Such a thread would be left in the middle of its call. Should this session be killed, the thread would run
     /// on without the memory of the GPU, and die of it (measured on an H200: SIGSEGV in libcuda, 1 of 8 kills).
     pub(super) fn let_callers_run(&mut self) -> Result<(), SessionError> {
-        let members: Vec<i32> = self.members.iter().map(|member| member.pid).collect();
+        let members: Vec<HostPid> = self.members.iter().map(|member| member.pid).collect();
         if self.are_still && members.into_iter().any(|pid| self.host.is_in_driver(pid)) {
             self.are_still = false;
             self.unlock_members()?;
@@ -47,14 +49,14 @@ impl<H: Host> Session<'_, H> {
     }
 
     /// Holds processes that were freed of the GPU, or are to be, until the freeze.
-    pub(super) fn hold_residue(&mut self, residue: &[i32]) -> Result<(), SessionError> {
+    pub(super) fn hold_residue(&mut self, residue: &[HostPid]) -> Result<(), SessionError> {
         for pid in residue {
             self.hold_one_still(*pid)?;
         }
         self.host.settle(HALT)
     }
 
-    fn hold_one_still(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn hold_one_still(&mut self, pid: HostPid) -> Result<(), SessionError> {
         if self.host.is_stopping(pid) {
             return Ok(());
         }
@@ -67,13 +69,13 @@ impl<H: Host> Session<'_, H> {
     }
 
     /// Returns the mappings of the driver's devices in these processes.
-    pub(super) fn mappings_of(&mut self, pids: &[i32]) -> Vec<(u64, u64)> {
+    pub(super) fn mappings_of(&mut self, pids: &[HostPid]) -> Vec<(u64, u64)> {
         pids.iter().flat_map(|pid| self.host.mappings(*pid)).collect()
     }
 
     /// Returns whether all that a process has mapped of the driver's devices is among these mappings, of CUDA processes: the
     /// process was forked from one of them.
-    pub(super) fn has_inherited(&mut self, pid: i32, mappings: &[(u64, u64)]) -> bool {
+    pub(super) fn has_inherited(&mut self, pid: HostPid, mappings: &[(u64, u64)]) -> bool {
         let own = self.host.mappings(pid);
         !own.is_empty() && own.iter().all(|mapping| mappings.contains(mapping))
     }
@@ -87,7 +89,7 @@ impl<H: Host> Session<'_, H> {
         };
         let held = self.undo.pids(Step::Held);
         let loose = pids.into_iter().filter(|pid| !held.contains(pid) && !self.host.is_stopping(*pid));
-        let loose: Vec<i32> = loose.collect();
+        let loose: Vec<HostPid> = loose.collect();
         if loose.is_empty() {
             return;
         }
@@ -95,7 +97,7 @@ impl<H: Host> Session<'_, H> {
             let frozen = self.host.freeze_at_rest();
             faults.note(frozen);
         }
-        let (cuda, others): (Vec<i32>, Vec<i32>) =
+        let (cuda, others): (Vec<HostPid>, Vec<HostPid>) =
             loose.into_iter().partition(|pid| self.host.has_drivers_threads(*pid));
         let held = self.hold_all(&cuda, H::hold);
         faults.note(held);

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use cuda::Pair;
+use proc::HostPid;
 use serde::{Deserialize, Serialize};
 
 use super::{OnGpu, SessionError};
@@ -18,15 +19,15 @@ use super::{OnGpu, SessionError};
 #[serde(rename_all = "kebab-case")]
 pub enum Step {
     /// Threads of the process are held.
-    Held(i32),
+    Held(HostPid),
     /// The freezer is not as it is to be left.
     Freezer,
     /// The process was stopped by a signal, and was continued.
-    Continued(i32),
+    Continued(HostPid),
     /// The driver starts no GPU work of the process.
-    Locked(i32),
+    Locked(HostPid),
     /// The GPU state of the process is in its memory.
-    Checkpointed(i32),
+    Checkpointed(HostPid),
     /// The processes of the container have not been looked for.
     Unseen,
 }
@@ -34,7 +35,7 @@ pub enum Step {
 impl Step {
     /// Returns the process that it is about.
     #[must_use]
-    pub fn pid(self) -> Option<i32> {
+    pub fn pid(self) -> Option<HostPid> {
         match self {
             Self::Held(pid) | Self::Continued(pid) | Self::Locked(pid) | Self::Checkpointed(pid) => Some(pid),
             Self::Freezer | Self::Unseen => None,
@@ -97,7 +98,7 @@ pub(crate) struct Undo {
     /// The first failure of the last way back.
     pub(crate) failure: Option<SessionError>,
     /// Bytes that processes had on GPUs, as far as known.
-    pub(crate) rooms: BTreeMap<i32, Vec<OnGpu>>,
+    pub(crate) rooms: BTreeMap<HostPid, Vec<OnGpu>>,
 }
 
 impl Undo {
@@ -124,12 +125,12 @@ impl Undo {
     }
 
     /// Returns the processes with such a step.
-    pub(crate) fn pids(&self, step: fn(i32) -> Step) -> Vec<i32> {
+    pub(crate) fn pids(&self, step: fn(HostPid) -> Step) -> Vec<HostPid> {
         self.steps.iter().filter_map(|noted| noted.pid().filter(|pid| step(*pid) == *noted)).collect()
     }
 
     /// Forgets the steps of processes that are gone.
-    pub(crate) fn forget(&mut self, mut is_gone: impl FnMut(i32) -> bool) {
+    pub(crate) fn forget(&mut self, mut is_gone: impl FnMut(HostPid) -> bool) {
         self.steps.retain(|step| !step.pid().is_some_and(&mut is_gone));
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use checkpoint::{CheckpointOptions, MemoryPlace};
 use phase::Phase;
+use proc::HostPid;
 use reaper::Reaper;
 use runtime::{Allow, Choice, Kind};
 use tempfile::TempDir;
@@ -43,7 +44,7 @@ pub(super) fn order() -> CheckpointOrder {
         registry: None,
         pod_namespace: None,
     };
-    CheckpointOrder { subject, init: 1, began: 7, paused: false, shm: None, devices: vec![], options }
+    CheckpointOrder { subject, init: HostPid::own(), began: 7, paused: false, shm: None, devices: vec![], options }
 }
 
 fn sessions(program: PathBuf) -> Sessions {

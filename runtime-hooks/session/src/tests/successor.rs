@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bulk::{Published, Source};
 use checkpoint::{Draft, Manifest};
 use phase::{Cancel, Phase, Timeline};
+use proc::HostPid;
 use reaper::Reaper;
 use runtime::Allow;
 use snapshot::{CRIU_TYPE, Config, Host, IfTaken, NewLayer, NewSnapshot, Pointer, Store};
@@ -25,7 +26,7 @@ const NO_PID: i32 = 1 << 24;
 /// The order of a checkpoint of a container that is gone.
 fn order_in(folder: &Path) -> CheckpointOrder {
     let mut order = order();
-    order.init = NO_PID;
+    order.init = HostPid::new(NO_PID).unwrap();
     order.subject.store.root = folder.join("store");
     order.options.folder = folder.join("images");
     Draft::make_folder(&order.options.folder).unwrap();

@@ -1,11 +1,9 @@
 //! Why threads could not be held, or not be let go.
 
-use std::fmt;
 use std::io;
 
 use cgroup::Cgroup;
-
-use crate::process;
+use proc::{HostPid, Wait};
 
 /// Why threads are not held. Those that were taken before stay so until they are let go.
 #[derive(Debug, thiserror::Error)]
@@ -14,13 +12,13 @@ pub enum HoldError {
     #[error("cannot hold process {pid}: it has ended")]
     Gone {
         /// The process.
-        pid: i32,
+        pid: HostPid,
     },
     /// /proc does not tell its threads.
     #[error("cannot list the threads of process {pid}")]
     List {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: io::Error,
@@ -29,11 +27,11 @@ pub enum HoldError {
     #[error("cannot hold thread {tid} of process {pid}: process {tracer} ({name}) traces it")]
     Traced {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// The pid of the tracer.
-        tracer: i32,
+        tracer: HostPid,
         /// The name of the tracer.
         name: String,
     },
@@ -43,7 +41,7 @@ pub enum HoldError {
         /// "seize", "interrupt", ...
         action: &'static str,
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// Why.
@@ -51,16 +49,12 @@ pub enum HoldError {
         source: io::Error,
     },
     /// The deadline has passed, and a thread does not stand still yet.
-    #[error("thread {tid} ({name}) of process {pid} does not stop: it is {waits}")]
+    #[error("{wait}, and does not stop{reason}")]
     Moving {
-        /// The process.
-        pid: i32,
-        /// The thread, the first of perhaps many.
-        tid: i32,
-        /// The thread's name.
-        name: String,
-        /// Activity of the thread instead.
-        waits: Waits,
+        /// The thread, the first of perhaps many, and its activity instead.
+        wait: Wait,
+        /// Reason for the wait, as it fits behind the message; empty if none is known.
+        reason: &'static str,
     },
 }
 
@@ -71,7 +65,7 @@ pub enum ReleaseError {
     #[error("cannot detach from thread {tid} of process {pid}")]
     Refused {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// The thread.
         tid: i32,
         /// Why.
@@ -79,59 +73,19 @@ pub enum ReleaseError {
         source: io::Error,
     },
     /// A thread that was taken never stood still, and only then can it be let go; or it is dying, and is not dead yet.
-    #[error("cannot let go of thread {tid} ({name}) of process {pid} and {others} more: it is {waits}")]
+    #[error("{wait}, and cannot be let go of, as {others} more{reason}")]
     Moving {
-        /// The process.
-        pid: i32,
-        /// The thread, the first one.
-        tid: i32,
-        /// The thread's name.
-        name: String,
+        /// The first of the threads, and its activity.
+        wait: Wait,
         /// Number of other threads like this one.
         others: usize,
-        /// Activity of the thread.
-        waits: Waits,
+        /// Reason for the wait, as it fits behind the message; empty if none is known.
+        reason: &'static str,
     },
 }
 
-/// Activity of a thread, as far as the kernel tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waits {
-    /// Its state in proc_pid_stat(5): R, S, D, T, t, Z; `?` when it has gone.
-    pub state: char,
-    /// The kernel's function that it waits in; empty when it runs or the kernel does not tell.
-    pub place: String,
-    /// The number of the system call that it is in.
-    pub syscall: Option<i64>,
-    /// Whether its cgroup is frozen.
-    pub frozen: bool,
-}
-
-impl Waits {
-    pub(super) fn of(pid: i32, tid: i32) -> Self {
-        let read = |file: &str| std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/{file}")).unwrap_or_default();
-        let place = read("wchan");
-        Self {
-            state: process::letter(pid, tid).map_or('?', char::from),
-            place: if place == "0" { String::new() } else { place },
-            frozen: Cgroup::of_process(pid).and_then(|cgroup| cgroup.stands_still()).unwrap_or(false),
-            syscall: read("syscall").split_whitespace().next().and_then(|number| number.parse().ok()),
-        }
-    }
-}
-
-impl fmt::Display for Waits {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.frozen {
-            return write!(f, "in a frozen cgroup");
-        }
-        write!(f, "in state {}", self.state)?;
-        if !self.place.is_empty() {
-            write!(f, ", waiting in {}", self.place)?;
-        }
-        match self.syscall {
-            Some(number) if number >= 0 => write!(f, ", in system call {number}"),
-            _ => Ok(()),
-        }
-    }
+/// Returns why threads of a process may be unable to stop, as it fits behind a message; empty if none is known.
+pub(super) fn reason(pid: HostPid) -> &'static str {
+    let frozen = Cgroup::of_process(pid).and_then(|cgroup| cgroup.stands_still());
+    if frozen.unwrap_or(false) { ": it is in a frozen cgroup" } else { "" }
 }

@@ -4,10 +4,10 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
-use rustix::process::{Pid, Signal};
+use proc::{HostPid, Status};
+use rustix::process::Signal;
 
 use super::{Hold, HoldError, Stand, look, sys};
-use crate::process;
 
 /// Longest time for a thread that runs towards its signal. The thread is in the kernel and waits for nothing.
 const DELIVERY: Duration = Duration::from_millis(200);
@@ -19,7 +19,7 @@ pub enum JobError {
     #[error("cannot hold stopped process {pid}")]
     Hold {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// Why not.
         #[source]
         source: HoldError,
@@ -28,7 +28,7 @@ pub enum JobError {
     #[error("cannot send {signal} to process {pid}")]
     Signal {
         /// The process.
-        pid: i32,
+        pid: HostPid,
         /// "SIGCONT" or "SIGSTOP"
         signal: &'static str,
         /// Why not.
@@ -47,7 +47,7 @@ impl Hold {
     ///
     /// # Errors
     /// When a thread cannot be held or does not stand still by the deadline, or the process has ended.
-    pub fn cont(&mut self, pid: i32, deadline: Instant) -> Result<(), JobError> {
+    pub fn cont(&mut self, pid: HostPid, deadline: Instant) -> Result<(), JobError> {
         let hold = |source| JobError::Hold { pid, source };
         self.take(pid).map_err(hold)?;
         self.settle_only(pid, deadline).map_err(hold)?;
@@ -73,12 +73,11 @@ impl Hold {
     ///
     /// # Errors
     /// When it has ended.
-    pub fn stop(&mut self, pid: i32) -> Result<(), JobError> {
+    pub fn stop(&mut self, pid: HostPid) -> Result<(), JobError> {
         let failed = |source| JobError::Signal { pid, signal: "SIGSTOP", source };
         let still = self.still(pid);
         if still.is_empty() {
-            let process = Pid::from_raw(pid).ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-            return rustix::process::kill_process(process, Signal::STOP).map_err(|errno| failed(errno.into()));
+            return rustix::process::kill_process(pid.as_pid(), Signal::STOP).map_err(|errno| failed(errno.into()));
         }
         // To each thread: one signal to the process is taken by one thread, while another that has been let go may run
         // a little before that one stops it.
@@ -90,22 +89,21 @@ impl Hold {
 }
 
 /// Whether a process stops as soon as it runs, after [`Hold::stop`].
-pub fn is_stopping(pid: i32) -> bool {
+pub fn is_stopping(pid: HostPid) -> bool {
     let stops = |tid| signals(pid, tid).is_some_and(|[pending, _, _]| pending & bit(Signal::STOP) != 0);
-    process::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| stops(thread.tid)))
+    proc::threads(pid).is_ok_and(|threads| threads.iter().any(|thread| stops(thread.tid)))
 }
 
 /// Whether the next signal of a held thread is SIGCONT, once that has been sent to it.
-fn gets_only_sigcont(pid: i32, tid: i32) -> bool {
+fn gets_only_sigcont(pid: HostPid, tid: i32) -> bool {
     let Some([pending, shared, blocked]) = signals(pid, tid) else { return false };
     blocked & bit(Signal::CONT) == 0 && (pending | shared) & !blocked & !bit(Signal::CONT) == 0
 }
 
 /// The signals that wait for a thread, those that wait for its process, and those that it blocks.
-fn signals(pid: i32, tid: i32) -> Option<[u64; 3]> {
-    let status = std::fs::read(format!("/proc/{pid}/task/{tid}/status")).ok()?;
-    let mask = |key| u64::from_str_radix(process::status_field(&status, key)?, 16).ok();
-    Some([mask("SigPnd")?, mask("ShdPnd")?, mask("SigBlk")?])
+fn signals(pid: HostPid, tid: i32) -> Option<[u64; 3]> {
+    let status = Status::of_thread(pid, tid).ok()?;
+    Some([status.bits("SigPnd")?, status.bits("ShdPnd")?, status.bits("SigBlk")?])
 }
 
 fn bit(signal: Signal) -> u64 {
@@ -113,7 +111,7 @@ fn bit(signal: Signal) -> u64 {
 }
 
 /// Runs a thread to the delivery of the SIGCONT that waits for it, and drops it. The thread does not leave the kernel.
-fn swallow_sigcont(pid: i32, tid: i32) -> io::Result<Stand> {
+fn swallow_sigcont(pid: HostPid, tid: i32) -> io::Result<Stand> {
     let thread = nix::unistd::Pid::from_raw(tid);
     // Two stops at most come before: the end of the group stop, and one more that a signal may have caused.
     for _ in 0..4 {
@@ -136,7 +134,7 @@ fn swallow_sigcont(pid: i32, tid: i32) -> io::Result<Stand> {
     Ok(Stand::Called)
 }
 
-fn await_stop(pid: i32, tid: i32) -> io::Result<()> {
+fn await_stop(pid: HostPid, tid: i32) -> io::Result<()> {
     let deadline = Instant::now() + DELIVERY;
     while look(pid, tid)? == Some(Stand::Called) {
         if Instant::now() >= deadline {

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use proc::HostPid;
 use rustix::process::Signal;
 
 /// Ends tracing of a thread that stands still and lets it run. `signal`, 0 for none, is delivered to it if it stands in
@@ -99,8 +100,8 @@ pub(crate) fn at_call(tid: i32) -> io::Result<AtCall> {
 }
 
 /// Sends a signal to one thread.
-pub(crate) fn signal_thread(pid: i32, tid: i32, signal: Signal) -> io::Result<()> {
+pub(crate) fn signal_thread(pid: HostPid, tid: i32, signal: Signal) -> io::Result<()> {
     // SAFETY: three numbers. It signals a thread of another process, and touches no memory of this one.
-    let done = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal.as_raw()) };
+    let done = unsafe { libc::syscall(libc::SYS_tgkill, pid.raw(), tid, signal.as_raw()) };
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

@@ -3,7 +3,9 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{Hold, HoldError, ReleaseError, Waits};
+use proc::{HostPid, Wait};
+
+use super::{Hold, HoldError, ReleaseError};
 use crate::process::{self, RunState};
 use crate::spared;
 use support::{Freezer, Program, REAL_TIME, await_that, soon, sys, wait};
@@ -32,7 +34,7 @@ fn assert_runs(program: &Program) {
 fn holds() {
     let Some(pid) = support::role() else { return };
     let mut hold = Hold::new(spared);
-    hold.take(pid.parse().unwrap()).unwrap();
+    hold.take(HostPid::new(pid.parse().unwrap()).unwrap()).unwrap();
     hold.settle(soon()).unwrap();
     support::ready();
     std::thread::sleep(Duration::from_secs(3600));
@@ -185,13 +187,13 @@ fn a_signal_to_a_held_process_is_delivered_once_when_it_is_let_go() {
 }
 
 /// Queues signals for a process for this long; how many there were in the end.
-fn send_signals(pid: i32, time: Duration) -> std::thread::JoinHandle<u64> {
+fn send_signals(pid: HostPid, time: Duration) -> std::thread::JoinHandle<u64> {
     std::thread::spawn(move || {
         let mut sent = 0;
         let end = Instant::now() + time;
         while Instant::now() < end {
             // Too many are not queued.
-            sent += u64::from(sys::queue_signal(pid, REAL_TIME).is_ok());
+            sent += u64::from(sys::queue_signal(pid.raw(), REAL_TIME).is_ok());
             std::thread::sleep(Duration::from_micros(30));
         }
         sent
@@ -349,13 +351,13 @@ fn a_program_with_a_name_like_the_drivers_is_held() {
 fn another_tracer_is_named() {
     let program = Program::play("sleeper");
     let holder = Program::play_role("hold::tests::holds", &program.pid.to_string());
-    assert_eq!(process::run_state(program.pid), RunState::Traced(holder.thread));
+    assert_eq!(process::run_state(program.pid), RunState::Traced(HostPid::new(holder.thread).unwrap()));
     let taken = Hold::new(spared).take(program.pid);
     let refused = Hold::new(spared).refuse_traced(program.pid);
     for error in [taken.unwrap_err(), refused.unwrap_err()] {
         let HoldError::Traced { tracer, name, .. } = &error else { panic!("{error}") };
-        assert_eq!(*tracer, holder.thread);
-        assert_eq!(*name, process::thread_name(holder.pid, holder.thread).unwrap());
+        assert_eq!(tracer.raw(), holder.thread);
+        assert_eq!(*name, proc::thread_name(holder.pid, holder.thread).unwrap());
     }
 }
 
@@ -402,20 +404,20 @@ fn a_thread_that_waits_uninterruptibly_is_named_and_stops_later() {
         eprintln!("skipped: there is no python3");
         return;
     };
-    let pid = i32::try_from(child.id()).unwrap();
+    let (pid, tid) = (HostPid::from(rustix::process::Pid::from_child(&child)), i32::try_from(child.id()).unwrap());
     // It waits for the disk too, when it starts.
     let is_in_fork = || {
-        Waits::of(pid, pid)
+        Wait::of(pid, tid)
             .syscall
             .is_some_and(|call| [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3].contains(&call))
     };
-    await_that("it waits", || process::letter(pid, pid).is_ok_and(|state| state == b'D') && is_in_fork());
+    await_that("it waits", || Wait::of(pid, tid).is_uninterruptible() && is_in_fork());
     let mut hold = Hold::new(spared);
     hold.take(pid).unwrap();
     let error = hold.settle(Instant::now() + Duration::from_millis(30)).unwrap_err();
-    assert!(error.to_string().contains("does not stop: it is in state D"), "{error}");
-    let HoldError::Moving { tid, .. } = error else { panic!("{error}") };
-    assert_eq!(tid, pid);
+    assert!(error.to_string().contains("waits uninterruptibly"), "{error}");
+    let HoldError::Moving { wait: late, .. } = error else { panic!("{error}") };
+    assert_eq!((late.pid, late.tid), (pid, tid));
     let _writer = std::fs::OpenOptions::new().write(true).open(&fifo).unwrap();
     hold.settle(soon()).unwrap();
     hold.let_go().unwrap();

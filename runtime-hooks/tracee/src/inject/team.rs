@@ -8,6 +8,8 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use proc::HostPid;
+
 use super::machine::State;
 use super::{Code, InjectError, Place, Worker, answer, argument, find_code, holds, list, open};
 use crate::hold::Hold;
@@ -33,7 +35,7 @@ impl Team {
     ///
     /// # Errors
     /// When the first thread is not held or cannot be used so.
-    pub fn gather(hold: &mut Hold, pid: i32, most: usize) -> Result<Self, InjectError> {
+    pub fn gather(hold: &mut Hold, pid: HostPid, most: usize) -> Result<Self, InjectError> {
         let mappings = list(pid)?;
         let stack = mappings.iter().find(|mapping| mapping.path == Path::new("[stack]"));
         // One in the delivery of a signal would have to take it first.

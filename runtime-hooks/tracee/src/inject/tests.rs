@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use proc::{HostPid, Status};
+
 use super::{InjectError, Injector};
 use crate::hold::{Hold, Scope};
 use crate::process::{self, RunState};
@@ -19,7 +21,7 @@ fn inject(program: &Program) {
     let mut hold = held(program);
     let mut injector = Injector::attach(&mut hold, program.pid, soon()).unwrap();
     assert!(injector.is_crash_safe());
-    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid));
+    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid.raw()));
     assert_eq!(injector.call(libc::SYS_close, [u64::MAX, 0, 0, 0, 0, 0]).unwrap(), -i64::from(libc::EBADF));
     injector.finish().unwrap();
     hold.let_go().unwrap();
@@ -102,8 +104,8 @@ fn a_stop_that_comes_in_between_takes_effect_after() {
     let mut hold = held(&program);
     let mut injector = Injector::attach(&mut hold, program.pid, soon()).unwrap();
     program.signal(libc::SIGSTOP);
-    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid));
-    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid));
+    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid.raw()));
+    assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(program.pid.raw()));
     injector.finish().unwrap();
     hold.let_go().unwrap();
     await_that("it is stopped", || process::run_state(program.pid) == RunState::Stopped);
@@ -169,7 +171,7 @@ fn a_process_that_is_killed_in_an_injected_call_is_told_at_once() {
             let call = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
             call.starts_with(&format!("{} ", libc::SYS_pause))
         });
-        support::sys::queue_signal(pid, libc::SIGKILL).unwrap();
+        support::sys::queue_signal(pid.raw(), libc::SIGKILL).unwrap();
     });
     let deadline = Instant::now() + Duration::from_secs(3600);
     let mut injector = Injector::attach(&mut hold, pid, deadline).unwrap();
@@ -187,13 +189,13 @@ fn a_process_that_is_killed_in_an_injected_call_is_told_at_once() {
 fn injects() {
     let Some(argument) = support::role() else { return };
     let (pid, step) = argument.split_once(' ').unwrap();
-    let pid: i32 = pid.parse().unwrap();
+    let pid = HostPid::new(pid.parse().unwrap()).unwrap();
     crate::steps::die_at(step.parse().unwrap());
     let mut hold = Hold::new(spared);
     hold.take_scope(pid, Scope::All).unwrap();
     let mut injector = Injector::attach(&mut hold, pid, soon()).unwrap();
     for _ in 0..3 {
-        assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(pid));
+        assert_eq!(injector.call(libc::SYS_getpid, [0; 6]).unwrap(), i64::from(pid.raw()));
     }
     injector.finish().unwrap();
     hold.let_go().unwrap();
@@ -205,7 +207,7 @@ fn injects() {
 #[ignore = "a role in another test"]
 fn injects_always() {
     let Some(pid) = support::role() else { return };
-    let pid = pid.parse().unwrap();
+    let pid = HostPid::new(pid.parse().unwrap()).unwrap();
     loop {
         let mut hold = Hold::new(spared);
         hold.take_scope(pid, Scope::All).unwrap();
@@ -225,8 +227,8 @@ fn die_at_each_step(name: &str, counter: u64) {
         program.await_progress(counter);
         program.await_progress(counter);
         assert_unhurt(&program);
-        let status = std::fs::read(format!("/proc/{}/status", program.pid)).unwrap();
-        assert_eq!(process::status_field(&status, "SigBlk"), Some("0000000000000000"), "signals stay blocked");
+        let status = Status::of(program.pid).unwrap();
+        assert_eq!(status.blocked_signals(), Some(0), "signals stay blocked");
         match code {
             Some(0) => break,
             code => assert_eq!(code, None, "at step {steps}"),

@@ -1,17 +1,18 @@
 //! One thread that makes calls.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::sys::ptrace;
+use proc::{HostPid, Mapping, Status};
 
 use super::machine::{self, State};
 use super::{Code, InjectError, SCRATCH, await_stop, holds, step};
 use crate::hold::{Glance, Hold, Stand, Stop, glance, sys};
-use crate::process::{self, Mapping};
+use crate::process;
 
 /// Longest time for the thread to get back to its place, whatever the deadline.
 const RETURN: Duration = Duration::from_secs(1);
@@ -41,7 +42,7 @@ pub(super) struct Frame {
 /// A held thread that makes system calls, one after the other.
 #[derive(Debug)]
 pub(super) struct Worker {
-    pid: i32,
+    pid: HostPid,
     pub(super) tid: i32,
     /// It has a seccomp filter, which is suspended.
     has_filter: bool,
@@ -63,7 +64,7 @@ impl Worker {
     /// Prepares a thread that stands still, and in the delivery of no signal.
     pub(super) fn prepare(
         hold: &Hold,
-        (pid, tid): (i32, i32),
+        (pid, tid): (HostPid, i32),
         mut state: State,
         mut code: Code,
         memory: Rc<File>,
@@ -267,7 +268,7 @@ impl Worker {
             && !matches!(error, InjectError::Died { .. })
         {
             let error = error as &dyn std::error::Error;
-            tracing::error!(pid, tid, error, "a thread is not back where it was before injected calls");
+            tracing::error!(%pid, tid, error, "a thread is not back where it was before injected calls");
         }
         hold.note(pid, tid, Stand::Still { signal: 0 });
         back.is_ok()
@@ -323,12 +324,11 @@ fn leave_restartable_sequence(memory: &File, tid: i32, state: &mut State) {
 }
 
 /// Tells whether a thread has a seccomp filter, or may only read and write.
-fn has_filter(pid: i32, tid: i32) -> bool {
-    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    process::status_number(&status, "Seccomp").is_some_and(|mode| mode != 0)
+fn has_filter(pid: HostPid, tid: i32) -> bool {
+    Status::of_thread(pid, tid).is_ok_and(|status| status.number("Seccomp").is_some_and(|mode| mode != 0))
 }
 
-fn has_shadow_stack(pid: i32, tid: i32) -> bool {
-    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    process::status_field(&status, "x86_Thread_features").is_some_and(|features| features.contains("shstk"))
+fn has_shadow_stack(pid: HostPid, tid: i32) -> bool {
+    let has = |status: Status| status.field("x86_Thread_features").is_some_and(|features| features.contains("shstk"));
+    Status::of_thread(pid, tid).is_ok_and(has)
 }

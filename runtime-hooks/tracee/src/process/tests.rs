@@ -1,27 +1,10 @@
-use super::{
-    Range, RunState, anonymous_mappings, fds_matching, gained, namespace_pid, run_state, stat_field, status_field,
-    threads,
-};
+use proc::{HostPid, Range};
+
+use super::{RunState, anonymous_mappings, fds_matching, gained, run_state};
 use support::{Program, await_that};
 
 fn range(start: u64, end: u64) -> Range {
     Range { start, end }
-}
-
-#[test]
-fn a_name_with_parentheses_does_not_shift_fields() {
-    let stat = b"42 (a) R (b) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 999 20";
-    assert_eq!(stat_field(stat, 4), Some(1));
-    assert_eq!(stat_field(stat, 21), Some(18));
-    assert_eq!(stat_field(b"", 22), None);
-}
-
-#[test]
-fn a_field_of_status_is_found_by_its_whole_name() {
-    let status = b"Name:\t\xff\nTracerPid:\t12\nPid:\t34\n";
-    assert_eq!(status_field(status, "Pid"), Some("34"));
-    assert_eq!(status_field(status, "Name"), None);
-    assert_eq!(status_field(status, "PPid"), None);
 }
 
 #[test]
@@ -39,7 +22,7 @@ fn what_was_gained_is_found_though_mappings_are_joined() {
 
 #[test]
 fn new_memory_of_a_process_is_found() {
-    let pid = i32::try_from(std::process::id()).unwrap();
+    let pid = HostPid::own();
     let before = anonymous_mappings(pid).unwrap();
     let memory = vec![1_u8; 64 << 20];
     let gained: u64 = gained(&before, &anonymous_mappings(pid).unwrap()).iter().map(Range::len).sum();
@@ -62,13 +45,7 @@ fn the_states_of_a_process_are_told() {
 #[test]
 fn a_process_that_is_gone_has_nothing() {
     // Above the largest pid that there can be.
-    let pid = 1 << 23;
-    assert!(fds_matching(pid, |_| true).is_err() && threads(pid).is_err() && namespace_pid(pid).is_err());
+    let pid = HostPid::new(1 << 23).unwrap();
+    assert!(fds_matching(pid, |_| true).is_err());
     assert_eq!(run_state(pid), RunState::Dead);
-}
-
-#[test]
-fn a_pid_is_its_own_where_there_is_one_namespace() {
-    let program = Program::play("sleeper");
-    assert!(namespace_pid(program.pid).unwrap() > 0);
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::{cgroups, cgroups_v2};
+use proc::HostPid;
 use rustix::process::{Pid, Signal, WaitOptions};
 
 use crate::v1::Directories;
@@ -423,7 +424,7 @@ fn a_cgroup_that_is_gone_has_no_metrics_no_processes_and_no_kills() {
     drop(directory);
     for cgroup in [first, second] {
         assert!(matches!(cgroup.metrics(), Err(CgroupError::File { action: "read", .. })));
-        assert_eq!(cgroup.pids().unwrap(), [0; 0]);
+        assert_eq!(cgroup.pids().unwrap(), []);
         assert_eq!(cgroup.oom_kills(), 0);
         assert!(!cgroup.is_frozen().unwrap());
         cgroup.thaw().unwrap();
@@ -435,9 +436,10 @@ fn a_cgroup_that_is_gone_has_no_metrics_no_processes_and_no_kills() {
 #[test]
 fn processes_of_cgroups_below_belong_to_it() {
     let directory = fixture(V1);
-    assert_eq!(v1(directory.path()).pids().unwrap(), [3, 17, 18, 19], "0 is a process of another pid namespace");
+    let pids = |numbers: &[i32]| numbers.iter().map(|pid| HostPid::new(*pid).unwrap()).collect::<Vec<_>>();
+    assert_eq!(v1(directory.path()).pids().unwrap(), pids(&[3, 17, 18, 19]), "0 is a process of another pid namespace");
     let directory = fixture(V2);
-    assert_eq!(v2(directory.path()).pids().unwrap(), [17, 18]);
+    assert_eq!(v2(directory.path()).pids().unwrap(), pids(&[17, 18]));
 }
 
 #[test]
@@ -495,13 +497,13 @@ fn a_thread_that_waits_uninterruptibly_is_named_when_a_cgroup_does_not_freeze() 
     let directory = fixture(V2);
     let Some(parent) = crate::vfork::tests::Parent::start(directory.path()) else { return };
     let pid = parent.pid;
-    while !proc::Stat::of(proc::HostPid::new(pid).unwrap()).is_ok_and(|stat| stat.state() == b'D') {
+    while !proc::Stat::of(pid).is_ok_and(|stat| stat.state() == b'D') {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     write(directory.path(), &[("cgroup.procs", &format!("{pid}\n"))]);
     let error = v2(directory.path()).freeze().unwrap_err();
     let CgroupError::Uninterruptible { wait, .. } = &error else { panic!("{error:?}") };
-    assert_eq!((wait.pid, wait.tid), (pid, pid));
+    assert_eq!((wait.pid, wait.tid), (pid, pid.raw()));
     assert!(error.to_string().contains(&format!("of process {pid} waits uninterruptibly")), "{error}");
     parent.let_child_go();
     parent.ends();

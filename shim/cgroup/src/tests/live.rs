@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::cgroups::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
+use proc::HostPid;
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
 use crate::{Cgroup, CgroupError, Hierarchy};
@@ -89,8 +90,8 @@ impl Drop for Bed {
             for cgroup in below.iter().rev() {
                 while fs::remove_dir(cgroup).is_err() {
                     let pids = crate::process::pids(cgroup).unwrap_or_default();
-                    pids.iter().filter_map(|pid| Pid::from_raw(*pid)).for_each(|pid| {
-                        let _ = rustix::process::kill_process(pid, Signal::KILL);
+                    pids.iter().for_each(|pid| {
+                        let _ = rustix::process::kill_process(pid.as_pid(), Signal::KILL);
                     });
                     let _ = fs::write(cgroup.join("freezer.state"), "THAWED");
                     let _ = fs::write(cgroup.join("cgroup.freeze"), "0");
@@ -106,12 +107,12 @@ struct Running {
 }
 
 impl Running {
-    fn pid(&self) -> i32 {
-        i32::try_from(self.child.id()).unwrap()
+    fn pid(&self) -> HostPid {
+        Pid::from_child(&self.child).into()
     }
 
     fn wait(&self) -> WaitStatus {
-        rustix::process::waitpid(Pid::from_raw(self.pid()), WaitOptions::empty()).unwrap().unwrap().1
+        rustix::process::waitpid(Some(self.pid().as_pid()), WaitOptions::empty()).unwrap().unwrap().1
     }
 }
 
@@ -312,7 +313,7 @@ async fn v1_an_out_of_memory_kill_is_told_and_counted_and_the_watch_ends_with_th
     assert_eq!(cgroup.oom_kills(), 0);
 }
 
-fn assert_stands_still(pid: i32) {
+fn assert_stands_still(pid: HostPid) {
     let ticks = || {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
         let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_ascii_whitespace().map(str::to_owned).collect();

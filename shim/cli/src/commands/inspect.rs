@@ -146,7 +146,7 @@ fn memory(snapshot: &Snapshot) -> Result<Vec<Memory>, String> {
             let kind = process.segments.iter().filter(|segment| !zero || segment.place == Place::Zero);
             kind.map(|segment| segment.length).sum()
         };
-        Memory { pid: process.pid, memory: sum(false), zero: sum(true) }
+        Memory { pid: process.pid.raw(), memory: sum(false), zero: sum(true) }
     });
     Ok(processes.collect())
 }

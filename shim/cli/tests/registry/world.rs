@@ -13,6 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use memory::{Control, FileSource, Saved, save_files};
+use proc::ContainerPid;
 use rustix::process::{Pid, Signal, kill_process};
 use snapshot::{Config, Digest, Host, IfTaken, NewLayer, NewSnapshot, Process, Store};
 
@@ -51,7 +52,8 @@ impl World {
             std::fs::write(&path, noise(seed)).unwrap();
             let file = File::open(&path).unwrap();
             let address = 0x7000_0000_0000 + (number * PACK) as u64;
-            let source = FileSource { file: &file, path: &path, offset: 0, pid: 1, address, length: PACK as u64 };
+            let pid = ContainerPid::new(1).unwrap();
+            let source = FileSource { file: &file, path: &path, offset: 0, pid, address, length: PACK as u64 };
             let into = memory::Draft { folder: folder.clone(), prefix: format!("pack-{number}") };
             saved = saved.merge(save_files(&[source], &into, &Control::new()).unwrap()).unwrap();
             std::fs::remove_file(&path).unwrap();

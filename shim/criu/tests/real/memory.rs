@@ -8,6 +8,7 @@ use std::path::Path;
 use async_trait::async_trait;
 use criu::{BoxError, CallError, External, NotifyRestore, RestoreError, RestoreRequest};
 use images::{Changes, Inherited, Run, Staging};
+use proc::ContainerPid;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::sys;
@@ -47,7 +48,7 @@ impl NotifyRestore for Fill {
 fn read(run: &Run) -> (i32, u64, Vec<u8>) {
     let mut bytes = vec![0; usize::try_from(run.length).unwrap()];
     File::open(&run.file).unwrap().read_exact_at(&mut bytes, run.offset).unwrap();
-    (run.pid, run.address, bytes)
+    (run.pid.raw(), run.address, bytes)
 }
 
 fn without(runs: &[Run]) -> Vec<Changes> {
@@ -135,14 +136,14 @@ async fn a_family_keeps_its_shared_pages_if_they_are_left_to_criu(world: World) 
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
     let runs = images::runs(&images, LEAST, Inherited::Leave).unwrap();
-    let mut pids: Vec<i32> = runs.iter().map(|run| run.pid).collect();
+    let mut pids: Vec<ContainerPid> = runs.iter().map(|run| run.pid).collect();
     pids.dedup();
-    let own = |pid: &i32| runs.iter().filter(|run| run.pid == *pid).map(|run| run.length >> 20).sum::<u64>();
+    let own = |pid: &ContainerPid| runs.iter().filter(|run| run.pid == *pid).map(|run| run.length >> 20).sum::<u64>();
     assert_eq!(pids.iter().map(own).collect::<Vec<_>>(), [22, 6, 10]);
     let taken = take(&images, &runs);
     let target = restored_family(&world, taken).await;
     for pid in pids {
-        assert!(shared(pid) > 34 << 10, "{pid}: {}", shared(pid));
+        assert!(shared(pid.raw()) > 34 << 10, "{pid}: {}", shared(pid.raw()));
     }
     target.kill().await;
 }
@@ -199,8 +200,9 @@ async fn rewritten_images_are_restored_twice_and_again_from_a_new_dump(world: Wo
 async fn images_that_nothing_is_taken_out_of_are_restored_as_before(world: World) {
     dumped_family(&world, &["family"]).await;
     let images = world.path("images");
-    let pids: Vec<i32> = images::runs(&images, LEAST, Inherited::Take).unwrap().iter().map(|run| run.pid).collect();
-    let changes = |pid: &i32| Changes { pid: *pid, ..Changes::default() };
+    let pids: Vec<ContainerPid> =
+        images::runs(&images, LEAST, Inherited::Take).unwrap().iter().map(|run| run.pid).collect();
+    let changes = |pid: &ContainerPid| Changes { pid: *pid, without: vec![], staging: vec![] };
     images::rewrite(&images, &pids.iter().map(changes).collect::<Vec<_>>()).unwrap();
     restored_family(&world, vec![]).await.kill().await;
 }
@@ -226,16 +228,17 @@ async fn staging_memory_becomes_anonymous_again(world: World) {
     target.child.wait().await;
 
     let images = world.path("images");
-    let written = images::present(&images, pid, range.clone()).unwrap();
+    let saved = ContainerPid::new(pid).unwrap();
+    let written = images::present(&images, saved, range.clone()).unwrap();
     assert_eq!(written.iter().map(|run| run.length).collect::<Vec<_>>(), [4096, 3 * 4096]);
     let mut taken =
         vec![(pid, address, part(&pack, 0..8 << 20)), (pid, address + (12 << 20), part(&pack, 8 << 20..12 << 20))];
     taken.extend(written.iter().map(read));
     drop(pack);
     let staging = vec![Staging { range: range.clone(), huge: true }];
-    images::rewrite(&images, &[Changes { pid, without: vec![], staging }]).unwrap();
+    images::rewrite(&images, &[Changes { pid: saved, without: vec![], staging }]).unwrap();
     images::check(&images).unwrap();
-    assert_eq!(images::present(&images, pid, range.clone()).unwrap(), []);
+    assert_eq!(images::present(&images, saved, range.clone()).unwrap(), []);
 
     let restored = world.criu.restore(cut(&world), &mut Fill(taken)).await.unwrap();
     let target = Target::of(restored.root, &world);

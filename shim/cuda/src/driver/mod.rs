@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::path::PathBuf;
 
+use proc::HostPid;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::sys::GpuPair;
@@ -212,48 +213,48 @@ impl Driver {
     ///
     /// # Errors
     /// [`CudaResult::NOT_INITIALIZED`] for a process without CUDA, [`CudaResult::OPERATING_SYSTEM`] for none at all.
-    pub fn state(&self, pid: i32) -> Result<ProcessState, CudaResult> {
-        self.functions.state(pid).map(ProcessState::from).map_err(CudaResult)
+    pub fn state(&self, pid: HostPid) -> Result<ProcessState, CudaResult> {
+        self.functions.state(pid.raw()).map(ProcessState::from).map_err(CudaResult)
     }
 
     /// The driver's thread in the process.
     ///
     /// # Errors
     /// As [`Self::state`].
-    pub fn restore_thread(&self, pid: i32) -> Result<i32, CudaResult> {
-        self.functions.restore_thread(pid).map_err(CudaResult)
+    pub fn restore_thread(&self, pid: HostPid) -> Result<i32, CudaResult> {
+        self.functions.restore_thread(pid.raw()).map_err(CudaResult)
     }
 
     /// Has the process start no more GPU work, and waits `timeout_ms` for what runs; 0 is for ever.
     ///
     /// # Errors
     /// [`CudaResult::NOT_READY`] after the timeout: it goes on as before.
-    pub fn lock(&self, pid: i32, timeout_ms: u32) -> Result<(), CudaResult> {
-        self.functions.lock(pid, timeout_ms).map_err(CudaResult)
+    pub fn lock(&self, pid: HostPid, timeout_ms: u32) -> Result<(), CudaResult> {
+        self.functions.lock(pid.raw(), timeout_ms).map_err(CudaResult)
     }
 
     /// Moves the GPU state of a locked process to its memory.
     ///
     /// # Errors
     /// [`CudaResult::NOT_SUPPORTED`] for managed memory: it stays locked.
-    pub fn checkpoint(&self, pid: i32) -> Result<(), CudaResult> {
-        self.functions.checkpoint(pid).map_err(CudaResult)
+    pub fn checkpoint(&self, pid: HostPid) -> Result<(), CudaResult> {
+        self.functions.checkpoint(pid.raw()).map_err(CudaResult)
     }
 
     /// Moves the state back; the process is locked then.
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn restore(&self, pid: i32, pairs: &[GpuPair]) -> Result<(), CudaResult> {
-        self.functions.restore(pid, pairs).map_err(CudaResult)
+    pub(crate) fn restore(&self, pid: HostPid, pairs: &[GpuPair]) -> Result<(), CudaResult> {
+        self.functions.restore(pid.raw(), pairs).map_err(CudaResult)
     }
 
     /// Lets a locked process go on.
     ///
     /// # Errors
     /// The driver's.
-    pub fn unlock(&self, pid: i32) -> Result<(), CudaResult> {
-        self.functions.unlock(pid).map_err(CudaResult)
+    pub fn unlock(&self, pid: HostPid) -> Result<(), CudaResult> {
+        self.functions.unlock(pid.raw()).map_err(CudaResult)
     }
 }
 

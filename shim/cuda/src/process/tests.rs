@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use proc::{ContainerPid, HostPid};
+
 use super::{device_fds, drivers, is_device, is_instance, is_known_name, touches_gpu};
 use support::Program;
 
@@ -26,7 +28,7 @@ fn threads_of_the_driver_are_known_by_their_names() {
 #[test]
 fn a_programs_thread_with_a_name_like_the_drivers_is_known_by_the_signals_that_it_takes() {
     let program = Program::play("cuda-threads");
-    let threads = tracee::process::threads(program.pid).unwrap();
+    let threads = proc::threads(program.pid).unwrap();
     let name = |tid: i32| threads.iter().find(|thread| thread.tid == tid).map(|thread| thread.name.as_str());
     let drivers: Vec<_> = drivers(program.pid, &threads).into_iter().map(name).collect();
     assert_eq!(drivers, [Some("cuda0123456789a"), Some("cuda-new-kind")]);
@@ -35,7 +37,7 @@ fn a_programs_thread_with_a_name_like_the_drivers_is_known_by_the_signals_that_i
 #[test]
 fn a_process_that_is_gone_has_nothing() {
     // Above the largest pid that there can be.
-    let pid = 1 << 23;
+    let pid = HostPid::new(1 << 23).unwrap();
     assert!(!touches_gpu(pid) && device_fds(pid).is_err());
 }
 
@@ -49,7 +51,7 @@ fn instances_of_a_divided_gpu_are_known_by_their_nodes() {
 
 #[test]
 fn events_that_another_process_shares_are_told_from_own_ones() {
-    let is_others = |path: &str| super::is_others_event(std::path::Path::new(path), 0x1b4);
+    let is_others = |path: &str| super::is_others_event(std::path::Path::new(path), ContainerPid::new(0x1b4).unwrap());
     assert!(is_others("/dev/shm/cuda.shm.0.1b3.1"));
     assert!(!is_others("/dev/shm/cuda.shm.0.1b4.1"));
     assert!(!is_others("/dev/shm/nccl-1b3"));

@@ -8,6 +8,8 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
+use proc::ContainerPid;
+
 use crate::tests::formats::{file, write_image};
 use crate::wire::{Value, fields, first_entry, put_message, put_number};
 use crate::{Changes, ImageError, Inherited, Run, Staging, check_pages, present, rewrite, runs};
@@ -31,6 +33,10 @@ const PRIVATE_FILE: u64 = 0x41;
 const IN_PARENT: u64 = 1;
 const LAZY: u64 = 2;
 const PRESENT: u64 = 4;
+
+fn container(pid: i32) -> ContainerPid {
+    ContainerPid::new(pid).unwrap()
+}
 
 /// Returns a message of numbers, and of an unknown field.
 fn numbers(numbers: &[(u32, u64)]) -> Vec<u8> {
@@ -101,7 +107,7 @@ impl Images {
         let bytes = |pages: &Range<u64>| pages.start * PAGE..pages.end * PAGE;
         let without = without.iter().map(bytes).collect();
         let staging = staging.iter().map(|pages| Staging { range: bytes(pages), huge: true }).collect();
-        rewrite(self.path(), &[Changes { pid: 1, without, staging }]).map_err(|error| error.to_string())
+        rewrite(self.path(), &[Changes { pid: container(1), without, staging }]).map_err(|error| error.to_string())
     }
 
     /// Returns the contents of a message's repeated field.
@@ -119,7 +125,8 @@ impl Images {
     }
 
     fn runs(&self, inherited: Inherited) -> Vec<(i32, Range<u64>, u64)> {
-        let pages = |run: &Run| (run.pid, run.address / PAGE..(run.address + run.length) / PAGE, run.offset / PAGE);
+        let pages =
+            |run: &Run| (run.pid.raw(), run.address / PAGE..(run.address + run.length) / PAGE, run.offset / PAGE);
         runs(self.path(), 4 * PAGE, inherited).unwrap().iter().map(pages).collect()
     }
 }
@@ -158,7 +165,7 @@ fn runs_are_found_across_entries_and_cut_at_mappings_and_rseq_areas() {
     assert_eq!(found, [(1, 0..4, 0), (1, 8..12, 6), (1, 16..23, 10), (1, 25..32, 19)]);
     let run = &runs(images.path(), PAGE, Inherited::Take).unwrap()[0];
     assert_eq!(run.file.file_name().unwrap(), "pages-101.img");
-    let present = present(images.path(), 1, 10 * PAGE..17 * PAGE).unwrap();
+    let present = present(images.path(), container(1), 10 * PAGE..17 * PAGE).unwrap();
     let pages = |run: &Run| (run.address / PAGE, run.length / PAGE, run.offset / PAGE);
     assert_eq!(present.iter().map(pages).collect::<Vec<_>>(), [(10, 2, 8), (16, 1, 10)]);
 }
@@ -368,7 +375,7 @@ fn ranges_that_do_not_fit_are_refused() {
     let images = Images::new(&[(1, 0, &[])]);
     images.process(1, &mappings, &[(2..6, PRESENT)]);
     let range = 1..PAGE;
-    let changes = Changes { pid: 1, without: vec![range], staging: vec![] };
+    let changes = Changes { pid: container(1), without: vec![range], staging: vec![] };
     assert!(rewrite(images.path(), &[changes]).unwrap_err().to_string().contains("0x1-0x1000 is not made of pages"));
 }
 

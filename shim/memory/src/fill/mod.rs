@@ -8,6 +8,8 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use proc::{ContainerPid, HostPid, ProcessIds};
+
 use crate::buffer::{Buffer, SIZE};
 use crate::control::Control;
 use crate::error::FillError;
@@ -27,18 +29,18 @@ const DISK_THREADS: NonZeroUsize = NonZeroUsize::new(16).expect("16 is not 0");
 
 /// Whose memory is filled, and who hears of it.
 pub struct Destination<'a> {
-    /// Processes of the table, each once, in the order in which they are wanted: pid in the table, pid on this host. All
-    /// of the table must be here; others are passed over.
-    pub processes: &'a [(i32, i32)],
+    /// Processes of the table, each once, in the order in which they are wanted. All of the table must be here; others
+    /// are passed over.
+    pub processes: &'a [ProcessIds],
     /// Called with a process' pid in the table when all its memory is in place; from any thread, which does nothing else
     /// meanwhile.
-    pub ready: &'a (dyn Fn(i32) + Sync),
+    pub ready: &'a (dyn Fn(ContainerPid) + Sync),
 }
 
 /// What is left of a process.
 struct Progress {
     /// In the table.
-    pid: i32,
+    pid: ContainerPid,
     /// On this host; none if nothing of it is filled.
     host: Option<Arc<Remote>>,
     /// Bytes that are not in place yet.
@@ -101,7 +103,7 @@ pub fn fill(table: &SegmentTable, packs: &[Pack], into: &Destination<'_>, contro
 }
 
 impl Progress {
-    fn landed(&self, bytes: u64, ready: &(dyn Fn(i32) + Sync)) {
+    fn landed(&self, bytes: u64, ready: &(dyn Fn(ContainerPid) + Sync)) {
         // What other threads wrote is in place for whoever is told.
         let left = self.left.fetch_sub(bytes, Ordering::AcqRel);
         if left == bytes {
@@ -150,16 +152,16 @@ fn check_packs(table: &SegmentTable, packs: &[Pack]) -> Result<(), FillError> {
     Ok(())
 }
 
-fn plan(table: &SegmentTable, order: &[(i32, i32)]) -> Result<(Vec<Progress>, Plan), FillError> {
+fn plan(table: &SegmentTable, order: &[ProcessIds]) -> Result<(Vec<Progress>, Plan), FillError> {
     if let Some(Process { pid, .. }) =
-        table.processes().iter().find(|process| !order.iter().any(|(pid, _)| *pid == process.pid))
+        table.processes().iter().find(|process| !order.iter().any(|ids| ids.container == process.pid))
     {
         return Err(FillError::Unknown { pid: *pid });
     }
     let mut plan = Plan::default();
     let mut progress = Vec::new();
-    let mut hosts: BTreeMap<i32, Arc<Remote>> = BTreeMap::new();
-    for (pid, host) in order.iter().copied() {
+    let mut hosts: BTreeMap<HostPid, Arc<Remote>> = BTreeMap::new();
+    for ProcessIds { host, container: pid } in order.iter().copied() {
         let left: u64 = table.segments(pid).iter().map(|segment| plan.add(progress.len(), segment)).sum();
         let first = table.segments(pid).first().filter(|_| left > 0);
         let host = match (first, hosts.get(&host)) {

@@ -5,6 +5,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use proc::ContainerPid;
+
 use super::{Draft, Saved, check_range};
 use crate::buffer::{Buffer, SIZE};
 use crate::checksum::{Checksum, is_zero};
@@ -24,7 +26,7 @@ pub struct FileSource<'a> {
     /// Where in it the memory begins, in bytes.
     pub offset: u64,
     /// The process, for the table.
-    pub pid: i32,
+    pub pid: ContainerPid,
     /// Where the memory begins in the process; a page.
     pub address: u64,
     /// Its bytes; whole pages.

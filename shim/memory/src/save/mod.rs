@@ -5,11 +5,13 @@ mod process;
 
 use std::path::PathBuf;
 
+use proc::ContainerPid;
+
 use crate::error::SaveError;
 use crate::pack::{CHUNK, PAGE};
 use crate::table::SegmentTable;
 pub use files::{FileSource, save_files};
-pub use process::{Target, save_processes};
+pub use process::save_processes;
 
 /// Where packs are written: files `PREFIX-000000`, `PREFIX-000001`, ... of their owner alone. The caller removes the
 /// folder if saving fails.
@@ -48,7 +50,7 @@ impl Saved {
 }
 
 /// The end of a range of whole pages in the address space.
-fn check_range(pid: i32, address: u64, length: u64) -> Result<u64, SaveError> {
+fn check_range(pid: ContainerPid, address: u64, length: u64) -> Result<u64, SaveError> {
     let pages = address.is_multiple_of(PAGE) && length.is_multiple_of(PAGE);
     // Room for one chunk more, so that no sum of an address and a chunk has to be checked again.
     let end = address.checked_add(length).filter(|end| pages && end.checked_add(CHUNK).is_some());

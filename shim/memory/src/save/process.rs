@@ -1,35 +1,26 @@
 //! Memory of processes that stand still.
 
 use std::cmp::Reverse;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use proc::{ContainerPid, ProcessIds};
 
 use super::{Draft, Saved, check_range};
 use crate::buffer::{Buffer, SIZE};
 use crate::checksum::{Checksum, is_zero};
 use crate::control::Control;
 use crate::error::SaveError;
+use crate::layout::Regions;
 use crate::pack::{CHUNK_BYTES, MAX_PACK_DATA, PackWriter};
 use crate::remote::Remote;
 use crate::table::{Place, Process, Segment, SegmentTable, push};
 use crate::units;
 
-/// Memory of a process that is to be saved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// The process, as the host numbers it. It is frozen, or all its threads are held.
-    pub process: i32,
-    /// Its pid in its own pid namespace, for the table.
-    pub pid: i32,
-    /// Addresses of whole pages.
-    pub ranges: Vec<Range<u64>>,
-}
-
 /// What becomes one pack at most.
 struct Window {
     process: Arc<Remote>,
-    pid: i32,
+    pid: ContainerPid,
     address: u64,
     length: u64,
 }
@@ -40,7 +31,7 @@ struct Copied {
     pack: Option<(PathBuf, u64)>,
 }
 
-/// Saves memory of processes: each 256 MiB of a range, counted from its begin, are one pack, unless they are all zero.
+/// Saves memory of processes that are frozen or held: each 256 MiB of a range, counted from its begin, are one pack, unless they are all zero.
 /// So a change of memory in one place leaves all other packs as they were.
 ///
 /// Zero chunks are left out, but only in runs of `zero_run` bytes or more, or at the edges of a pack: a caller that maps
@@ -50,7 +41,12 @@ struct Copied {
 /// # Errors
 /// When a process ends, its memory is not mapped, a disk is full, or it is cancelled. What was written stays. Nothing is
 /// synced to the disk.
-pub fn save_processes(targets: &[Target], zero_run: u64, draft: &Draft, control: &Control) -> Result<Saved, SaveError> {
+pub fn save_processes(
+    targets: &[Regions],
+    zero_run: u64,
+    draft: &Draft,
+    control: &Control,
+) -> Result<Saved, SaveError> {
     let windows = windows(targets)?;
     // The largest first, so that no thread begins one when all others are about to end.
     let mut order: Vec<usize> = (0..windows.len()).collect();
@@ -82,19 +78,18 @@ pub fn save_processes(targets: &[Target], zero_run: u64, draft: &Draft, control:
     Ok(Saved { packs, table: SegmentTable::new(lengths, processes)? })
 }
 
-fn windows(targets: &[Target]) -> Result<Vec<Window>, SaveError> {
+fn windows(targets: &[Regions]) -> Result<Vec<Window>, SaveError> {
     let mut windows = Vec::new();
-    for Target { process, pid, ranges } in targets {
+    for Regions { process: ProcessIds { host, container }, ranges } in targets {
         let Some(first) = ranges.first() else { continue };
-        let remote = Remote::open(*process, first.start).map_err(|error| SaveError::process(*process, error))?;
+        let remote = Remote::open(*host, first.start).map_err(|error| SaveError::process(*host, error))?;
         let remote = Arc::new(remote);
         for range in ranges {
-            let length = range.end.saturating_sub(range.start);
-            let end = check_range(*process, range.start, length)?;
+            let end = check_range(*container, range.start, range.len())?;
             let mut address = range.start;
             while address < end {
                 let length = MAX_PACK_DATA.min(end - address);
-                windows.push(Window { process: Arc::clone(&remote), pid: *pid, address, length });
+                windows.push(Window { process: Arc::clone(&remote), pid: *container, address, length });
                 address += length;
             }
         }

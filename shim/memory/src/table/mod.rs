@@ -2,6 +2,8 @@
 
 mod wire;
 
+use proc::{ContainerPid, Range};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::pack::{MAX_PACK_DATA, PAGE};
@@ -24,13 +26,13 @@ pub struct SegmentTable {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Process {
     /// Its pid in its own pid namespace.
-    pub pid: i32,
+    pub pid: ContainerPid,
     /// Its memory, as far as it was saved.
     pub segments: Vec<Segment>,
 }
 
 /// Contiguous memory that is contiguous in a pack too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Segment {
     /// Where it begins in the process.
     pub address: u64,
@@ -41,7 +43,7 @@ pub struct Segment {
 }
 
 /// Where the bytes of a segment are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Place {
     /// Nowhere: they are all zero.
     Zero,
@@ -94,7 +96,7 @@ pub enum TableError {
     #[error("{length} bytes at {address:#x} of process {pid} are not valid memory")]
     Segment {
         /// The process.
-        pid: i32,
+        pid: ContainerPid,
         /// Where the segment begins.
         address: u64,
         /// Its length.
@@ -107,6 +109,22 @@ impl Segment {
     #[must_use]
     pub fn end(&self) -> u64 {
         self.address + self.length
+    }
+
+    /// Returns its addresses.
+    #[must_use]
+    pub fn range(&self) -> Range {
+        Range { start: self.address, end: self.address.saturating_add(self.length) }
+    }
+
+    /// Returns the number of the pack that has its bytes, and the offset in the pack's data; None for zeros.
+    #[must_use]
+    pub fn stored(&self) -> Option<(usize, u64)> {
+        match self.place {
+            Place::Zero => None,
+            // A number that is no usize is none of a pack.
+            Place::Pack { index, offset } => Some((usize::try_from(index).unwrap_or(usize::MAX), offset)),
+        }
     }
 
     /// Makes this one longer by one that goes on where it ends, in memory and in its pack.
@@ -202,7 +220,7 @@ impl SegmentTable {
 
     /// The memory of one process, in the order of addresses; none if nothing of it was saved.
     #[must_use]
-    pub fn segments(&self, pid: i32) -> &[Segment] {
+    pub fn segments(&self, pid: ContainerPid) -> &[Segment] {
         let found = self.processes.binary_search_by_key(&pid, |process| process.pid);
         found.map_or(&[], |index| &self.processes[index].segments)
     }
@@ -236,12 +254,12 @@ impl SegmentTable {
                 return Err(TableError::Pack { index, length });
             }
         }
-        let mut last = 0;
+        let mut last = None;
         for Process { pid, segments } in &self.processes {
-            if *pid <= last {
-                return Err(TableError::Process(*pid));
+            if Some(*pid) <= last {
+                return Err(TableError::Process(pid.raw()));
             }
-            last = *pid;
+            last = Some(*pid);
             let mut end = 0;
             for segment in segments {
                 end = self.end_of(segment).filter(|_| segment.address >= end).ok_or(TableError::Segment {

@@ -1,5 +1,7 @@
 //! The table as bytes. docs/format.md has the layout.
 
+use proc::ContainerPid;
+
 use super::{Place, Process, Segment, SegmentTable, TableError};
 use crate::checksum::{CHECKSUM_BYTES, Checksum};
 use crate::units;
@@ -93,7 +95,7 @@ impl SegmentTable {
         bytes.extend(half(units::wide(self.processes.len())));
         bytes.extend(self.packs.iter().flat_map(|length| half(*length)));
         for Process { pid, segments } in &self.processes {
-            bytes.extend(pid.to_le_bytes());
+            bytes.extend(pid.raw().to_le_bytes());
             bytes.extend(half(units::wide(segments.len())));
             for segment in segments {
                 let (index, offset) = match segment.place {
@@ -119,6 +121,7 @@ impl SegmentTable {
 
 fn process(reader: &mut Reader<'_>) -> Result<Process, TableError> {
     let pid = i32::from_le_bytes(reader.take()?);
+    let pid = ContainerPid::new(pid).ok_or(TableError::Process(pid))?;
     let segments = reader.count(SEGMENT)?;
     let segments = (0..segments).map(|_| segment(reader)).collect::<Result<_, _>>()?;
     Ok(Process { pid, segments })

@@ -4,7 +4,9 @@ use std::sync::Mutex;
 
 use rustix::fs::Advice;
 
-use super::{Holder, noise, open, save, threads};
+use proc::{ContainerPid, HostPid, ProcessIds};
+
+use super::{Holder, container, noise, open, save, threads};
 use crate::{CHUNK, Destination, FillError, PAGE, Pack, Place, Process, Saved, Segment, SegmentTable, fill, prefetch};
 
 const MIB: u64 = 1 << 20;
@@ -25,10 +27,10 @@ fn empty(of: &Holder) -> Holder {
 /// The same table for memory that is elsewhere.
 fn moved(saved: &Saved, moves: &[(i32, &Holder, &Holder)]) -> SegmentTable {
     let processes = moves.iter().map(|(pid, from, to)| Process {
-        pid: *pid,
+        pid: container(*pid),
         segments: saved
             .table
-            .segments(*pid)
+            .segments(container(*pid))
             .iter()
             .map(|segment| Segment { address: segment.address - from.range().start + to.range().start, ..*segment })
             .collect(),
@@ -53,20 +55,20 @@ fn memory_comes_back_in_other_processes() {
         let saved = save(&[&first, &second], folder.path()).unwrap();
         let table = moved(&saved, &[(1, &first, &third), (2, &second, &fourth)]);
         let ready = Mutex::new(Vec::new());
-        let is_ready = |pid| {
-            let (source, copy) = if pid == 1 { (&first, &third) } else { (&second, &fourth) };
+        let is_ready = |pid: ContainerPid| {
+            let (source, copy) = if pid == container(1) { (&first, &third) } else { (&second, &fourth) };
             assert!(source.memory() == copy.memory(), "process {pid}");
             ready.lock().unwrap().push(pid);
         };
-        let destination = Destination { processes: &[(2, fourth.pid), (1, third.pid)], ready: &is_ready };
+        let destination = Destination { processes: &[fourth.ids(2), third.ids(1)], ready: &is_ready };
         let control = threads(number);
         fill(&table, &open(&saved), &destination, &control).unwrap();
         let mut ready = ready.into_inner().unwrap();
         if number == 1 {
-            assert_eq!(ready, [2, 1]);
+            assert_eq!(ready, [2, 1].map(container));
         }
         ready.sort_unstable();
-        assert_eq!(ready, [1, 2]);
+        assert_eq!(ready, [1, 2].map(container));
         let statistics = table.statistics();
         assert_eq!(control.done(), statistics.memory - statistics.zero);
     }
@@ -83,7 +85,7 @@ fn packs_come_from_the_disk_and_from_the_page_cache() {
         forget(&packs);
         assert_eq!(prefetch(&packs, limit, &threads(1)), limit.min(packs[0].data_length()));
         let copy = empty(&source);
-        let destination = Destination { processes: &[(1, copy.pid)], ready: &|_| () };
+        let destination = Destination { processes: &[copy.ids(1)], ready: &|_| () };
         fill(&moved(&saved, &[(1, &source, &copy)]), &packs, &destination, &threads(2)).unwrap();
         assert!(copy.memory() == source.memory());
     }
@@ -105,20 +107,20 @@ fn any_part_of_a_pack_can_be_wanted() {
         let [to, from, length] = [to, from, length].map(|number| usize::try_from(number).unwrap());
         expected[to..to + length].copy_from_slice(&content[from..from + length]);
     }
-    let table = SegmentTable::new(vec![2 * MIB], vec![Process { pid: 1, segments }]).unwrap();
-    fill(&table, &open(&saved), &Destination { processes: &[(1, copy.pid)], ready: &|_| () }, &threads(2)).unwrap();
+    let table = SegmentTable::new(vec![2 * MIB], vec![Process { pid: container(1), segments }]).unwrap();
+    fill(&table, &open(&saved), &Destination { processes: &[copy.ids(1)], ready: &|_| () }, &threads(2)).unwrap();
     assert!(copy.memory() == expected);
 }
 
 #[test]
 fn a_process_without_stored_memory_is_ready_at_once() {
     let segments = vec![Segment { address: 0x1000, length: 4096, place: Place::Zero }];
-    let table = SegmentTable::new(vec![], vec![Process { pid: 5, segments }]).unwrap();
+    let table = SegmentTable::new(vec![], vec![Process { pid: container(5), segments }]).unwrap();
     let ready = Mutex::new(Vec::new());
     let is_ready = |pid| ready.lock().unwrap().push(pid);
-    let pid = i32::try_from(std::process::id()).unwrap();
-    fill(&table, &[], &Destination { processes: &[(5, pid), (6, pid)], ready: &is_ready }, &threads(1)).unwrap();
-    assert_eq!(ready.into_inner().unwrap(), [5, 6]);
+    let own = |pid| ProcessIds { host: HostPid::own(), container: container(pid) };
+    fill(&table, &[], &Destination { processes: &[own(5), own(6)], ready: &is_ready }, &threads(1)).unwrap();
+    assert_eq!(ready.into_inner().unwrap(), [5, 6].map(container));
 }
 
 #[test]
@@ -136,7 +138,7 @@ fn nothing_of_a_damaged_chunk_is_written() {
         let copy = empty(&source);
         let table = moved(&saved, &[(1, &source, &copy)]);
         let ready = |_| panic!("it is not");
-        let destination = Destination { processes: &[(1, copy.pid)], ready: &ready };
+        let destination = Destination { processes: &[copy.ids(1)], ready: &ready };
         let error = fill(&table, &packs, &destination, &threads(1)).unwrap_err();
         assert!(matches!(error, FillError::Corrupt { pack: 0, chunk: 11, .. }), "{error}");
         let begin = usize::try_from(11 * CHUNK).unwrap();
@@ -152,7 +154,7 @@ fn a_pack_that_was_cut_off_after_it_was_opened_is_an_error() {
     let packs = open(&saved);
     File::options().write(true).open(&saved.packs[0]).unwrap().set_len(3 * PAGE).unwrap();
     let copy = empty(&source);
-    let destination = Destination { processes: &[(1, copy.pid)], ready: &|_| () };
+    let destination = Destination { processes: &[copy.ids(1)], ready: &|_| () };
     let error = fill(&moved(&saved, &[(1, &source, &copy)]), &packs, &destination, &threads(1)).unwrap_err();
     assert!(matches!(error, FillError::Read { .. }), "{error}");
 }
@@ -162,17 +164,17 @@ fn other_packs_or_processes_than_those_of_the_table_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (Holder::start(MIB, &[(0, &noise(MIB, 1))]), Holder::start(CHUNK, &[(0, &noise(CHUNK, 1))]));
     let saved = save(&[&first, &second], folder.path()).unwrap();
-    let run = |packs: &[Pack], processes: &[(i32, i32)]| {
+    let run = |packs: &[Pack], processes: &[ProcessIds]| {
         fill(&saved.table, packs, &Destination { processes, ready: &|_| () }, &threads(1)).unwrap_err()
     };
     let mut packs = open(&saved);
-    let error = run(&packs, &[(1, first.pid)]);
-    assert!(matches!(error, FillError::Unknown { pid: 2 }), "{error}");
+    let error = run(&packs, &[first.ids(1)]);
+    assert!(matches!(error, FillError::Unknown { pid } if pid == container(2)), "{error}");
     packs.reverse();
-    let error = run(&packs, &[(1, first.pid), (2, second.pid)]);
+    let error = run(&packs, &[first.ids(1), second.ids(2)]);
     assert!(matches!(error, FillError::Length { .. }), "{error}");
     packs.pop();
-    let error = run(&packs, &[(1, first.pid), (2, second.pid)]);
+    let error = run(&packs, &[first.ids(1), second.ids(2)]);
     assert!(matches!(error, FillError::Packs { expected: 2, found: 1 }), "{error}");
 }
 
@@ -184,9 +186,9 @@ fn a_process_that_ends_meanwhile_or_lacks_the_memory_is_an_error() {
     let saved = save(&[&first, &second], folder.path()).unwrap();
     let table = moved(&saved, &[(1, &first, &third), (2, &second, &fourth)]);
     let packs = open(&saved);
-    let order = [(1, third.pid), (2, fourth.pid)];
-    let kill = |pid| {
-        if pid == 1 {
+    let order = [third.ids(1), fourth.ids(2)];
+    let kill = |pid: ContainerPid| {
+        if pid == container(1) {
             fourth.end()
         }
     };
@@ -195,7 +197,7 @@ fn a_process_that_ends_meanwhile_or_lacks_the_memory_is_an_error() {
 
     let end = (1 << 47) - 2 * PAGE;
     let segments = vec![Segment { address: end, length: PAGE, place: Place::Pack { index: 0, offset: 0 } }];
-    let nowhere = SegmentTable::new(table.packs().to_vec(), vec![Process { pid: 1, segments }]).unwrap();
+    let nowhere = SegmentTable::new(table.packs().to_vec(), vec![Process { pid: container(1), segments }]).unwrap();
     let destination = Destination { processes: &order, ready: &|_| () };
     let error = fill(&nowhere, &packs, &destination, &threads(1)).unwrap_err();
     assert!(matches!(error, FillError::Unmapped { address, .. } if address == end), "{error}");
@@ -209,7 +211,7 @@ fn a_fill_can_be_cancelled() {
     let copy = empty(&source);
     let control = threads(2);
     control.cancel();
-    let destination = Destination { processes: &[(1, copy.pid)], ready: &|_| () };
+    let destination = Destination { processes: &[copy.ids(1)], ready: &|_| () };
     let error = fill(&moved(&saved, &[(1, &source, &copy)]), &open(&saved), &destination, &control).unwrap_err();
     assert!(matches!(error, FillError::Cancelled), "{error}");
 }

@@ -10,7 +10,9 @@ mod table;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
-use crate::{CHUNK, Control, Draft, Pack, SaveError, Saved, Target, save_processes};
+use proc::ContainerPid;
+
+use crate::{CHUNK, Control, Draft, Pack, Regions, SaveError, Saved, save_processes};
 use sys::Holder;
 
 /// Bytes that are the same for the same seed, and in which no page is zero.
@@ -38,13 +40,17 @@ fn save(holders: &[&Holder], folder: &Path) -> Result<Saved, SaveError> {
 }
 
 /// All memory of processes, which are 1, 2, ... in the table.
-fn targets(holders: &[&Holder]) -> Vec<Target> {
-    let target = |(pid, holder): (i32, &&Holder)| Target { process: holder.pid, pid, ranges: vec![holder.range()] };
+fn targets(holders: &[&Holder]) -> Vec<Regions> {
+    let target = |(pid, holder): (i32, &&Holder)| Regions { process: holder.ids(pid), ranges: vec![holder.range()] };
     (1..).zip(holders).map(target).collect()
 }
 
 fn open(saved: &Saved) -> Vec<Pack> {
     saved.packs.iter().map(|path| Pack::open(path).unwrap()).collect()
+}
+
+fn container(pid: i32) -> ContainerPid {
+    ContainerPid::new(pid).unwrap()
 }
 
 fn is_root() -> bool {

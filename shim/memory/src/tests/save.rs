@@ -2,7 +2,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use super::{Holder, draft, is_root, noise, open, save, targets, threads};
+use super::{Holder, container, draft, is_root, noise, open, save, targets, threads};
 use crate::{
     CHUNK, Control, FileSource, PAGE, Place, SaveError, Saved, Segment, TableError, save_files, save_processes, verify,
 };
@@ -14,7 +14,7 @@ fn restored(saved: &Saved, pid: i32) -> Vec<u8> {
     let packs = open(saved);
     verify(&packs, &threads(2)).unwrap();
     let mut memory = Vec::new();
-    for Segment { length, place, .. } in saved.table.segments(pid) {
+    for Segment { length, place, .. } in saved.table.segments(container(pid)) {
         let mut bytes = vec![0; usize::try_from(*length).unwrap()];
         if let Place::Pack { index, offset } = place {
             packs[usize::try_from(*index).unwrap()].file().read_exact_at(&mut bytes, *offset).unwrap();
@@ -63,7 +63,7 @@ fn short_runs_of_zeros_are_holes_if_that_is_wanted() {
     let gaps = [(2 * CHUNK, [1].as_slice()), (5 * CHUNK, &[2]), (14 * CHUNK, &[3]), (23 * CHUNK, &[4])];
     let holder = Holder::start(32 * CHUNK, &gaps);
     let saved = save_processes(&targets(&[&holder]), 8 * CHUNK, &draft(folder.path()), &threads(1)).unwrap();
-    let lengths: Vec<_> = saved.table.segments(1).iter().map(|segment| segment.length / CHUNK).collect();
+    let lengths: Vec<_> = saved.table.segments(container(1)).iter().map(|segment| segment.length / CHUNK).collect();
     // The edges are left out however short they are, and two gaps are long enough.
     assert_eq!(lengths, [2, 4, 8, 1, 8, 1, 8]);
     assert!(restored(&saved, 1) == holder.memory());
@@ -94,7 +94,7 @@ fn the_number_of_threads_changes_nothing() {
         file: &source,
         path,
         offset,
-        pid,
+        pid: container(pid),
         address,
         length: 2 * MIB + 5 * PAGE,
     });
@@ -128,7 +128,7 @@ fn memory_of_forked_processes_is_stored_once() {
         file: &source,
         path: Path::new("pages"),
         offset,
-        pid,
+        pid: container(pid),
         address,
         length,
     };
@@ -165,7 +165,7 @@ fn short_pieces_share_chunks() {
             file: &source,
             path: Path::new("pages"),
             offset: run * 4 * PAGE,
-            pid: 1,
+            pid: container(1),
             address: (run + 1) * MIB - PAGE,
             length: 4 * PAGE,
         })
@@ -184,7 +184,7 @@ fn files_that_are_short_or_said_to_overlap_are_errors() {
         file: &source,
         path: Path::new("pages"),
         offset,
-        pid: 3,
+        pid: container(3),
         address,
         length,
     };
@@ -193,12 +193,15 @@ fn files_that_are_short_or_said_to_overlap_are_errors() {
         save_files(sources, &draft(folder.path()), &threads(2)).unwrap_err()
     };
     let error = run(&[of(PAGE, 0x10000, MIB)]);
-    assert!(matches!(error, SaveError::Source { pid: 3, .. }), "{error}");
+    assert!(matches!(error, SaveError::Source { pid, .. } if pid == container(3)), "{error}");
     let error = run(&[of(0, 0x10000, 8192), of(0, 0x11000, 8192)]);
-    assert!(matches!(error, SaveError::Table(TableError::Segment { pid: 3, address: 0x11000, .. })), "{error}");
+    assert!(
+        matches!(error, SaveError::Table(TableError::Segment { pid, address: 0x11000, .. }) if pid == container(3)),
+        "{error}"
+    );
     for wrong in [of(0, 1, PAGE), of(0, 0x1000, 1), of(0, u64::MAX - 4095, PAGE), of(u64::MAX, 0x1000, PAGE)] {
         let error = run(&[wrong]);
-        assert!(matches!(error, SaveError::Range { pid: 3, .. }), "{error}");
+        assert!(matches!(error, SaveError::Range { pid, .. } if pid == container(3)), "{error}");
     }
 }
 
@@ -209,7 +212,7 @@ fn a_hole_in_the_memory_is_an_error() {
     let mut targets = targets(&[&holder]);
     // Nothing is mapped at the end of the user's address space.
     let end = (1 << 47) - 2 * PAGE;
-    targets[0].ranges.push(end..end + PAGE);
+    targets[0].ranges.push(proc::Range { start: end, end: end + PAGE });
     let error = save_processes(&targets, CHUNK, &draft(folder.path()), &threads(2)).unwrap_err();
     assert!(matches!(error, SaveError::Unmapped { pid, address } if pid == holder.pid && address == end), "{error}");
 }
@@ -220,7 +223,7 @@ fn a_process_that_ended_is_an_error() {
     let (lives, ended) = (Holder::start(MIB, &[]), Holder::start(MIB, &[]));
     ended.kill();
     nix::sys::wait::waitid(
-        nix::sys::wait::Id::Pid(nix::unistd::Pid::from_raw(ended.pid)),
+        nix::sys::wait::Id::Pid(nix::unistd::Pid::from_raw(ended.pid.raw())),
         nix::sys::wait::WaitPidFlag::WEXITED | nix::sys::wait::WaitPidFlag::WNOWAIT,
     )
     .unwrap();

@@ -1,17 +1,17 @@
 //! Processes whose memory is saved and filled.
 
-use std::ops::Range;
 use std::ptr::NonNull;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid};
+use proc::{HostPid, ProcessIds, Range};
 use rustix::mm::{MapFlags, ProtFlags};
 
 /// A process that does nothing, with memory that the test has given it.
 #[derive(Debug)]
 pub(crate) struct Holder {
-    pub(crate) pid: i32,
+    pub(crate) pid: HostPid,
     address: u64,
     length: u64,
 }
@@ -41,11 +41,16 @@ impl Holder {
         };
         // SAFETY: the slice is not used any more.
         unsafe { rustix::mm::munmap(mapping, bytes) }.unwrap();
-        Self { pid: child.as_raw(), address: u64::try_from(mapping.addr()).unwrap(), length }
+        Self { pid: HostPid::new(child.as_raw()).unwrap(), address: u64::try_from(mapping.addr()).unwrap(), length }
     }
 
-    pub(crate) fn range(&self) -> Range<u64> {
-        self.address..self.address + self.length
+    pub(crate) fn range(&self) -> Range {
+        Range { start: self.address, end: self.address + self.length }
+    }
+
+    /// Returns its pids, of which the one in a container is said to be this.
+    pub(crate) fn ids(&self, container: i32) -> ProcessIds {
+        ProcessIds { host: self.pid, container: super::container(container) }
     }
 
     /// All of its memory, read another way than the engine does.
@@ -59,14 +64,14 @@ impl Holder {
 
     /// Ends it, and waits until it is gone.
     pub(crate) fn end(&self) {
-        if kill(Pid::from_raw(self.pid), Signal::SIGKILL).is_ok() {
-            let _ = waitpid(Pid::from_raw(self.pid), None);
+        if kill(Pid::from_raw(self.pid.raw()), Signal::SIGKILL).is_ok() {
+            let _ = waitpid(Pid::from_raw(self.pid.raw()), None);
         }
     }
 
     /// Tells it to end, and does not wait.
     pub(crate) fn kill(&self) {
-        kill(Pid::from_raw(self.pid), Signal::SIGKILL).unwrap();
+        kill(Pid::from_raw(self.pid.raw()), Signal::SIGKILL).unwrap();
     }
 }
 

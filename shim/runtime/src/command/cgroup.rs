@@ -42,7 +42,7 @@ impl Command {
     pub(super) fn cgroup_now(&self, id: &str, init: HostPid) -> Result<Cgroup, RuntimeError> {
         match self.noted_cgroup(id) {
             Some(cgroup) => Ok(cgroup),
-            None => Cgroup::of_process(init.raw()).map_err(|error| RuntimeError::Cgroup {
+            None => Cgroup::of_process(init).map_err(|error| RuntimeError::Cgroup {
                 runtime: self.inner.binary.display().to_string(),
                 container: id.into(),
                 message: phase::chain(&error),

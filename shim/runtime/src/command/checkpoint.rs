@@ -28,7 +28,7 @@ impl Command {
             // After the death of the runtime criu may go on; after criu's death the container's
             // network may still be blocked.
             criu::end_orphans(&work, &self.inner.reaper).await;
-            criu::unblock_network(init, &self.inner.reaper).await;
+            criu::unblock_network(init.raw(), &self.inner.reaper).await;
         }
         match dumped {
             Ok(()) => Ok(()),

@@ -308,7 +308,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
     let work = folder.path().to_owned();
     let request = CheckpointRequest {
         id: "web".into(),
-        init: 0,
+        init: proc::HostPid::own(),
         images: work.clone(),
         work,
         leave_running: true,

@@ -54,7 +54,7 @@ pub(crate) async fn counts_on(bundle: &Bundle<'_>, running: Running, next: u32) 
 }
 
 fn is_frozen(running: &Running) -> bool {
-    Cgroup::of_process(running.child.pid()).unwrap().is_frozen().unwrap()
+    Cgroup::of_process(running.child.process()).unwrap().is_frozen().unwrap()
 }
 
 async fn a_container_goes_on_after_a_checkpoint(bed: &Bed) {

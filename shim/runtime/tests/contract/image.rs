@@ -72,7 +72,7 @@ impl Bundle<'_> {
     ) -> Result<(), RuntimeError> {
         let mut request = CheckpointRequest {
             id: self.id.clone(),
-            init: init.pid(),
+            init: init.process(),
             images: image.images(),
             work: image.work(),
             leave_running: false,

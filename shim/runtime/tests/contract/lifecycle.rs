@@ -106,7 +106,7 @@ async fn pause_stops_progress_and_resume_lets_it_go_on(bed: &Bed) {
     let running = bundle.start().await;
     running.says(".").await;
     bed.runtime.pause(&bundle.id).await.unwrap();
-    assert!(Cgroup::of_process(running.child.pid()).unwrap().is_frozen().unwrap());
+    assert!(Cgroup::of_process(running.child.process()).unwrap().is_frozen().unwrap());
     // The pipe's contents may still come.
     tokio::time::sleep(Duration::from_millis(50)).await;
     let paused = running.pipes.stdout.so_far().len();
@@ -171,14 +171,14 @@ async fn delete_kills_all_that_runs_without_a_pid_namespace_of_its_own(bed: &Bed
     let bundle = bed.bundle(&spec);
     let running = bundle.start().await;
     running.says("up").await;
-    let cgroup = Cgroup::of_process(running.child.pid());
+    let cgroup = Cgroup::of_process(running.child.process());
     // The others keep the output open, so only the first process is waited for.
     assert_eq!(running.child.wait().await.code, 0);
     bundle.delete().await;
     running.end().await;
     // The process may have ended before the look at its cgroup.
     if let Ok(cgroup) = cgroup {
-        assert_eq!(cgroup.pids().unwrap(), [0; 0]);
+        assert_eq!(cgroup.pids().unwrap(), []);
     }
 }
 

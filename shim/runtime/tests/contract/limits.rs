@@ -166,11 +166,11 @@ async fn a_container_of_a_pod_is_below_the_pods_cgroup(bed: &Bed) {
     let second = bed.bundle(&idle(limits(64 << 20, 50)));
     let other = second.start().await;
     other.says("up").await;
-    let of = |child: &Child| Cgroup::of_process(child.pid()).unwrap().pids().unwrap();
-    assert_eq!(of(&running.child), [running.child.pid()]);
-    assert_eq!(of(&other.child), [other.child.pid()]);
+    let of = |child: &Child| Cgroup::of_process(child.process()).unwrap().pids().unwrap();
+    assert_eq!(of(&running.child), [running.child.process()]);
+    assert_eq!(of(&other.child), [other.child.process()]);
     second.kill(other).await;
-    assert_eq!(of(&running.child), [running.child.pid()], "the pod's other container is untouched");
+    assert_eq!(of(&running.child), [running.child.process()], "the pod's other container is untouched");
     first.kill(running).await;
 }
 
@@ -204,7 +204,7 @@ async fn a_container_that_wants_too_much_memory_is_killed_and_counted(bed: &Bed)
 
 /// Lets a waiting container run out of memory, and checks for the report.
 pub(crate) async fn want_is_told(bundle: &Bundle<'_>, running: Running) {
-    let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
+    let cgroup = Cgroup::of_process(running.child.process()).unwrap();
     let mut watch = match cgroup.watch_oom() {
         Ok(watch) => watch,
         Err(error) => {

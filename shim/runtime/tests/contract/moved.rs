@@ -100,7 +100,7 @@ async fn processes_in_cgroups_below_are_restored_there(bed: &Bed) {
         let cgroup = bed.runtime.cgroup(&bundle.id, init).unwrap();
         assert!(cgroup.is_frozen().unwrap());
         let child = proc::children(init)[0];
-        let mut both = [init.raw(), child.raw()];
+        let mut both = [init, child];
         both.sort_unstable();
         assert_eq!(cgroup.pids().unwrap(), both, "all of it, and CRIU is not in it");
         for (pid, below) in [(init, "a"), (child, "b")] {

@@ -59,8 +59,8 @@ async fn a_restored_container_has_a_new_id_and_cgroup(bed: &Bed) {
     let other = second.restore(&image).await;
     assert_ne!(running.child.pid(), other.child.pid());
     for (bundle, running) in [(&first, &running), (&second, &other)] {
-        let cgroup = cgroup::Cgroup::of_process(running.child.pid()).unwrap();
-        assert_eq!(cgroup.pids().unwrap(), [running.child.pid()]);
+        let cgroup = cgroup::Cgroup::of_process(running.child.process()).unwrap();
+        assert_eq!(cgroup.pids().unwrap(), [running.child.process()]);
         limits::assert_in_its_cgroup(bundle, &running.child);
         let root = fs::metadata(bundle.rootfs().join("etc/hostname")).unwrap();
         let inside = fs::metadata(format!("/proc/{}/root/etc/hostname", running.child.pid())).unwrap();
@@ -103,7 +103,7 @@ async fn exec_pause_resume_update_kill_and_delete_work_after_a_restore(bed: &Bed
     assert_eq!(exec.end().await.code, 9);
     // Pause and resume.
     bed.runtime.pause(&bundle.id).await.unwrap();
-    assert!(cgroup::Cgroup::of_process(pid).unwrap().is_frozen().unwrap());
+    assert!(cgroup::Cgroup::of_process(running.child.process()).unwrap().is_frozen().unwrap());
     let error = bundle.exec(&process(&["true"])).await.err().unwrap().to_string();
     assert!(error.contains("paused"), "{error}");
     bed.runtime.resume(&bundle.id).await.unwrap();
@@ -309,8 +309,8 @@ async fn an_exec_that_ran_at_the_checkpoint_is_not_restored(bed: &Bed) {
     let (image, _) = bundle.swap_out(running).await;
     assert_eq!(exec.end().await.code, 137);
     let running = bundle.restore(&image).await;
-    let cgroup = cgroup::Cgroup::of_process(running.child.pid()).unwrap();
-    assert_eq!(cgroup.pids().unwrap(), [running.child.pid()]);
+    let cgroup = cgroup::Cgroup::of_process(running.child.process()).unwrap();
+    assert_eq!(cgroup.pids().unwrap(), [running.child.process()]);
     counts_on(&bundle, running, 2).await;
 }
 
@@ -324,7 +324,7 @@ async fn a_restored_container_that_wants_too_much_memory_is_killed_and_counted(b
     running.says("up\n").await;
     let (image, _) = bundle.swap_out(running).await;
     let running = bundle.restore(&image).await;
-    cgroup::Cgroup::of_process(running.child.pid()).unwrap().metrics().unwrap();
+    cgroup::Cgroup::of_process(running.child.process()).unwrap().metrics().unwrap();
     limits::want_is_told(&bundle, running).await;
 }
 

@@ -59,9 +59,9 @@ async fn a_container_can_be_restored_frozen(bed: &Bed) {
     let (image, _) = bundle.swap_out(running).await;
     let bundle = bed.bundle(&bed.savable(&shell(COUNTER)));
     let running = bundle.restore_frozen(&image).await;
-    let cgroup = Cgroup::of_process(running.child.pid()).unwrap();
+    let cgroup = Cgroup::of_process(running.child.process()).unwrap();
     assert!(cgroup.is_frozen().unwrap());
-    assert_eq!(cgroup.pids().unwrap(), [running.child.pid()], "CRIU is not in it");
+    assert_eq!(cgroup.pids().unwrap(), [running.child.process()], "CRIU is not in it");
     running.tell("frozen");
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(running.pipes.stdout.so_far(), "");

@@ -54,7 +54,7 @@ impl Actor {
         let (folder, exit) = (options.folder.to_string_lossy().into_owned(), options.exit);
         let order = CheckpointOrder {
             subject: self.subject(),
-            init: child.pid(),
+            init: child.process(),
             began: CheckpointOrder::now(),
             paused,
             shm: self.config.shm.clone(),

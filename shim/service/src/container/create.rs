@@ -258,7 +258,7 @@ impl NewContainer<'_> {
                 source: BundleError::File { action: "write", path: pid_file, source },
             })
             .and_then(|()| {
-                Cgroup::of_process(child.pid()).map_err(|source| TaskError::Cgroup {
+                Cgroup::of_process(child.process()).map_err(|source| TaskError::Cgroup {
                     action: "find",
                     container: self.request.id.clone(),
                     source,

@@ -410,7 +410,7 @@ impl Actor {
         let Some(accounts) = &self.accounts else { return Ok(Vec::new()) };
         let pids = accounts.cgroup.pids().map_err(failed)?;
         let exec_of = |pid| self.execs.iter().find(|(_, process)| process.pid() == pid).map(|(exec, _)| exec.clone());
-        Ok(pids.into_iter().map(i32::unsigned_abs).map(|pid| (pid, exec_of(pid))).collect())
+        Ok(pids.into_iter().map(|pid| pid.raw().unsigned_abs()).map(|pid| (pid, exec_of(pid))).collect())
     }
 
     /// Returns the cgroup's statistics, until the container is deleted: containerd looks for

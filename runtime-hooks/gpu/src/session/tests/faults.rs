@@ -2,7 +2,7 @@
 //! when the action succeeds again.
 
 use super::super::*;
-use super::host::{Bed, CHECKPOINTED, Cuda, Fault, Process, RUNNING, process};
+use super::host::{Bed, CHECKPOINTED, Cuda, Fault, Process, RUNNING, pid, process};
 
 const ACTIONS: [&str; 15] = [
     "pids",
@@ -54,7 +54,7 @@ fn assert_owed(bed: &Bed, frozen: bool, fault: Fault) {
             CHECKPOINTED => assert!(owes(Step::Checkpointed(pid)), "{fault:?}: {pid} is checkpointed; {owed}"),
             _ => {}
         }
-        let is_as_before = process.stopped == (pid == 103);
+        let is_as_before = process.stopped == (pid.raw() == 103);
         assert!(is_as_before || owes(Step::Continued(pid)), "{fault:?}: {pid} runs; {owed}");
     }
     let is_told = frozen && fault.action == "freeze";
@@ -77,7 +77,7 @@ fn assert_put_back(bed: &Bed, frozen: bool, fault: Fault) {
     for (pid, process) in &bed.processes {
         assert!(!process.held, "{fault:?}: {pid} is held");
         assert!(matches!(process.cuda, RUNNING | Cuda::No | Cuda::Residue), "{fault:?}: {pid} is {:?}", process.cuda);
-        assert_eq!(process.stopped, *pid == 103, "{fault:?}: {pid}");
+        assert_eq!(process.stopped, pid.raw() == 103, "{fault:?}: {pid}");
     }
 }
 
@@ -102,7 +102,7 @@ fn a_suspension_of_which_anything_fails_leaves_nothing_that_is_not_owed() {
             assert_owed(&bed, paused, fault);
             assert_pays(&mut bed, paused, fault);
         } else {
-            assert!(bed.frozen && [101, 103].iter().all(|pid| bed.cuda(*pid) == CHECKPOINTED), "{fault:?}");
+            assert!(bed.frozen && [101, 103].iter().all(|number| bed.cuda(pid(*number)) == CHECKPOINTED), "{fault:?}");
             assert!(bed.processes.values().all(|process| !process.held), "{fault:?}");
             assert_pays(&mut bed, paused, fault);
         }
@@ -137,7 +137,7 @@ fn another_session_pays_what_a_dead_one_left() {
         let mut dead = container();
         dead.fault = Some(fault);
         drop(dead.suspend());
-        let mut bed = Bed::of(std::mem::take(&mut dead.processes));
+        let mut bed = Bed::with_processes(std::mem::take(&mut dead.processes));
         bed.frozen = dead.frozen;
         for process in bed.processes.values_mut() {
             // Its end lets all go.
@@ -183,7 +183,7 @@ fn a_restore_beside_a_fill_of_which_anything_fails_runs_nothing() {
         let resumed = bed.resume_restored(succeeds);
         if resumed.is_ok() {
             assert!(succeeds && !bed.frozen && bed.processes.values().all(|process| !process.held), "{fault:?}");
-            assert_eq!((bed.cuda(101), bed.cuda(103)), (RUNNING, RUNNING), "{fault:?}");
+            assert_eq!((bed.cuda(pid(101)), bed.cuda(pid(103))), (RUNNING, RUNNING), "{fault:?}");
         } else {
             for (pid, process) in &bed.processes {
                 assert!(bed.frozen || process.held, "{fault:?}: {pid} runs");

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use cuda::{Gpu, GpuProcess};
 
 use super::super::*;
-use crate::remap::{Layout, ProcessLayout};
+use memory::ProcessLayout;
+use proc::ProcessIds;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Cuda {
@@ -62,31 +63,41 @@ pub(super) struct Fault {
 
 #[derive(Default)]
 pub(super) struct FakeHost {
-    pub(super) processes: BTreeMap<i32, Process>,
+    pub(super) processes: BTreeMap<HostPid, Process>,
     pub(super) frozen: bool,
     pub(super) done: Vec<String>,
     pub(super) memory_left: Option<MemoryLeft>,
     /// NVML does not answer.
     pub(super) is_blind: bool,
     /// A process of which NVML does not know.
-    pub(super) unlisted: Option<i32>,
+    pub(super) unlisted: Option<HostPid>,
     /// Free GPU memory, in each answer of NVML's in turn; the last one for ever.
     pub(super) free: Vec<u64>,
     pub(super) uses: Unsupported,
     /// A process that starts when the first one is locked.
-    pub(super) newcomer: Option<(i32, Process)>,
+    pub(super) newcomer: Option<(HostPid, Process)>,
     /// Processes that start when process 101 is checkpointed, one each time.
-    pub(super) latecomers: Vec<(i32, Process)>,
+    pub(super) latecomers: Vec<(HostPid, Process)>,
     pub(super) uncleanable: bool,
-    pub(super) unremappable: Option<i32>,
+    pub(super) unremappable: Option<HostPid>,
     pub(super) is_damaged: bool,
     pub(super) slept: Duration,
     /// Processes that ran at some moment, but for the driver's threads of those with CUDA.
-    pub(super) ran: BTreeSet<i32>,
+    pub(super) ran: BTreeSet<HostPid>,
     pub(super) fault: Option<Fault>,
     /// How often the action of the fault was begun, and how often it failed.
     pub(super) begun: u32,
     pub(super) failed: u32,
+}
+
+/// Returns a pid on the host.
+pub(super) fn pid(number: i32) -> HostPid {
+    HostPid::new(number).unwrap()
+}
+
+/// Returns the pids of a process, which has a smaller number in the container.
+pub(super) fn ids(host: i32) -> ProcessIds {
+    ProcessIds { host: pid(host), container: ContainerPid::new(host - 100).unwrap() }
 }
 
 /// A fake host with what is to be undone on it.
@@ -112,7 +123,11 @@ impl DerefMut for Bed {
 
 impl Bed {
     pub(super) fn of(processes: impl IntoIterator<Item = (i32, Process)>) -> Self {
-        let host = FakeHost { processes: processes.into_iter().collect(), frozen: true, ..FakeHost::default() };
+        Self::with_processes(processes.into_iter().map(|(number, process)| (pid(number), process)).collect())
+    }
+
+    pub(super) fn with_processes(processes: BTreeMap<HostPid, Process>) -> Self {
+        let host = FakeHost { processes, frozen: true, ..FakeHost::default() };
         Self { host, undo: Undo::default() }
     }
 
@@ -142,15 +157,15 @@ impl Bed {
     }
 
     /// Notes what a process had on the GPU.
-    pub(super) fn had_on_gpu(&mut self, pid: i32, bytes: u64) {
+    pub(super) fn had_on_gpu(&mut self, pid: HostPid, bytes: u64) {
         self.undo.rooms.insert(pid, vec![OnGpu { uuid: "GPU-a".into(), bytes }]);
     }
 
     /// With processes 102 and above to be filled, which succeeds or not.
     pub(super) fn resume_restored(&mut self, succeeds: bool) -> Result<Resumed, SessionError> {
         let mut is_asked = false;
-        let processes = vec![ProcessLayout { pid: 101, pieces: Vec::new() }];
-        let staging = Layout { files: Vec::new(), processes };
+        let processes = vec![ProcessLayout { process: ids(101), segments: Vec::new() }];
+        let staging = Layout { packs: Vec::new(), processes };
         let resumed = self.with(|session| {
             session.resume_restored(&staging, &[], SHORT_CALL, &mut || {
                 is_asked = true;
@@ -161,9 +176,9 @@ impl Bed {
         resumed
     }
 
-    pub(super) fn remap_all(&mut self) -> Result<Remapped, SessionError> {
-        let processes = [101, 103].map(|pid| ProcessLayout { pid, pieces: Vec::new() });
-        let layout = Layout { files: Vec::new(), processes: processes.into() };
+    pub(super) fn remap_all(&mut self) -> Result<Vec<Regions>, SessionError> {
+        let processes = [101, 103].map(|pid| ProcessLayout { process: ids(pid), segments: Vec::new() });
+        let layout = Layout { packs: Vec::new(), processes: processes.into() };
         self.with(|session| session.remap(&layout, SHORT_CALL))
     }
 }
@@ -191,7 +206,7 @@ impl FakeHost {
         self.begin(action).then_some(()).ok_or_else(failure)
     }
 
-    fn call(&mut self, pid: i32, call: &Call) -> Result<Answer, CallFailure> {
+    fn call(&mut self, pid: HostPid, call: &Call) -> Result<Answer, CallFailure> {
         let action = match call {
             Call::State => "state",
             Call::Lock { .. } => "lock",
@@ -209,11 +224,11 @@ impl FakeHost {
         Err(CallFailure::Died)
     }
 
-    pub(super) fn cuda(&self, pid: i32) -> Cuda {
+    pub(super) fn cuda(&self, pid: HostPid) -> Cuda {
         self.processes[&pid].cuda
     }
 
-    fn called(&mut self, pid: i32, call: &Call) -> Result<Answer, CallFailure> {
+    fn called(&mut self, pid: HostPid, call: &Call) -> Result<Answer, CallFailure> {
         self.note_running();
         assert!(!self.frozen, "a call on a frozen process never returns");
         let Some(process) = self.processes.get_mut(&pid) else {
@@ -243,7 +258,7 @@ impl FakeHost {
                 if let Some(failure) = process.checkpoint.clone() {
                     return Err(failure);
                 }
-                self.processes.extend((pid == 101).then(|| self.latecomers.pop()).flatten());
+                self.processes.extend((pid == self::pid(101)).then(|| self.latecomers.pop()).flatten());
                 ProcessState::Checkpointed
             }
             (Call::Restore { .. }, ProcessState::Checkpointed) => {
@@ -276,52 +291,52 @@ impl FakeHost {
 }
 
 impl Processes for FakeHost {
-    fn pids(&mut self) -> Result<Vec<i32>, SessionError> {
+    fn pids(&mut self) -> Result<Vec<HostPid>, SessionError> {
         self.act("pids")?;
         Ok(self.processes.keys().copied().collect())
     }
 
-    fn is_gone(&mut self, pid: i32) -> bool {
+    fn is_gone(&mut self, pid: HostPid) -> bool {
         !self.processes.contains_key(&pid)
     }
 
-    fn touches_gpu(&mut self, pid: i32) -> bool {
+    fn touches_gpu(&mut self, pid: HostPid) -> bool {
         self.processes[&pid].cuda != Cuda::No
     }
 
-    fn has_drivers_threads(&mut self, pid: i32) -> bool {
+    fn has_drivers_threads(&mut self, pid: HostPid) -> bool {
         matches!(self.processes[&pid].cuda, Cuda::State(_))
     }
 
-    fn has_drivers_library(&mut self, pid: i32) -> bool {
+    fn has_drivers_library(&mut self, pid: HostPid) -> bool {
         !matches!(self.processes[&pid].cuda, Cuda::No | Cuda::Nvml)
     }
 
-    fn refuse_traced(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn refuse_traced(&mut self, pid: HostPid) -> Result<(), SessionError> {
         let (action, process) = ("hold".to_owned(), self.describe(pid));
         let refused = SessionError::Process { action, process, why: "process 7 (strace) traces it".into() };
         if self.processes[&pid].traced { Err(refused) } else { Ok(()) }
     }
 
-    fn left(&mut self, pid: i32) -> Option<String> {
+    fn left(&mut self, pid: HostPid) -> Option<String> {
         let of_driver = matches!(self.processes[&pid].cuda, Cuda::Residue | Cuda::Nvml | RUNNING);
         of_driver.then(|| "descriptor 7 of /dev/nvidia0".to_owned())
     }
 
-    fn describe(&mut self, pid: i32) -> String {
+    fn describe(&mut self, pid: HostPid) -> String {
         format!("process {pid}")
     }
 
-    fn namespace_pid(&mut self, pid: i32) -> i32 {
-        pid - 100
+    fn ids(&mut self, pid: HostPid) -> Option<ProcessIds> {
+        Some(ids(pid.raw()))
     }
 
-    fn staged(&mut self, _pid: i32, is_first: bool) -> Vec<Range> {
+    fn staged(&mut self, _pid: HostPid, is_first: bool) -> Vec<Range> {
         let small = Range { start: 1 << 12, end: 2 << 12 };
         if is_first { Vec::new() } else { vec![small, Range { start: 1 << 20, end: 3 << 20 }] }
     }
 
-    fn mappings(&mut self, pid: i32) -> Vec<(u64, u64)> {
+    fn mappings(&mut self, pid: HostPid) -> Vec<(u64, u64)> {
         match self.processes[&pid].cuda {
             Cuda::Beginner => vec![(3, 4)],
             Cuda::Nvml => Vec::new(),
@@ -329,21 +344,21 @@ impl Processes for FakeHost {
         }
     }
 
-    fn is_stopped(&mut self, pid: i32) -> bool {
+    fn is_stopped(&mut self, pid: HostPid) -> bool {
         self.processes.get(&pid).is_some_and(|process| process.stopped)
     }
 
-    fn is_stopping(&mut self, pid: i32) -> bool {
+    fn is_stopping(&mut self, pid: HostPid) -> bool {
         self.is_stopped(pid)
     }
 
-    fn unsupported(&mut self, _pid: i32) -> Unsupported {
+    fn unsupported(&mut self, _pid: HostPid) -> Unsupported {
         self.uses
     }
 }
 
 impl Driver for FakeHost {
-    fn calls(&mut self, calls: &[(i32, Call)], _limit: Duration) -> Vec<Result<Answer, CallFailure>> {
+    fn calls(&mut self, calls: &[(HostPid, Call)], _limit: Duration) -> Vec<Result<Answer, CallFailure>> {
         calls.iter().map(|(pid, call)| self.call(*pid, call)).collect()
     }
 
@@ -351,7 +366,7 @@ impl Driver for FakeHost {
         if self.is_blind || !self.begin("inventory") {
             return Err(CallFailure::Impossible("there is no NVML".into()));
         }
-        let of = |pid: &i32| GpuProcess { pid: pid.unsigned_abs(), memory: Some(4 << 30) };
+        let of = |pid: &HostPid| GpuProcess { pid: pid.raw().unsigned_abs(), memory: Some(4 << 30) };
         let processes = self.processes.keys().filter(|pid| Some(**pid) != self.unlisted).map(of).collect();
         let free = if self.free.len() > 1 { Some(self.free.remove(0)) } else { self.free.first().copied() };
         let gpu = Gpu {
@@ -398,7 +413,7 @@ impl Freezer for FakeHost {
 }
 
 impl Tracer for FakeHost {
-    fn hold(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn hold(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.act("hold")?;
         if let Some(process) = self.processes.get_mut(&pid) {
             process.held = true;
@@ -406,14 +421,14 @@ impl Tracer for FakeHost {
         Ok(())
     }
 
-    fn hold_whole(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn hold_whole(&mut self, pid: HostPid) -> Result<(), SessionError> {
         let touches_gpu = self.touches_gpu(pid);
         assert!(self.frozen || touches_gpu || self.fault.is_some(), "it would run until it is held");
         self.done.push(format!("held {pid}"));
         self.hold(pid)
     }
 
-    fn is_in_driver(&mut self, pid: i32) -> bool {
+    fn is_in_driver(&mut self, pid: HostPid) -> bool {
         self.processes.get(&pid).is_some_and(|process| process.calling || process.waiting)
     }
 
@@ -421,7 +436,7 @@ impl Tracer for FakeHost {
         self.act("settle")
     }
 
-    fn let_go(&mut self, keep: &[i32]) -> Result<(), SessionError> {
+    fn let_go(&mut self, keep: &[HostPid]) -> Result<(), SessionError> {
         self.act("let go")?;
         for (pid, process) in &mut self.processes {
             if keep.contains(pid) {
@@ -435,7 +450,7 @@ impl Tracer for FakeHost {
         Ok(())
     }
 
-    fn cont(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn cont(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.act("cont")?;
         let Some(process) = self.processes.get_mut(&pid) else { return Ok(()) };
         process.stopped = false;
@@ -443,7 +458,7 @@ impl Tracer for FakeHost {
         Ok(())
     }
 
-    fn cont_unheld(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn cont_unheld(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.act("cont unheld")?;
         if let Some(process) = self.processes.get_mut(&pid) {
             process.stopped = false;
@@ -451,7 +466,7 @@ impl Tracer for FakeHost {
         Ok(())
     }
 
-    fn stop(&mut self, pid: i32) -> Result<(), SessionError> {
+    fn stop(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.act("stop")?;
         self.done.push(format!("stopped {pid}"));
         if let Some(process) = self.processes.get_mut(&pid) {
@@ -460,7 +475,7 @@ impl Tracer for FakeHost {
         Ok(())
     }
 
-    fn clean(&mut self, pid: i32) -> Result<usize, SessionError> {
+    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError> {
         self.act("clean")?;
         if self.uncleanable {
             let (action, process) = ("free the GPU of".to_owned(), self.describe(pid));
@@ -472,13 +487,13 @@ impl Tracer for FakeHost {
         Ok(3)
     }
 
-    fn remap(&mut self, _: &[PathBuf], process: &ProcessLayout, _: Duration) -> Result<Vec<Range>, SessionError> {
+    fn remap(&mut self, _: &[PathBuf], of: &ProcessLayout, _: Duration) -> Result<Vec<Range>, SessionError> {
         self.act("remap")?;
         assert!(!self.frozen, "a call in a frozen process never returns");
         assert!(self.processes.values().all(|process| process.held), "something runs");
-        self.done.push(format!("remapped {}", process.pid));
-        if self.unremappable == Some(process.pid) {
-            let (action, process) = ("remap".to_owned(), self.describe(process.pid));
+        self.done.push(format!("remapped {}", of.process.host));
+        if self.unremappable == Some(of.process.host) {
+            let (action, process) = ("remap".to_owned(), self.describe(of.process.host));
             return Err(SessionError::Process { action, process, why: "no".into() });
         }
         Ok(vec![Range { start: 4096, end: 8192 }])
@@ -487,7 +502,7 @@ impl Tracer for FakeHost {
     fn map_staging(&mut self, staging: &Layout, _: Duration) -> Result<(), SessionError> {
         self.act("map")?;
         assert!(!self.frozen, "a call in a frozen process never returns");
-        self.done.extend(staging.processes.iter().map(|process| format!("mapped {}", process.pid)));
+        self.done.extend(staging.processes.iter().map(|of| format!("mapped {}", of.process.host)));
         Ok(())
     }
 

@@ -30,7 +30,7 @@ const GHOST_LIMIT: u32 = 1 << 30;
 pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<DumpRequest> {
     let allowed = [ContainerStatus::Running, ContainerStatus::Paused];
     let (state, init) = helper.directory.expect("checkpoint", &allowed)?;
-    if init.pid.raw() != request.init {
+    if init.pid != request.init {
         return Err(Failure::new(format!("its init is process {}, and not {}", init.pid, request.init)));
     }
     let spec = adapt::load(&state.bundle)?;

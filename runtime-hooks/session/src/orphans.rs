@@ -81,19 +81,24 @@ mod tests {
     /// Starts a process with the arguments of a session. It ends with its standard input.
     #[expect(clippy::disallowed_methods, reason = "the test waits for its own child")]
     fn session(folder: &Path, kind: &str, bundle: &Path) -> Child {
-        std::fs::write(folder.join(SESSION.name), "read line").unwrap();
         let mut command = Command::new("sh");
-        command.current_dir(folder).stdin(Stdio::piped()).args([SESSION.name, kind]).arg(bundle).spawn().unwrap()
+        command.current_dir(folder).stdin(Stdio::piped()).args([SESSION.name, kind]).arg(bundle);
+        let session = command.spawn().unwrap();
+        // The arguments are there from the exec on.
+        let path = format!("/proc/{}/cmdline", session.id());
+        while !std::fs::read(&path).unwrap().starts_with(b"sh\0gpusnap-session\0") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        session
     }
 
     #[test]
     fn the_sessions_that_restore_a_container_are_killed_and_no_others() {
         let folder = tempfile::tempdir().unwrap();
         let (bundle, other) = (folder.path().join("a"), folder.path().join("b"));
+        std::fs::write(folder.path().join(SESSION.name), "read line").unwrap();
         let mut ours = session(folder.path(), RESTORES, &bundle);
         let mut others = [session(folder.path(), RESTORES, &other), session(folder.path(), "checkpoint", &bundle)];
-        // Each has its arguments from its exec on.
-        std::thread::sleep(Duration::from_millis(100));
         end_restores(&bundle).unwrap();
         assert!(!ours.wait().unwrap().success());
         for other in &mut others {

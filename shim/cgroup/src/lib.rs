@@ -73,8 +73,8 @@ pub enum CgroupError {
     /// A thread waits uninterruptibly, for a dead file system say, so that the cgroup could not be frozen.
     #[error("cannot freeze every process in {path}: {wait}: try again when that wait is over")]
     Uninterruptible {
-        /// The thread.
-        wait: Wait,
+        /// The thread. In a box, so that other errors stay small.
+        wait: Box<Wait>,
         /// The cgroup's directory.
         path: PathBuf,
     },

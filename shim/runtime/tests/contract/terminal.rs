@@ -172,10 +172,12 @@ async fn a_terminal_has_the_size_it_asks_for_and_can_be_resized(bed: &Bed) {
 }
 
 async fn a_terminal_controls_its_processes(bed: &Bed) {
-    let spec =
-        shell("trap 'echo interrupted; exit 6' INT; echo up; while :; do sleep 0.05; done").with_process(|process| {
-            process.set_terminal(Some(true));
-        });
+    // The kernel sends the signal first, and then discards output that is on its way: also a word about the signal that
+    // comes too early.
+    let script = "trap 'sleep 0.2; echo interrupted; exit 6' INT; echo up; while :; do sleep 0.05; done";
+    let spec = shell(script).with_process(|process| {
+        process.set_terminal(Some(true));
+    });
     let bundle = bed.bundle(&spec);
     let console = Console::new(bed);
     let child = bundle.create_with(console.io()).await.unwrap();

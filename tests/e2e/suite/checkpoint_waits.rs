@@ -40,6 +40,9 @@ impl SilentFs {
         if !Path::new("/dev/fuse").exists() {
             return Err(Skip::because("there is no /dev/fuse"));
         }
+        if Cmd::new("python3").args(&["-c", "import ctypes"]).run()?.code != 0 {
+            return Err(Skip::because("the test bed's Python has no ctypes"));
+        }
         let (folder, silent) = (t.folder()?.join("fs"), t.folder()?.join("silent"));
         fs::create_dir_all(&folder)?;
         let program = e2e::checkout().join("tests/programs/silent_fs.py");

@@ -215,7 +215,7 @@ impl Backfill {
         for of in &layout.processes {
             let (process, mut segments) = (of.process, of.segments.clone());
             segments.retain(|segment| segment.stored().is_some());
-            let of = ProcessLayout { process, segments: segments };
+            let of = ProcessLayout { process, segments };
             let left = if crate::is_off(SWITCH) {
                 of.segments.iter().map(Segment::range).collect()
             } else {

@@ -79,7 +79,6 @@ mod tests {
     use super::*;
 
     /// Starts a process with the arguments of a session. It ends with its standard input.
-    #[expect(clippy::disallowed_methods, reason = "the test waits for its own child")]
     fn session(folder: &Path, kind: &str, bundle: &Path) -> Child {
         std::fs::write(folder.join(SESSION.name), "read line").unwrap();
         let mut command = Command::new("sh");
@@ -87,6 +86,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "the test waits for its own child")]
     fn the_sessions_that_restore_a_container_are_killed_and_no_others() {
         let folder = tempfile::tempdir().unwrap();
         let (bundle, other) = (folder.path().join("a"), folder.path().join("b"));

@@ -73,7 +73,7 @@ pub(crate) fn freeze_within(cgroup: &Cgroup, limit: Duration) -> Result<(), Cgro
     }
     thaw(cgroup)?;
     Err(match uninterruptible(&process::pids(directory)?) {
-        Some(wait) => CgroupError::Uninterruptible { wait, path: directory.to_owned() },
+        Some(wait) => CgroupError::Uninterruptible { wait: Box::new(wait), path: directory.to_owned() },
         None => CgroupError::Unfinished { action: "freeze", path: directory.to_owned() },
     })
 }

@@ -74,7 +74,7 @@ pub enum CgroupError {
     #[error("cannot freeze every process in {path}: {wait}: try again when that wait is over")]
     Uninterruptible {
         /// The thread.
-        wait: Wait,
+        wait: Box<Wait>,
         /// The cgroup's directory.
         path: PathBuf,
     },

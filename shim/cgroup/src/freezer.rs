@@ -41,7 +41,7 @@ pub(crate) fn freeze_at_rest(cgroup: &Cgroup, mut is_frozen: bool, moments: u32)
                 frozen => frozen?,
             }
         }
-        let Some(pid) = vfork::waiting(&cgroup.pids()?) else { return Ok(()) };
+        let Some(pid) = vfork::waiting_in_frozen(&cgroup.pids()?) else { return Ok(()) };
         if tries == moments {
             return Err(CgroupError::Vfork { pid });
         }

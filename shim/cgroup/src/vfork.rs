@@ -3,7 +3,9 @@
 //! parent waits on in the kernel, where CRIU cannot stop it. CRIU would try for 10 s and fail.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use proc::{HostPid, Stat};
 
@@ -28,23 +30,47 @@ enum Call {
     Clone3(u64),
 }
 
-/// Returns the first of these processes that has a thread which waits so. All of them have to stand still.
+/// Looks at a thread that still runs in a frozen cgroup, and the pause between two. On version 2 a thread counts as
+/// frozen a moment before it waits for its vforked child, and shows no call until it does.
+const LOOKS: u32 = 50;
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
+
+/// Returns the first process of a frozen cgroup that has a thread which waits so.
+pub(crate) fn waiting_in_frozen(pids: &[HostPid]) -> Option<HostPid> {
+    pids.iter().copied().find(|pid| threads_wait(*pid, LOOKS))
+}
+
+/// Returns the first of these processes that has a thread which waits so. A thread that runs does not.
 ///
 /// A thread that was just made shows the call that made it, and so does the one that made it, until they are back in
 /// their program. They wait for nothing, unless the call was a vfork.
+#[cfg(test)]
 pub(crate) fn waiting(pids: &[HostPid]) -> Option<HostPid> {
-    pids.iter().copied().find(|pid| threads_wait(*pid))
+    pids.iter().copied().find(|pid| threads_wait(*pid, 1))
 }
 
-fn threads_wait(pid: HostPid) -> bool {
+fn threads_wait(pid: HostPid, looks: u32) -> bool {
     // A process that has ended waits for nothing.
     let Ok(tids) = proc::tids(pid) else { return false };
-    tids.into_iter().any(|tid| waits(pid, tid))
+    tids.into_iter().any(|tid| waits(pid, tid, looks))
 }
 
-fn waits(pid: HostPid, tid: i32) -> bool {
+/// Reads the line of `/proc/PID/syscall`, so many times at most while the line says that the thread runs.
+fn line(mut read: impl FnMut() -> io::Result<String>, looks: u32) -> io::Result<String> {
+    let mut line = read()?;
+    for _ in 1..looks {
+        if line.trim() != "running" {
+            break;
+        }
+        std::thread::sleep(BETWEEN_LOOKS);
+        line = read()?;
+    }
+    Ok(line)
+}
+
+fn waits(pid: HostPid, tid: i32, looks: u32) -> bool {
     let file = |name: &str| pid.path(&format!("task/{tid}/{name}"));
-    let Ok(text) = std::fs::read_to_string(file("syscall")) else { return false };
+    let Ok(text) = line(|| std::fs::read_to_string(file("syscall")), looks) else { return false };
     let is_vfork = match call(&text, || is_32_bit(pid)) {
         None => false,
         Some(Call::Vfork) => true,
@@ -115,6 +141,16 @@ pub(crate) mod tests {
         let line = "120 0x4111 0x0 0x0 0x0 0x0 0x0 0x7ffe 0x7f00";
         assert_eq!((call(line, || true), call(line, || false)), (Some(Call::Clone(0x4111)), None));
         assert!(!is_32_bit(HostPid::own()));
+    }
+
+    #[test]
+    fn a_thread_that_runs_is_looked_at_until_it_shows_its_call() {
+        let looked = |looks| {
+            let mut lines = ["running\n", "running\n", "58 0x0\n"].into_iter();
+            line(|| Ok(lines.next().unwrap().to_owned()), looks).unwrap()
+        };
+        assert_eq!((looked(1).as_str(), looked(2).as_str()), ("running\n", "running\n"));
+        assert_eq!((looked(3).as_str(), looked(LOOKS).as_str()), ("58 0x0\n", "58 0x0\n"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use reaper::Reaper;
 
 /// Longest time for a cancelled operation to undo the work so far, before criu is killed. CRIU
 /// notices between two stages, and the longest stage writes memory, at 1 to 2 GB/s.
-pub const CANCEL_GRACE: Duration = Duration::from_secs(10);
+pub(crate) const CANCEL_GRACE: Duration = Duration::from_secs(10);
 
 /// CRIU as installed on this machine. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -32,8 +32,9 @@ impl Criu {
 
     /// Sets the longest time for a cancelled operation to undo the work so far, instead of
     /// [`CANCEL_GRACE`].
+    #[cfg(test)]
     #[must_use]
-    pub fn cancel_grace(mut self, grace: Duration) -> Self {
+    pub(crate) fn cancel_grace(mut self, grace: Duration) -> Self {
         self.cancel_grace = grace;
         self
     }

@@ -52,9 +52,6 @@ pub struct DumpRequest {
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
     pub external: Vec<External>,
-    /// Images of an earlier dump, relative to the images directory: only memory changed since is
-    /// written, on kernels able to track changes (feature `mem_track`).
-    pub parent_image: Option<PathBuf>,
     /// Options common to dump and restore.
     pub options: Options,
 }
@@ -131,10 +128,6 @@ fn message(request: &DumpRequest, place: Place<'_>) -> Criu_req {
     opts.freeze_cgroup = request.freeze_cgroup.as_deref().map(crate::options::text);
     opts.cg_root = request.cgroup_roots.iter().map(cgroup_root).collect();
     opts.external = request.external.iter().map(External::notation).collect();
-    if let Some(parent) = &request.parent_image {
-        opts.set_parent_img(crate::options::text(parent));
-        opts.set_track_mem(true);
-    }
     let mut message = Criu_req::new();
     message.set_type(Criu_req_type::DUMP);
     message.opts = Some(opts).into();

@@ -19,7 +19,7 @@
 //! **A cancelled operation** (a dropped future) goes on in a separate task, which closes the
 //! socket. CRIU notices at the next notification, at the latest before the end of a dumped tree,
 //! and undoes the work as after a failed callback. criu is killed only after
-//! [`Criu::cancel_grace`]: a killed criu cannot undo internal changes (rules that block the
+//! 10 s: a killed criu cannot undo internal changes (rules that block the
 //! network, instructions patched for a moment).
 //!
 //! **After every end of criu** the leftovers are removed: image files of an incomplete dump, a
@@ -48,9 +48,9 @@ mod tests;
 mod transport;
 mod version;
 
-pub use client::{CANCEL_GRACE, Criu};
+pub use client::Criu;
 pub use dump::{DumpRequest, Dumped};
-pub use error::{CallError, DumpError, Missing, PreflightError, Refusal, RestoreError};
+pub use error::{CallError, DumpError, Refusal, RestoreError};
 pub use log::explain;
 pub use network::unblock_network;
 pub use notify::{BoxError, NotifyDump, NotifyRestore, OnKilled, Stage};
@@ -59,8 +59,7 @@ pub use options::{
     Options,
 };
 pub use orphan::end_orphans;
-pub use probe::Features;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
 pub use transport::{Packet, announced, receive_packet, with_other_folders};
-pub use version::{CONTAINERD_MINIMUM, MINIMUM, Version};
+pub use version::{MINIMUM, Version};

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use protobuf::EnumOrUnknown;
 use rust_criu::rust_criu_protobuf::rpc::{
@@ -76,19 +75,9 @@ pub struct Options {
     pub evasive_devices: bool,
     /// Leave out the network namespace's contents, in dump and restore.
     pub empty_network_namespace: bool,
-    /// Remove pages from the images after reading, or after another dump.
-    pub auto_dedup: bool,
-    /// Leave memory to a lazy-pages daemon.
-    pub lazy_pages: bool,
-    /// Mount points to skip.
-    pub skip_mounts: Vec<String>,
-    /// Filesystem types to allow, though unknown.
-    pub enable_filesystems: Vec<String>,
     /// Configuration file of CRIU, with precedence over everything here. A missing file is no
     /// error.
     pub config_file: Option<PathBuf>,
-    /// Longest time for stopping the tree, in whole seconds. CRIU's default is 10 s.
-    pub timeout: Option<Duration>,
     /// 0 nothing to 4 everything; 4 by default, as in runc, because a failure's cause may be in any
     /// line.
     pub log_level: Option<i32>,
@@ -235,8 +224,6 @@ pub enum CgroupRoots {
     Dumped,
     /// criu's own cgroup at the time of the request, chosen by [`crate::NotifyRestore::started`].
     OfCriu,
-    /// The listed groups.
-    Listed(Vec<CgroupRoot>),
 }
 
 impl CgroupRoots {
@@ -280,16 +267,11 @@ pub(crate) fn to_rpc(options: &Options, place: Place<'_>, root: Option<&Path>, m
     rpc.link_remap = yes(options.link_remap);
     rpc.orphan_pts_master = yes(options.orphan_pts_master);
     rpc.evasive_devices = yes(options.evasive_devices);
-    rpc.auto_dedup = yes(options.auto_dedup);
-    rpc.lazy_pages = yes(options.lazy_pages);
     rpc.empty_ns = options.empty_network_namespace.then_some(NEW_NETWORK);
     rpc.ghost_limit = options.ghost_limit;
     rpc.manage_cgroups_mode = options.manage_cgroups.map(|mode| EnumOrUnknown::new(cgroup_mode(mode)));
     rpc.network_lock = options.network_lock.map(|method| EnumOrUnknown::new(network_lock(method)));
-    rpc.skip_mnt.clone_from(&options.skip_mounts);
-    rpc.enable_fs.clone_from(&options.enable_filesystems);
     rpc.config_file = options.config_file.as_deref().map(text);
-    rpc.timeout = options.timeout.map(|timeout| u32::try_from(timeout.as_secs().max(1)).unwrap_or(u32::MAX));
     rpc.root = root.map(text);
     rpc.ext_mnt = mounts.iter().map(external_mount).collect();
     rpc

@@ -43,12 +43,6 @@ pub struct RestoreRequest {
     pub cgroup_roots: CgroupRoots,
     /// Security module and profile instead of the dumped one: `apparmor:NAME`, `selinux:LABEL`.
     pub lsm_profile: Option<String>,
-    /// SELinux context for mounts, instead of the dumped one.
-    pub lsm_mount_context: Option<String>,
-    /// Restore mounts by CRIU's old method, for cases beyond the new one.
-    pub mntns_compat_mode: bool,
-    /// Do not compare the permissions of files with the dump's.
-    pub skip_file_rwx_check: bool,
     /// The caller fills memory missing from the images before the tree runs. Without this flag CRIU
     /// refuses such images.
     pub cut: bool,
@@ -125,7 +119,6 @@ impl Criu {
             let roots = match roots {
                 CgroupRoots::Dumped => vec![],
                 CgroupRoots::OfCriu => cgroups_of(criu.pid())?,
-                CgroupRoots::Listed(roots) => roots,
             };
             if let Some(opts) = message.opts.as_mut() {
                 opts.cg_root = roots.iter().map(cgroup_root).collect();
@@ -167,9 +160,6 @@ fn message(request: &RestoreRequest, place: Place<'_>) -> Criu_req {
     opts.join_ns = request.join_namespaces.iter().map(join_namespace).collect();
     opts.cgroup_yard = std::fs::read_to_string("/proc/self/cgroup").ok().and_then(|cgroup| cgroup_yard(&cgroup));
     opts.lsm_profile.clone_from(&request.lsm_profile);
-    opts.lsm_mount_context.clone_from(&request.lsm_mount_context);
-    opts.mntns_compat_mode = request.mntns_compat_mode.then_some(true);
-    opts.skip_file_rwx_check = request.skip_file_rwx_check.then_some(true);
     let mut message = Criu_req::new();
     message.set_type(Criu_req_type::RESTORE);
     message.opts = Some(opts).into();

@@ -4,9 +4,6 @@ use std::fmt;
 
 use rust_criu::rust_criu_protobuf::rpc::Criu_version;
 
-/// Minimum of containerd's CRI for a checkpoint (its go-criu, `PodCriuVersion`).
-pub const CONTAINERD_MINIMUM: Version = Version { major: 3, minor: 16, sublevel: 0 };
-
 /// Minimum of this project. 4.1 is the first to dump an already frozen cgroup, as left by
 /// containerd (criu commit 4196268ee). It also records the plugins needed for a restore in an image
 /// (5335b35f7), and knows pidfds, held by Python and systemd (1ce408ffa).

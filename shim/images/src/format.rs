@@ -10,14 +10,11 @@ pub const INVENTORY: &str = "inventory.img";
 /// Plugin named by an inventory after memory was taken out of its images.
 pub const MARK: &str = "gpusnap";
 pub(crate) const PSTREE: &str = "pstree.img";
-pub(crate) const STATS: &str = "stats-dump";
 
 /// Numbers of criu/include/magic.h.
 pub(crate) const INVENTORY_MAGIC: u32 = 0x5831_3116;
 pub(crate) const COMMON_MAGIC: u32 = 0x5456_4319;
-pub(crate) const SERVICE_MAGIC: u32 = 0x5510_5940;
 pub(crate) const PSTREE_MAGIC: u32 = 0x5027_3030;
-pub(crate) const STATS_MAGIC: u32 = 0x5709_3306;
 pub(crate) const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 pub(crate) const MM_MAGIC: u32 = 0x5749_2820;
 pub(crate) const CORE_MAGIC: u32 = 0x5505_3847;

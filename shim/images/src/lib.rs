@@ -11,7 +11,6 @@ mod memory;
 mod pages;
 mod rewrite;
 mod sharing;
-mod stats;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -24,5 +23,4 @@ pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;
 pub use rewrite::{Changes, RewriteError, Staging, rewrite};
-pub use stats::{DumpStats, dump_stats};
 pub use tree::root_pid;

@@ -158,16 +158,12 @@ fn a_process_that_is_traced_already_is_refused() {
 }
 
 #[test]
-fn many_processes_are_cleaned_in_little_time() {
+fn many_processes_are_cleaned() {
     let all: Vec<_> = (0..16).map(|_| with_residue("residue-only")).collect();
-    let start = Instant::now();
     for (directory, program) in &all {
         let cleaned = clean_matching(program.pid, soon(), |path| path.starts_with(directory.path())).unwrap();
         assert_eq!(cleaned, Cleaned { mappings: 3, fds: 5 });
     }
-    let took = start.elapsed();
-    eprintln!("16 processes in {took:?}");
-    assert!(took < Duration::from_secs(2), "it took {took:?}");
 }
 
 #[test]

@@ -239,7 +239,7 @@ fn assert_is_frozen_at_rest(cgroup: &Cgroup) {
         }
         cgroup.freeze_at_rest(is_frozen).unwrap();
         assert!(cgroup.is_frozen().unwrap());
-        assert_eq!(crate::vfork::waiting(&cgroup.pids().unwrap()), None);
+        assert_eq!(crate::vfork::waiting_in_frozen(&cgroup.pids().unwrap()), None);
         cgroup.thaw().unwrap();
     }
 }

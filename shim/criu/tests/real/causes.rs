@@ -54,8 +54,8 @@ async fn refused(world: World, thing: &'static str, said: &'static str) {
 
 async fn a_missing_criu_is_named(world: World) {
     let criu = Criu::at("/nowhere/criu", world.reaper.clone());
-    let error = criu.preflight().await.unwrap_err();
-    assert_eq!(chain(&error), "cannot ask criu what it can do: criu is not installed: there is no /nowhere/criu");
+    let error = criu.version().await.unwrap_err();
+    assert_eq!(chain(&error), "criu is not installed: there is no /nowhere/criu");
     let target = world.target(&[]).await;
     let error = criu.dump(world.dump_request(&target), &mut ()).await.unwrap_err();
     assert!(chain(&error).ends_with("criu is not installed: there is no /nowhere/criu"), "{}", chain(&error));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::{ImageError, check_pages, dump_stats, inspect, root_pid};
+use crate::{ImageError, check_pages, inspect, root_pid};
 
 /// Writes the smallest directory that passes for an image: a tree with process 7 as the root.
 pub(crate) fn write_image(folder: &Path) {
@@ -74,16 +74,4 @@ fn pages_that_are_cut_off_are_found_and_those_in_parents_are_not_missed() {
     assert!(error.to_string().ends_with("pages-3.img is damaged: it is cut off"), "{error}");
     std::fs::write(&pages, vec![0; 3 * page]).unwrap();
     check_pages(folder.path()).unwrap();
-}
-
-#[test]
-fn statistics_of_a_dump_are_read() {
-    let folder = TempDir::new().unwrap();
-    assert_eq!(dump_stats(folder.path()).unwrap(), None);
-    let dump = [0x08, 1, 0x10, 2, 0x18, 3, 0x20, 4, 0x28, 5, 0x30, 6, 0x38, 7, 0x70, 8];
-    let entry: Vec<u8> = [0x0a, 16].into_iter().chain(dump).collect();
-    file(&folder.path().join("stats-dump"), &[0x5510_5940, 0x5709_3306], &[&entry]);
-    let stats = dump_stats(folder.path()).unwrap().unwrap();
-    assert_eq!((stats.freezing_us, stats.frozen_us, stats.memory_dump_us, stats.memory_write_us), (1, 2, 3, 4));
-    assert_eq!((stats.pages_scanned, stats.pages_skipped_parent, stats.pages_written), (5, 6, 15));
 }

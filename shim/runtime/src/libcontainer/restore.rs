@@ -140,7 +140,6 @@ impl Client {
                 log_level: Some(log_level()),
                 ..helper::criu_options(allow)
             },
-            ..criu::RestoreRequest::default()
         };
         let restored = Criu::new(self.inner.reaper.clone()).restore(criu_request, &mut stages).await;
         if restored.is_err()

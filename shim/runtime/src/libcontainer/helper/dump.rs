@@ -53,7 +53,6 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         external_mounts: external_mounts(&spec, &place, &root)?,
         external,
         options: criu_options(request.allow),
-        ..DumpRequest::default()
     })
 }
 

@@ -8,8 +8,9 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use gpusnap_fuzz::{parts, pieces};
-use images::{Changes, Inherited, Run, Staging, Unmarked, check, dump_stats, inspect, present, rewrite, runs};
+use images::{Changes, Inherited, Run, Staging, Unmarked, check, inspect, present, rewrite, runs};
 use libfuzzer_sys::fuzz_target;
+use proc::ContainerPid;
 
 /// Names of files, with their leading magic numbers (criu/include/magic.h).
 const FILES: [(&str, &[u32]); 14] = [
@@ -82,7 +83,6 @@ fn look(images: &Path) {
     } else {
         assert!(checked.is_err(), "a check is more than a look");
     }
-    drop(dump_stats(images));
     drop(criu::explain(&images.join("dump.log")));
     let least = 2 * page() as u64;
     let all = runs(images, least, Inherited::Take);
@@ -105,13 +105,17 @@ fn look(images: &Path) {
 }
 
 fn check_runs(runs: &[Run], least: u64) {
-    let mut reached = BTreeMap::<i32, u64>::new();
+    let mut reached = BTreeMap::<ContainerPid, u64>::new();
     for run in runs {
         let reached = reached.entry(run.pid).or_default();
         assert!(run.address >= *reached, "memory is there once");
         assert!(run.length >= least && run.length.is_multiple_of(page() as u64), "{run:?}");
         *reached = end(run);
     }
+}
+
+fn one() -> ContainerPid {
+    ContainerPid::new(1).expect("a pid")
 }
 
 fn end(run: &Run) -> u64 {
@@ -123,7 +127,7 @@ fn end(run: &Run) -> u64 {
 fn take_out(images: &Path, wishes: &[u8]) {
     let Some((bits, staging)) = wishes.split_first() else { return };
     let Ok(runs) = runs(images, 1, Inherited::Take) else { return };
-    let own = runs.iter().filter(|run| run.pid == 1);
+    let own = runs.iter().filter(|run| run.pid == one());
     let chosen = own.enumerate().filter(|(index, _)| bits & 1 << (index % 8) != 0);
     let without: Vec<Range<u64>> = chosen.map(|(_, run)| run.address..end(run)).collect();
     let staging: Vec<Staging> = staging
@@ -138,7 +142,7 @@ fn take_out(images: &Path, wishes: &[u8]) {
     let gone: Vec<Range<u64>> = without.iter().cloned().chain(staging.iter().map(|of| of.range.clone())).collect();
     let was_whole = check(images).is_ok();
     let before = contents(images);
-    if rewrite(images, &[Changes { pid: 1, without, staging }]).is_err() {
+    if rewrite(images, &[Changes { pid: one(), without, staging }]).is_err() {
         return;
     }
     assert!(!was_whole || check(images).is_ok(), "images stay whole");
@@ -156,7 +160,7 @@ fn take_out(images: &Path, wishes: &[u8]) {
 /// The first byte of each page of process 1, up to the last page in the file.
 fn contents(images: &Path) -> BTreeMap<u64, u8> {
     let mut contents = BTreeMap::new();
-    for run in present(images, 1, 0..u64::MAX).unwrap_or_default() {
+    for run in present(images, one(), 0..u64::MAX).unwrap_or_default() {
         let Ok(file) = std::fs::File::open(&run.file) else { continue };
         let length = file.metadata().map_or(0, |metadata| metadata.len());
         for at in (0..run.length).step_by(page()).take_while(|at| run.offset + at + page() as u64 <= length) {

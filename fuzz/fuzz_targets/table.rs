@@ -17,11 +17,11 @@ fuzz_target!(|data: &[u8]| {
 fn check(bytes: &[u8]) {
     let Ok(table) = SegmentTable::parse(bytes) else { return };
     assert!(table.encode() == bytes, "a table has two encodings");
-    let mut pid = 0;
+    let mut last = None;
     for process in table.processes() {
-        assert!(process.pid > pid, "pids ascend");
-        pid = process.pid;
-        assert!(table.segments(pid) == process.segments, "a process is found by its pid");
+        assert!(Some(process.pid) > last, "pids ascend");
+        last = Some(process.pid);
+        assert!(table.segments(process.pid) == process.segments, "a process is found by its pid");
         let mut reached = 0;
         for segment in &process.segments {
             assert!(segment.address >= reached && segment.length > 0, "segments ascend");

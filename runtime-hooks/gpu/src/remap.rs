@@ -32,16 +32,16 @@ use plan::{PAGE, Plan};
 use tracee::hold::Hold;
 use tracee::inject::{Injector, answer, argument};
 
-/// Mapping over a segment may fail for want of memory when the memory that it had is gone already. What that has freed is
-/// there soon.
+/// Tries of a mapping. The kernel may have freed the old memory of a segment and not have it back yet: a mapping fails for
+/// want of memory then, for a moment.
 const TRIES: u32 = 50;
 const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 
-/// Puts files in the place of memory of one process, all whose threads are held, and says what was left.
+/// Maps files in the place of the memory of a process. All its threads are held. Returns the ranges that stay memory.
 ///
 /// # Errors
-/// When something is not as it has to be; nothing has changed then. Or when a call in the process fails: then some segments
-/// are in memory and others in files.
+/// Foreign mappings, a short pack or other contents: the process is unchanged then. After a failed call in the process
+/// some segments are in memory and others in files.
 pub(crate) fn remap_in(
     hold: &mut Hold,
     packs: &[PathBuf],
@@ -55,7 +55,8 @@ pub(crate) fn remap_in(
     map_in(hold, packs, of.process.host, plan, deadline)
 }
 
-/// As [`remap_in`] for memory that is empty: it has in the end what the files have, but for what is left.
+/// Maps files as [`remap_in`] does, in the place of empty memory. Contents are not compared: the memory takes over those
+/// of the files, except in the returned ranges.
 ///
 /// # Errors
 /// As for [`remap_in`].
@@ -83,7 +84,7 @@ fn map_in(
     for segments in by_pack(&segments) {
         let remapped = match segments.first().and_then(Segment::stored) {
             Some((pack, _)) => remap_file(&mut injector, pid, &packs[pack], segments),
-            None => map_pieces(&mut injector, pid, None, segments),
+            None => map_segments(&mut injector, pid, None, segments),
         };
         remapped?;
     }
@@ -143,12 +144,12 @@ fn remap_file(
 ) -> Result<(), RemapError> {
     let file = File::open(path).map_err(RemapError::file(path))?;
     let fd = hand_over(injector, pid, &file)?;
-    let mapped = map_pieces(injector, pid, Some(fd), segments);
+    let mapped = map_segments(injector, pid, Some(fd), segments);
     let closed = close(injector, pid, fd);
     mapped.and(closed)
 }
 
-fn map_pieces(
+fn map_segments(
     injector: &mut Injector<'_>,
     pid: HostPid,
     fd: Option<i32>,
@@ -267,7 +268,7 @@ fn call(
     injector.call(number, arguments).map(answer).map_err(RemapError::inject(pid))
 }
 
-/// Whether all segments are mapped as they should be.
+/// Checks that each segment is mapped: from a file if it is stored, as memory if it is zero.
 fn check(pid: HostPid, segments: &[Segment]) -> Result<(), RemapError> {
     let mappings = proc::mappings(pid).map_err(RemapError::memory(pid))?;
     let by_end: BTreeMap<u64, &Mapping> = mappings.iter().map(|mapping| (mapping.range.end, mapping)).collect();

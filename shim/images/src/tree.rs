@@ -13,7 +13,7 @@ const MAX_TASKS: usize = 1 << 22;
 
 pub(crate) struct Process {
     pub(crate) pid: ContainerPid,
-    /// None of the root, whose parent is not saved.
+    /// The parent process; `None` for the root, because the root's parent is not saved.
     pub(crate) parent: Option<ContainerPid>,
     pub(crate) threads: Vec<u64>,
 }

@@ -192,9 +192,9 @@ fn remaps() {
 #[test]
 fn one_that_dies_at_any_step_leaves_the_process_its_data() {
     let mut staged = Staged::play();
-    let pieces = std::mem::take(&mut staged.layout.processes[0].segments);
+    let segments = std::mem::take(&mut staged.layout.processes[0].segments);
     // One of zeros, and two of each file.
-    staged.layout.processes[0].segments = [0, 1, 3, 40, 41].map(|piece| pieces[piece]).to_vec();
+    staged.layout.processes[0].segments = [0, 1, 3, 40, 41].map(|index| segments[index]).to_vec();
     let plan = staged.directory.path().join("plan");
     for step in 1.. {
         fs::write(&plan, serde_json::to_vec(&staged.layout).unwrap()).unwrap();
@@ -213,8 +213,8 @@ fn one_that_dies_at_any_step_leaves_the_process_its_data() {
             let old = std::mem::replace(&mut staged.range, again.range);
             let process = &mut staged.layout.processes[0];
             process.process = ProcessIds::of(again.program.pid).unwrap();
-            for piece in &mut process.segments {
-                piece.address = piece.address - old.start + again.range.start;
+            for segment in &mut process.segments {
+                segment.address = segment.address - old.start + again.range.start;
             }
             staged.program = again.program;
         }

@@ -1,6 +1,5 @@
 //! Errors of a session.
 
-use proc::HostPid;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +7,7 @@ use std::time::Duration;
 use cgroup::CgroupError;
 use gpu::SessionError as GpuError;
 use phase::{Cancelled, Phase};
+use proc::HostPid;
 use role::Failure;
 use runtime::RuntimeError;
 use serde::{Deserialize, Serialize};

@@ -33,7 +33,7 @@ pub fn end_restores(bundle: &Path) -> io::Result<()> {
         }
         let Ok(session) = ProcessHandle::open(pid) else { continue };
         // Another process may have had the pid a moment ago.
-        if !restores(pid, bundle) {
+        if !session.with_pid(|pid| Ok(restores(pid, bundle))).unwrap_or(false) {
             continue;
         }
         tracing::warn!(%pid, bundle = %bundle.display(), "a session of a dead shim restores, and is killed");

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use images::{Changes, Inherited, Run};
 use memory::{Control, FileSource, Layout, ProcessLayout, Regions, SegmentTable};
 use phase::Phase;
-use proc::{ContainerPid, Range};
+use proc::ContainerPid;
 use role::{Because, Failure};
 use snapshot::{
     CRIU_TYPE, Digest, Draft, FileError, GPU_MEMORY_TYPE, HOST_MEMORY_TYPE, IfInUse, IfTaken, Name, NewLayer,
@@ -146,9 +146,8 @@ impl Saving {
         {
             let present = images::present(images, pid, range.start..range.end).because("cannot read the images")?;
             for Run { address, length, .. } in present {
-                let of_process = left.iter().filter(|of| of.process.container == pid).flat_map(|of| &of.ranges);
-                let is_left = |left: &Range| left.start <= address && address + length <= left.end;
-                if !of_process.copied().any(|left| is_left(&left)) {
+                let mut of_process = left.iter().filter(|of| of.process.container == pid).flat_map(|of| &of.ranges);
+                if !of_process.any(|left| left.start <= address && address + length <= left.end) {
                     return Err(Failure::new(format!(
                         "process {pid} has changed its memory at {address:#x} since that was saved"
                     )));

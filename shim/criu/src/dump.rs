@@ -20,6 +20,7 @@ use crate::freezer::Freezer;
 use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
+use crate::plugin::DevicePlugin;
 use crate::residue::{self, Residue};
 use crate::swrk::Swrk;
 
@@ -52,6 +53,9 @@ pub struct DumpRequest {
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
     pub external: Vec<External>,
+    /// Accept descriptors and mappings of the NVIDIA driver's device nodes. Only after
+    /// [`images::replace_devices`] the images can be restored then.
+    pub devices: bool,
     /// Options common to dump and restore.
     pub options: Options,
 }
@@ -91,8 +95,11 @@ impl Criu {
         };
 
         let failed = |source| DumpError::Criu { pid, source };
+        let plugin = request.devices.then(|| DevicePlugin::within(work_path)).transpose();
+        let plugin = plugin.map_err(at("put a plugin into", work_path))?;
+        let plugins = plugin.as_ref().map(DevicePlugin::folder);
         let marker = residue::marker();
-        let swrk = Swrk::start(self, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
+        let swrk = Swrk::start(self, plugins, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);

@@ -64,6 +64,9 @@ pub struct CheckpointRequest {
     /// Mapped files outside the container. Like `review`, only for a runtime that [drives CRIU
     /// here](crate::OciRuntime::drives_criu).
     pub external_files: Vec<PathBuf>,
+    /// Accept descriptors and mappings of the NVIDIA driver's devices. Only after
+    /// [`images::replace_devices`] the images can be restored then.
+    pub devices: bool,
     /// Run before the container goes on or ends.
     pub review: Option<Review>,
 }

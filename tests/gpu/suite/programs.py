@@ -126,6 +126,41 @@ def spawned_workers(suite):
     life(suite, "workers.py")
 
 
+@case(60)
+def nvml_beside(suite):
+    """NVML in a CUDA process, alone in a process beside it, and inherited by a CUDA process, as vLLM's engine inherits it."""
+
+    def told(container, name, here, beside):
+        found = container.ask(name, seconds=90)
+        suite.step(f"{container.id}: {name}", **found)
+        if found["here"] != here or beside not in (None, found["beside"]):
+            raise Failed(f"{container.id}: NVML answers {found}, not {here} here and {beside} beside")
+
+    right = [0, 0, 0]
+    source = suite.container(0, "monitored.py")
+    cold = source.start()
+    first = source.ask("answer")
+    told(source, "nvml", right, right)
+    for number in ("a", "b"):
+        checkpoint = source.checkpoint(number)
+        same(source.ask("answer"), first, "after the checkpoint")
+        told(source, "nvml", right, right)
+    suite.step("checkpointed twice, left running", cold=cold, **checkpoint)
+    restored, about = source.restored("b", 1)
+    same(about.pop("answer"), first, "restored")
+    # The driver has nothing to restore in a process without CUDA: its queries fail until NVML begins again.
+    told(restored, "nvml", right, None)
+    told(restored, "again", right, right)
+    same(restored.ask("answer"), first, "after NVML has begun again")
+    suite.step("restored", **about)
+    checkpoint = restored.checkpoint("c", leave=False)
+    restored.ended()
+    again, about = restored.restored("c", 2)
+    same(about.pop("answer"), first, "restored again")
+    told(again, "again", right, right)
+    suite.step("restored again", **about)
+
+
 @case(45)
 def torch_async_allocator(suite):
     """cudaMallocAsync."""

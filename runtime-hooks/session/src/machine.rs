@@ -12,16 +12,17 @@ use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::Devices;
+use images::{Connections, Devices, RewriteError};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
 use role::{Because, Failure};
-use runtime::{CheckpointRequest, OciRuntime, Review};
+use runtime::{CheckpointRequest, OciRuntime, Review, Tcp};
 use rustix::process::Signal;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
+use crate::connections;
 use crate::error::SessionError;
 use crate::limits::GPU;
 use crate::memory::{self, BigMemory, Described, Publication};
@@ -212,6 +213,12 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
+    /// Returns the images of the dump, to be rewritten.
+    fn dumped(&self) -> Dumped {
+        let closes_outside = self.order.options.allow.tcp == Tcp::Auto && self.runtime.drives_criu();
+        Dumped { folder: self.folder.clone(), devices: self.devices.clone(), closes_outside }
+    }
+
     fn record(&self) -> Record {
         let order = self.order;
         Record {
@@ -222,6 +229,29 @@ impl<'a> Machine<'a> {
             resident: self.resident,
             timeline: self.services.timeline.clone(),
         }
+    }
+}
+
+/// Images as CRIU has written them, for the rewriting of what a restore could not use.
+struct Dumped {
+    folder: PathBuf,
+    devices: Vec<Devices>,
+    /// TCP connections to elsewhere become closed ones.
+    closes_outside: bool,
+}
+
+impl Dumped {
+    fn rewrite(&self) -> Result<(), RewriteError> {
+        images::replace_devices(&self.folder, &self.devices)?;
+        if self.closes_outside {
+            let Connections { kept, closed } = images::close_outside(&self.folder)?;
+            if kept + closed > 0 {
+                tracing::info!(
+                    "of its TCP connections, {kept} ends are kept, and {closed} to elsewhere closed when restored"
+                );
+            }
+        }
+        Ok(())
     }
 }
 
@@ -340,10 +370,10 @@ impl Actions for Machine<'_> {
             let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
-            let (devices, folder) = (std::mem::take(&mut self.devices), images.clone());
+            let (dumped, cgroup) = (self.dumped(), self.cgroup.clone());
             Review::new(move || {
                 cancel.check()?;
-                images::replace_devices(&folder, &devices)?;
+                dumped.rewrite()?;
                 let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
                 // Told before the commit: whatever fails after it, the snapshot is withdrawn.
                 let _ = tell.send(published.clone());
@@ -351,11 +381,13 @@ impl Actions for Machine<'_> {
                 timeline.enter(Phase::Publish);
                 record.complete(published, &draft)?;
                 timeline.enter(Phase::Dump);
+                connections::end_repair(&cgroup);
                 committed.store(true, Ordering::Release);
                 Ok(())
             })
         });
-        if review.is_none() && self.after() == After::Exit {
+        let is_reviewed = review.is_some();
+        if !is_reviewed && self.after() == After::Exit {
             // A runtime that drives CRIU itself lets nobody in before it kills the container.
             self.record().complete(None, &self.draft)?;
         }
@@ -380,7 +412,10 @@ impl Actions for Machine<'_> {
             }
         }
         dumped?;
-        Ok(images::replace_devices(&self.folder, &self.devices)?)
+        if !is_reviewed {
+            self.dumped().rewrite()?;
+        }
+        Ok(())
     }
 
     fn begin_publication(&mut self) {

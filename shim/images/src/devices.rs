@@ -9,17 +9,15 @@ use std::path::{Path, PathBuf};
 
 use proc::ContainerPid;
 
-use crate::format::{COMMON_MAGIC, FDINFO_MAGIC, FILES_MAGIC, IDS_MAGIC, ImageError, damaged};
+use crate::format::{COMMON_MAGIC, FDINFO_MAGIC, IDS_MAGIC, ImageError, damaged};
 use crate::rewrite::{RewriteError, replace};
+use crate::sockets::{FILES, FILES_START};
 use crate::vma::{self, VMAS, Vma, mm_path, read_mm, vmas};
 use crate::wire::{
     MAX_ENTRY, Reader, Value, fields, first_entry, put_message, put_number, put_signed, with_numbers, write_entry,
     write_magic,
 };
 
-/// The file of all open files of all processes.
-const FILES: &str = "files.img";
-const FILES_START: [u32; 2] = [COMMON_MAGIC, FILES_MAGIC];
 const FDINFO_START: [u32; 2] = [COMMON_MAGIC, FDINFO_MAGIC];
 const IDS_START: [u32; 2] = [COMMON_MAGIC, IDS_MAGIC];
 
@@ -75,6 +73,9 @@ pub struct Devices {
 /// # Errors
 /// Fails if a file is damaged, or cannot be read or written. The images are useless then.
 pub fn replace_devices(images: &Path, devices: &[Devices]) -> Result<(), RewriteError> {
+    if devices.is_empty() {
+        return Ok(());
+    }
     let mut files = BTreeMap::new();
     for of in devices {
         // Processes may share a table: a second look changes nothing.

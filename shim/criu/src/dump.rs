@@ -21,6 +21,7 @@ use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
 use crate::residue::{self, Residue};
+use crate::sparse::{Sparse, Watch, spawn_watched};
 use crate::swrk::Swrk;
 
 /// Name of the log in the work directory, as in runc: containerd copies the log from there.
@@ -52,6 +53,8 @@ pub struct DumpRequest {
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
     pub external: Vec<External>,
+    /// Files in memory whose data is saved elsewhere in part.
+    pub sparse: Vec<Sparse>,
     /// Options common to dump and restore.
     pub options: Options,
 }
@@ -92,7 +95,9 @@ impl Criu {
 
         let failed = |source| DumpError::Criu { pid, source };
         let marker = residue::marker();
-        let swrk = Swrk::start(self, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
+        let start = || Swrk::start(self, work_path, &marker, vec![], Reaper::spawn);
+        let (swrk, watch) = spawn_watched(request.sparse.clone(), start);
+        let swrk = swrk.map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);
@@ -106,6 +111,7 @@ impl Criu {
             freezer,
             stands: false,
             open: (images, work),
+            _watch: watch,
         };
         let mut call = Call::new(swrk, undo, log.clone());
         match call.converse(message, &mut AnswersDump { notify }).await {
@@ -187,6 +193,8 @@ struct UndoDump {
     stands: bool,
     /// The images and the work directory. CRIU opens both by number during the whole run.
     open: (File, File),
+    /// Answers criu's questions for shared memory.
+    _watch: Option<Watch>,
 }
 
 #[async_trait]

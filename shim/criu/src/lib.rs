@@ -40,6 +40,7 @@ mod orphan;
 mod probe;
 mod residue;
 mod restore;
+mod sparse;
 mod swrk;
 #[allow(unsafe_code)]
 mod sys;
@@ -61,5 +62,6 @@ pub use options::{
 pub use orphan::end_orphans;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
+pub use sparse::Sparse;
 pub use transport::{Packet, announced, receive_packet, with_other_folders};
 pub use version::{MINIMUM, Version};

@@ -17,7 +17,7 @@ mod tree;
 mod vma;
 mod wire;
 
-pub use cut::{UNMARKED_PREFIX, Unmarked};
+pub use cut::{UNMARKED_PREFIX, Unmarked, mark};
 pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};

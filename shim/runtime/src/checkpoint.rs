@@ -64,6 +64,9 @@ pub struct CheckpointRequest {
     /// Mapped files outside the container. Like `review`, only for a runtime that [drives CRIU
     /// here](crate::OciRuntime::drives_criu).
     pub external_files: Vec<PathBuf>,
+    /// Memory that processes share and that is saved elsewhere. Like `review`, only for a runtime
+    /// that drives CRIU here.
+    pub sparse: Vec<criu::Sparse>,
     /// Run before the container goes on or ends.
     pub review: Option<Review>,
 }

@@ -315,6 +315,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         allow: crate::Allow::default(),
         cancel: crate::Cancel::default(),
         external_files: vec![],
+        sparse: Vec::new(),
         review: None,
     };
     bench.command.checkpoint(request).await.unwrap_err();

@@ -95,7 +95,7 @@ fn memory_that_processes_share_goes_to_the_node_store_and_comes_back(t: &Test) -
     let (manifest, bytes) = checkpointed(t, &id)?;
     let memory = manifest["memory"]["memory"].as_u64().context("no memory is outside the images")?;
     // What two processes map, less holes; what only a descriptor leads to or is sealed stays.
-    let (shared, images) = ((32 + 3 + 24 + 8) << 20, 64 << 20);
+    let (shared, images) = ((32 + 3 + 24 + 8) << 20, 32 << 20);
     ensure!(memory > shared - (1 << 20), "{memory} bytes are outside the images");
     ensure!(bytes < images, "{bytes} bytes are in the folder");
     // The source goes on, and its memory is as it was.

@@ -9,8 +9,7 @@ use cgroup::Cgroup;
 use crate::backfill::Backfill;
 use crate::prefault::Prefault;
 use crate::remap;
-use crate::residue;
-use crate::session::{Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
+use crate::session::{Devices, Driver, Freezer, Host, MemoryLeft, Processes, SessionError, Tracer, Unsupported};
 use cuda::process::{drivers, is_drivers};
 use cuda::{Answer, Call, CallFailure, Callers, Inventory, TICK};
 use memory::{Layout, ProcessLayout};
@@ -29,8 +28,6 @@ pub(crate) const INVENTORY: Duration = Duration::from_secs(20);
 const CONTINUING: Duration = Duration::from_secs(10);
 /// Tries, of half a second each, to let processes go that would die with this one.
 const MOST_RELEASES: u32 = 20;
-/// Freeing one process takes about 5 ms (cuda.md: 16 in 0.06-0.09 s).
-const CLEANING: Duration = Duration::from_secs(10);
 
 /// The machine, as far as one container reaches.
 pub(crate) struct Machine {
@@ -143,12 +140,10 @@ impl Processes for Machine {
         self.hold.refuse_traced(pid).map_err(|error| process("hold", pid)(&error))
     }
 
-    fn left(&mut self, pid: HostPid) -> Option<String> {
-        if let Some(mapping) = cuda::process::device_mappings(pid).unwrap_or_default().into_iter().next() {
-            return Some(format!("a mapping of {} at {:#x}", mapping.path.display(), mapping.start));
-        }
-        let fd = cuda::process::device_fds(pid).unwrap_or_default().into_iter().next()?;
-        Some(format!("descriptor {} of {}", fd.fd, fd.path.display()))
+    fn devices(&mut self, pid: HostPid) -> Devices {
+        let fds = cuda::process::device_fds(pid).unwrap_or_default().into_iter();
+        let paths = fds.filter_map(|of| Some((u32::try_from(of.fd).ok()?, of.path))).collect();
+        Devices { paths, mappings: cuda::process::device_mappings(pid).unwrap_or_default().len() }
     }
 
     fn describe(&mut self, pid: HostPid) -> String {
@@ -305,12 +300,6 @@ impl Tracer for Machine {
     fn stop(&mut self, pid: HostPid) -> Result<(), SessionError> {
         self.check("stop again", pid)?;
         self.hold.stop(pid).map_err(|error| process("stop again", pid)(&error))
-    }
-
-    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError> {
-        self.check("free the GPU of", pid)?;
-        let cleaned = residue::clean(&mut self.hold, pid, Instant::now() + CLEANING);
-        cleaned.map(|cleaned| cleaned.mappings + cleaned.fds).map_err(|error| process("free the GPU of", pid)(&error))
     }
 
     fn remap(&mut self, packs: &[PathBuf], of: &ProcessLayout, limit: Duration) -> Result<Vec<Range>, SessionError> {

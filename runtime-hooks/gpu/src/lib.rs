@@ -1,7 +1,7 @@
 //! The GPU state of a container, moved to the memory of its processes and back.
 //!
 //! ```text
-//!   Keeper: session, hold, residue, staging memory (crate memory)
+//!   Keeper: session, hold, staging memory (crate memory)
 //!     └──socket──► callers (crate cuda): one driver call at a time, killed when it hangs
 //! ```
 //!
@@ -16,12 +16,11 @@ mod host;
 mod keeper;
 mod prefault;
 mod remap;
-mod residue;
 mod session;
 
 pub use keeper::Keeper;
 pub use session::{
-    LEAST_STAGING, OnGpu, Owed, Resumed, SessionError, Step, Suspended, SuspendedProcess, is_descendant,
+    LEAST_STAGING, LeftDevices, OnGpu, Owed, Resumed, SessionError, Step, Suspended, SuspendedProcess, is_descendant,
 };
 
 /// Tells whether an environment variable of containerd switches something off.

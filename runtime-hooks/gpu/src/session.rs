@@ -5,7 +5,7 @@
 //!  frozen ────────► Discover ──► Lock ──► Hold ──► (anything new?) ───────────────────────┘
 //!                                 ▲ │                    │ no
 //!               growing waits:    │ │ late               ▼
-//!               all are unlocked ─┘ │             CudaCheckpoint ──► CleanResidue ──► (all conditions?)
+//!               all are unlocked ─┘ │             CudaCheckpoint ──────────────────► (all conditions?)
 //!                                   │                    │                │                 │ yes
 //!                                   └────────────────────┴────────────────┤ failure         ▼
 //!                                                                         ▼          Freeze, let go: Suspended
@@ -19,6 +19,10 @@
 //!
 //! A restored container whose memory is not all in place yet (`resume_restored`) is held as a whole as well, from before the
 //! thaw until the rest is there. What goes wrong on the way freezes it, for somebody to end it.
+//!
+//! Processes keep the driver's devices that the driver's checkpoint leaves them: those that were forked from one that uses
+//! CUDA or NVML, and those that use NVML alone. CRIU accepts them by a plugin, and they are replaced in the images only
+//! ([`LeftDevices`]).
 //!
 //! A process that begins to use CUDA meanwhile can neither be freed of the GPU nor saved half way: all is put back, and tried again
 //! when it has begun.
@@ -36,12 +40,14 @@
 //! Why processes are held: a locked process cannot call the driver, but its threads may read what the driver gave them,
 //! and the checkpoint takes that away. JAX has such a thread.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use cuda::{Answer, Call, CallFailure, CudaResult, Inventory, ProcessState, SHORT_CALL};
 use memory::{Layout, Regions};
 use phase::Phase;
-use proc::{ContainerPid, HostPid, Range, Stat};
+use proc::{ContainerPid, HostPid, ProcessIds, Range, Stat};
 use serde::{Deserialize, Serialize};
 
 mod error;
@@ -52,7 +58,7 @@ mod still;
 mod undo;
 
 pub use error::SessionError;
-pub(crate) use host::{Driver, Freezer, Host, MemoryLeft, Processes, Tracer, Unsupported};
+pub(crate) use host::{Devices, Driver, Freezer, Host, MemoryLeft, Processes, Tracer, Unsupported};
 pub(crate) use undo::Undo;
 pub use undo::{Owed, Step};
 
@@ -85,8 +91,8 @@ pub struct Suspended {
     pub inventory: Option<Inventory>,
     /// The CUDA processes.
     pub processes: Vec<SuspendedProcess>,
-    /// Processes without a context that were freed of the driver: how many.
-    pub cleaned: usize,
+    /// Processes that have devices of the driver all the same.
+    pub devices: Vec<LeftDevices>,
     /// Memory with the state that was on the GPUs, by process, in the order of `processes`.
     pub staging: Vec<Regions>,
 }
@@ -95,6 +101,7 @@ impl Suspended {
     /// Leaves out the processes that no checkpoint saves: those that are not init's descendants, which were started by exec.
     /// Returns their pids. They have their GPU state in memory like the others, and get it back in a container that goes on.
     pub fn leave_out_execs(&mut self, init: HostPid) -> Vec<HostPid> {
+        self.devices.retain(|of| is_descendant(of.process.host, init));
         let (staging, processes) = (std::mem::take(&mut self.staging), std::mem::take(&mut self.processes));
         let mut left_out = Vec::new();
         for (of, process) in staging.into_iter().zip(processes) {
@@ -118,6 +125,18 @@ pub fn is_descendant(pid: HostPid, ancestor: HostPid) -> bool {
 
 /// More than any tree of processes has.
 const MOST_GENERATIONS: usize = 10_000;
+
+/// Devices of the driver that a process has open or mapped beside the GPU state that was moved. CRIU refuses them without
+/// its plugin, and a restore without new paths.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LeftDevices {
+    /// The process.
+    pub process: ProcessIds,
+    /// Paths to be opened in a restored container, by the numbers of descriptors. A process that was forked from one that
+    /// uses CUDA has none: nothing of the driver works in it, before or after.
+    pub paths: BTreeMap<u32, PathBuf>,
+}
 
 /// Bytes that are worth a mapping of their own.
 pub const LEAST_STAGING: u64 = 1 << 20;
@@ -273,15 +292,7 @@ impl<'a, H: Host> Session<'a, H> {
         let inventory = inventory.ok();
         self.note_room(inventory.as_ref());
         self.checkpoint(limit)?;
-        self.enter(Phase::CleanResidue);
-        let mut cleaned = 0;
-        for pid in &residue {
-            self.undo.push(Step::Held(*pid));
-            if self.host.clean(*pid)? > 0 {
-                cleaned += 1;
-            }
-        }
-        self.check_conditions(&residue)?;
+        let devices = self.check_conditions(&residue)?;
         self.enter(Phase::Freeze);
         for member in self.members.iter().filter(|member| member.is_stopped) {
             self.host.stop(member.pid)?;
@@ -302,7 +313,7 @@ impl<'a, H: Host> Session<'a, H> {
             let ranges = staged.into_iter().filter(|range| range.len() >= LEAST_STAGING).collect();
             staging.push(Regions { process, ranges });
         }
-        Ok(Suspended { inventory, processes, cleaned, staging })
+        Ok(Suspended { inventory, processes, devices, staging })
     }
 
     /// Lets all processes go but these.
@@ -524,8 +535,9 @@ impl<'a, H: Host> Session<'a, H> {
         failure.map_or(Ok(()), Err)
     }
 
-    /// The two conditions for a dump: every CUDA process is checkpointed, and nothing of the driver is in use.
-    fn check_conditions(&mut self, residue: &[HostPid]) -> Result<(), SessionError> {
+    /// Checks the two conditions for a dump: every CUDA process is checkpointed, and nothing else uses the driver but for
+    /// NVML. Returns the devices that processes have left.
+    fn check_conditions(&mut self, residue: &[HostPid]) -> Result<Vec<LeftDevices>, SessionError> {
         let members: Vec<HostPid> = self.members.iter().map(|member| member.pid).collect();
         for pid in &members {
             match self.state(*pid)? {
@@ -536,18 +548,23 @@ impl<'a, H: Host> Session<'a, H> {
                 }
             }
         }
+        let mut left = Vec::new();
         for pid in self.host.pids()? {
-            if let Some(what) = self.host.left(pid) {
-                let process = self.host.describe(pid);
-                let is_known = members.contains(&pid) || residue.contains(&pid);
-                return Err(if is_known {
-                    SessionError::Left { process, what }
-                } else {
-                    SessionError::Starting { process }
-                });
+            let devices = self.host.devices(pid);
+            if devices.is_empty() {
+                continue;
+            }
+            let is_member = members.contains(&pid);
+            if !is_member && !residue.contains(&pid) {
+                return Err(SessionError::Starting { process: self.host.describe(pid) });
+            }
+            let is_useless = !is_member && self.host.has_drivers_library(pid);
+            let paths = if is_useless { BTreeMap::new() } else { devices.paths };
+            if let Some(process) = self.host.ids(pid) {
+                left.push(LeftDevices { process, paths });
             }
         }
-        Ok(())
+        Ok(left)
     }
 
     /// Puts packs in the place of memory of a container that is suspended, and leaves it so. Returns the memory that stays

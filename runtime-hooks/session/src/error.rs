@@ -60,6 +60,9 @@ pub enum SessionError {
     /// The container has an id or namespace that names no snapshot.
     #[error("the container has a name that a snapshot cannot have")]
     Name(#[from] snapshot::NameError),
+    /// The images of a dump could not be rewritten.
+    #[error("cannot replace the driver's devices in the images")]
+    Images(#[from] images::RewriteError),
     /// The client, a Kill or a Delete ended the operation.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),

@@ -25,8 +25,8 @@ pub(crate) fn of(phase: Phase, patience: Duration) -> Duration {
         // The driver is asked three times at most.
         Phase::CudaCheckpoint | Phase::CudaRestore => 3 * GPU + SHORT,
         Phase::Lock => patience + SHORT,
-        // A thread in the middle of a disk read, and residue in hundreds of processes.
-        Phase::Hold | Phase::CleanResidue | Phase::Remap => GPU + SHORT,
+        // A thread in the middle of a disk read.
+        Phase::Hold | Phase::Remap => GPU + SHORT,
         Phase::SaveShm
         | Phase::SaveMemory
         | Phase::Dump

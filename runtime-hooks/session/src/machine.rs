@@ -12,6 +12,7 @@ use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
+use images::Devices;
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
@@ -65,6 +66,8 @@ pub(crate) struct Machine<'a> {
     folder: PathBuf,
     log: Option<LogFolder>,
     gpu: Option<SavedGpus>,
+    /// Devices of the driver that processes have beside the state that was moved.
+    devices: Vec<Devices>,
     staging: Vec<Regions>,
     memory: Option<BigMemory>,
     /// Memory goes to the node store, or beside the images.
@@ -106,6 +109,7 @@ impl<'a> Machine<'a> {
             folder: order.options.folder.clone(),
             log: None,
             gpu: None,
+            devices: Vec::new(),
             staging: Vec::new(),
             memory: None,
             is_saving: false,
@@ -280,6 +284,9 @@ impl Actions for Machine<'_> {
         for pid in suspended.leave_out_execs(self.order.init) {
             tracing::warn!("process {pid} was started by an exec and is not saved; it goes on if the container does");
         }
+        let devices = suspended.devices.iter();
+        let devices = devices.map(|of| Devices { pid: of.process.container, paths: of.paths.clone() });
+        self.devices = devices.collect();
         self.staging = std::mem::take(&mut suspended.staging);
         self.staging.retain(|of| !of.ranges.is_empty());
         self.gpu = SavedGpus::of(suspended, &self.order.devices, init);
@@ -342,12 +349,15 @@ impl Actions for Machine<'_> {
         self.enter(Phase::Dump);
         let work = self.log.as_ref().map_or_else(|| images.clone(), |log| log.path().to_owned());
         let (tell, told) = mpsc::channel();
+        let has_devices = !self.devices.is_empty();
         let review = (self.after() == After::Exit && self.runtime.drives_criu()).then(|| {
             let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
+            let (devices, folder) = (std::mem::take(&mut self.devices), images.clone());
             Review::new(move || {
                 cancel.check()?;
+                images::replace_devices(&folder, &devices)?;
                 let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
                 // Told before the commit: whatever fails after it, the snapshot is withdrawn.
                 let _ = tell.send(published.clone());
@@ -372,6 +382,7 @@ impl Actions for Machine<'_> {
             allow: order.options.allow,
             external_files,
             sparse,
+            devices: has_devices,
             cancel: services.cancel.clone(),
             review,
         };
@@ -383,7 +394,8 @@ impl Actions for Machine<'_> {
                 tracing::debug!("no log of the failed dump: {error}");
             }
         }
-        Ok(dumped?)
+        dumped?;
+        Ok(images::replace_devices(&self.folder, &self.devices)?)
     }
 
     fn begin_publication(&mut self) {

@@ -21,7 +21,7 @@ pub struct SavedGpus {
     gpus: Vec<Gpu>,
     /// The container's CUDA processes.
     processes: Vec<SuspendedProcess>,
-    /// Number of forked processes cleaned of GPU residue.
+    /// Number of processes with devices of the driver beside the moved state, replaced in the images.
     cleaned: usize,
 }
 
@@ -31,8 +31,8 @@ impl SavedGpus {
     /// process `init` are the only source.
     #[must_use]
     pub fn of(suspended: Suspended, given: &[DeviceNode], init: HostPid) -> Option<Self> {
-        let Suspended { inventory, processes, cleaned, staging: _ } = suspended;
-        if processes.is_empty() && cleaned == 0 {
+        let Suspended { inventory, processes, devices, staging: _ } = suspended;
+        if processes.is_empty() && devices.is_empty() {
             return None;
         }
         let Inventory { driver, gpus } = inventory.unwrap_or_default();
@@ -46,7 +46,7 @@ impl SavedGpus {
         for gpu in &mut gpus {
             gpu.processes.clear();
         }
-        Some(Self { driver, gpus, processes, cleaned })
+        Some(Self { driver, gpus, processes, cleaned: devices.len() })
     }
 
     /// The driver's version.

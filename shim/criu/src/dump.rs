@@ -20,6 +20,7 @@ use crate::freezer::Freezer;
 use crate::network::Network;
 use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
+use crate::plugin::DevicePlugin;
 use crate::residue::{self, Residue};
 use crate::sparse::{Sparse, Watch, spawn_watched};
 use crate::swrk::Swrk;
@@ -55,6 +56,9 @@ pub struct DumpRequest {
     pub external: Vec<External>,
     /// Files in memory whose data is saved elsewhere in part.
     pub sparse: Vec<Sparse>,
+    /// Accept descriptors and mappings of the NVIDIA driver's device nodes. Only after
+    /// [`images::replace_devices`] the images can be restored then.
+    pub devices: bool,
     /// Options common to dump and restore.
     pub options: Options,
 }
@@ -94,8 +98,11 @@ impl Criu {
         };
 
         let failed = |source| DumpError::Criu { pid, source };
+        let plugin = request.devices.then(|| DevicePlugin::within(work_path)).transpose();
+        let plugin = plugin.map_err(at("put a plugin into", work_path))?;
+        let plugins = plugin.as_ref().map(DevicePlugin::folder);
         let marker = residue::marker();
-        let start = || Swrk::start(self, work_path, &marker, vec![], Reaper::spawn);
+        let start = || Swrk::start(self, plugins, work_path, &marker, vec![], Reaper::spawn);
         let (swrk, watch) = spawn_watched(request.sparse.clone(), start);
         let swrk = swrk.map_err(failed)?;
         let log = work_path.join(LOG);

@@ -25,7 +25,8 @@
 //! **After every end of criu** the leftovers are removed: image files of an incomplete dump, a
 //! frozen cgroup, a blocked network, processes of a half-restored tree.
 //!
-//! CRIU's plugins stay switched off: the CUDA plugin would drive the GPU behind the shim's back.
+//! CRIU's plugins stay switched off: the CUDA plugin would drive the GPU behind the shim's back. A dump
+//! may have one of ours.
 
 mod call;
 mod client;
@@ -37,6 +38,7 @@ mod network;
 mod notify;
 mod options;
 mod orphan;
+mod plugin;
 mod probe;
 mod residue;
 mod restore;
@@ -60,6 +62,7 @@ pub use options::{
     Options,
 };
 pub use orphan::end_orphans;
+pub use plugin::DevicePlugin;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
 pub use sparse::Sparse;

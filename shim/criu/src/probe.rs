@@ -32,7 +32,7 @@ impl Criu {
     /// Returns the error for an old criu, if criu is too old. For use after a failure of criu, when
     /// criu's own message need not make that clear.
     pub async fn too_old(&self) -> Option<CallError> {
-        let mut command = swrk::command(self);
+        let mut command = swrk::command(self, None);
         command.arg("--version").current_dir("/");
         let (child, output) = swrk::spawn(self, command, vec![], Reaper::spawn).ok()?;
         if tokio::time::timeout(CHECK_TIMEOUT, child.wait()).await.is_err() {
@@ -47,7 +47,7 @@ impl Criu {
     async fn ask(&self, kind: Criu_req_type) -> Result<Criu_resp, CallError> {
         let mut message = Criu_req::new();
         message.set_type(kind);
-        let swrk = Swrk::start(self, Path::new("/"), "", vec![], Reaper::spawn)?;
+        let swrk = Swrk::start(self, None, Path::new("/"), "", vec![], Reaper::spawn)?;
         // No log is written; errors come with criu's output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {

@@ -98,7 +98,7 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
+        let swrk = Swrk::start(self, None, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
         let criu = swrk.child.clone();
         let since = Identity::of(criu.process()).map_or(u64::MAX, |criu| criu.start_time);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };

@@ -14,6 +14,7 @@ use rustix::process::Signal;
 
 use crate::client::Criu;
 use crate::error::CallError;
+use crate::plugin::DevicePlugin;
 use crate::residue::MARKER;
 use crate::sys;
 use crate::transport::{Channel, Received};
@@ -46,10 +47,11 @@ pub(crate) struct Swrk {
 }
 
 impl Swrk {
-    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
+    /// Starts criu in `directory`, with the plugins of a folder, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
     /// `spawn_by` decides on criu's parent, also the parent of restored trees.
     pub(crate) fn start(
         criu: &Criu,
+        plugins: Option<&Path>,
         directory: &Path,
         marker: &str,
         inherited: Vec<OwnedFd>,
@@ -57,7 +59,7 @@ impl Swrk {
     ) -> Result<Self, CallError> {
         let failed = |source| CallError::Start { path: criu.path.clone(), source };
         let (channel, theirs) = Channel::pair().map_err(failed)?;
-        let mut command = command(criu);
+        let mut command = command(criu, plugins);
         command.args(["swrk", &SOCKET.to_string()]).env(MARKER, marker).current_dir(directory);
         let mut mappings = vec![FdMapping { parent_fd: theirs, child_fd: SOCKET }];
         for (fd, child_fd) in inherited.into_iter().zip(FIRST_INHERITED..) {
@@ -123,16 +125,18 @@ impl Output {
 }
 
 /// Returns a command for criu, free of environment variables with a meaning for CRIU: no
-/// `CRIU_CONFIG_FILE`, no `HOME` with a `.criu`, no plugins.
-pub(crate) fn command(criu: &Criu) -> Command {
+/// `CRIU_CONFIG_FILE`, no `HOME` with a `.criu`, no plugins but ours.
+pub(crate) fn command(criu: &Criu, plugins: Option<&Path>) -> Command {
+    let plugins = plugins.unwrap_or(Path::new(NO_PLUGINS));
     let mut command = Command::new(&criu.path);
     command
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_else(|| DEFAULT_PATH.into()))
         .env("LC_ALL", "C")
-        .env("CRIU_LIBS_DIR", NO_PLUGINS)
+        .env(DevicePlugin::VARIABLE, plugins)
         // The variable alone yields to a `libdir` in /etc/criu/default.conf.
-        .args(["--libdir", NO_PLUGINS]);
+        .arg("--libdir")
+        .arg(plugins);
     command
 }
 

@@ -5,6 +5,7 @@
 //! capped, only regular files are read, and unknown fields are skipped.
 
 mod cut;
+mod devices;
 mod format;
 mod inspect;
 mod memory;
@@ -18,6 +19,7 @@ mod vma;
 mod wire;
 
 pub use cut::{UNMARKED_PREFIX, Unmarked, mark};
+pub use devices::{Devices, NULL, replace_devices};
 pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};

@@ -32,6 +32,7 @@ const HEAP: u64 = 1 << 5;
 const FILE_PRIVATE: u64 = 1 << 6;
 const ANONYMOUS_PRIVATE: u64 = 1 << 9;
 const GUARD: u64 = 1 << 16;
+const PLUGIN: u64 = 1 << 27;
 
 /// Flags of Linux's include/uapi/asm-generic/mman-common.h and mman.h, for x86-64 and arm64.
 const READ_WRITE: u64 = 0x1 | 0x2;
@@ -39,6 +40,7 @@ const WRITE: u64 = 0x2;
 const TYPE: u64 = 0x0f;
 const PRIVATE: u64 = 0x02;
 const ANONYMOUS: u64 = 0x20;
+const NO_RESERVE: u64 = 0x4000;
 const GROWS_DOWN: u64 = 0x0100;
 const HUGETLB: u64 = 0x4_0000;
 /// `MADV_HUGEPAGE`; CRIU stores advice as bits (criu/proc_parse.c), and repeats it after reading
@@ -111,6 +113,17 @@ impl<'a> Vma<'a> {
         self.status & GUARD != 0
     }
 
+    /// Returns whether this is a mapping of a device that CRIU left to a plugin.
+    pub(crate) fn is_of_plugin(&self) -> bool {
+        self.status & PLUGIN != 0
+    }
+
+    /// Returns the message of private anonymous memory in place of the mapping. Nothing is reserved:
+    /// the memory may be larger than the machine's, and nobody uses it.
+    pub(crate) fn without_file(&self) -> Vec<u8> {
+        memory(self.start, self.end, self.protection, PRIVATE | ANONYMOUS | NO_RESERVE)
+    }
+
     /// Returns the message of a part. Only for anonymous memory: a file's part would start
     /// elsewhere in the file.
     pub(crate) fn part(&self, path: &Path, start: u64, end: u64) -> Result<Vec<u8>, ImageError> {
@@ -120,21 +133,26 @@ impl<'a> Vma<'a> {
 
 /// Returns the message of private anonymous memory, readable and writable, in CRIU's form.
 pub(crate) fn anonymous(start: u64, end: u64, huge: bool) -> Vec<u8> {
+    let mut message = memory(start, end, READ_WRITE, PRIVATE | ANONYMOUS);
+    if huge {
+        put_number(&mut message, ADVICE, 1 << ADVICE_HUGE);
+    }
+    message
+}
+
+fn memory(start: u64, end: u64, protection: u64, flags: u64) -> Vec<u8> {
     let mut message = vec![];
     for (number, value) in [
         (START, start),
         (END, end),
         (OFFSET, 0),
         (SHMID, 0),
-        (PROTECTION, READ_WRITE),
-        (FLAGS, PRIVATE | ANONYMOUS),
+        (PROTECTION, protection),
+        (FLAGS, flags),
         (STATUS, REGULAR | ANONYMOUS_PRIVATE),
         (FD, NO_FD),
     ] {
         put_number(&mut message, number, value);
-    }
-    if huge {
-        put_number(&mut message, ADVICE, 1 << ADVICE_HUGE);
     }
     message
 }

@@ -155,6 +155,13 @@ pub(crate) fn put_number(message: &mut Vec<u8>, number: u32, value: u64) {
     out.flush().expect("a Vec takes everything");
 }
 
+/// Appends a field that is a signed number, in zigzag form.
+pub(crate) fn put_signed(message: &mut Vec<u8>, number: u32, value: i32) {
+    let mut out = CodedOutputStream::vec(message);
+    out.write_sint32(number, value).expect("a Vec takes everything");
+    out.flush().expect("a Vec takes everything");
+}
+
 /// Appends a field that is a message.
 pub(crate) fn put_message(message: &mut Vec<u8>, number: u32, value: &[u8]) {
     let mut out = CodedOutputStream::vec(message);

@@ -27,8 +27,6 @@ pub enum Phase {
     Hold,
     /// Checkpoint: the driver moves the state on the GPUs to the memory of the processes.
     CudaCheckpoint,
-    /// Checkpoint: processes forked from CUDA processes are freed of the driver's residue.
-    CleanResidue,
     /// Checkpoint: the container is frozen.
     Freeze,
     /// Checkpoint: the contents of a /dev/shm from outside are saved.
@@ -78,7 +76,6 @@ impl Phase {
             Self::Lock => "lock",
             Self::Hold => "hold",
             Self::CudaCheckpoint => "cuda-checkpoint",
-            Self::CleanResidue => "clean-residue",
             Self::CudaRestore => "cuda-restore",
             Self::Unlock => "unlock",
             Self::Freeze => "freeze",
@@ -110,7 +107,6 @@ impl fmt::Display for Phase {
             Self::Lock => "locking its CUDA processes",
             Self::Hold => "holding the threads of its CUDA processes",
             Self::CudaCheckpoint => "moving its GPU state to memory",
-            Self::CleanResidue => "freeing forked processes of the GPU",
             Self::CudaRestore => "moving its GPU state back to the GPU",
             Self::Unlock => "unlocking its CUDA processes",
             Self::Freeze => "freezing it",

@@ -22,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(nothing_runs_of_a_restored_container_whose_gpu_state_cannot_be_given_back),
         case!(a_checkpoint_of_a_gpu_program_says_what_it_had),
         case!(processes_forked_from_a_gpu_program_are_saved_with_it),
+        case!(a_process_beside_a_gpu_program_keeps_its_devices_and_a_restored_one_has_them_anew),
         case!(processes_with_much_memory_beside_a_gpu_program_are_restored_whole),
         case!(much_gpu_memory_is_in_place_when_the_program_goes_on).alone(),
         case!(who_is_killed_while_memory_is_filled_fails_the_restore_cleanly).alone(),
@@ -233,6 +234,40 @@ fn processes_forked_from_a_gpu_program_are_saved_with_it(t: &Test) -> Result<()>
     is_saved(t, &Gpu::one(t)?, &["--fork", "4"])
 }
 
+/// A process with a device open and mapped, and no GPU state, as one that uses NVML.
+const MONITOR: &str = "
+import mmap, os, time
+fd = os.open('/dev/nvidia0', os.O_RDWR | os.O_CLOEXEC)
+page = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ)
+while True:
+    time.sleep(.1)
+    if os.path.exists('/dev/shm/read'):
+        same = os.path.samestat(os.fstat(fd), os.stat('/dev/nvidia0'))
+        open('/dev/shm/found', 'w').write(f'{page[5]} {same}')
+";
+
+fn a_process_beside_a_gpu_program_keeps_its_devices_and_a_restored_one_has_them_anew(t: &Test) -> Result<()> {
+    let (gpu, id, to) = (Gpu::one(t)?, t.id("g"), t.id("g"));
+    gpu.start_beside(&id, MONITOR)?;
+    let devices = |id: &str| -> Result<String> {
+        let count = "ls -l /proc/1/fd | grep -c nvidia; grep -c nvidia /proc/1/maps || :";
+        Ok(t.ctr().exec(id, &["sh", "-c", count]).ok()?.trimmed())
+    };
+    // Python has a descriptor of its own for the mapping.
+    ensure_eq!(devices(&id)?, "2\n1");
+    t.ctr().checkpoint(&id, &t.id("checkpoint")).ok()?;
+    ensure_eq!(devices(&id)?, "2\n1");
+    gpu.computes(&id)?;
+    t.ctr().moves(&id, &to)?;
+    gpu.computes(&to)?;
+    ensure_eq!(devices(&to)?, "2\n0");
+    t.ctr().exec(&to, &["touch", "/dev/shm/read"]).ok()?;
+    eventually("the restored process to read its memory", || {
+        ensure_eq!(t.ctr().exec(&to, &["cat", "/dev/shm/found"]).ok()?.trimmed(), "0 True");
+        Ok(())
+    })
+}
+
 /// Memory of two forked processes beside the GPU program, above the limit of the fill that delays
 /// all else.
 const BALLAST: [&str; 4] = ["--fork", "2", "--ballast", "64"];
@@ -411,8 +446,7 @@ fn a_gpu_program_that_was_started_by_exec_goes_on_and_what_is_saved_is_restored(
 }
 
 fn a_filter_that_kills_for_calls_of_a_checkpoint_kills_nobody(t: &Test) -> Result<()> {
-    // Calls that remap memory or clean forked processes of residue: the program itself makes none
-    // of them.
+    // Calls that remap memory: the program itself makes none of them.
     for call in ["socketpair", "recvmsg", "dup3"] {
         let (gpu, id) = (Gpu::one(t)?, t.id("g"));
         let rule = json!({ "names": [call], "action": "SCMP_ACT_KILL_PROCESS" });

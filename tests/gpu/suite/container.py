@@ -241,8 +241,8 @@ class Container:
         containerd.create(self.bed.socket, self.id, root, folder, binary, 60)
         return time.monotonic() - begin
 
-    def restore(self, folder, seconds=LONG):
-        """A task from a folder. How long until it is made, is started, and answers."""
+    def restore(self, folder, seconds=LONG, answer="answer"):
+        """A task from a folder. How long until it is made, is started, and gives this answer."""
         mark = self.suite.log_size()
         try:
             about = {"create": self.make(folder)}
@@ -254,7 +254,7 @@ class Container:
             raise Failed(f"the restore of {self.id} hangs: {error!r}; {self.stuck()}") from None
         about["start"] = time.monotonic() - begin
         if not self.stock:
-            about["answer"] = self.ask("answer", seconds=90)
+            about["answer"] = self.ask(answer, seconds=90)
             about["first answer"] = time.monotonic() - begin
             about["timeline"] = self.suite.timeline(self.id, "restored", mark)
         return about

@@ -250,7 +250,7 @@ def session_released(suite):
     """SIGKILL of the session while it holds a thawed container whose GPU state is on its way to memory, or there."""
     for number, is_paused in enumerate((True, False)):
         container = started(suite, number)
-        for phase in ("cuda-checkpoint", "clean-residue"):
+        for phase in ("cuda-checkpoint", "freeze"):
             for kill_number in range(KILLS):
                 told = halted(suite, container, phase, is_paused)
                 if container.status() != "RUNNING":

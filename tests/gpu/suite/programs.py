@@ -126,6 +126,41 @@ def spawned_workers(suite):
     life(suite, "workers.py")
 
 
+@case(60)
+def nvml_beside(suite):
+    """NVML in a CUDA process, alone in a process beside it, and inherited by a CUDA process, as vLLM's engine inherits it."""
+
+    def told(container, name, here, beside):
+        found = container.ask(name, seconds=90)
+        suite.step(f"{container.id}: {name}", **found)
+        if found["here"] != here or beside not in (None, found["beside"]):
+            raise Failed(f"{container.id}: NVML answers {found}, not {here} here and {beside} beside")
+
+    right = [0, 0, 0]
+    source = suite.container(0, "monitored.py")
+    cold = source.start()
+    first = source.ask("answer")
+    told(source, "nvml", right, right)
+    for number in ("a", "b"):
+        checkpoint = source.checkpoint(number)
+        same(source.ask("answer"), first, "after the checkpoint")
+        told(source, "nvml", right, right)
+    suite.step("checkpointed twice, left running", cold=cold, **checkpoint)
+    restored, about = source.restored("b", 1)
+    same(about.pop("answer"), first, "restored")
+    # The driver has nothing to restore in a process without CUDA: its queries fail until NVML begins again.
+    told(restored, "nvml", right, None)
+    told(restored, "again", right, right)
+    same(restored.ask("answer"), first, "after NVML has begun again")
+    suite.step("restored", **about)
+    checkpoint = restored.checkpoint("c", leave=False)
+    restored.ended()
+    again, about = restored.restored("c", 2)
+    same(about.pop("answer"), first, "restored again")
+    told(again, "again", right, right)
+    suite.step("restored again", **about)
+
+
 @case(45)
 def torch_async_allocator(suite):
     """cudaMallocAsync."""
@@ -166,6 +201,77 @@ def llm_kv_pool(suite):
 def llm_small_pool(suite):
     """The same with a pool of 1 GiB."""
     life(suite, "decoder.py", "1")
+
+
+VLLM = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_USE_FLASHINFER_SAMPLER": "0", "PYTHONPATH": "/opt/vsite"}
+
+
+def served(suite, *program, settings=(), sleeps=False, times=3):
+    """A server of somebody else's, without an annotation: saved, left running, and restored `times` times."""
+    source = suite.container(0, "served.py", *program, settings=settings)
+    cold = source.start(seconds=400)
+    first = source.ask("answer")
+    source.ask("load", seconds=120)
+    suite.step("started", seconds=cold, processes=len(source.pids()), ready=ready_line(source))
+    if sleeps:
+        suite.step("asleep", **source.ask("sleep", seconds=180))
+    checkpoint = source.checkpoint("a")
+    same(source.ask("awake" if sleeps else "answer", seconds=120), first, "after the checkpoint")
+    source.ask("load", seconds=120)
+    suite.step("checkpointed, left running", cold=cold, **checkpoint)
+    source.remove()
+    for number in range(1, times + 1):
+        restored = suite.container(number, "served.py", *program, settings=settings)
+        restored.create(f"{source.saved('a')}.tmp")
+        about = restored.restore(source.saved("a"), answer="awake" if sleeps else "answer")
+        same(about.pop("answer"), first, "restored")
+        restored.ask("load", seconds=120)
+        suite.step("restored", cold=cold, **about)
+        if number < times:
+            restored.remove()
+    checkpoint = restored.checkpoint("b", leave=False)
+    restored.ended()
+    again, about = restored.restored("b", times + 1)
+    same(about.pop("answer"), first, "restored again")
+    suite.step("restored again", **about)
+    again.remove()
+
+
+@case(200, alone=True, default=False)
+def vllm_serve(suite):
+    """`vllm serve`, 0.5B, default start method, torch.compile, CUDA graphs (tests/gpu/README.md says how vLLM gets there)."""
+    served(suite, "vllm", "0.5B", "--gpu-memory-utilization", "0.1", settings=VLLM)
+
+
+@case(200, alone=True, default=False)
+def vllm_serve_spawn(suite):
+    """The same with the start method spawn."""
+    served(suite, "vllm", "0.5B", "--gpu-memory-utilization", "0.1", settings=VLLM | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}, times=1)
+
+
+@case(300, alone=True, default=False)
+def vllm_serve_7b(suite):
+    """`vllm serve`, 7B."""
+    served(suite, "vllm", "7B", "--gpu-memory-utilization", "0.2", "--max-model-len", "8192", settings=VLLM)
+
+
+@case(300, alone=True, default=False)
+def vllm_asleep_7b(suite):
+    """`vllm serve`, 7B, asleep at level 1: its weights are in pinned memory."""
+    settings = VLLM | {"VLLM_SERVER_DEV_MODE": "1"}
+    served(suite, "vllm", "7B", "--gpu-memory-utilization", "0.2", "--max-model-len", "8192", "--enable-sleep-mode", settings=settings, sleeps=True)
+
+
+@case(90, default=False)
+def uvicorn_fastapi(suite):
+    """uvicorn with FastAPI, uvloop and httptools, torch behind them, connections that stay open."""
+    served(suite, "uvicorn", settings={"PYTHONPATH": "/opt/vsite"}, times=2)
+
+
+@case(45)
+def torch_distributed(suite):
+    """torch.distributed with NCCL, one rank; a new group after each restore."""
+    life(suite, "distributed.py", new=True)
 
 
 PORT = 9911

@@ -2,7 +2,7 @@
 import json
 
 PHASES = [
-    "freeze", "discover", "lock", "hold", "cuda-checkpoint", "clean-residue", "save-memory", "remap", "save-shm", "dump", "rewrite",
+    "freeze", "discover", "lock", "hold", "cuda-checkpoint", "save-memory", "remap", "save-shm", "dump", "rewrite",
     "publish", "inspect", "load-shm", "prepare", "cgroup", "restore", "hooks", "resume", "fill", "cuda-restore", "unlock", "release",
 ]
 

@@ -104,14 +104,6 @@ pub enum SessionError {
         /// Users of the rest.
         who: String,
     },
-    /// After the checkpoint something of the driver is left, which CRIU cannot dump.
-    #[error("{process} still holds {what}, which cannot be saved")]
-    Left {
-        /// Pid and name.
-        process: String,
-        /// A mapping or descriptor, with its path.
-        what: String,
-    },
     /// A process was in the middle of its start.
     #[error("{process} is about to use CUDA: try again when it does")]
     Starting {

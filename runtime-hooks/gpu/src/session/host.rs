@@ -1,5 +1,6 @@
 //! Actions of a session on a machine. Tests put a fake in.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,8 +25,8 @@ pub(crate) trait Processes {
     fn has_drivers_library(&mut self, pid: HostPid) -> bool;
     /// Fails if a thread of the process is traced by another process, so that nothing here can hold it.
     fn refuse_traced(&mut self, pid: HostPid) -> Result<(), SessionError>;
-    /// Returns the first mapping or descriptor that is left of the driver in the process.
-    fn left(&mut self, pid: HostPid) -> Option<String>;
+    /// Returns the devices of the driver that the process has open or mapped.
+    fn devices(&mut self, pid: HostPid) -> Devices;
     /// Returns who a process is, and what keeps it from answering, in words.
     fn describe(&mut self, pid: HostPid) -> String;
     /// Returns both pids of a process; None for one that has ended.
@@ -40,6 +41,21 @@ pub(crate) trait Processes {
     fn is_stopping(&mut self, pid: HostPid) -> bool;
     /// Returns what the process uses that the driver is known to refuse.
     fn unsupported(&mut self, pid: HostPid) -> Unsupported;
+}
+
+/// Devices of the driver that a process has open or mapped.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Devices {
+    /// Paths in the process's view, by the numbers of descriptors.
+    pub(crate) paths: BTreeMap<u32, PathBuf>,
+    /// Number of mappings.
+    pub(crate) mappings: usize,
+}
+
+impl Devices {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.paths.is_empty() && self.mappings == 0
+    }
 }
 
 /// Features that a process uses and the driver is known to refuse.
@@ -100,8 +116,6 @@ pub(crate) trait Tracer {
     fn cont_unheld(&mut self, pid: HostPid) -> Result<(), SessionError>;
     /// Stops it again.
     fn stop(&mut self, pid: HostPid) -> Result<(), SessionError>;
-    /// Frees a process that has no context of the driver's mappings and descriptors; how many there were.
-    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError>;
     /// Puts packs in the place of memory of a process that is held. Returns what was left as it is.
     fn remap(&mut self, packs: &[PathBuf], of: &ProcessLayout, limit: Duration) -> Result<Vec<Range>, SessionError>;
     /// Gives processes that are held the staging memory that was saved. It may go on beside calls of the driver, until the

@@ -58,12 +58,18 @@ fn a_container_without_cuda_is_only_frozen() {
 }
 
 #[test]
-fn forked_processes_are_freed_of_the_gpu() {
-    let mut host = Bed::of([(101, process(RUNNING)), (102, process(Cuda::Residue))]);
-    assert_eq!(host.suspend().unwrap().cleaned, 1);
-    let mut host = Bed::of([(101, process(RUNNING)), (102, process(Cuda::Residue))]);
-    host.uncleanable = true;
-    assert!(host.suspend().unwrap_err().to_string().contains("process 102"));
+fn processes_keep_the_devices_that_are_left_and_a_restored_container_opens_those_of_use() {
+    let forked = Process { inherited: true, ..process(RUNNING) };
+    let mut host =
+        Bed::of([(101, forked), (102, process(Cuda::Residue)), (103, process(Cuda::Nvml)), (104, process(RUNNING))]);
+    let left = |pid, paths: &[(u32, &str)]| LeftDevices {
+        process: ids(pid),
+        paths: paths.iter().map(|(fd, path)| (*fd, PathBuf::from(path))).collect(),
+    };
+    let node = [(7, "/dev/nvidia0")];
+    assert_eq!(host.suspend().unwrap().devices, [left(101, &node), left(102, &[]), left(103, &node)]);
+    assert_eq!((host.cuda(pid(102)), host.cuda(pid(103))), (Cuda::Residue, Cuda::Nvml));
+    host.resume(true).unwrap();
     assert!(host.is_untouched());
 }
 

@@ -87,7 +87,15 @@ impl Call<'_> {
     /// Runs the program for an operation that leaves no process behind. Output goes to the scratch
     /// folder.
     pub(super) async fn run(&self, scratch: &Scratch, arguments: Vec<OsString>) -> Result<(), RuntimeError> {
-        let mut command = self.command(scratch, arguments);
+        self.run_command(scratch, self.command(scratch, arguments)).await
+    }
+
+    /// As [`Self::run`], for a command of [`Self::command`].
+    pub(super) async fn run_command(
+        &self,
+        scratch: &Scratch,
+        mut command: std::process::Command,
+    ) -> Result<(), RuntimeError> {
         command.stdin(Stdio::null()).stdout(scratch.create(self, OUTPUT)?).stderr(scratch.create(self, ERRORS)?);
         self.finish(scratch, command).await
     }

@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 
+use criu::DevicePlugin;
 use reaper::Child;
 
 use super::Command;
@@ -10,7 +11,7 @@ use crate::{Allow, CheckpointRequest, Operation, Phase, RestoreRequest, RuntimeE
 
 impl Command {
     pub(super) async fn checkpoint_now(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
-        let CheckpointRequest { id, init, images, work, leave_running, allow, .. } = request;
+        let CheckpointRequest { id, init, images, work, leave_running, allow, devices, .. } = request;
         let call = self.call(Operation::Checkpoint, &id);
         let mut arguments: Vec<OsString> = vec!["checkpoint".into(), "--image-path".into(), images.into()];
         arguments.extend(["--work-path".into(), work.clone().into()]);
@@ -23,7 +24,11 @@ impl Command {
         }
         arguments.push(id.clone().into());
         let scratch = call.scratch()?;
-        let dumped = call.run(&scratch, arguments).await;
+        let plugin = devices.then(|| DevicePlugin::within(&work)).transpose();
+        let plugin = plugin.map_err(|source| call.file("put a plugin into", work.clone(), source))?;
+        let mut command = call.command(&scratch, arguments);
+        command.envs(plugin.as_ref().map(|plugin| (DevicePlugin::VARIABLE, plugin.folder())));
+        let dumped = call.run_command(&scratch, command).await;
         if dumped.is_err() {
             // After the death of the runtime criu may go on; after criu's death the container's
             // network may still be blocked.

@@ -316,6 +316,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         cancel: crate::Cancel::default(),
         external_files: vec![],
         sparse: Vec::new(),
+        devices: false,
         review: None,
     };
     bench.command.checkpoint(request).await.unwrap_err();

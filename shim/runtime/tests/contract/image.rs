@@ -80,6 +80,7 @@ impl Bundle<'_> {
             cancel: Cancel::default(),
             external_files: vec![],
             sparse: Vec::new(),
+            devices: false,
             review: None,
         };
         change(&mut request);

@@ -4,7 +4,7 @@
 use super::super::*;
 use super::host::{Bed, CHECKPOINTED, Cuda, Fault, Process, RUNNING, pid, process};
 
-const ACTIONS: [&str; 15] = [
+const ACTIONS: [&str; 14] = [
     "pids",
     "freeze",
     "freeze at rest",
@@ -15,7 +15,6 @@ const ACTIONS: [&str; 15] = [
     "cont",
     "cont unheld",
     "stop",
-    "clean",
     "remap",
     "inventory",
     "map",

@@ -33,6 +33,8 @@ pub(super) struct Process {
     pub(super) waiting: bool,
     /// Another process traces it.
     pub(super) traced: bool,
+    /// It has a descriptor of its parent's beside its own GPU state.
+    pub(super) inherited: bool,
     /// Locks that time out before one succeeds.
     pub(super) busy: u32,
     /// What Checkpoint answers.
@@ -42,8 +44,8 @@ pub(super) struct Process {
 }
 
 pub(super) fn process(cuda: Cuda) -> Process {
-    let (stopped, held, calling, waiting, traced) = (false, false, false, false, false);
-    Process { cuda, stopped, held, calling, waiting, traced, busy: 0, checkpoint: None, restore_fails: 0 }
+    let (stopped, held, calling, waiting, traced, inherited) = (false, false, false, false, false, false);
+    Process { cuda, stopped, held, calling, waiting, traced, inherited, busy: 0, checkpoint: None, restore_fails: 0 }
 }
 
 pub(super) const RUNNING: Cuda = Cuda::State(ProcessState::Running);
@@ -78,7 +80,6 @@ pub(super) struct FakeHost {
     pub(super) newcomer: Option<(HostPid, Process)>,
     /// Processes that start when process 101 is checkpointed, one each time.
     pub(super) latecomers: Vec<(HostPid, Process)>,
-    pub(super) uncleanable: bool,
     pub(super) unremappable: Option<HostPid>,
     pub(super) is_damaged: bool,
     pub(super) slept: Duration,
@@ -318,9 +319,11 @@ impl Processes for FakeHost {
         if self.processes[&pid].traced { Err(refused) } else { Ok(()) }
     }
 
-    fn left(&mut self, pid: HostPid) -> Option<String> {
-        let of_driver = matches!(self.processes[&pid].cuda, Cuda::Residue | Cuda::Nvml | RUNNING);
-        of_driver.then(|| "descriptor 7 of /dev/nvidia0".to_owned())
+    fn devices(&mut self, pid: HostPid) -> Devices {
+        let process = &self.processes[&pid];
+        let has_devices = matches!(process.cuda, Cuda::Residue | Cuda::Nvml | RUNNING) || process.inherited;
+        let paths = has_devices.then(|| (7, PathBuf::from("/dev/nvidia0")));
+        Devices { paths: paths.into_iter().collect(), mappings: 0 }
     }
 
     fn describe(&mut self, pid: HostPid) -> String {
@@ -473,18 +476,6 @@ impl Tracer for FakeHost {
             process.stopped = true;
         }
         Ok(())
-    }
-
-    fn clean(&mut self, pid: HostPid) -> Result<usize, SessionError> {
-        self.act("clean")?;
-        if self.uncleanable {
-            let (action, process) = ("free the GPU of".to_owned(), self.describe(pid));
-            return Err(SessionError::Process { action, process, why: "no".into() });
-        }
-        if let Some(process) = self.processes.get_mut(&pid) {
-            process.cuda = Cuda::No;
-        }
-        Ok(3)
     }
 
     fn remap(&mut self, _: &[PathBuf], of: &ProcessLayout, _: Duration) -> Result<Vec<Range>, SessionError> {

@@ -53,6 +53,7 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         external_mounts: external_mounts(&spec, &place, &root)?,
         external,
         sparse: request.sparse.clone(),
+        devices: request.devices,
         options: criu_options(request.allow),
     })
 }

@@ -229,7 +229,8 @@ mod tests {
     #[test]
     fn each_piece_is_carried_once_by_the_first_process_that_maps_it() {
         let carriers = [carrier(1, 0x1000_0000, 0..4 * MIB), carrier(2, 0x9000_0000, 0..8 * MIB)];
-        let (carried, left) = distribute(vec![MIB..6 * MIB], &carriers, MIB);
+        let data = MIB..6 * MIB;
+        let (carried, left) = distribute(vec![data], &carriers, MIB);
         let first = (ids(1), addresses(0x1000_0000 + MIB, 3 * MIB));
         assert_eq!(carried, [first, (ids(2), addresses(0x9000_0000 + 4 * MIB, 2 * MIB))]);
         assert!(left.is_empty(), "{left:?}");
@@ -247,9 +248,11 @@ mod tests {
     #[test]
     fn what_two_carriers_leave_is_one_piece() {
         let carriers = [carrier(1, 0x1000_0000, 0..MIB + PAGE), carrier(2, 0x9000_0000, MIB + PAGE..2 * MIB)];
-        let (carried, left) = distribute(vec![0..2 * MIB], &carriers, MIB);
+        let data = 0..2 * MIB;
+        let (carried, left) = distribute(vec![data], &carriers, MIB);
         assert_eq!(carried.len(), 1);
-        assert_eq!(left, [MIB..2 * MIB]);
+        let rest = MIB..2 * MIB;
+        assert_eq!(left, std::slice::from_ref(&rest));
     }
 
     #[test]

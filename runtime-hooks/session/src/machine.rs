@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ::memory::Regions;
-use bulk::{Published, Saving};
+use bulk::Published;
 use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
@@ -192,8 +192,14 @@ impl<'a> Machine<'a> {
         self.keeper.get_or_insert_with(Keeper::new)
     }
 
+    fn begin_memory(&mut self) -> Result<BigMemory, SessionError> {
+        let memory = BigMemory::begin(self.order)?;
+        self.is_saving = true;
+        Ok(memory)
+    }
+
     fn remap(&mut self, memory: &mut BigMemory) -> Result<(), SessionError> {
-        let staging = std::mem::take(&mut self.staging);
+        let staging = self.staging.clone();
         self.enter(Phase::SaveMemory);
         let saved = memory.saving.save(&staging)?;
         memory.files.clone_from(&saved.packs);
@@ -321,15 +327,21 @@ impl Actions for Machine<'_> {
         if self.order.options.memory == MemoryPlace::Images || !self.runtime.drives_criu() {
             return Ok(());
         }
-        if self.staging.is_empty() && memory::resident(&self.cgroup)? < bulk::LEAST_MEMORY {
+        if !self.staging.is_empty() {
+            let mut memory = self.begin_memory()?;
+            self.remap(&mut memory)?;
+            self.memory = Some(memory);
+        }
+        // Nothing of the container runs from here on until CRIU is done.
+        let shared = memory::shared(&self.cgroup, self.order.init, &self.staging)?;
+        let is_much = self.memory.is_some() || shared.bytes() >= bulk::LEAST_MEMORY;
+        if !is_much && memory::resident(&self.cgroup)? < bulk::LEAST_MEMORY {
             return Ok(());
         }
-        let store = &self.order.subject.store;
-        let saving = Saving::begin(&store.root, store.quota)?;
-        self.is_saving = true;
-        let mut memory = BigMemory { saving, files: Vec::new(), left: Vec::new() };
-        if !self.staging.is_empty() {
-            self.remap(&mut memory)?;
+        let mut memory = self.memory.take().map_or_else(|| self.begin_memory(), Ok)?;
+        if is_much && !shared.files.is_empty() {
+            self.enter(Phase::SaveMemory);
+            memory.save_shared(shared);
         }
         self.memory = Some(memory);
         Ok(())
@@ -344,7 +356,9 @@ impl Actions for Machine<'_> {
     fn dump(&mut self) -> Result<(), SessionError> {
         let (order, services) = (self.order, self.services);
         let images = self.folder.clone();
-        let external_files = self.memory.as_ref().map(|memory| memory.files.clone()).unwrap_or_default();
+        let memory = self.memory.as_ref();
+        let (external_files, sparse) =
+            memory.map(|memory| (memory.files.clone(), memory.sparse.clone())).unwrap_or_default();
         if let Some(memory) = self.memory.take() {
             // If CRIU says nothing of its version, the dump will fail for a better reason.
             let criu = services.tokio.block_on(Criu::new(services.reaper.clone()).version());
@@ -399,6 +413,7 @@ impl Actions for Machine<'_> {
             leave_running: !order.options.exit,
             allow: order.options.allow,
             external_files,
+            sparse,
             devices: has_devices,
             cancel: services.cancel.clone(),
             review,

@@ -19,7 +19,7 @@ mod tree;
 mod vma;
 mod wire;
 
-pub use cut::{UNMARKED_PREFIX, Unmarked};
+pub use cut::{UNMARKED_PREFIX, Unmarked, mark};
 pub use devices::{Devices, NULL, replace_devices};
 pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};

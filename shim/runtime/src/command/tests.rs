@@ -323,6 +323,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         allow: crate::Allow::default(),
         cancel: crate::Cancel::default(),
         external_files: vec![],
+        sparse: Vec::new(),
         devices: false,
         review: None,
     };

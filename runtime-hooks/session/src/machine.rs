@@ -12,7 +12,7 @@ use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::{Connections, Devices, RewriteError};
+use images::{Connections, Devices, RewriteError, Sockets};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
@@ -221,8 +221,12 @@ impl<'a> Machine<'a> {
 
     /// Returns the images of the dump, to be rewritten.
     fn dumped(&self) -> Dumped {
-        let closes_outside = self.order.options.allow.tcp == Tcp::Auto && self.runtime.drives_criu();
-        Dumped { folder: self.folder.clone(), devices: self.devices.clone(), closes_outside }
+        let is_auto = self.order.options.allow.tcp == Tcp::Auto;
+        let sockets = Sockets {
+            close_outside: is_auto && self.runtime.drives_criu(),
+            free_addresses: is_auto && !is_in_network_of_host(self.order.init),
+        };
+        Dumped { folder: self.folder.clone(), devices: self.devices.clone(), sockets }
     }
 
     fn record(&self) -> Record {
@@ -242,15 +246,14 @@ impl<'a> Machine<'a> {
 struct Dumped {
     folder: PathBuf,
     devices: Vec<Devices>,
-    /// TCP connections to elsewhere become closed ones.
-    closes_outside: bool,
+    sockets: Sockets,
 }
 
 impl Dumped {
     fn rewrite(&self) -> Result<(), RewriteError> {
         images::replace_devices(&self.folder, &self.devices)?;
-        if self.closes_outside {
-            let Connections { kept, closed } = images::close_outside(&self.folder)?;
+        if self.sockets != Sockets::default() {
+            let Connections { kept, closed } = images::rewrite_sockets(&self.folder, self.sockets)?;
             if kept + closed > 0 {
                 tracing::info!(
                     "of its TCP connections, {kept} ends are kept, and {closed} to elsewhere closed when restored"
@@ -485,6 +488,12 @@ impl Actions for Machine<'_> {
     fn enter(&mut self, phase: Phase) {
         self.services.timeline.enter(phase);
     }
+}
+
+/// Returns whether a process is in this process's network namespace. One that cannot be asked counts as such.
+fn is_in_network_of_host(pid: HostPid) -> bool {
+    let namespace = |path: PathBuf| std::fs::read_link(path).ok();
+    namespace(pid.path("ns/net")).is_none_or(|of| Some(of) == namespace("/proc/self/ns/net".into()))
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.

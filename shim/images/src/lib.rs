@@ -26,5 +26,5 @@ pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;
 pub use rewrite::{Changes, RewriteError, Staging, rewrite};
-pub use sockets::{Connections, close_outside, is_closed_outside};
+pub use sockets::{Connections, Sockets, is_closed_outside, rewrite_sockets};
 pub use tree::root_pid;

@@ -1,9 +1,13 @@
-//! TCP connections in images: those of the container with itself are kept, the others closed.
+//! Sockets in images: connections of the container with itself are kept, others closed, and addresses freed.
 //!
 //! CRIU takes all connections of a dump or none. A connection whose other end is not among the images
 //! cannot go on in a restored container: its entry becomes that of a socket that was never connected
 //! and is shut down. A program then reads the end of the stream and cannot write, as when the other
 //! side has gone away.
+//!
+//! A restored container may have another address, on which CRIU cannot bind the old one. A socket that
+//! was bound to the container's own address is bound to all addresses then, and a connection of the
+//! container with itself over that address goes over the loopback.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -43,6 +47,9 @@ const LISTENS: u64 = 10;
 const BOTH_WAYS: u64 = 3;
 /// Third word of an IPv4 address in IPv6: `::ffff:0:0/96` in network order.
 const MAPPED: u64 = 0xffff_0000;
+/// 127.0.0.1 and the last word of `::1`, in network order.
+const LOOPBACK: u64 = 0x0100_007f;
+const LOOPBACK_6: u64 = 0x0100_0000;
 
 /// One end of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,13 +111,24 @@ impl Socket {
         Ok(socket)
     }
 
-    /// Returns the connection; `None` for a socket that is not connected by TCP.
+    /// Returns the connection; `None` for a socket that is not connected by TCP. A socket whose
+    /// connection was reset has still the other end's port, and CRIU would connect it again.
     fn connection(&self) -> Option<Connection> {
-        let is_connected = self.protocol == TCP && !matches!(self.state, CLOSED | LISTENS);
+        let is_reset = self.state == CLOSED && self.ports[1] != 0;
+        let is_connected = self.protocol == TCP && (is_reset || !matches!(self.state, CLOSED | LISTENS));
         let [own, other] = [(&self.source, self.ports[0]), (&self.target, self.ports[1])]
             .map(|(address, port)| End::new(address, port));
         is_connected.then_some((self.namespace, own, other))
     }
+}
+
+/// What is done to sockets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sockets {
+    /// Close TCP connections whose other end is not in the images.
+    pub close_outside: bool,
+    /// Free sockets of the container's own addresses. Not in the host's network, whose addresses stay.
+    pub free_addresses: bool,
 }
 
 /// Numbers of a container's TCP connections.
@@ -122,32 +140,40 @@ pub struct Connections {
     pub closed: usize,
 }
 
-/// Closes the TCP connections whose other end is not in the images.
+/// Rewrites the sockets of all processes.
 ///
 /// # Errors
 /// Fails if a file is damaged, or cannot be read or written. The images are useless then.
-pub fn close_outside(images: &Path) -> Result<Connections, RewriteError> {
+pub fn rewrite_sockets(images: &Path, sockets: Sockets) -> Result<Connections, RewriteError> {
     let path = images.join(FILES);
     let all = connections(&path)?;
     let mut told = Connections::default();
-    let mut entries = vec![];
-    let mut closed = vec![];
+    let (mut entries, mut closed, mut is_changed) = (vec![], vec![], false);
     let mut reader = Reader::open(&path, &FILES_START)?;
     while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        let Some(socket) = socket(&path, &entry)?.filter(|socket| socket.connection().is_some()) else {
+        let Some(found) = socket(&path, &entry)? else {
             entries.push(entry);
             continue;
         };
-        if is_inside(&socket, &all) {
-            told.kept += 1;
-            entries.push(entry);
-        } else {
-            told.closed += 1;
-            closed.push(socket.inode);
-            entries.push(as_closed(&path, &entry)?);
-        }
+        let change = match found.connection() {
+            Some(connection) if is_inside(&connection, &all) => {
+                told.kept += 1;
+                let is_own =
+                    sockets.free_addresses && is_own(&found.source) && connection.1.address == connection.2.address;
+                is_own.then_some(Change::Loopback)
+            }
+            Some(_) if sockets.close_outside => {
+                told.closed += 1;
+                closed.push(found.inode);
+                Some(Change::Close)
+            }
+            Some(_) => None,
+            None => (sockets.free_addresses && is_own(&found.source)).then_some(Change::Free),
+        };
+        is_changed |= change.is_some();
+        entries.push(change.map_or(Ok(entry.clone()), |change| with_socket(&path, &entry, change))?);
     }
-    if closed.is_empty() {
+    if !is_changed {
         return Ok(told);
     }
     replace(&path, |out| {
@@ -166,6 +192,20 @@ pub fn close_outside(images: &Path) -> Result<Connections, RewriteError> {
     Ok(told)
 }
 
+/// Returns whether an address is one of the container's interfaces: no wildcard, loopback or multicast address. A program
+/// can be bound to no others.
+fn is_own(address: &[u64]) -> bool {
+    // The first byte of an address is the lowest of its word.
+    let is_own_v4 = |word: u64| word != 0 && word & 0xff != 127 && word & 0xff < 224;
+    match address {
+        [word] | [0, 0, MAPPED, word] => is_own_v4(*word),
+        [0, 0, 0, 0 | LOOPBACK_6] => false,
+        // ff00::/8 is multicast; fe80::/10 is bound by an interface, whose name CRIU has.
+        [first, ..] => first & 0xff != 0xff && first & 0xc0ff != 0x80fe,
+        [] => false,
+    }
+}
+
 /// Returns whether every TCP connection has both ends in the images.
 ///
 /// # Errors
@@ -173,11 +213,11 @@ pub fn close_outside(images: &Path) -> Result<Connections, RewriteError> {
 pub fn is_closed_outside(images: &Path) -> Result<bool, ImageError> {
     let path = images.join(FILES);
     let all = connections(&path)?;
-    Ok(all.iter().all(|(namespace, own, other)| all.contains(&(*namespace, other.clone(), own.clone()))))
+    Ok(all.iter().all(|connection| is_inside(connection, &all)))
 }
 
-fn is_inside(socket: &Socket, all: &BTreeSet<Connection>) -> bool {
-    socket.connection().is_some_and(|(namespace, own, other)| all.contains(&(namespace, other, own)))
+fn is_inside((namespace, own, other): &Connection, all: &BTreeSet<Connection>) -> bool {
+    all.contains(&(*namespace, other.clone(), own.clone()))
 }
 
 fn connections(path: &Path) -> Result<BTreeSet<Connection>, ImageError> {
@@ -201,12 +241,23 @@ fn socket(path: &Path, entry: &[u8]) -> Result<Option<Socket>, ImageError> {
     Ok(found)
 }
 
-/// Returns the entry with a socket that was never connected and is shut down.
-fn as_closed(path: &Path, entry: &[u8]) -> Result<Vec<u8>, ImageError> {
+/// Change to a socket.
+#[derive(Clone, Copy)]
+enum Change {
+    /// The socket was never connected, and is shut down.
+    Close,
+    /// The socket is bound to all addresses.
+    Free,
+    /// The connection goes over the loopback.
+    Loopback,
+}
+
+/// Returns the entry with a changed socket.
+fn with_socket(path: &Path, entry: &[u8], change: Change) -> Result<Vec<u8>, ImageError> {
     let mut bytes = vec![];
     fields(path, entry, |field| {
         match (field.number, field.value) {
-            (SOCKET, Value::Bytes(message)) => put_message(&mut bytes, SOCKET, &closed(path, message)?),
+            (SOCKET, Value::Bytes(message)) => put_message(&mut bytes, SOCKET, &changed(path, message, change)?),
             _ => bytes.extend_from_slice(field.raw),
         }
         Ok(())
@@ -214,17 +265,37 @@ fn as_closed(path: &Path, entry: &[u8]) -> Result<Vec<u8>, ImageError> {
     Ok(bytes)
 }
 
-fn closed(path: &Path, socket: &[u8]) -> Result<Vec<u8>, ImageError> {
+fn changed(path: &Path, socket: &[u8], change: Change) -> Result<Vec<u8>, ImageError> {
+    let Socket { source, target, .. } = Socket::of(path, socket)?;
+    let [mut source, mut target] = [source, target].map(|address| match change {
+        Change::Loopback => loopback(&address).into_iter(),
+        Change::Close | Change::Free => vec![0; address.len()].into_iter(),
+    });
     let mut bytes = vec![];
     fields(path, socket, |field| {
-        match field.number {
-            STATE => put_number(&mut bytes, STATE, CLOSED),
-            SOURCE_PORT | TARGET_PORT => put_number(&mut bytes, field.number, 0),
-            SHUTDOWN => {}
+        match (field.number, change) {
+            (STATE, Change::Close) => put_number(&mut bytes, STATE, CLOSED),
+            (SOURCE_PORT | TARGET_PORT, Change::Close) => put_number(&mut bytes, field.number, 0),
+            (SHUTDOWN, Change::Close) => {}
+            (SOURCE, _) => source.next().into_iter().for_each(|word| put_number(&mut bytes, SOURCE, word)),
+            (TARGET, Change::Close | Change::Loopback) => {
+                target.next().into_iter().for_each(|word| put_number(&mut bytes, TARGET, word));
+            }
             _ => bytes.extend_from_slice(field.raw),
         }
         Ok(())
     })?;
-    put_number(&mut bytes, SHUTDOWN, BOTH_WAYS);
+    if matches!(change, Change::Close) {
+        put_number(&mut bytes, SHUTDOWN, BOTH_WAYS);
+    }
     Ok(bytes)
+}
+
+/// Returns the loopback's address of the same family.
+fn loopback(address: &[u64]) -> Vec<u64> {
+    match address {
+        [_] => vec![LOOPBACK],
+        [0, 0, MAPPED, _] => vec![0, 0, MAPPED, LOOPBACK],
+        _ => vec![0, 0, 0, LOOPBACK_6],
+    }
 }

@@ -6,13 +6,15 @@ use tempfile::TempDir;
 
 use crate::tests::formats::file;
 use crate::wire::{Reader, Value, fields, put_message, put_number};
-use crate::{Connections, close_outside, is_closed_outside};
+use crate::{Connections, Sockets, is_closed_outside, rewrite_sockets};
 
 const FILES: [u32; 2] = [0x5456_4319, 0x5630_3138];
 const ESTABLISHED: u64 = 1;
 const CLOSED: u64 = 7;
 const LISTENS: u64 = 10;
 const TCP: u64 = 6;
+const CLOSE: Sockets = Sockets { close_outside: true, free_addresses: false };
+const ALL: Sockets = Sockets { close_outside: true, free_addresses: true };
 const UDP: u64 = 17;
 
 /// An end: address and port. `Six` is an address of IPv6, `Mapped` one of IPv4 in it.
@@ -105,7 +107,7 @@ fn connections_within_the_container_stay_and_others_are_shut_down() {
     ]);
     let path = folder.path();
     assert!(!is_closed_outside(path).unwrap());
-    assert_eq!(close_outside(path).unwrap(), Connections { kept: 4, closed: 4 });
+    assert_eq!(rewrite_sockets(path, CLOSE).unwrap(), Connections { kept: 4, closed: 4 });
     let shut = (CLOSED, 0, 0, Some(3));
     let kept = |state, own, other| (state, own, other, None);
     let expected = [
@@ -124,7 +126,7 @@ fn connections_within_the_container_stay_and_others_are_shut_down() {
     let has_stream = |inode: u64| path.join(format!("tcp-stream-{inode:x}.img")).exists();
     assert!([2, 3, 14, 15].into_iter().all(has_stream) && ![10, 11, 13, 16].into_iter().any(has_stream));
     assert!(is_closed_outside(path).unwrap());
-    assert_eq!(close_outside(path).unwrap(), Connections { kept: 4, closed: 0 });
+    assert_eq!(rewrite_sockets(path, CLOSE).unwrap(), Connections { kept: 4, closed: 0 });
 }
 
 #[test]
@@ -142,15 +144,74 @@ fn a_connection_in_another_network_namespace_is_another_one() {
     })
     .unwrap();
     let folder = images(&[socket(1, TCP, ESTABLISHED, At::Four(1, 1), At::Four(1, 2)), other]);
-    assert_eq!(close_outside(folder.path()).unwrap(), Connections { kept: 0, closed: 2 });
+    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections { kept: 0, closed: 2 });
 }
 
 #[test]
 fn images_without_connections_are_left_as_they_are() {
     let folder = images(&[socket(1, TCP, LISTENS, At::Four(0, 80), At::Four(0, 0))]);
     let before = std::fs::read(folder.path().join("files.img")).unwrap();
-    assert_eq!(close_outside(folder.path()).unwrap(), Connections::default());
+    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections::default());
     assert_eq!(std::fs::read(folder.path().join("files.img")).unwrap(), before);
     std::fs::remove_file(folder.path().join("files.img")).unwrap();
-    assert!(close_outside(folder.path()).is_err());
+    assert!(rewrite_sockets(folder.path(), ALL).is_err());
+}
+
+/// Source and target of each socket.
+fn addresses(folder: &Path) -> Vec<(Vec<u64>, Vec<u64>)> {
+    let path = folder.join("files.img");
+    let mut reader = Reader::open(&path, &FILES).unwrap();
+    let mut all = vec![];
+    while let Some(entry) = reader.entry(1 << 20).unwrap() {
+        let (mut source, mut target) = (vec![], vec![]);
+        fields(&path, &entry, |field| {
+            let (4, Value::Bytes(socket)) = (field.number, field.value) else { return Ok(()) };
+            fields(&path, socket, |field| {
+                match (field.number, field.value) {
+                    (11, Value::Number(value)) => source.push(value),
+                    (12, Value::Number(value)) => target.push(value),
+                    _ => {}
+                }
+                Ok(())
+            })
+        })
+        .unwrap();
+        all.push((source, target));
+    }
+    all
+}
+
+#[test]
+fn sockets_on_the_containers_own_address_are_freed_of_it() {
+    use At::{Four, Mapped, Six};
+    // 10.4.0.5, 127.0.0.1, 8.8.8.8 and 224.0.0.1 in network order.
+    let (own, local, peer, group) = (0x0500_040a, 0x0100_007f, 0x0808_0808, 0x0100_00e0);
+    let folder = images(&[
+        socket(1, TCP, LISTENS, Four(own, 80), Four(0, 0)),
+        socket(2, UDP, ESTABLISHED, Four(own, 53), Four(peer, 53)),
+        socket(3, TCP, LISTENS, Four(local, 80), Four(0, 0)),
+        socket(4, UDP, CLOSED, Four(group, 5), Four(0, 0)),
+        socket(5, TCP, ESTABLISHED, Four(own, 80), Four(own, 90)),
+        socket(6, TCP, ESTABLISHED, Four(own, 90), Four(own, 80)),
+        socket(7, TCP, LISTENS, Mapped(own, 81), Six(0, 0)),
+        socket(8, TCP, LISTENS, Six(9, 82), Six(0, 0)),
+        // Its connection was reset.
+        socket(9, TCP, CLOSED, Four(own, 91), Four(peer, 80)),
+    ]);
+    let before = addresses(folder.path());
+    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections { kept: 2, closed: 1 });
+    let after = addresses(folder.path());
+    let loopback = || (vec![local], vec![local]);
+    let expected = [
+        (vec![0], vec![0]),
+        (vec![0], vec![peer]),
+        before[2].clone(),
+        before[3].clone(),
+        loopback(),
+        loopback(),
+        (vec![0; 4], before[6].1.clone()),
+        (vec![0; 4], before[7].1.clone()),
+        (vec![0], vec![0]),
+    ];
+    assert_eq!(after, expected);
 }

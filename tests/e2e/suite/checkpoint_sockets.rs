@@ -23,18 +23,19 @@ pub(crate) fn cases() -> Vec<Case> {
     ])
 }
 
-/// Talks to itself over the loopback, counting; echoes what is sent to port 8080; accepts on port 8081 only when told.
-/// A connection to an address that nobody has is half open.
+/// Talks to itself over the loopback and over its own address, counting; echoes what is sent to port 8080, and to port
+/// 8082 of its own address; accepts on port 8081 only when told. A connection to an address that nobody has is half
+/// open. A datagram socket is bound to its own address and connected to the gateway.
 const PROGRAM: &str = "
 import os, socket, threading, time
 def note(name, text):
     with open(name + '.new', 'w') as file:
         file.write(str(text))
     os.rename(name + '.new', name)
-def serve(port):
+def serve(port, address='0.0.0.0'):
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind(('0.0.0.0', port))
+    server.bind((address, port))
     server.listen(8)
     return server
 def echo(connection):
@@ -57,6 +58,12 @@ threading.Thread(target=accept_late, daemon=True).start()
 inner = socket.create_server(('127.0.0.1', 0))
 near = socket.create_connection(inner.getsockname())
 far = inner.accept()[0]
+me = socket.gethostbyname(socket.gethostname())
+threading.Thread(target=accept, args=(serve(8082, me),), daemon=True).start()
+own = socket.create_connection((me, 8082))
+datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+datagrams.bind((me, 0))
+datagrams.connect((me.rsplit('.', 1)[0] + '.1', 53))
 half = socket.socket()
 half.setblocking(False)
 half.connect_ex((os.environ['NOBODY'], 9))
@@ -67,6 +74,12 @@ while True:
     assert far.recv(8) == b'%08d' % count
     far.sendall(b'ok')
     assert near.recv(2) == b'ok'
+    own.sendall(b'own')
+    assert own.recv(3) == b'own'
+    try:
+        datagrams.send(b'nobody listens')
+    except ConnectionRefusedError:
+        pass
     note('/count', count)
     time.sleep(0.02)
 ";
@@ -132,6 +145,8 @@ fn connections_within_a_container_go_on_and_those_to_elsewhere_are_closed_when_r
         Ok(())
     })?;
     echoes(&mut connect(t, &name, 8080)?, "afterwards")?;
+    // nerdctl gives another address at each start.
+    echoes(&mut connect(t, &name, 8082)?, "on the new address")?;
     let mut waits = connect(t, &name, 8081)?;
     t.nerdctl().exec_prints(&name, "touch /accept")?;
     echoes(&mut waits, "late")

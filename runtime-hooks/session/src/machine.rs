@@ -12,16 +12,17 @@ use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::Devices;
+use images::{Connections, Devices, RewriteError, Sockets};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
 use role::{Because, Failure};
-use runtime::{CheckpointRequest, OciRuntime, Review};
+use runtime::{CheckpointRequest, OciRuntime, Review, Tcp};
 use rustix::process::Signal;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
+use crate::connections;
 use crate::error::SessionError;
 use crate::limits::GPU;
 use crate::memory::{self, BigMemory, Described, Publication};
@@ -218,6 +219,16 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
+    /// Returns the images of the dump, to be rewritten.
+    fn dumped(&self) -> Dumped {
+        let is_auto = self.order.options.allow.tcp == Tcp::Auto;
+        let sockets = Sockets {
+            close_outside: is_auto && self.runtime.drives_criu(),
+            free_addresses: is_auto && !is_in_network_of_host(self.order.init),
+        };
+        Dumped { folder: self.folder.clone(), devices: self.devices.clone(), sockets }
+    }
+
     fn record(&self) -> Record {
         let order = self.order;
         Record {
@@ -228,6 +239,28 @@ impl<'a> Machine<'a> {
             resident: self.resident,
             timeline: self.services.timeline.clone(),
         }
+    }
+}
+
+/// Images as CRIU has written them, for the rewriting of what a restore could not use.
+struct Dumped {
+    folder: PathBuf,
+    devices: Vec<Devices>,
+    sockets: Sockets,
+}
+
+impl Dumped {
+    fn rewrite(&self) -> Result<(), RewriteError> {
+        images::replace_devices(&self.folder, &self.devices)?;
+        if self.sockets != Sockets::default() {
+            let Connections { kept, closed } = images::rewrite_sockets(&self.folder, self.sockets)?;
+            if kept + closed > 0 {
+                tracing::info!(
+                    "of its TCP connections, {kept} ends are kept, and {closed} to elsewhere closed when restored"
+                );
+            }
+        }
+        Ok(())
     }
 }
 
@@ -354,10 +387,10 @@ impl Actions for Machine<'_> {
             let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
-            let (devices, folder) = (std::mem::take(&mut self.devices), images.clone());
+            let (dumped, cgroup) = (self.dumped(), self.cgroup.clone());
             Review::new(move || {
                 cancel.check()?;
-                images::replace_devices(&folder, &devices)?;
+                dumped.rewrite()?;
                 let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
                 // Told before the commit: whatever fails after it, the snapshot is withdrawn.
                 let _ = tell.send(published.clone());
@@ -365,11 +398,13 @@ impl Actions for Machine<'_> {
                 timeline.enter(Phase::Publish);
                 record.complete(published, &draft)?;
                 timeline.enter(Phase::Dump);
+                connections::end_repair(&cgroup);
                 committed.store(true, Ordering::Release);
                 Ok(())
             })
         });
-        if review.is_none() && self.after() == After::Exit {
+        let is_reviewed = review.is_some();
+        if !is_reviewed && self.after() == After::Exit {
             // A runtime that drives CRIU itself lets nobody in before it kills the container.
             self.record().complete(None, &self.draft)?;
         }
@@ -395,7 +430,10 @@ impl Actions for Machine<'_> {
             }
         }
         dumped?;
-        Ok(images::replace_devices(&self.folder, &self.devices)?)
+        if !is_reviewed {
+            self.dumped().rewrite()?;
+        }
+        Ok(())
     }
 
     fn begin_publication(&mut self) {
@@ -450,6 +488,12 @@ impl Actions for Machine<'_> {
     fn enter(&mut self, phase: Phase) {
         self.services.timeline.enter(phase);
     }
+}
+
+/// Returns whether a process is in this process's network namespace. One that cannot be asked counts as such.
+fn is_in_network_of_host(pid: HostPid) -> bool {
+    let namespace = |path: PathBuf| std::fs::read_link(path).ok();
+    namespace(pid.path("ns/net")).is_none_or(|of| Some(of) == namespace("/proc/self/ns/net".into()))
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.

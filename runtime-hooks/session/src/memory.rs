@@ -19,6 +19,7 @@ use memory::{Regions, Shared, SharedFile};
 use phase::{Phase, Timeline};
 use proc::{HostPid, ProcessIds};
 use role::Because;
+use runtime::Prepare;
 use snapshot::{Config, Host, Name, Scope};
 
 use crate::error::SessionError;
@@ -157,6 +158,9 @@ pub(crate) fn name(order: &CheckpointOrder) -> Result<Name, SessionError> {
 fn config(order: &CheckpointOrder, machine: &Described<'_>) -> Result<Config, SessionError> {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let mut config = Config::new(created, &order.subject.id, machine.runtime_name, host(machine.criu.clone()));
+    if order.subject.prepare != Prepare::Nothing {
+        config.prepared.push(order.subject.prepare.name().to_owned());
+    }
     config.sizes.resident = machine.resident.unwrap_or_default();
     if let Some(gpu) = machine.gpu {
         config.host.driver = Some(gpu.driver().to_owned());

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use bulk::{Node, Restoring, Source};
 use cgroup::Cgroup;
-use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
+use checkpoint::{DeviceNode, Folder, FolderError, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::Keeper;
 use memory::Layout;
@@ -28,7 +28,7 @@ use phase::Phase;
 use proc::{HostPid, ProcessIds};
 use reaper::Child;
 use role::Failure;
-use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
+use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest, Tcp};
 use rustix::process::Signal;
 use snapshot::Scope;
 
@@ -205,7 +205,14 @@ impl<'a> Restore<'a> {
         let resident = manifest.as_ref().and_then(Manifest::resident);
         let network = Network::of_bundle(&self.order.subject.bundle);
         let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, network);
-        let allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
+        let mut allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
+        // Elsewhere a connection of the images might be another program's.
+        if allow.tcp == Tcp::Auto
+            && network == Network::Hosts
+            && !images::is_closed_outside(images).map_err(FolderError::Image)?
+        {
+            allow.tcp = Tcp::Refuse;
+        }
         Ok(Inspected { allow, gpu, memory, resident })
     }
 

@@ -18,6 +18,9 @@ pub struct Manifest {
     /// Runtime that made the dump.
     runtime: String,
     tcp: SavedTcp,
+    /// All connections in the images are of the container with itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    tcp_inside: bool,
     external_unix_sockets: bool,
     shell_job: bool,
     /// GPU state; `None` without any.
@@ -67,9 +70,10 @@ impl Manifest {
             runtime,
             tcp: match allow.tcp {
                 Tcp::Refuse => SavedTcp::Refuse,
-                Tcp::Keep => SavedTcp::Keep,
+                Tcp::Keep | Tcp::Auto => SavedTcp::Keep,
                 Tcp::Close => SavedTcp::Close,
             },
+            tcp_inside: allow.tcp == Tcp::Auto,
             external_unix_sockets: allow.external_unix_sockets,
             shell_job: allow.shell_job,
             gpu,
@@ -105,6 +109,7 @@ impl Manifest {
         Allow {
             tcp: match self.tcp {
                 SavedTcp::Refuse => Tcp::Refuse,
+                SavedTcp::Keep if self.tcp_inside => Tcp::Auto,
                 SavedTcp::Keep => Tcp::Keep,
                 SavedTcp::Close => Tcp::Close,
             },
@@ -121,6 +126,18 @@ pub(crate) fn now() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn connections_within_a_container_are_kept_by_a_gpusnap_that_knows_no_others() {
+        let timeline = Timeline::start(runtime::Phase::Freeze);
+        for tcp in [Tcp::Auto, Tcp::Refuse, Tcp::Keep, Tcp::Close] {
+            let allow = Allow { tcp, ..Allow::default() };
+            let manifest = Manifest::new("c", "runc".into(), allow, None, None, None, &timeline);
+            let text = serde_json::to_value(&manifest).unwrap();
+            assert_eq!(text["tcp"] == "keep", matches!(tcp, Tcp::Auto | Tcp::Keep), "{text}");
+            assert_eq!(serde_json::from_value::<Manifest>(text).unwrap().allow(), allow);
+        }
+    }
 
     #[test]
     fn the_golden_file_is_understood() {

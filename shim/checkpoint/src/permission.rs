@@ -66,8 +66,10 @@ pub fn allow(
             allow.tcp = Tcp::Refuse;
         }
     }
-    if let Some(tcp) = annotations.tcp()? {
-        allow.tcp = tcp;
+    match annotations.tcp()? {
+        // Says what is saved, and nothing of what was.
+        None | Some(Tcp::Auto) => {}
+        Some(tcp) => allow.tcp = tcp,
     }
     Ok(allow)
 }

@@ -13,8 +13,11 @@ use crate::{ProcessIo, Timeline};
 /// Treatment of established TCP connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
-    /// Established connections make a checkpoint fail.
+    /// Connections of the container with itself are saved, and all others are closed in the restored
+    /// container. A runtime that drives CRIU itself refuses them.
     #[default]
+    Auto,
+    /// Established connections make a checkpoint fail.
     Refuse,
     /// Connections are saved, and go on if the restored container has the same addresses.
     Keep,

@@ -61,10 +61,11 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
 /// Returns the options common to a dump and a restore.
 pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
     Options {
-        tcp_established: allow.tcp == Tcp::Keep,
+        // The session closes those to elsewhere in the images.
+        tcp_established: matches!(allow.tcp, Tcp::Keep | Tcp::Auto),
         tcp_close: allow.tcp == Tcp::Close,
         // Connections still to be accepted are closed like the rest.
-        tcp_skip_in_flight: allow.tcp == Tcp::Close,
+        tcp_skip_in_flight: matches!(allow.tcp, Tcp::Close | Tcp::Auto),
         ext_unix_sk: allow.external_unix_sockets,
         shell_job: allow.shell_job,
         file_locks: true,

@@ -18,7 +18,8 @@ impl Command {
         if leave_running {
             arguments.push("--leave-running".into());
         }
-        arguments.extend(flags(allow).map(OsString::from));
+        // Connections to elsewhere would be saved as well, and fail the restore.
+        arguments.extend(flags(allow, allow.tcp == Tcp::Keep).map(OsString::from));
         if allow.tcp == Tcp::Close {
             return Err(call.refused("this runtime cannot be told to close TCP connections".into()));
         }
@@ -56,7 +57,7 @@ impl Command {
         if no_pivot_root {
             arguments.push("--no-pivot".into());
         }
-        arguments.extend(flags(allow).map(OsString::from));
+        arguments.extend(flags(allow, matches!(allow.tcp, Tcp::Keep | Tcp::Auto)).map(OsString::from));
         // crun keeps its own process in the container's cgroup until criu is done. A freeze would
         // catch that process, and crun wait for ever.
         let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
@@ -91,9 +92,9 @@ impl Command {
 }
 
 /// Returns the flags common to all runtimes and both directions.
-fn flags(allow: Allow) -> impl Iterator<Item = &'static str> {
+fn flags(allow: Allow, has_connections: bool) -> impl Iterator<Item = &'static str> {
     let flags = [
-        (allow.tcp == Tcp::Keep, "--tcp-established"),
+        (has_connections, "--tcp-established"),
         (allow.external_unix_sockets, "--ext-unix-sk"),
         (allow.shell_job, "--shell-job"),
         (true, "--file-locks"),

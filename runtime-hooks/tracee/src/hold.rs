@@ -230,14 +230,6 @@ impl Hold {
         self.let_go_those(|_, _| true)
     }
 
-    /// Lets one process go, as [`Self::let_go`] does all. One that is not held is let go already.
-    ///
-    /// # Errors
-    /// As for [`Self::let_go`].
-    pub fn let_go_of(&mut self, pid: HostPid) -> Result<(), ReleaseError> {
-        self.let_go_those(|of, _| of == pid)
-    }
-
     /// Lets all processes go but these, as [`Self::let_go`] does all.
     ///
     /// # Errors

@@ -5,9 +5,9 @@
 //! and is shut down. A program then reads the end of the stream and cannot write, as when the other
 //! side has gone away.
 //!
-//! A restored container may have another address, on which CRIU cannot bind the old one. A socket that
-//! was bound to the container's own address is bound to all addresses then, and a connection of the
-//! container with itself over that address goes over the loopback.
+//! A restored container may have another address, and CRIU cannot bind the old one. So a socket on the
+//! container's own address gets the wildcard address. A connection of the container with itself over
+//! its own address gets the loopback's.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -51,7 +51,7 @@ const MAPPED: u64 = 0xffff_0000;
 const LOOPBACK: u64 = 0x0100_007f;
 const LOOPBACK_6: u64 = 0x0100_0000;
 
-/// One end of a connection.
+/// End of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct End {
     /// Words of the address; one for IPv4, in IPv6 or not.
@@ -122,7 +122,7 @@ impl Socket {
     }
 }
 
-/// What is done to sockets.
+/// Treatment of sockets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sockets {
     /// Close TCP connections whose other end is not in the images.

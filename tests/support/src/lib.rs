@@ -378,25 +378,6 @@ fn stage(mebibytes: u64) -> ! {
     sys::exit(0);
 }
 
-fn have_residue(directory: &str) {
-    for number in 0..3 {
-        sys::map(&open_in(directory, &format!("mapped{number}")));
-    }
-    for number in 0..5 {
-        let file = open_in(directory, &format!("open{number}"));
-        if number < 2 {
-            rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
-        }
-        std::mem::forget(file);
-    }
-}
-
-fn open_in(directory: &str, name: &str) -> File {
-    let file = Path::new(directory).join(name);
-    fs::write(&file, [7; 8192]).unwrap();
-    File::options().read(true).write(true).open(file).unwrap()
-}
-
 /// Plays a program, or nothing in a run of the tests. The play runs before `main`, in the first
 /// thread and without other threads: the tests' `main` runs tests in another thread.
 fn play() {
@@ -532,31 +513,6 @@ fn play() {
                 assert_eq!(line.unwrap(), "line");
                 count(2);
             }
-        }
-        // Has files of a directory open and mapped, and also does all that "many" does.
-        "residue" => {
-            have_residue(argument);
-            many();
-        }
-        // No further file can be opened.
-        "residue-full" => {
-            have_residue(argument);
-            while File::open("/dev/zero").map(std::mem::forget).is_ok() {}
-            many();
-        }
-        // The root directory is empty.
-        "residue-jailed" => {
-            have_residue(argument);
-            let jail = Path::new(argument).join("jail");
-            fs::create_dir(&jail).unwrap();
-            rustix::process::chroot(&jail).unwrap();
-            many();
-        }
-        // No further activity.
-        "residue-only" => {
-            have_residue(argument);
-            ready();
-            sys::sleep_once(3_600_000);
         }
         other => panic!("there is no program {other}"),
     }

@@ -149,16 +149,6 @@ fn is_kept(pattern: &[u8; 64]) -> bool {
     std::hint::black_box(pattern)[0] == 0xa5
 }
 
-/// Maps the first 8 KiB of a file, shared and for good.
-pub fn map(file: &std::fs::File) -> usize {
-    use std::os::fd::AsRawFd;
-    let (access, fd) = (libc::PROT_READ | libc::PROT_WRITE, file.as_raw_fd());
-    // SAFETY: a new mapping at an address that the kernel chooses. Nothing in this process uses it.
-    let address = unsafe { libc::mmap(std::ptr::null_mut(), 8192, access, libc::MAP_SHARED, fd, 0) };
-    assert_ne!(address, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-    address as usize
-}
-
 /// Maps new memory, for good; `flags` are added to `mmap`'s for private memory.
 pub fn map_words(length: u64, flags: libc::c_int) -> &'static [AtomicU64] {
     let length = usize::try_from(length).unwrap();

@@ -61,7 +61,7 @@ pub enum SessionError {
     #[error("the container has a name that a snapshot cannot have")]
     Name(#[from] snapshot::NameError),
     /// The images of a dump could not be rewritten.
-    #[error("cannot replace the driver's devices in the images")]
+    #[error("cannot rewrite devices and sockets in the images")]
     Images(#[from] images::RewriteError),
     /// The client, a Kill or a Delete ended the operation.
     #[error(transparent)]

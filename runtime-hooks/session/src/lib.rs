@@ -24,6 +24,7 @@
 
 mod checkpoint;
 mod client;
+mod connections;
 mod error;
 mod halt;
 mod limits;

@@ -12,16 +12,17 @@ use cgroup::Cgroup;
 use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::Devices;
+use images::{Devices, RewriteError};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
 use role::{Because, Failure};
-use runtime::{CheckpointRequest, OciRuntime, Review};
+use runtime::{CheckpointRequest, OciRuntime, Review, Tcp};
 use rustix::process::Signal;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
+use crate::connections::Connections;
 use crate::error::SessionError;
 use crate::limits::GPU;
 use crate::memory::{self, BigMemory, Described, Publication};
@@ -68,6 +69,8 @@ pub(crate) struct Machine<'a> {
     gpu: Option<SavedGpus>,
     /// Devices of the driver that processes have beside the state that was moved.
     devices: Vec<Devices>,
+    /// TCP connections, held during the dump and up to the container's end.
+    connections: Option<Connections>,
     staging: Vec<Regions>,
     memory: Option<BigMemory>,
     /// Memory goes to the node store, or beside the images.
@@ -110,6 +113,7 @@ impl<'a> Machine<'a> {
             log: None,
             gpu: None,
             devices: Vec::new(),
+            connections: None,
             staging: Vec::new(),
             memory: None,
             is_saving: false,
@@ -341,9 +345,10 @@ impl Actions for Machine<'_> {
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
             let (devices, folder) = (std::mem::take(&mut self.devices), images.clone());
+            let tcp = order.options.allow.tcp;
             Review::new(move || {
                 cancel.check()?;
-                images::replace_devices(&folder, &devices)?;
+                make_restorable(&folder, &devices, tcp)?;
                 let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
                 // Told before the commit: whatever fails after it, the snapshot is withdrawn.
                 let _ = tell.send(published.clone());
@@ -371,7 +376,13 @@ impl Actions for Machine<'_> {
             cancel: services.cancel.clone(),
             review,
         };
+        let connections = Connections::of(&self.cgroup);
         let dumped = services.tokio.block_on(self.runtime.checkpoint(request));
+        if dumped.is_ok() && self.after() == After::Exit {
+            self.connections = Some(connections);
+        } else {
+            connections.go_on();
+        }
         self.published = told.try_recv().ok().flatten();
         if dumped.is_err() {
             // runc's shim leaves the log there, and its users look for it there.
@@ -380,7 +391,7 @@ impl Actions for Machine<'_> {
             }
         }
         dumped?;
-        Ok(images::replace_devices(&self.folder, &self.devices)?)
+        Ok(make_restorable(&self.folder, &self.devices, order.options.allow.tcp)?)
     }
 
     fn begin_publication(&mut self) {
@@ -422,7 +433,11 @@ impl Actions for Machine<'_> {
         }
         let init = self.init.clone();
         let ended = async move { tokio::time::timeout(END, init.wait()).await };
-        match self.services.tokio.block_on(ended) {
+        let ended = self.services.tokio.block_on(ended);
+        if let Some(connections) = self.connections.take().filter(|_| self.order.options.allow.tcp == Tcp::Auto) {
+            connections.close();
+        }
+        match ended {
             Ok(_) => Ok(()),
             Err(_) => Err(SessionError::DoesNotEnd { pid: self.order.init }),
         }
@@ -435,6 +450,18 @@ impl Actions for Machine<'_> {
     fn enter(&mut self, phase: Phase) {
         self.services.timeline.enter(phase);
     }
+}
+
+/// Rewrites what CRIU has saved and cannot restore, or not elsewhere. A second call changes nothing.
+fn make_restorable(images: &Path, devices: &[Devices], tcp: Tcp) -> Result<(), RewriteError> {
+    images::replace_devices(images, devices)?;
+    if tcp == Tcp::Auto {
+        let closed = images::close_outside(images)?;
+        if closed > 0 {
+            tracing::info!("{closed} TCP connections lead outside: a restored container finds them closed");
+        }
+    }
+    Ok(())
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.

@@ -1,6 +1,7 @@
-//! Descriptors that a session is started with.
+//! Descriptors that a session is started with, and socket options that rustix lacks.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// First descriptor after the standard streams.
 pub(crate) const FIRST: i32 = 3;
@@ -13,3 +14,23 @@ pub(crate) fn take_streams() -> [OwnedFd; 3] {
         unsafe { OwnedFd::from_raw_fd(fd) }
     })
 }
+
+/// Returns whether a TCP socket is in repair mode, as CRIU leaves it: closed then, it tells the other end nothing.
+pub(crate) fn is_in_repair(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let (mut value, mut size): (libc::c_int, _) = (0, INT);
+    let option = (&raw mut value).cast();
+    // SAFETY: both pointers are to locals that live during the call, and `size` is the size of `value`.
+    let got = unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_TCP, libc::TCP_REPAIR, option, &raw mut size) };
+    if got == 0 { Ok(value != 0) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Takes a TCP socket out of repair mode.
+pub(crate) fn end_repair(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let value: libc::c_int = 0;
+    let option = (&raw const value).cast();
+    // SAFETY: the pointer is to a local that lives during the call, and `INT` is its size.
+    let set = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_TCP, libc::TCP_REPAIR, option, INT) };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+const INT: libc::socklen_t = size_of::<libc::c_int>() as libc::socklen_t;

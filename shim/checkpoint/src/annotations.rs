@@ -11,7 +11,7 @@ const PREFIX: &str = "gpusnap.dev/";
 /// `exit` or `continue`: the container's fate if the client does not choose. nerdctl and the CRI
 /// pass a choice to runtimes named runc only.
 pub(crate) const ON_CHECKPOINT: &str = "gpusnap.dev/on-checkpoint";
-/// `refuse`, `keep` or `close`: treatment of established TCP connections.
+/// `auto`, `refuse`, `keep` or `close`: treatment of established TCP connections.
 pub(crate) const TCP: &str = "gpusnap.dev/tcp";
 /// Seconds for which a checkpoint waits for running GPU work.
 pub(crate) const GPU_PATIENCE: &str = "gpusnap.dev/gpu-patience";
@@ -150,10 +150,11 @@ impl Annotations {
     pub fn tcp(&self) -> Result<Option<Tcp>, AnnotationError> {
         match self.tcp.as_deref() {
             None => Ok(None),
+            Some("auto") => Ok(Some(Tcp::Auto)),
             Some("refuse") => Ok(Some(Tcp::Refuse)),
             Some("keep") => Ok(Some(Tcp::Keep)),
             Some("close") => Ok(Some(Tcp::Close)),
-            Some(other) => Err(bad(TCP, other, "none of \"refuse\", \"keep\" and \"close\"")),
+            Some(other) => Err(bad(TCP, other, "none of \"auto\", \"refuse\", \"keep\" and \"close\"")),
         }
     }
 

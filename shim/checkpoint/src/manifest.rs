@@ -37,6 +37,7 @@ pub struct Manifest {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum SavedTcp {
+    Auto,
     Refuse,
     Keep,
     Close,
@@ -66,6 +67,7 @@ impl Manifest {
             created: now(),
             runtime,
             tcp: match allow.tcp {
+                Tcp::Auto => SavedTcp::Auto,
                 Tcp::Refuse => SavedTcp::Refuse,
                 Tcp::Keep => SavedTcp::Keep,
                 Tcp::Close => SavedTcp::Close,
@@ -104,6 +106,7 @@ impl Manifest {
     pub fn allow(&self) -> Allow {
         Allow {
             tcp: match self.tcp {
+                SavedTcp::Auto => Tcp::Auto,
                 SavedTcp::Refuse => Tcp::Refuse,
                 SavedTcp::Keep => Tcp::Keep,
                 SavedTcp::Close => Tcp::Close,

@@ -84,7 +84,7 @@ impl CheckpointOptions {
             work: work.map(|path| absolute("work_path", path)).transpose()?,
             exit: options.exit,
             allow: Allow {
-                tcp: annotated_tcp.unwrap_or(if options.open_tcp { Tcp::Keep } else { Tcp::Refuse }),
+                tcp: annotated_tcp.unwrap_or(if options.open_tcp { Tcp::Keep } else { Tcp::Auto }),
                 external_unix_sockets: options.external_unix_sockets,
                 shell_job: options.terminal,
             },
@@ -145,7 +145,8 @@ mod tests {
             let options = oci::CheckpointOptions { open_tcp, ..oci::CheckpointOptions::default() };
             CheckpointOptions::of(&request(Some(options)), &annotations(all)).unwrap().allow.tcp
         };
-        assert_eq!(tcp(false, &[]), Tcp::Refuse);
+        assert_eq!(tcp(false, &[]), Tcp::Auto);
+        assert_eq!(tcp(false, &[(TCP, "refuse")]), Tcp::Refuse);
         assert_eq!(tcp(true, &[]), Tcp::Keep);
         assert_eq!(tcp(true, &[(TCP, "close")]), Tcp::Close);
     }

@@ -62,7 +62,7 @@ pub fn allow(
     let mut allow = manifest.map_or(other, Manifest::allow);
     if network == Network::Hosts && annotations.privileges()? == Privileges::Container {
         allow.external_unix_sockets = false;
-        if allow.tcp == Tcp::Keep {
+        if matches!(allow.tcp, Tcp::Auto | Tcp::Keep) {
             allow.tcp = Tcp::Refuse;
         }
     }

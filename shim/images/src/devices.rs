@@ -18,8 +18,8 @@ use crate::wire::{
 };
 
 /// The file of all open files of all processes.
-const FILES: &str = "files.img";
-const FILES_START: [u32; 2] = [COMMON_MAGIC, FILES_MAGIC];
+pub(crate) const FILES: &str = "files.img";
+pub(crate) const FILES_START: [u32; 2] = [COMMON_MAGIC, FILES_MAGIC];
 const FDINFO_START: [u32; 2] = [COMMON_MAGIC, FDINFO_MAGIC];
 const IDS_START: [u32; 2] = [COMMON_MAGIC, IDS_MAGIC];
 
@@ -36,7 +36,7 @@ const FD_TYPE: u32 = 3;
 const FD_NUMBER: u32 = 4;
 
 /// Fields of an open file, in images/fdinfo.proto.
-const FILE_TYPE: u32 = 1;
+pub(crate) const FILE_TYPE: u32 = 1;
 const FILE_ID: u32 = 2;
 const FILE_REGULAR: u32 = 3;
 const FILE_EXTERNAL: u32 = 15;
@@ -197,7 +197,7 @@ fn replace_mappings(images: &Path, pid: ContainerPid) -> Result<(), RewriteError
     write(&path, &vma::MAGIC, &[entry])
 }
 
-fn write(path: &Path, magic: &[u32], entries: &[Vec<u8>]) -> Result<(), RewriteError> {
+pub(crate) fn write(path: &Path, magic: &[u32], entries: &[Vec<u8>]) -> Result<(), RewriteError> {
     replace(path, |out| {
         write_magic(out, magic)?;
         entries.iter().try_for_each(|entry| write_entry(out, entry))

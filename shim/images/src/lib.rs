@@ -12,6 +12,7 @@ mod memory;
 mod pages;
 mod rewrite;
 mod sharing;
+mod sockets;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -25,4 +26,5 @@ pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;
 pub use rewrite::{Changes, RewriteError, Staging, rewrite};
+pub use sockets::close_outside;
 pub use tree::root_pid;

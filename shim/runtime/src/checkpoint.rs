@@ -13,8 +13,10 @@ use crate::{ProcessIo, Timeline};
 /// Treatment of established TCP connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
-    /// Established connections make a checkpoint fail.
+    /// Connections of the container with itself are kept, others closed in the restored container.
     #[default]
+    Auto,
+    /// Established connections make a checkpoint fail.
     Refuse,
     /// Connections are saved, and go on if the restored container has the same addresses.
     Keep,
@@ -57,7 +59,8 @@ pub struct CheckpointRequest {
     pub work: PathBuf,
     /// True: the container goes on. False: the processes are killed once the images are complete.
     pub leave_running: bool,
-    /// Contents allowed in the images.
+    /// Contents allowed in the images. With [`Tcp::Auto`] the images can be restored only after
+    /// [`images::close_outside`].
     pub allow: Allow,
     /// Checked before the container goes on or ends: a cancelled checkpoint fails.
     pub cancel: Cancel,

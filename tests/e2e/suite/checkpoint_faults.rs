@@ -276,7 +276,7 @@ server = socket.create_server(('127.0.0.1', 0))
 client = socket.create_connection(server.getsockname())
 served = server.accept()";
     // In the host's network, because an empty one has no loopback.
-    cannot_be_dumped(t, &["--net-host"], setup, "127.0.0.1")
+    cannot_be_dumped(t, &["--net-host", "--annotation", "gpusnap.dev/tcp=refuse"], setup, "127.0.0.1")
 }
 
 fn an_external_unix_socket_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {

@@ -1,4 +1,6 @@
 //! Images of a few pages.
 
+mod devices;
 pub(crate) mod formats;
 mod memory;
+mod sockets;

@@ -1,0 +1,275 @@
+//! TCP connections whose other end is not in the images.
+//!
+//! CRIU saves every connection of the tree alike, and at a restore puts each one together again. The
+//! other end of a connection to the outside still talks to the saved container, or is gone. Here such
+//! a connection becomes a socket that was shut down: a reader finds its end, a writer a broken pipe,
+//! as when the other end goes away. Connections of the container with itself stay.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use crate::devices::{FILE_TYPE, FILES, FILES_START, write};
+use crate::format::{COMMON_MAGIC, ImageError, damaged};
+use crate::rewrite::RewriteError;
+use crate::wire::{MAX_ENTRY, Reader, Value, fields, first_entry, put_message, put_number, with_numbers};
+
+const STREAM_START: [u32; 2] = [COMMON_MAGIC, 0x5146_5506];
+
+/// The kind of an open file, and its field, in images/fdinfo.proto.
+const INET: u64 = 4;
+const FILE_INET: u32 = 4;
+
+/// Fields of a socket, in images/sk-inet.proto.
+const INODE: u32 = 2;
+const FAMILY: u32 = 3;
+const TYPE: u32 = 4;
+const PROTOCOL: u32 = 5;
+const STATE: u32 = 6;
+const SOURCE_PORT: u32 = 7;
+const TARGET_PORT: u32 = 8;
+const SOURCE: u32 = 11;
+const TARGET: u32 = 12;
+const NAMESPACE: u32 = 18;
+const SHUTDOWN: u32 = 19;
+
+/// Fields of a connection, in images/tcp-stream.proto.
+const RECEIVED: u32 = 2;
+const UNSENT: u32 = 3;
+const WRITTEN: u32 = 4;
+
+/// Numbers of Linux.
+const STREAM: u64 = 1;
+const TCP: u64 = 6;
+const INET6: u64 = 10;
+const CLOSED: u64 = 7;
+const LISTENS: u64 = 10;
+
+/// Both directions, in images/sk-opts.proto.
+const BOTH: u64 = 3;
+
+/// A socket of the internet protocols in the images.
+#[derive(Clone, Debug)]
+struct Socket {
+    inode: u64,
+    is_tcp: bool,
+    state: u64,
+    source: SocketAddr,
+    target: SocketAddr,
+    namespace: Option<u64>,
+}
+
+/// One direction of a connection: its network namespace, and both addresses.
+type Route = (Option<u64>, SocketAddr, SocketAddr);
+
+impl Socket {
+    /// Reads the socket of an open file; `None` for any other kind of file.
+    fn of(path: &Path, entry: &[u8]) -> Result<Option<Self>, ImageError> {
+        let (mut kind, mut socket) = (0, None);
+        fields(path, entry, |field| {
+            match (field.number, field.value) {
+                (FILE_TYPE, Value::Number(value)) => kind = value,
+                (FILE_INET, Value::Bytes(message)) => socket = Some(message),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        socket.filter(|_| kind == INET).map(|message| Self::parse(path, message)).transpose()
+    }
+
+    fn parse(path: &Path, message: &[u8]) -> Result<Self, ImageError> {
+        let mut numbers = BTreeMap::new();
+        let (mut source, mut target) = (vec![], vec![]);
+        fields(path, message, |field| {
+            if let Value::Number(value) = field.value {
+                match field.number {
+                    SOURCE => source.push(value),
+                    TARGET => target.push(value),
+                    number => drop(numbers.insert(number, value)),
+                }
+            }
+            Ok(())
+        })?;
+        let number = |number| numbers.get(&number).copied().unwrap_or_default();
+        let address = |words: &[u64], port: u32| {
+            let port = u16::try_from(number(port)).ok();
+            let address = address(number(FAMILY), words).zip(port);
+            address.map(SocketAddr::from).ok_or_else(|| damaged(path, "a socket has no address"))
+        };
+        Ok(Self {
+            inode: number(INODE),
+            is_tcp: number(TYPE) == STREAM && number(PROTOCOL) == TCP,
+            state: number(STATE),
+            source: address(&source, SOURCE_PORT)?,
+            target: address(&target, TARGET_PORT)?,
+            namespace: numbers.get(&NAMESPACE).copied(),
+        })
+    }
+
+    /// Returns whether CRIU takes the socket for a connection: one that the other end has reset, too.
+    fn is_connection(&self) -> bool {
+        self.is_tcp && self.state != LISTENS && (self.state != CLOSED || self.target.port() != 0)
+    }
+
+    fn route(&self) -> Route {
+        (self.namespace, self.source, self.target)
+    }
+
+    fn way_back(&self) -> Route {
+        (self.namespace, self.target, self.source)
+    }
+}
+
+/// Returns the address in words of the images; an IPv4 address mapped into IPv6 as the former.
+fn address(family: u64, words: &[u64]) -> Option<IpAddr> {
+    let mut bytes = [0; 16];
+    let size = if family == INET6 { 16 } else { 4 };
+    if words.len() * 4 < size {
+        return None;
+    }
+    for (place, word) in bytes.chunks_exact_mut(4).zip(words) {
+        place.copy_from_slice(&u32::try_from(*word).ok()?.to_ne_bytes());
+    }
+    Some(if family == INET6 {
+        Ipv6Addr::from(bytes).to_canonical()
+    } else {
+        Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()
+    })
+}
+
+/// Progress of a connection, by the numbers of its bytes.
+struct Stream {
+    received: u32,
+    acknowledged: u32,
+}
+
+impl Stream {
+    fn of(images: &Path, socket: &Socket) -> Result<Self, ImageError> {
+        let path = stream_path(images, socket);
+        let (mut received, mut unsent, mut written) = (0, 0, 0);
+        fields(&path, &first_entry(&path, &STREAM_START, MAX_ENTRY)?, |field| {
+            let Value::Number(value) = field.value else { return Ok(()) };
+            let value = || u32::try_from(value).map_err(|_| damaged(&path, "a number is too large"));
+            match field.number {
+                RECEIVED => received = value()?,
+                UNSENT => unsent = value()?,
+                WRITTEN => written = value()?,
+                _ => {}
+            }
+            Ok(())
+        })?;
+        Ok(Self { received, acknowledged: written.wrapping_sub(unsent) })
+    }
+
+    /// Returns whether the other end has all that it told to have. CRIU saves the two ends one after
+    /// the other, and the kernel moves data meanwhile.
+    fn is_whole_at(&self, other: &Self) -> bool {
+        // The end of the data counts as one more byte, which CRIU does not always count.
+        const END: u32 = 1;
+        let ahead = self.acknowledged.wrapping_sub(other.received);
+        ahead <= END || ahead > u32::MAX / 2
+    }
+}
+
+fn stream_path(images: &Path, socket: &Socket) -> PathBuf {
+    images.join(format!("tcp-stream-{:x}.img", socket.inode))
+}
+
+/// Closes the TCP connections that lead out of the images, and removes their data. Returns the number of
+/// closed connections. A second call changes nothing.
+///
+/// # Errors
+/// Fails if a file is damaged, or cannot be read or written. The images are useless then.
+pub fn close_outside(images: &Path) -> Result<usize, RewriteError> {
+    let path = images.join(FILES);
+    let mut connections = BTreeMap::new();
+    each_socket(&path, |_, socket| {
+        if let Some(socket) = socket.filter(|of| of.is_connection() && of.state != CLOSED) {
+            connections.insert(socket.route(), socket);
+        }
+        Ok(())
+    })?;
+    let mut inner = BTreeMap::new();
+    for (route, socket) in &connections {
+        let Some(other) = connections.get(&socket.way_back()) else { continue };
+        let (this, that) = (Stream::of(images, socket)?, Stream::of(images, other)?);
+        if this.is_whole_at(&that) && that.is_whole_at(&this) {
+            inner.insert(*route, socket.inode);
+        }
+    }
+    let mut entries = vec![];
+    let mut closed = vec![];
+    each_socket(&path, |entry, socket| {
+        let leads_out = |socket: &Socket| socket.is_connection() && inner.get(&socket.route()) != Some(&socket.inode);
+        entries.push(match socket.filter(leads_out) {
+            Some(socket) => {
+                closed.push(stream_path(images, &socket));
+                without_connection(&path, &entry)?
+            }
+            None => entry,
+        });
+        Ok(())
+    })?;
+    if closed.is_empty() {
+        return Ok(0);
+    }
+    write(&path, &FILES_START, &entries)?;
+    for path in &closed {
+        match std::fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(RewriteError::File { action: "remove", path: path.clone(), source });
+            }
+            _ => {}
+        }
+    }
+    Ok(closed.len())
+}
+
+/// Calls `each` for all open files, in order, with the socket of those that have one.
+fn each_socket(
+    path: &Path,
+    mut each: impl FnMut(Vec<u8>, Option<Socket>) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    let mut reader = Reader::open(path, &FILES_START)?;
+    while let Some(entry) = reader.entry(MAX_ENTRY)? {
+        let socket = Socket::of(path, &entry)?;
+        each(entry, socket)?;
+    }
+    Ok(())
+}
+
+/// Returns an open file with its connection closed: a socket that was never bound, and shut down.
+fn without_connection(path: &Path, entry: &[u8]) -> Result<Vec<u8>, ImageError> {
+    let changed = [(STATE, CLOSED), (SOURCE_PORT, 0), (TARGET_PORT, 0)];
+    with_socket(path, entry, |message| {
+        let mut socket = vec![];
+        fields(path, &with_numbers(path, message, &changed)?, |field| {
+            if field.number != SHUTDOWN {
+                socket.extend_from_slice(field.raw);
+            }
+            Ok(())
+        })?;
+        put_number(&mut socket, SHUTDOWN, BOTH);
+        Ok(socket)
+    })
+}
+
+/// Returns an open file with its socket changed.
+fn with_socket(
+    path: &Path,
+    entry: &[u8],
+    mut change: impl FnMut(&[u8]) -> Result<Vec<u8>, ImageError>,
+) -> Result<Vec<u8>, ImageError> {
+    let mut changed = vec![];
+    fields(path, entry, |field| {
+        match field.value {
+            Value::Bytes(message) if field.number == FILE_INET => {
+                put_message(&mut changed, FILE_INET, &change(message)?);
+            }
+            _ => changed.extend_from_slice(field.raw),
+        }
+        Ok(())
+    })?;
+    Ok(changed)
+}

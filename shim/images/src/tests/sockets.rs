@@ -1,0 +1,189 @@
+//! Sockets in images.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use tempfile::TempDir;
+
+use crate::close_outside;
+use crate::tests::devices::{FILES, bytes, entries, number, numbers, write};
+use crate::wire::{Value, fields, put_message, put_number};
+
+const STREAM: [u32; 2] = [0x5456_4319, 0x5146_5506];
+const ESTABLISHED: u64 = 1;
+const CLOSED: u64 = 7;
+const LISTENS: u64 = 10;
+const TCP: u64 = 6;
+const UDP: u64 = 17;
+
+fn put_address(message: &mut Vec<u8>, number: u32, address: IpAddr) {
+    let octets = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    for word in octets.chunks_exact(4) {
+        put_number(message, number, u32::from_ne_bytes(word.try_into().unwrap()).into());
+    }
+}
+
+/// An open file `id`, of a socket with inode `id`.
+fn socket(id: u64, protocol: u64, state: u64, source: &str, target: &str) -> Vec<u8> {
+    let (source, target): (SocketAddr, SocketAddr) = (source.parse().unwrap(), target.parse().unwrap());
+    let (family, kind) = (if source.is_ipv6() { 10 } else { 2 }, if protocol == TCP { 1 } else { 2 });
+    let mut socket = numbers(&[(1, id), (2, id), (3, family), (4, kind), (5, protocol), (6, state)]);
+    put_number(&mut socket, 7, source.port().into());
+    put_number(&mut socket, 8, target.port().into());
+    put_number(&mut socket, 9, 2);
+    put_number(&mut socket, 10, 0);
+    put_address(&mut socket, 11, source.ip());
+    put_address(&mut socket, 12, target.ip());
+    put_number(&mut socket, 18, 3);
+    let mut file = numbers(&[(1, 4), (2, id)]);
+    put_message(&mut file, 4, &socket);
+    file
+}
+
+fn tcp(id: u64, source: &str, target: &str) -> Vec<u8> {
+    socket(id, TCP, ESTABLISHED, source, target)
+}
+
+/// Writes the stream of socket `id`: the number of the next byte to come, unacknowledged bytes, and the number after the
+/// last one written.
+fn stream(folder: &Path, id: u64, received: u64, unsent: u64, written: u64) {
+    let entry = numbers(&[(1, 0), (2, received), (3, unsent), (4, written), (5, 0)]);
+    write(folder, &format!("tcp-stream-{id:x}.img"), &STREAM, &[entry]);
+}
+
+/// Writes sockets, and a stream for each that is no listener.
+fn images(sockets: &[Vec<u8>]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    write(folder.path(), "files.img", &FILES, sockets);
+    for file in sockets {
+        let id = number(Path::new(""), file, 2).unwrap();
+        stream(folder.path(), id, 100, 0, 100);
+    }
+    folder
+}
+
+/// Returns each socket: the file's number, state, ports, shutdown, and whether there is a stream.
+fn found(folder: &Path) -> Vec<(u64, [Option<u64>; 4], bool)> {
+    let path = folder.join("files.img");
+    let of = |entry: &Vec<u8>| {
+        let socket = bytes(&path, entry, 4).pop().unwrap();
+        let id = number(&path, entry, 2).unwrap();
+        let values = [6, 7, 8, 19].map(|field| number(&path, &socket, field));
+        (id, values, folder.join(format!("tcp-stream-{id:x}.img")).exists())
+    };
+    entries(&path, &FILES).iter().map(of).collect()
+}
+
+/// Returns the numbers of sockets that were closed.
+fn closed(folder: &Path) -> Vec<u64> {
+    assert_eq!(close_outside(folder).unwrap(), found(folder).iter().filter(|(.., exists)| !exists).count());
+    let sockets = found(folder);
+    for (id, values, exists) in &sockets {
+        let is_closed = *values == [Some(CLOSED), Some(0), Some(0), Some(3)];
+        assert_eq!(is_closed, !exists, "{id}: {values:?}");
+    }
+    assert_eq!(close_outside(folder).unwrap(), 0);
+    sockets.into_iter().filter_map(|(id, _, exists)| (!exists).then_some(id)).collect()
+}
+
+#[test]
+fn a_connection_to_the_outside_is_closed_and_one_within_stays() {
+    let folder = images(&[
+        socket(16, TCP, LISTENS, "10.4.0.2:80", "0.0.0.0:0"),
+        tcp(17, "10.4.0.2:80", "10.4.0.1:40000"),
+        tcp(18, "127.0.0.1:5000", "127.0.0.1:6000"),
+        tcp(19, "127.0.0.1:6000", "127.0.0.1:5000"),
+        // Nobody has accepted it: the other end is in no process.
+        tcp(20, "127.0.0.1:6001", "127.0.0.1:5000"),
+        socket(21, UDP, ESTABLISHED, "10.4.0.2:5353", "10.4.0.1:53"),
+        socket(22, TCP, CLOSED, "10.4.0.2:5001", "0.0.0.0:0"),
+    ]);
+    assert_eq!(closed(folder.path()), [17, 20]);
+}
+
+#[test]
+fn the_rest_of_a_closed_socket_stays_as_it_was() {
+    let folder = images(&[tcp(17, "10.4.0.2:80", "10.4.0.1:40000")]);
+    let path = folder.path().join("files.img");
+    let rest = || {
+        let socket = bytes(&path, &entries(&path, &FILES)[0], 4).pop().unwrap();
+        let mut rest = vec![];
+        fields(&path, &socket, |field| {
+            if let (Value::Number(value), false) = (field.value, [6, 7, 8, 19].contains(&field.number)) {
+                rest.push((field.number, value));
+            }
+            Ok(())
+        })
+        .unwrap();
+        rest
+    };
+    let before = rest();
+    closed(folder.path());
+    assert_eq!(rest(), before);
+}
+
+#[test]
+fn ipv4_in_ipv6_is_the_same_address() {
+    let folder = images(&[
+        tcp(17, "[::ffff:127.0.0.1]:80", "[::ffff:127.0.0.1]:6000"),
+        tcp(18, "127.0.0.1:6000", "127.0.0.1:80"),
+        tcp(19, "[fd00::2]:80", "[fd00::1]:6000"),
+        tcp(20, "[::1]:80", "[::1]:6000"),
+        tcp(21, "[::1]:6000", "[::1]:80"),
+    ]);
+    assert_eq!(closed(folder.path()), [19]);
+}
+
+#[test]
+fn a_connection_that_was_reset_is_closed_whatever_has_its_addresses_now() {
+    let folder = images(&[
+        socket(17, TCP, CLOSED, "127.0.0.1:80", "127.0.0.1:6000"),
+        tcp(18, "127.0.0.1:80", "127.0.0.1:6000"),
+        tcp(19, "127.0.0.1:6000", "127.0.0.1:80"),
+        socket(20, TCP, CLOSED, "127.0.0.1:80", "127.0.0.1:6001"),
+    ]);
+    assert_eq!(closed(folder.path()), [17, 20]);
+}
+
+#[test]
+fn the_same_addresses_in_another_network_are_another_connection() {
+    let mut other = tcp(18, "127.0.0.1:6000", "127.0.0.1:80");
+    let inner = bytes(Path::new(""), &other, 4).pop().unwrap();
+    let inner = crate::wire::with_numbers(Path::new(""), &inner, &[(18, 4)]).unwrap();
+    other = numbers(&[(1, 4), (2, 18)]);
+    put_message(&mut other, 4, &inner);
+    let folder = images(&[tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), other]);
+    assert_eq!(closed(folder.path()), [17, 18]);
+}
+
+#[test]
+fn a_pair_that_has_lost_bytes_between_its_two_dumps_is_closed() {
+    let pair = [tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), tcp(18, "127.0.0.1:6000", "127.0.0.1:80")];
+    let folder = images(&pair);
+    // Bytes on the way are sent again; numbers may wrap around.
+    stream(folder.path(), 17, 5, 0, 100);
+    stream(folder.path(), 18, 100, 20, 15);
+    assert_eq!(closed(folder.path()), [0_u64; 0]);
+    // The end of the data counts, too.
+    stream(folder.path(), 18, 99, 20, 15);
+    assert_eq!(closed(folder.path()), [0_u64; 0]);
+    // Socket 17 has been told that 18 has bytes up to 100, and 18 was saved without ten of them.
+    stream(folder.path(), 18, 90, 20, 15);
+    assert_eq!(closed(folder.path()), [17, 18]);
+}
+
+#[test]
+fn a_damaged_socket_is_an_error() {
+    let folder = images(&[tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), tcp(18, "127.0.0.1:6000", "127.0.0.1:80")]);
+    std::fs::remove_file(folder.path().join("tcp-stream-12.img")).unwrap();
+    let error = close_outside(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("tcp-stream-12.img"), "{error}");
+    let mut file = numbers(&[(1, 4), (2, 17)]);
+    put_message(&mut file, 4, &numbers(&[(3, 10), (11, 1)]));
+    write(folder.path(), "files.img", &FILES, &[file]);
+    let error = close_outside(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("no address"), "{error}");
+}

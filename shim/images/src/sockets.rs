@@ -6,14 +6,14 @@
 //! as when the other end goes away. Connections of the container with itself stay.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::devices::{FILE_TYPE, FILES, FILES_START, write};
+use crate::devices::FILE_TYPE;
+use crate::files::OpenFiles;
 use crate::format::{COMMON_MAGIC, ImageError, damaged};
 use crate::rewrite::RewriteError;
-use crate::wire::{MAX_ENTRY, Reader, Value, fields, first_entry, put_message, put_number, with_numbers};
+use crate::wire::{MAX_ENTRY, Value, fields, first_entry, put_message, put_number, with_numbers};
 
 const STREAM_START: [u32; 2] = [COMMON_MAGIC, 0x5146_5506];
 
@@ -41,6 +41,7 @@ const WRITTEN: u32 = 4;
 
 /// Numbers of Linux.
 const STREAM: u64 = 1;
+const DATAGRAM: u64 = 2;
 const TCP: u64 = 6;
 const INET6: u64 = 10;
 const CLOSED: u64 = 7;
@@ -54,6 +55,9 @@ const BOTH: u64 = 3;
 struct Socket {
     inode: u64,
     is_tcp: bool,
+    is_udp: bool,
+    /// The family, also with an IPv4 address inside.
+    is_ipv6: bool,
     state: u64,
     source: SocketAddr,
     target: SocketAddr,
@@ -100,6 +104,8 @@ impl Socket {
         Ok(Self {
             inode: number(INODE),
             is_tcp: number(TYPE) == STREAM && number(PROTOCOL) == TCP,
+            is_udp: number(TYPE) == DATAGRAM,
+            is_ipv6: number(FAMILY) == INET6,
             state: number(STATE),
             source: address(&source, SOURCE_PORT)?,
             target: address(&target, TARGET_PORT)?,
@@ -146,7 +152,7 @@ struct Stream {
 
 impl Stream {
     fn of(images: &Path, socket: &Socket) -> Result<Self, ImageError> {
-        let path = stream_path(images, socket);
+        let path = images.join(stream_name(socket));
         let (mut received, mut unsent, mut written) = (0, 0, 0);
         fields(&path, &first_entry(&path, &STREAM_START, MAX_ENTRY)?, |field| {
             let Value::Number(value) = field.value else { return Ok(()) };
@@ -172,8 +178,49 @@ impl Stream {
     }
 }
 
-fn stream_path(images: &Path, socket: &Socket) -> PathBuf {
-    images.join(format!("tcp-stream-{:x}.img", socket.inode))
+fn stream_name(socket: &Socket) -> String {
+    format!("tcp-stream-{:x}.img", socket.inode)
+}
+
+impl OpenFiles {
+    /// Closes the TCP connections that lead out of the images. Returns the number of closed ones. A second
+    /// call changes nothing.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged, or cannot be read.
+    pub fn close_outside(&mut self) -> Result<usize, ImageError> {
+        let sockets = self.sockets()?;
+        let connections = sockets.iter().map(|(_, socket)| socket);
+        let connections = connections.filter(|socket| socket.is_connection() && socket.state != CLOSED);
+        let connections: BTreeMap<_, _> = connections.map(|socket| (socket.route(), socket)).collect();
+        let mut inner = BTreeMap::new();
+        for (route, socket) in &connections {
+            let Some(other) = connections.get(&socket.way_back()) else { continue };
+            let (this, that) = (Stream::of(&self.images, socket)?, Stream::of(&self.images, other)?);
+            if this.is_whole_at(&that) && that.is_whole_at(&this) {
+                inner.insert(*route, socket.inode);
+            }
+        }
+        let mut closed = 0;
+        for (at, socket) in &sockets {
+            if socket.is_connection() && inner.get(&socket.route()) != Some(&socket.inode) {
+                self.entries[*at] = without_connection(&self.path, &self.entries[*at])?;
+                self.unused.push(stream_name(socket));
+                self.is_changed = true;
+                closed += 1;
+            }
+        }
+        Ok(closed)
+    }
+
+    /// Returns the sockets, with the places of their open files.
+    fn sockets(&self) -> Result<Vec<(usize, Socket)>, ImageError> {
+        let mut sockets = vec![];
+        for (at, entry) in self.entries.iter().enumerate() {
+            sockets.extend(Socket::of(&self.path, entry)?.map(|socket| (at, socket)));
+        }
+        Ok(sockets)
+    }
 }
 
 /// Closes the TCP connections that lead out of the images, and removes their data. Returns the number of
@@ -182,61 +229,87 @@ fn stream_path(images: &Path, socket: &Socket) -> PathBuf {
 /// # Errors
 /// Fails if a file is damaged, or cannot be read or written. The images are useless then.
 pub fn close_outside(images: &Path) -> Result<usize, RewriteError> {
-    let path = images.join(FILES);
-    let mut connections = BTreeMap::new();
-    each_socket(&path, |_, socket| {
-        if let Some(socket) = socket.filter(|of| of.is_connection() && of.state != CLOSED) {
-            connections.insert(socket.route(), socket);
-        }
-        Ok(())
-    })?;
-    let mut inner = BTreeMap::new();
-    for (route, socket) in &connections {
-        let Some(other) = connections.get(&socket.way_back()) else { continue };
-        let (this, that) = (Stream::of(images, socket)?, Stream::of(images, other)?);
-        if this.is_whole_at(&that) && that.is_whole_at(&this) {
-            inner.insert(*route, socket.inode);
-        }
-    }
-    let mut entries = vec![];
-    let mut closed = vec![];
-    each_socket(&path, |entry, socket| {
-        let leads_out = |socket: &Socket| socket.is_connection() && inner.get(&socket.route()) != Some(&socket.inode);
-        entries.push(match socket.filter(leads_out) {
-            Some(socket) => {
-                closed.push(stream_path(images, &socket));
-                without_connection(&path, &entry)?
-            }
-            None => entry,
-        });
-        Ok(())
-    })?;
-    if closed.is_empty() {
-        return Ok(0);
-    }
-    write(&path, &FILES_START, &entries)?;
-    for path in &closed {
-        match std::fs::remove_file(path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(RewriteError::File { action: "remove", path: path.clone(), source });
-            }
-            _ => {}
-        }
-    }
-    Ok(closed.len())
+    let mut files = OpenFiles::read(images)?;
+    let closed = files.close_outside()?;
+    files.write(images)?;
+    Ok(closed)
 }
 
-/// Calls `each` for all open files, in order, with the socket of those that have one.
-fn each_socket(
-    path: &Path,
-    mut each: impl FnMut(Vec<u8>, Option<Socket>) -> Result<(), ImageError>,
-) -> Result<(), ImageError> {
-    let mut reader = Reader::open(path, &FILES_START)?;
-    while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        let socket = Socket::of(path, &entry)?;
-        each(entry, socket)?;
+/// Fates of the addresses of a network that is left: successors, or none.
+pub type Moves = BTreeMap<IpAddr, Option<IpAddr>>;
+
+impl OpenFiles {
+    /// Moves sockets to another network. An address without a successor becomes the loopback address in a
+    /// connection of the container with itself, and any address in other sockets. A UDP socket is connected
+    /// only to what `is_reachable`.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged.
+    pub fn move_sockets(
+        &mut self,
+        moves: &Moves,
+        is_reachable: &dyn Fn(SocketAddr) -> bool,
+    ) -> Result<(), ImageError> {
+        for (at, socket) in self.sockets()? {
+            let Some(moved) = socket.moved(moves, is_reachable) else { continue };
+            self.entries[at] = with_socket(&self.path, &self.entries[at], |message| moved.put(&self.path, message))?;
+            self.is_changed = true;
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+impl Socket {
+    /// Returns the socket in another network; `None` if nothing changes.
+    fn moved(&self, moves: &Moves, is_reachable: &dyn Fn(SocketAddr) -> bool) -> Option<Self> {
+        let to = |old: SocketAddr, other: fn(&IpAddr) -> IpAddr| {
+            let new = moves.get(&old.ip()).map(|new| new.unwrap_or_else(|| other(&old.ip())));
+            SocketAddr::new(new.unwrap_or(old.ip()), old.port())
+        };
+        let mut moved = self.clone();
+        moved.source = to(self.source, if self.is_connection() { loopback } else { any });
+        moved.target = to(self.target, loopback);
+        if self.is_udp && self.target.port() != 0 && !is_reachable(moved.target) {
+            moved.state = CLOSED;
+            moved.target = SocketAddr::new(any(&self.target.ip()), 0);
+        }
+        ((moved.source, moved.target) != (self.source, self.target)).then_some(moved)
+    }
+
+    /// Returns the message of a socket with this one's state and addresses.
+    fn put(&self, path: &Path, message: &[u8]) -> Result<Vec<u8>, ImageError> {
+        let changed = [(STATE, self.state), (TARGET_PORT, self.target.port().into())];
+        let mut bytes = vec![];
+        fields(path, &with_numbers(path, message, &changed)?, |field| {
+            if ![SOURCE, TARGET].contains(&field.number) {
+                bytes.extend_from_slice(field.raw);
+            }
+            Ok(())
+        })?;
+        for (field, address) in [(SOURCE, self.source), (TARGET, self.target)] {
+            words(address.ip(), self.is_ipv6).into_iter().for_each(|word| put_number(&mut bytes, field, word));
+        }
+        Ok(bytes)
+    }
+}
+
+fn any(address: &IpAddr) -> IpAddr {
+    if address.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}
+
+fn loopback(address: &IpAddr) -> IpAddr {
+    if address.is_ipv6() { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() }
+}
+
+/// Returns an address in words of the images.
+fn words(address: IpAddr, is_ipv6: bool) -> Vec<u64> {
+    let octets = match address {
+        IpAddr::V4(address) if is_ipv6 => address.to_ipv6_mapped().octets().to_vec(),
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let word = |octets: &[u8]| octets.try_into().map_or(0, u32::from_ne_bytes).into();
+    octets.chunks_exact(4).map(word).collect()
 }
 
 /// Returns an open file with its connection closed: a socket that was never bound, and shut down.

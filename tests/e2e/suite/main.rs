@@ -19,6 +19,7 @@ mod checkpoint_faults;
 mod checkpoint_kills;
 mod checkpoint_memory;
 mod checkpoint_nerdctl;
+mod checkpoint_sockets;
 mod checkpoint_waits;
 mod checkpoint_workloads;
 mod cost;
@@ -66,6 +67,7 @@ fn checkpoint_cases() -> Vec<Case> {
     [
         checkpoint_ctr::cases(),
         checkpoint_nerdctl::cases(),
+        checkpoint_sockets::cases(),
         checkpoint_workloads::cases(),
         checkpoint_cri::cases(),
         checkpoint_faults::cases(),

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::close_outside;
+use crate::{Moves, OpenFiles, PrivateCopy, close_outside};
 use crate::tests::devices::{FILES, bytes, entries, number, numbers, write};
 use crate::wire::{Value, fields, put_message, put_number};
 
@@ -186,4 +186,101 @@ fn a_damaged_socket_is_an_error() {
     write(folder.path(), "files.img", &FILES, &[file]);
     let error = close_outside(folder.path()).unwrap_err().to_string();
     assert!(error.contains("no address"), "{error}");
+}
+
+fn moves(all: &[(&str, &str)]) -> Moves {
+    let address = |text: &str| text.parse().unwrap();
+    all.iter().map(|(old, new)| (address(old), (!new.is_empty()).then(|| address(new)))).collect()
+}
+
+/// Returns the addresses of the sockets after a move.
+fn moved(sockets: &[Vec<u8>], to: &Moves, is_reachable: bool) -> Vec<[SocketAddr; 2]> {
+    let folder = images(sockets);
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.move_sockets(to, &|_| is_reachable).unwrap();
+    files.write(folder.path()).unwrap();
+    let path = folder.path().join("files.img");
+    let of = |entry: &Vec<u8>| {
+        let socket = bytes(&path, entry, 4).pop().unwrap();
+        [(7, 11), (8, 12)].map(|(port, address)| {
+            let mut octets = vec![];
+            fields(&path, &socket, |field| {
+                if let (true, Value::Number(value)) = (field.number == address, field.value) {
+                    octets.extend(u32::try_from(value).unwrap().to_ne_bytes());
+                }
+                Ok(())
+            })
+            .unwrap();
+            let address = match <[u8; 4]>::try_from(&octets[..]) {
+                Ok(octets) => IpAddr::from(octets),
+                Err(_) => IpAddr::from(<[u8; 16]>::try_from(&octets[..]).unwrap()),
+            };
+            SocketAddr::new(address, number(&path, &socket, port).unwrap().try_into().unwrap())
+        })
+    };
+    entries(&path, &FILES).iter().map(of).collect()
+}
+
+fn addresses(all: &[[&str; 2]]) -> Vec<[SocketAddr; 2]> {
+    all.iter().map(|both| both.map(|address| address.parse().unwrap())).collect()
+}
+
+/// A listener, a connected UDP socket, both ends of a connection, a listener on IPv6 with an IPv4 address, and one that is
+/// bound to any address.
+fn of_every_kind() -> [Vec<u8>; 6] {
+    [
+        socket(16, TCP, LISTENS, "10.4.0.2:80", "0.0.0.0:0"),
+        socket(17, UDP, ESTABLISHED, "10.4.0.2:5353", "10.4.0.1:53"),
+        tcp(18, "10.4.0.2:6000", "10.4.0.2:5000"),
+        tcp(19, "10.4.0.2:5000", "10.4.0.2:6000"),
+        socket(20, TCP, LISTENS, "[::ffff:10.4.0.2]:81", "[::]:0"),
+        socket(21, UDP, CLOSED, "0.0.0.0:82", "0.0.0.0:0"),
+    ]
+}
+
+#[test]
+fn sockets_follow_an_address_to_its_successor() {
+    let expected = addresses(&[
+        ["10.9.0.7:80", "0.0.0.0:0"],
+        ["10.9.0.7:5353", "10.4.0.1:53"],
+        ["10.9.0.7:6000", "10.9.0.7:5000"],
+        ["10.9.0.7:5000", "10.9.0.7:6000"],
+        ["[::ffff:10.9.0.7]:81", "[::]:0"],
+        ["0.0.0.0:82", "0.0.0.0:0"],
+    ]);
+    assert_eq!(moved(&of_every_kind(), &moves(&[("10.4.0.2", "10.9.0.7")]), true), expected);
+}
+
+#[test]
+fn without_a_successor_sockets_are_at_any_address_and_inner_connections_on_the_loopback() {
+    let expected = addresses(&[
+        ["0.0.0.0:80", "0.0.0.0:0"],
+        ["0.0.0.0:5353", "0.0.0.0:0"],
+        ["127.0.0.1:6000", "127.0.0.1:5000"],
+        ["127.0.0.1:5000", "127.0.0.1:6000"],
+        ["[::ffff:0.0.0.0]:81", "[::]:0"],
+        ["0.0.0.0:82", "0.0.0.0:0"],
+    ]);
+    assert_eq!(moved(&of_every_kind(), &moves(&[("10.4.0.2", "")]), false), expected);
+    let ipv6 = [tcp(16, "[fd00::2]:80", "[fd00::2]:81"), socket(17, TCP, LISTENS, "[fd00::2]:80", "[::]:0")];
+    let expected = addresses(&[["[::1]:80", "[::1]:81"], ["[::]:80", "[::]:0"]]);
+    assert_eq!(moved(&ipv6, &moves(&[("fd00::2", "")]), true), expected);
+}
+
+#[test]
+fn sockets_at_other_addresses_stay_and_nothing_is_written() {
+    let folder = images(&of_every_kind());
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.move_sockets(&moves(&[("10.4.0.3", "")]), &|_| true).unwrap();
+    assert!(!files.is_changed());
+}
+
+#[test]
+fn a_private_copy_takes_changes_and_leaves_the_images_as_they_are() {
+    let folder = images(&[tcp(17, "10.4.0.2:80", "10.4.0.1:40000")]);
+    let before = std::fs::read(folder.path().join("files.img")).unwrap();
+    let copy = PrivateCopy::of(folder.path(), folder.path()).unwrap();
+    assert_eq!(closed(copy.path()), [17]);
+    assert_eq!(std::fs::read(folder.path().join("files.img")).unwrap(), before);
+    assert!(folder.path().join("tcp-stream-11.img").exists());
 }

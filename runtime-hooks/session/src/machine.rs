@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ::memory::Regions;
 use bulk::{Published, Saving};
 use cgroup::Cgroup;
-use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
+use checkpoint::{Address, Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
 use images::{Devices, RewriteError};
@@ -26,6 +26,7 @@ use crate::connections::Connections;
 use crate::error::SessionError;
 use crate::limits::GPU;
 use crate::memory::{self, BigMemory, Described, Publication};
+use crate::network;
 use crate::order::CheckpointOrder;
 use crate::undo::{Step, Undo};
 
@@ -71,6 +72,8 @@ pub(crate) struct Machine<'a> {
     devices: Vec<Devices>,
     /// TCP connections, held during the dump and up to the container's end.
     connections: Option<Connections>,
+    /// Addresses in the container's network.
+    addresses: Vec<Address>,
     staging: Vec<Regions>,
     memory: Option<BigMemory>,
     /// Memory goes to the node store, or beside the images.
@@ -114,6 +117,7 @@ impl<'a> Machine<'a> {
             gpu: None,
             devices: Vec::new(),
             connections: None,
+            addresses: Vec::new(),
             staging: Vec::new(),
             memory: None,
             is_saving: false,
@@ -224,6 +228,7 @@ impl<'a> Machine<'a> {
             allow: order.options.allow,
             gpu: self.gpu.clone(),
             resident: self.resident,
+            addresses: self.addresses.clone(),
             timeline: self.services.timeline.clone(),
         }
     }
@@ -236,13 +241,15 @@ struct Record {
     allow: runtime::Allow,
     gpu: Option<SavedGpus>,
     resident: Option<u64>,
+    addresses: Vec<Address>,
     timeline: Timeline,
 }
 
 impl Record {
     fn complete(self, published: Option<Published>, draft: &Mutex<Option<Draft>>) -> Result<(), SessionError> {
-        let Self { id, runtime, allow, gpu, resident, timeline } = self;
+        let Self { id, runtime, allow, gpu, resident, addresses, timeline } = self;
         let manifest = Manifest::new(&id, runtime, allow, gpu, published, resident, &timeline);
+        let manifest = manifest.with_addresses(addresses);
         let mut draft = lock(draft);
         let draft = draft.as_mut().ok_or(SessionError::Bug("the draft of a checkpoint"))?;
         let folder = draft.folder().to_owned();
@@ -317,6 +324,8 @@ impl Actions for Machine<'_> {
 
     fn dump(&mut self) -> Result<(), SessionError> {
         let (order, services) = (self.order, self.services);
+        let addresses = network::addresses(order.init);
+        self.addresses = addresses.map_err(file("look into the network", &order.init.path("ns/net")))?;
         let images = self.folder.clone();
         let external_files = self.memory.as_ref().map(|memory| memory.files.clone()).unwrap_or_default();
         if let Some(memory) = self.memory.take() {

@@ -23,18 +23,20 @@ use cgroup::Cgroup;
 use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::Keeper;
+use images::{OpenFiles, PrivateCopy};
 use memory::Layout;
 use phase::Phase;
 use proc::{HostPid, ProcessIds};
 use reaper::Child;
 use role::Failure;
-use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest};
+use runtime::{Allow, OciRuntime, ProcessIo, RestoreRequest, Tcp};
 use rustix::process::Signal;
 use snapshot::Scope;
 
 use crate::error::{Failed, SessionError};
 use crate::limits::GPU;
 use crate::machine::Services;
+use crate::network;
 use crate::order::RestoreOrder;
 
 /// CRIU's name for its log of a restore.
@@ -59,6 +61,8 @@ struct Inspected {
     memory: Option<Source>,
     /// Bytes of memory that the container had, if that is known.
     resident: Option<u64>,
+    /// Open files, changed for this node and this network; `None` of another shim's checkpoint.
+    files: Option<OpenFiles>,
 }
 
 /// One restore of one container.
@@ -110,7 +114,7 @@ impl<'a> Restore<'a> {
     ) -> Result<(), SessionError> {
         let (services, order) = (self.services, self.order);
         let images = order.images.as_path();
-        let Inspected { allow, gpu, memory, resident } = self.inspect(images)?;
+        let Inspected { allow, gpu, memory, resident, files } = self.inspect(images)?;
         if memory.is_some() && !self.runtime.drives_criu() {
             return Err(SessionError::Fill);
         }
@@ -121,6 +125,8 @@ impl<'a> Restore<'a> {
         let subject = &order.subject;
         let log = LogFolder::make(&subject.logs, order.work.as_deref(), &subject.namespace, &subject.id, LOG);
         let log = log.map_err(file("make a folder for the log of", images))?;
+        // Removed when the container runs.
+        let copy = files.map(|files| private(images, log.path(), files)).transpose()?.flatten();
         self.load_shm()?;
         services.cancel.check()?;
         services.timeline.enter(Phase::Prepare);
@@ -129,7 +135,7 @@ impl<'a> Restore<'a> {
         let request = RestoreRequest {
             id: subject.id.clone(),
             bundle: subject.bundle.clone(),
-            images: images.to_owned(),
+            images: copy.as_ref().map_or(images, PrivateCopy::path).to_owned(),
             work: log.path().to_owned(),
             io: io(streams, order.console_socket.clone())?,
             no_pivot_root: order.no_pivot_root,
@@ -204,9 +210,18 @@ impl<'a> Restore<'a> {
         let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
         let resident = manifest.as_ref().and_then(Manifest::resident);
         let network = Network::of_bundle(&self.order.subject.bundle);
-        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, network);
+        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, &network);
         let allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
-        Ok(Inspected { allow, gpu, memory, resident })
+        let files = manifest.map(|manifest| {
+            let mut files = OpenFiles::read(images)?;
+            if allow.tcp == Tcp::Auto {
+                // What the checkpoint says of itself is no permission.
+                files.close_outside()?;
+            }
+            network::move_sockets(&mut files, manifest.addresses(), &network)?;
+            Ok::<_, SessionError>(files)
+        });
+        Ok(Inspected { allow, gpu, memory, resident, files: files.transpose()? })
     }
 
     /// Writes the pid file and returns the container's cgroup, or `None` if init has ended by now: the last step of its life
@@ -340,6 +355,16 @@ impl Filling {
         let staging = if gpu.is_some() { memory.staging(&processes)?.unwrap_or_default() } else { Layout::default() };
         Ok(Self { memory, processes, first, staging })
     }
+}
+
+/// Returns a copy of the images with changed open files, if any was changed.
+fn private(images: &Path, work: &Path, files: OpenFiles) -> Result<Option<PrivateCopy>, SessionError> {
+    if !files.is_changed() {
+        return Ok(None);
+    }
+    let copy = PrivateCopy::of(images, work)?;
+    files.write(copy.path())?;
+    Ok(Some(copy))
 }
 
 fn io(streams: Option<[OwnedFd; 3]>, console_socket: Option<PathBuf>) -> Result<ProcessIo, SessionError> {

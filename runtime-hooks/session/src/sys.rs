@@ -1,6 +1,8 @@
-//! Descriptors that a session is started with, and socket options that rustix lacks.
+//! Descriptors that a session is started with, and calls about networks that rustix lacks.
 
+use std::ffi::CStr;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 /// First descriptor after the standard streams.
@@ -34,3 +36,36 @@ pub(crate) fn end_repair(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 const INT: libc::socklen_t = size_of::<libc::c_int>() as libc::socklen_t;
+
+/// Returns the addresses in the network of this thread, with the names of their interfaces.
+pub(crate) fn addresses() -> io::Result<Vec<(String, IpAddr)>> {
+    let mut first = std::ptr::null_mut();
+    // SAFETY: the pointer is to a local that lives during the call.
+    if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut found = Vec::new();
+    let mut next = first;
+    // SAFETY: libc has made the list, each element of which is null or points to the next one. Nobody changes it up to
+    // the call that frees it.
+    while let Some(entry) = unsafe { next.as_ref() } {
+        next = entry.ifa_next;
+        // SAFETY: an element's address is null, or valid as a `sockaddr`.
+        let Some(family) = (unsafe { entry.ifa_addr.as_ref() }).map(|address| i32::from(address.sa_family)) else {
+            continue;
+        };
+        let address = match family {
+            // SAFETY: an address of this family is as long as its own type, and libc has aligned it.
+            libc::AF_INET => unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in>() }.sin_addr.s_addr.to_ne_bytes().into(),
+            // SAFETY: as above.
+            libc::AF_INET6 => unsafe { &*entry.ifa_addr.cast::<libc::sockaddr_in6>() }.sin6_addr.s6_addr.into(),
+            _ => continue,
+        };
+        // SAFETY: each element has a name that ends with a zero.
+        let name = unsafe { CStr::from_ptr(entry.ifa_name) }.to_string_lossy().into_owned();
+        found.push((name, address));
+    }
+    // SAFETY: the list is libc's, and nothing of it is used any more.
+    unsafe { libc::freeifaddrs(first) };
+    Ok(found)
+}

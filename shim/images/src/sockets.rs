@@ -240,8 +240,8 @@ pub type Moves = BTreeMap<IpAddr, Option<IpAddr>>;
 
 impl OpenFiles {
     /// Moves sockets to another network. An address without a successor becomes the loopback address in a
-    /// connection of the container with itself, and any address in other sockets. A UDP socket is connected
-    /// only to what `is_reachable`.
+    /// connection of the container with itself, and any address in other sockets. A connection to elsewhere
+    /// does not move: its other end knows the address. A UDP socket is connected only to what `is_reachable`.
     ///
     /// # Errors
     /// Fails if a file is damaged.
@@ -266,6 +266,10 @@ impl Socket {
             let new = moves.get(&old.ip()).map(|new| new.unwrap_or_else(|| other(&old.ip())));
             SocketAddr::new(new.unwrap_or(old.ip()), old.port())
         };
+        let leads_out = !self.target.ip().is_loopback() && !moves.contains_key(&self.target.ip());
+        if self.is_connection() && leads_out {
+            return None;
+        }
         let mut moved = self.clone();
         moved.source = to(self.source, if self.is_connection() { loopback } else { any });
         moved.target = to(self.target, loopback);

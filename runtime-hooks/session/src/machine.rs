@@ -12,7 +12,7 @@ use cgroup::Cgroup;
 use checkpoint::{Address, Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::{Devices, RewriteError};
+use images::{Devices, OpenFiles, RewriteError};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
@@ -464,13 +464,16 @@ impl Actions for Machine<'_> {
 /// Rewrites what CRIU has saved and cannot restore, or not elsewhere. A second call changes nothing.
 fn make_restorable(images: &Path, devices: &[Devices], tcp: Tcp) -> Result<(), RewriteError> {
     images::replace_devices(images, devices)?;
+    let mut files = OpenFiles::read(images)?;
     if tcp == Tcp::Auto {
-        let closed = images::close_outside(images)?;
+        let closed = files.close_outside()?;
         if closed > 0 {
             tracing::info!("{closed} TCP connections lead outside: a restored container finds them closed");
         }
+    } else {
+        files.close_ended()?;
     }
-    Ok(())
+    files.write(images)
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.

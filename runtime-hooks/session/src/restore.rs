@@ -217,6 +217,8 @@ impl<'a> Restore<'a> {
             if allow.tcp == Tcp::Auto {
                 // What the checkpoint says of itself is no permission.
                 files.close_outside()?;
+            } else {
+                files.close_ended()?;
             }
             network::move_sockets(&mut files, manifest.addresses(), &network)?;
             Ok::<_, SessionError>(files)

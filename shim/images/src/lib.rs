@@ -28,5 +28,5 @@ pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;
 pub use rewrite::{Changes, RewriteError, Staging, rewrite};
-pub use sockets::{Moves, close_outside};
+pub use sockets::Moves;
 pub use tree::root_pid;

@@ -12,7 +12,6 @@ use std::path::Path;
 use crate::devices::FILE_TYPE;
 use crate::files::OpenFiles;
 use crate::format::{COMMON_MAGIC, ImageError, damaged};
-use crate::rewrite::RewriteError;
 use crate::wire::{MAX_ENTRY, Value, fields, first_entry, put_message, put_number, with_numbers};
 
 const STREAM_START: [u32; 2] = [COMMON_MAGIC, 0x5146_5506];
@@ -204,13 +203,29 @@ impl OpenFiles {
         let mut closed = 0;
         for (at, socket) in &sockets {
             if socket.is_connection() && inner.get(&socket.route()) != Some(&socket.inode) {
-                self.entries[*at] = without_connection(&self.path, &self.entries[*at])?;
-                self.unused.push(stream_name(socket));
-                self.is_changed = true;
+                self.close(*at, socket)?;
                 closed += 1;
             }
         }
         Ok(closed)
+    }
+
+    /// Closes the TCP connections that are over, such as those reset by the other end. CRIU takes them for
+    /// established ones at a restore.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged.
+    pub fn close_ended(&mut self) -> Result<(), ImageError> {
+        let sockets = self.sockets()?;
+        let mut ended = sockets.iter().filter(|(_, socket)| socket.is_connection() && socket.state == CLOSED);
+        ended.try_for_each(|(at, socket)| self.close(*at, socket))
+    }
+
+    fn close(&mut self, at: usize, socket: &Socket) -> Result<(), ImageError> {
+        self.entries[at] = without_connection(&self.path, &self.entries[at])?;
+        self.unused.push(stream_name(socket));
+        self.is_changed = true;
+        Ok(())
     }
 
     /// Returns the sockets, with the places of their open files.
@@ -221,18 +236,6 @@ impl OpenFiles {
         }
         Ok(sockets)
     }
-}
-
-/// Closes the TCP connections that lead out of the images, and removes their data. Returns the number of
-/// closed connections. A second call changes nothing.
-///
-/// # Errors
-/// Fails if a file is damaged, or cannot be read or written. The images are useless then.
-pub fn close_outside(images: &Path) -> Result<usize, RewriteError> {
-    let mut files = OpenFiles::read(images)?;
-    let closed = files.close_outside()?;
-    files.write(images)?;
-    Ok(closed)
 }
 
 /// Fates of the addresses of a network that is left: successors, or none.

@@ -60,7 +60,7 @@ pub struct CheckpointRequest {
     /// True: the container goes on. False: the processes are killed once the images are complete.
     pub leave_running: bool,
     /// Contents allowed in the images. With [`Tcp::Auto`] the images can be restored only after
-    /// [`images::close_outside`].
+    /// [`images::OpenFiles::close_outside`].
     pub allow: Allow,
     /// Checked before the container goes on or ends: a cancelled checkpoint fails.
     pub cancel: Cancel,

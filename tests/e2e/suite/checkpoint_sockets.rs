@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use e2e::target::Shim;
-use e2e::{Case, Cmd, Test, case, ensure_eq, ensure_has, eventually};
+use e2e::{Case, Cmd, PYTHON, Test, case, ensure_eq, ensure_has, eventually};
 
 use crate::checkpoint_ctr::{count, counts_past};
 use crate::checkpoint_workloads::TELL;
@@ -11,6 +11,9 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case!(connections_within_go_on_and_clients_outside_stay_with_the_source)
             .except(Shim::Stock, "runc's shim saves no connections unless told to")
+            .except(Shim::GpusnapRunc, "runc leaves the loopback device of a restored container down"),
+        case!(sockets_at_the_containers_own_address_are_there_at_another_address)
+            .except(Shim::Stock, "CRIU cannot bind a socket to an address that is gone")
             .except(Shim::GpusnapRunc, "runc leaves the loopback device of a restored container down"),
     ]
 }
@@ -114,5 +117,63 @@ fn connections_within_go_on_and_clients_outside_stay_with_the_source(t: &Test) -
     let welcome = "import socket; print(socket.create_connection(('127.0.0.1', 18083)).recv(9))";
     t.ctr().exec_prints(&new, "touch /accept")?;
     ensure_has!(inside(&new, welcome)?.ok()?.text(), "welcome");
+    Ok(())
+}
+
+/// A listener, a connection of its own to itself, a connected UDP socket, and a connection that was reset, all at the
+/// container's own address.
+pub(crate) const AT_OWN_ADDRESS: &str = "
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(('192.0.2.1', 53))
+me = udp.getsockname()[0]
+server = socket.create_server((me, 8080))
+server.setblocking(False)
+to_itself = socket.create_server((me, 0))
+a, reset = [socket.create_connection(to_itself.getsockname()) for _ in range(2)]
+b, other = [to_itself.accept()[0] for _ in range(2)]
+other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+other.close()
+count = 0
+while True:
+    count += 1
+    a.sendall(b'%08d' % count)
+    assert b.recv(8) == b'%08d' % count
+    try:
+        client = server.accept()[0]
+        client.sendall(b'hello')
+        client.close()
+    except BlockingIOError:
+        pass
+    tell(udp.getsockname()[0], '/address')
+    tell(count)
+    time.sleep(0.02)
+";
+
+fn sockets_at_the_containers_own_address_are_there_at_another_address(t: &Test) -> Result<()> {
+    let name = t.id("c");
+    let options = [&["--detach", "--net", "bridge"], t.nerdctl().ends_on_checkpoint()].concat();
+    let program = format!("{TELL}{AT_OWN_ADDRESS}");
+    t.nerdctl().run_image(PYTHON, &name, &options, &["python3", "-c", &program]).ok()?;
+    let counts = || -> Result<u64> {
+        eventually("a number in /count", || Ok(t.nerdctl().exec_prints(&name, "cat /count")?.parse()?))
+    };
+    let before = counts()?;
+    t.nerdctl().checkpoint(&name, "one", &[])?.ok()?;
+    t.nerdctl().becomes(&name, "exited")?;
+    t.nerdctl().restored(&name, "one")?;
+    let address = || -> Result<String> {
+        let all = t.nerdctl().inspect(&name)?;
+        Ok(all.pointer("/NetworkSettings/IPAddress").and_then(|a| a.as_str()).context("no address")?.to_owned())
+    };
+    eventually("further counts", || {
+        let now = counts()?;
+        ensure!(now > before + 3, "still {now}");
+        Ok(())
+    })?;
+    let address = address()?;
+    ensure_eq!(t.nerdctl().exec_prints(&name, "cat /address")?, address);
+    let client = format!("exec 3<>/dev/tcp/{address}/8080; cat <&3");
+    ensure_eq!(Cmd::new("bash").args(&["-c", &client]).stdin_null().ok()?.trimmed(), "hello");
     Ok(())
 }

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use crate::tests::formats::file;
 use crate::wire::{Reader, Value, fields, first_entry, put_message, put_number};
-use crate::{Devices, replace_devices};
+use crate::{Devices, OpenFiles, replace_devices};
 
 const COMMON: u32 = 0x5456_4319;
 const IDS: [u32; 2] = [COMMON, 0x5443_2030];
@@ -143,4 +143,23 @@ fn images_without_devices_are_left_as_they_are() {
     replace_devices(folder.path(), &[]).unwrap();
     let error = replace_devices(folder.path(), &[devices(3, &[])]).unwrap_err().to_string();
     assert!(error.contains("ids-3.img"), "{error}");
+}
+
+#[test]
+fn a_device_of_the_driver_that_is_missing_becomes_null() {
+    let folder = images();
+    let images = folder.path();
+    let paths = [devices(1, &[(9, "/dev/nvidiactl")]), devices(2, &[(9, "/dev/nvidia0"), (10, "/dev/kvm")])];
+    replace_devices(images, &paths).unwrap();
+    let mut files = OpenFiles::read(images).unwrap();
+    files.replace_missing_devices(&|path| path != Path::new("/dev/nvidiactl")).unwrap();
+    assert!(files.is_changed());
+    files.write(images).unwrap();
+    let path = images.join("files.img");
+    let name = |entry: &Vec<u8>| bytes(&path, &bytes(&path, entry, 3).pop()?, 6).pop();
+    let names: Vec<_> = entries(&path, &FILES).iter().filter_map(name).collect();
+    assert_eq!(names, [b"/dev/nvidiactl".to_vec(), b"/dev/null".to_vec(), b"/dev/kvm".to_vec()]);
+    let mut files = OpenFiles::read(images).unwrap();
+    files.replace_missing_devices(&|_| false).unwrap();
+    assert!(!files.is_changed());
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::{Moves, OpenFiles, PrivateCopy, close_outside};
+use crate::{Moves, OpenFiles, PrivateCopy, RewriteError};
 use crate::tests::devices::{FILES, bytes, entries, number, numbers, write};
 use crate::wire::{Value, fields, put_message, put_number};
 
@@ -77,6 +77,13 @@ fn found(folder: &Path) -> Vec<(u64, [Option<u64>; 4], bool)> {
     entries(&path, &FILES).iter().map(of).collect()
 }
 
+fn close_outside(folder: &Path) -> Result<usize, RewriteError> {
+    let mut files = OpenFiles::read(folder)?;
+    let closed = files.close_outside()?;
+    files.write(folder)?;
+    Ok(closed)
+}
+
 /// Returns the numbers of sockets that were closed.
 fn closed(folder: &Path) -> Vec<u64> {
     assert_eq!(close_outside(folder).unwrap(), found(folder).iter().filter(|(.., exists)| !exists).count());
@@ -146,6 +153,20 @@ fn a_connection_that_was_reset_is_closed_whatever_has_its_addresses_now() {
         socket(20, TCP, CLOSED, "127.0.0.1:80", "127.0.0.1:6001"),
     ]);
     assert_eq!(closed(folder.path()), [17, 20]);
+}
+
+#[test]
+fn a_connection_that_is_over_is_closed_without_any_other() {
+    let folder = images(&[
+        socket(17, TCP, CLOSED, "10.4.0.2:80", "10.4.0.1:6000"),
+        tcp(18, "10.4.0.2:80", "10.4.0.1:6001"),
+        socket(19, TCP, CLOSED, "10.4.0.2:81", "0.0.0.0:0"),
+    ]);
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.close_ended().unwrap();
+    files.write(folder.path()).unwrap();
+    let ports: Vec<_> = found(folder.path()).iter().map(|(_, values, exists)| (values[1], *exists)).collect();
+    assert_eq!(ports, [(Some(0), false), (Some(80), true), (Some(81), true)]);
 }
 
 #[test]

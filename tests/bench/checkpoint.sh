@@ -5,7 +5,7 @@
 #   checkpoint.sh [ROUNDS [SIZE...]]      default 10 rounds, 10 and 1024 MB of random memory
 #
 # With FORKS=7 in its environment (`testbed in env FORKS=7 ...`) the container is a tree of 8 processes that share the memory;
-# each changes an eighth. VARIANTS chooses from runc-shim, gpusnap-libcontainer (big memory in the node store), gpusnap-images
+# each changes an eighth. With SHARED=1 the memory is shared and anonymous, as pinned memory is. VARIANTS chooses from runc-shim, gpusnap-libcontainer (big memory in the node store), gpusnap-images
 # (all memory in CRIU's images) and gpusnap-runc. Images and store are on the same disk; its cache is warm.
 #
 # to folder   ctr task checkpoint --image-path: the shim's work alone
@@ -43,8 +43,8 @@ start() { # VARIANT ID MEGABYTES
     gpusnap-images) options=(--annotation gpusnap.dev/memory=images) ;;
   esac
   ctr run --detach --null-io --runtime io.containerd.runc.v2 "${options[@]}" docker.io/test/python:1 "$2" python3 -c "
-import os, time
-memory = bytearray($3 << 20)
+import mmap, os, time
+memory = mmap.mmap(-1, $3 << 20) if ${SHARED:-0} else bytearray($3 << 20)
 for at in range(0, len(memory), 1 << 20): memory[at : at + (1 << 20)] = os.urandom(1 << 20)
 processes = $forks + 1
 own = 0

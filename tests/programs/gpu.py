@@ -183,7 +183,8 @@ class Buffer:
 class Pinned:
     """A page-locked buffer of the host: its contents stay."""
 
-    def __init__(self, cuda, size=1 << 20):
+    def __init__(self, cuda, mib):
+        size = mib << 20
         pointer = ctypes.c_void_p()
         cuda.cuMemAllocHost_v2(ctypes.byref(pointer), ctypes.c_size_t(size))
         self.address = pointer.value
@@ -268,14 +269,15 @@ class Program:
             self.buffers = [Buffer(self.cuda, ordinal, options.size) for ordinal in range(options.devices)]
             self.buffers[0].select()
             if options.pinned:
-                self.pinned = Pinned(self.cuda)
+                self.pinned = Pinned(self.cuda, options.pinned)
             if options.managed:
                 self.cuda.cuMemAllocManaged(ctypes.byref(ctypes.c_uint64()), ctypes.c_size_t(1 << 20), 1)
             if options.poll:
                 self.poll()
         for_workers = ["--size", str(options.size), "--devices", str(options.devices), "--spin", str(options.spin)]
-        for flag in ("pinned", "managed", "poll"):
+        for flag in ("managed", "poll"):
             for_workers += [f"--{flag}"] if getattr(options, flag) else []
+        for_workers += ["--pinned", str(options.pinned)] if options.pinned else []
         for_workers += ["--log", options.log] if options.log else []
         self.children.spawn(max(options.spawn, int(options.front)), for_workers)
         self.children.fork(options.fork, options.ballast)
@@ -336,7 +338,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4, metavar="MIB", help="memory on each GPU (default 4)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="use the first N GPUs")
-    parser.add_argument("--pinned", action="store_true", help="also a page-locked buffer on the host")
+    pinned = "also a page-locked buffer on the host, of so many MiB"
+    parser.add_argument("--pinned", type=int, nargs="?", const=1, default=0, help=pinned)
     parser.add_argument("--managed", action="store_true", help="also managed memory, which no checkpoint can save")
     parser.add_argument("--spin", type=int, default=3000, metavar="MS", help="how long SIGUSR1's kernel runs")
     parser.add_argument("--fork", type=int, default=0, metavar="N", help="children forked after CUDA has started")

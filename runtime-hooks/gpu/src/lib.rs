@@ -19,7 +19,9 @@ mod remap;
 mod session;
 
 pub use keeper::Keeper;
-pub use session::{LEAST_STAGING, LeftDevices, OnGpu, Owed, Resumed, SessionError, Step, Suspended, SuspendedProcess};
+pub use session::{
+    LEAST_STAGING, LeftDevices, OnGpu, Owed, Resumed, SessionError, Step, Suspended, SuspendedProcess, is_descendant,
+};
 
 /// Tells whether an environment variable of containerd switches something off.
 fn is_off(variable: &str) -> bool {

@@ -117,7 +117,8 @@ impl Suspended {
 }
 
 /// Tells whether a process is another one, or was forked from that one's descendants and not handed over since.
-fn is_descendant(pid: HostPid, ancestor: HostPid) -> bool {
+#[must_use]
+pub fn is_descendant(pid: HostPid, ancestor: HostPid) -> bool {
     let parent = |pid: &HostPid| Stat::of(*pid).ok()?.parent();
     std::iter::successors(Some(pid), parent).take(MOST_GENERATIONS).any(|pid| pid == ancestor)
 }

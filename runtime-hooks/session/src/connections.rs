@@ -8,15 +8,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use cgroup::Cgroup;
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use proc::HostPid;
 use rustix::net::sockopt::{set_socket_reuseaddr, socket_protocol, socket_reuseaddr};
 use rustix::net::{getpeername, getsockname, ipproto};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags};
-
-use crate::sys;
 
 /// TCP sockets of a container, held until dropped.
 pub(crate) struct Connections(Vec<Connection>);
@@ -93,11 +92,11 @@ fn ends(socket: &OwnedFd) -> Option<(SocketAddr, SocketAddr)> {
 }
 
 fn is_in_repair(socket: &OwnedFd) -> bool {
-    sys::is_in_repair(socket.as_fd()).unwrap_or(false)
+    getsockopt(socket, sockopt::TcpRepair).is_ok_and(|repair| repair != 0)
 }
 
 fn end_repair(socket: &OwnedFd, shares_address: bool) {
-    let ended = sys::end_repair(socket.as_fd());
+    let ended = setsockopt(socket, sockopt::TcpRepair, &0).map_err(io::Error::from);
     if let Err(error) = ended.and_then(|()| Ok(set_socket_reuseaddr(socket, shares_address)?)) {
         tracing::warn!("a TCP connection is not as it was before the checkpoint: {error}");
     }

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ::memory::Regions;
-use bulk::{Published, Saving};
+use bulk::Published;
 use cgroup::Cgroup;
 use checkpoint::{Address, Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
@@ -199,8 +199,14 @@ impl<'a> Machine<'a> {
         self.keeper.get_or_insert_with(Keeper::new)
     }
 
+    fn begin_memory(&mut self) -> Result<BigMemory, SessionError> {
+        let memory = BigMemory::begin(self.order)?;
+        self.is_saving = true;
+        Ok(memory)
+    }
+
     fn remap(&mut self, memory: &mut BigMemory) -> Result<(), SessionError> {
-        let staging = std::mem::take(&mut self.staging);
+        let staging = self.staging.clone();
         self.enter(Phase::SaveMemory);
         let saved = memory.saving.save(&staging)?;
         memory.files.clone_from(&saved.packs);
@@ -302,15 +308,21 @@ impl Actions for Machine<'_> {
         if self.order.options.memory == MemoryPlace::Images || !self.runtime.drives_criu() {
             return Ok(());
         }
-        if self.staging.is_empty() && memory::resident(&self.cgroup)? < bulk::LEAST_MEMORY {
+        if !self.staging.is_empty() {
+            let mut memory = self.begin_memory()?;
+            self.remap(&mut memory)?;
+            self.memory = Some(memory);
+        }
+        // Nothing of the container runs from here on until CRIU is done.
+        let shared = memory::shared(&self.cgroup, self.order.init, &self.staging)?;
+        let is_much = self.memory.is_some() || shared.bytes() >= bulk::LEAST_MEMORY;
+        if !is_much && memory::resident(&self.cgroup)? < bulk::LEAST_MEMORY {
             return Ok(());
         }
-        let store = &self.order.subject.store;
-        let saving = Saving::begin(&store.root, store.quota)?;
-        self.is_saving = true;
-        let mut memory = BigMemory { saving, files: Vec::new(), left: Vec::new() };
-        if !self.staging.is_empty() {
-            self.remap(&mut memory)?;
+        let mut memory = self.memory.take().map_or_else(|| self.begin_memory(), Ok)?;
+        if is_much && !shared.files.is_empty() {
+            self.enter(Phase::SaveMemory);
+            memory.save_shared(shared);
         }
         self.memory = Some(memory);
         Ok(())
@@ -327,7 +339,9 @@ impl Actions for Machine<'_> {
         let addresses = network::addresses(order.init);
         self.addresses = addresses.map_err(file("look into the network", &order.init.path("ns/net")))?;
         let images = self.folder.clone();
-        let external_files = self.memory.as_ref().map(|memory| memory.files.clone()).unwrap_or_default();
+        let memory = self.memory.as_ref();
+        let (external_files, sparse) =
+            memory.map(|memory| (memory.files.clone(), memory.sparse.clone())).unwrap_or_default();
         if let Some(memory) = self.memory.take() {
             // If CRIU says nothing of its version, the dump will fail for a better reason.
             let criu = services.tokio.block_on(Criu::new(services.reaper.clone()).version());
@@ -369,7 +383,8 @@ impl Actions for Machine<'_> {
                 Ok(())
             })
         });
-        if review.is_none() && self.after() == After::Exit {
+        let is_reviewed = review.is_some();
+        if !is_reviewed && self.after() == After::Exit {
             // A runtime that drives CRIU itself lets nobody in before it kills the container.
             self.record().complete(None, &self.draft)?;
         }
@@ -381,6 +396,7 @@ impl Actions for Machine<'_> {
             leave_running: !order.options.exit,
             allow: order.options.allow,
             external_files,
+            sparse,
             devices: has_devices,
             cancel: services.cancel.clone(),
             review,
@@ -400,7 +416,10 @@ impl Actions for Machine<'_> {
             }
         }
         dumped?;
-        Ok(make_restorable(&self.folder, &self.devices, order.options.allow.tcp)?)
+        if !is_reviewed {
+            make_restorable(&self.folder, &self.devices, order.options.allow.tcp)?;
+        }
+        Ok(())
     }
 
     fn begin_publication(&mut self) {

@@ -1,11 +1,12 @@
 //! The big memory of a checkpoint, which goes to the node's store instead of into CRIU's images.
 //!
 //! ```text
-//!   (GPU state is in staging memory) ─► SaveMemory ─► Remap ─► Dump: the images are whole ─► MoveMemory ─► Publish
+//!   (GPU state is in staging memory) ─► SaveMemory ─► Remap ─► SaveMemory ─► Dump ─► MoveMemory ─► Publish
 //! ```
 //!
 //! Staging memory is saved first. Files with the same contents take its place, so that CRIU has nothing to dump there.
-//! CRIU dumps all other memory. What is big of that is moved out of the images afterwards.
+//! Memory that processes share is saved next, and CRIU is told that there is none ([`criu::Sparse`]). CRIU dumps all other
+//! memory. What is big of that is moved out of the images afterwards.
 
 use std::ffi::CStr;
 use std::path::{Path, PathBuf};
@@ -14,9 +15,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulk::{Place, Publish, Published, Saving};
 use cgroup::Cgroup;
 use checkpoint::{MemoryPlace, SavedGpus};
-use memory::Regions;
+use memory::{Regions, Shared, SharedFile};
 use phase::{Phase, Timeline};
 use proc::{HostPid, ProcessIds};
+use role::Because;
+use runtime::Prepare;
 use snapshot::{Config, Host, Name, Scope};
 
 use crate::error::SessionError;
@@ -29,6 +32,40 @@ pub(crate) struct BigMemory {
     pub(crate) files: Vec<PathBuf>,
     /// Parts of the staging memory that are in memory all the same.
     pub(crate) left: Vec<Regions>,
+    /// Files with saved memory that processes share.
+    pub(crate) sparse: Vec<criu::Sparse>,
+}
+
+impl BigMemory {
+    /// Begins a snapshot without any memory.
+    pub(crate) fn begin(order: &CheckpointOrder) -> Result<Self, SessionError> {
+        let store = &order.subject.store;
+        let saving = Saving::begin(&store.root, store.quota)?;
+        Ok(Self { saving, files: Vec::new(), left: Vec::new(), sparse: Vec::new() })
+    }
+
+    /// Saves memory that processes share. After a failure CRIU dumps it, which takes longer and is as good.
+    pub(crate) fn save_shared(&mut self, shared: Shared) {
+        let Shared { files, regions } = shared;
+        match self.saving.save_shared(&regions) {
+            Ok(()) => {
+                let sparse = |SharedFile { device, inode, left }| criu::Sparse { device, inode, data: left };
+                self.sparse = files.into_iter().map(sparse).collect();
+            }
+            Err(error) => tracing::warn!("its shared memory goes through the images: {}", phase::chain(&error)),
+        }
+    }
+}
+
+/// Returns the memory that processes of the container share. Those with staging memory carry it if they can: they are
+/// filled first.
+pub(crate) fn shared(cgroup: &Cgroup, init: HostPid, staging: &[Regions]) -> Result<Shared, SessionError> {
+    let pids = cgroup.pids().map_err(SessionError::Cgroup)?.into_iter();
+    // Processes that an exec has brought in are not saved.
+    let mut processes: Vec<ProcessIds> =
+        pids.filter(|pid| gpu::is_descendant(*pid, init)).filter_map(|pid| ProcessIds::of(pid).ok()).collect();
+    processes.sort_by_key(|ids| (!staging.iter().any(|of| of.process == *ids), ids.container));
+    Ok(Shared::find(&processes, bulk::LEAST_RUN).because("cannot look for shared memory")?)
 }
 
 /// A publication that waits for whole images. Owns everything that it needs, so that it can run beside the container.
@@ -121,6 +158,9 @@ pub(crate) fn name(order: &CheckpointOrder) -> Result<Name, SessionError> {
 fn config(order: &CheckpointOrder, machine: &Described<'_>) -> Result<Config, SessionError> {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let mut config = Config::new(created, &order.subject.id, machine.runtime_name, host(machine.criu.clone()));
+    if order.subject.prepare != Prepare::Nothing {
+        config.prepared.push(order.subject.prepare.name().to_owned());
+    }
     config.sizes.resident = machine.resident.unwrap_or_default();
     if let Some(gpu) = machine.gpu {
         config.host.driver = Some(gpu.driver().to_owned());

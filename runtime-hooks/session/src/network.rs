@@ -8,11 +8,11 @@ use std::path::Path;
 
 use checkpoint::{Address, Network};
 use images::{Moves, OpenFiles};
+use nix::ifaddrs::getifaddrs;
 use proc::HostPid;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::error::SessionError;
-use crate::sys;
 
 /// Returns the addresses in the network of a process, but for those of the loopback; none in this process's network.
 pub(crate) fn addresses(pid: HostPid) -> io::Result<Vec<Address>> {
@@ -57,8 +57,14 @@ fn within<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T
 }
 
 fn own_addresses() -> io::Result<Vec<Address>> {
-    let all = sys::addresses()?.into_iter().filter(|(_, address)| !address.is_loopback());
-    Ok(all.map(|(interface, address)| Address { interface, address }).collect())
+    let address = |entry: nix::ifaddrs::InterfaceAddress| {
+        let of = entry.address?;
+        let v4 = of.as_sockaddr_in().map(|of| IpAddr::from(of.ip()));
+        let address = v4.or_else(|| of.as_sockaddr_in6().map(|of| of.ip().into()))?;
+        Some(Address { interface: entry.interface_name, address })
+    };
+    let all = getifaddrs()?.filter_map(address);
+    Ok(all.filter(|of| !of.address.is_loopback()).collect())
 }
 
 /// Returns the fates of old addresses: each goes to the one with the same rank, of the same kind, at the interface of the

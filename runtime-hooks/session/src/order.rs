@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use checkpoint::{Annotations, CheckpointOptions, DeviceNode, Shm};
 use phase::Phase;
 use proc::HostPid;
-use runtime::Choice;
+use runtime::{Choice, Prepare};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Failed;
@@ -36,6 +36,8 @@ pub struct Subject {
     pub logs: PathBuf,
     /// The container's runtime.
     pub runtime: Choice,
+    /// Preparation of the container at its creation.
+    pub prepare: Prepare,
     /// The node's store of snapshots.
     pub store: NodeStore,
 }

@@ -12,6 +12,7 @@
 //! `go-on`. Memory is filled meanwhile.
 
 use std::cmp::Reverse;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use cgroup::Cgroup;
 use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::Keeper;
-use images::{OpenFiles, PrivateCopy};
+use images::{ImageError, OpenFiles, PrivateCopy};
 use memory::Layout;
 use phase::Phase;
 use proc::{HostPid, ProcessIds};
@@ -61,7 +62,7 @@ struct Inspected {
     memory: Option<Source>,
     /// Bytes of memory that the container had, if that is known.
     resident: Option<u64>,
-    /// Open files, changed for this node and this network; `None` of another shim's checkpoint.
+    /// Open files, changed for this node and this network; `None` in the format of very old CRIUs.
     files: Option<OpenFiles>,
 }
 
@@ -211,19 +212,23 @@ impl<'a> Restore<'a> {
         let resident = manifest.as_ref().and_then(Manifest::resident);
         let network = Network::of_bundle(&self.order.subject.bundle);
         let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, &network);
-        let allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
-        let files = manifest.map(|manifest| {
-            let mut files = OpenFiles::read(images)?;
-            if allow.tcp == Tcp::Auto {
-                // What the checkpoint says of itself is no permission.
-                files.close_outside()?;
-            } else {
-                files.close_ended()?;
-            }
-            network::move_sockets(&mut files, manifest.addresses(), &network)?;
-            Ok::<_, SessionError>(files)
-        });
-        Ok(Inspected { allow, gpu, memory, resident, files: files.transpose()? })
+        let mut allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
+        let mut files = match OpenFiles::read(images) {
+            Err(ImageError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+            files => Some(files?),
+        };
+        match (&mut files, allow.tcp) {
+            // What the checkpoint says of itself is no permission.
+            (Some(files), Tcp::Auto) => drop(files.close_outside()?),
+            (Some(files), _) => files.close_ended()?,
+            (None, Tcp::Auto) => allow.tcp = Tcp::Refuse,
+            (None, _) => {}
+        }
+        if let Some(files) = &mut files {
+            let old = manifest.as_ref().map(Manifest::addresses).unwrap_or_default();
+            network::move_sockets(files, old, &network)?;
+        }
+        Ok(Inspected { allow, gpu, memory, resident, files })
     }
 
     /// Writes the pid file and returns the container's cgroup, or `None` if init has ended by now: the last step of its life

@@ -17,5 +17,5 @@ mod types;
 
 pub use inline::is_inline;
 pub use restore::Restoring;
-pub use save::{LEAST_MEMORY, Saving, withdraw};
+pub use save::{LEAST_MEMORY, LEAST_RUN, Saving, withdraw};
 pub use types::{Node, Place, Publish, Published, Source};

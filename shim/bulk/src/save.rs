@@ -20,7 +20,7 @@ use crate::inline;
 use crate::types::{Place, Publish, Published, Source};
 
 /// Shorter runs stay in the images: CRIU reads them in passing, and each is a segment (measured: cuda.md).
-const LEAST_RUN: u64 = 256 << 10;
+pub const LEAST_RUN: u64 = 256 << 10;
 /// With less big memory than this, in bytes, images that stand alone and that runc understands are worth more than the time.
 pub const LEAST_MEMORY: u64 = 64 << 20;
 /// Zeros of a staging mapping are mappings of their own while the container is dumped: no shorter ones, so that a process has
@@ -46,6 +46,9 @@ pub struct Saving {
     /// Its packs' digests, which are computed while other things are done.
     hashes: Option<Hashes>,
     staging: Vec<Regions>,
+    /// Memory that processes share, and the digests of its packs.
+    shared: memory::Saved,
+    shared_hashes: Option<Hashes>,
 }
 
 impl Saving {
@@ -57,8 +60,16 @@ impl Saving {
     pub fn begin(store: &Path, quota: Option<u64>) -> Result<Self, Failure> {
         let store = Store::open(store).because("cannot use the node store")?;
         let draft = store.draft().because("cannot use the node store")?;
-        let (gpu, staging) = (memory::Saved::default(), Vec::new());
-        Ok(Self { draft, quota, control: Control::new(), gpu, hashes: None, staging })
+        Ok(Self {
+            draft,
+            quota,
+            control: Control::new(),
+            gpu: memory::Saved::default(),
+            hashes: None,
+            staging: Vec::new(),
+            shared: memory::Saved::default(),
+            shared_hashes: None,
+        })
     }
 
     /// Saves memory of processes that stand still, and says which parts of which files hold it. The files do not change
@@ -76,6 +87,17 @@ impl Saving {
             segments: self.gpu.table.segments(of.process.container).to_vec(),
         };
         Ok(Layout { packs: self.gpu.packs.clone(), processes: staging.iter().map(layout).collect() })
+    }
+
+    /// Saves memory that processes share and that CRIU is not to see. The processes stand still until CRIU has dumped them.
+    ///
+    /// # Errors
+    /// When memory cannot be read, or the store has no room for it. Nothing of it is part of the snapshot then.
+    pub fn save_shared(&mut self, shared: &[Regions]) -> Result<(), Failure> {
+        let saved = memory::save_together(shared, &self.packs("shared"), &self.control);
+        self.shared = saved.because("cannot save shared memory")?;
+        self.shared_hashes = Some(hashes(self.shared.packs.clone()));
+        Ok(())
     }
 
     fn packs(&self, prefix: &str) -> memory::Draft {
@@ -99,7 +121,7 @@ impl Saving {
         began(Phase::Publish);
         let source = match place {
             Place::Inline => {
-                let packs = self.gpu.packs.iter().chain(&host.packs);
+                let packs = self.gpu.packs.iter().chain(&self.shared.packs).chain(&host.packs);
                 inline::write(&images, &table, packs).because("cannot put memory beside the images")?;
                 Source::Inline
             }
@@ -126,15 +148,21 @@ impl Saving {
         let mut runs = images::runs(images, LEAST_RUN, inherited).because("cannot read the images")?;
         runs.retain(|run| !staged(run));
         let big: u64 = runs.iter().map(|run| run.length).sum();
-        if self.staging.iter().all(|of| of.ranges.is_empty()) && big < LEAST_MEMORY {
+        let is_nothing_saved =
+            self.staging.iter().all(|of| of.ranges.is_empty()) && self.shared.table.processes().is_empty();
+        if is_nothing_saved && big < LEAST_MEMORY {
             return Ok(None);
         }
+        // Shared memory has never been in the images.
+        images::mark(images).because("cannot mark the images")?;
         self.check_staging(images, left)?;
         let files = open(&runs)?;
         let sources: Vec<FileSource<'_>> = runs.iter().filter_map(|run| source(&files, run)).collect();
         let host = memory::save_files(&sources, &self.packs("host"), &self.control)
             .because("cannot move memory out of the images")?;
-        let table = self.gpu.table.clone().merge(host.table.clone()).because("cannot move memory out of the images")?;
+        let saved = self.gpu.table.clone().merge(self.shared.table.clone());
+        let table = saved.and_then(|saved| saved.merge(host.table.clone()));
+        let table = table.because("cannot move memory out of the images")?;
         images::rewrite(images, &self.changes(&runs)).because("cannot move memory out of the images")?;
         Ok(Some((host, table)))
     }
@@ -193,6 +221,7 @@ impl Saving {
         }
         let of_packs = [
             (GPU_MEMORY_TYPE, &self.gpu.packs, self.hashes.take()),
+            (HOST_MEMORY_TYPE, &self.shared.packs, self.shared_hashes.take()),
             (HOST_MEMORY_TYPE, &host.packs, Some(host_hashes)),
         ];
         for (media_type, packs, hashes) in of_packs {

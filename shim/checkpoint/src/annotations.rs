@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use runtime::{Privileges, Tcp};
+use runtime::{Prepare, Privileges, Tcp};
 use serde::{Deserialize, Serialize};
 
 /// Prefix of the names.
@@ -21,8 +21,10 @@ pub(crate) const MEMORY: &str = "gpusnap.dev/memory";
 const REGISTRY: &str = "gpusnap.dev/registry";
 /// `container` or `snapshot`: origin of the privileges of restored processes.
 const PRIVILEGES: &str = "gpusnap.dev/restore-privileges";
+/// `none` or `seccomp`: preparation of the container at its creation.
+const PREPARE: &str = "gpusnap.dev/prepare";
 /// Known annotations, in the order of messages.
-const KNOWN: [&str; 6] = [GPU_PATIENCE, MEMORY, ON_CHECKPOINT, REGISTRY, PRIVILEGES, TCP];
+const KNOWN: [&str; 7] = [GPU_PATIENCE, MEMORY, ON_CHECKPOINT, PREPARE, REGISTRY, PRIVILEGES, TCP];
 /// The pod's Kubernetes namespace, from the CRI.
 const POD_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 /// Default patience: long enough for most work but training, and below the deadlines of clients.
@@ -37,6 +39,8 @@ pub struct Annotations {
     memory: Option<String>,
     registry: Option<String>,
     privileges: Option<String>,
+    #[serde(default)]
+    prepare: Option<String>,
     pod_namespace: Option<String>,
 }
 
@@ -84,6 +88,7 @@ impl Annotations {
             memory: of(MEMORY),
             registry: of(REGISTRY),
             privileges: of(PRIVILEGES),
+            prepare: of(PREPARE),
             pod_namespace: of(POD_NAMESPACE),
         }
     }
@@ -104,6 +109,7 @@ impl Annotations {
         annotations.gpu_patience()?;
         annotations.memory()?;
         annotations.privileges()?;
+        annotations.prepare()?;
         Ok(annotations)
     }
 
@@ -158,6 +164,15 @@ impl Annotations {
         }
     }
 
+    /// Returns the preparation; `None` without the annotation.
+    ///
+    /// # Errors
+    /// A value that is not allowed.
+    pub fn prepare(&self) -> Result<Option<Prepare>, AnnotationError> {
+        let Some(value) = self.prepare.as_deref() else { return Ok(None) };
+        Prepare::parse(value).map(Some).ok_or_else(|| bad(PREPARE, value, "neither \"none\" nor \"seccomp\""))
+    }
+
     /// Returns the origin of the privileges of restored processes.
     ///
     /// # Errors
@@ -200,6 +215,7 @@ mod tests {
             (GPU_PATIENCE, "5m", "seconds"),
             (MEMORY, "tape", "\"inline\""),
             (PRIVILEGES, "all", "\"snapshot\""),
+            (PREPARE, "all", "\"seccomp\""),
         ] {
             let error = parse(&[(name, value)]).unwrap_err();
             assert!(error.contains(name) && error.contains(value) && error.contains(said), "{error}");

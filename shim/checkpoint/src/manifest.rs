@@ -19,6 +19,9 @@ pub struct Manifest {
     /// Runtime that made the dump.
     runtime: String,
     tcp: SavedTcp,
+    /// All connections in the images are of the container with itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    tcp_inside: bool,
     external_unix_sockets: bool,
     shell_job: bool,
     /// GPU state; `None` without any.
@@ -53,7 +56,6 @@ pub struct Address {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum SavedTcp {
-    Auto,
     Refuse,
     Keep,
     Close,
@@ -83,11 +85,11 @@ impl Manifest {
             created: now(),
             runtime,
             tcp: match allow.tcp {
-                Tcp::Auto => SavedTcp::Auto,
                 Tcp::Refuse => SavedTcp::Refuse,
-                Tcp::Keep => SavedTcp::Keep,
+                Tcp::Keep | Tcp::Auto => SavedTcp::Keep,
                 Tcp::Close => SavedTcp::Close,
             },
+            tcp_inside: allow.tcp == Tcp::Auto,
             external_unix_sockets: allow.external_unix_sockets,
             shell_job: allow.shell_job,
             gpu,
@@ -137,8 +139,8 @@ impl Manifest {
     pub fn allow(&self) -> Allow {
         Allow {
             tcp: match self.tcp {
-                SavedTcp::Auto => Tcp::Auto,
                 SavedTcp::Refuse => Tcp::Refuse,
+                SavedTcp::Keep if self.tcp_inside => Tcp::Auto,
                 SavedTcp::Keep => Tcp::Keep,
                 SavedTcp::Close => Tcp::Close,
             },
@@ -155,6 +157,18 @@ pub(crate) fn now() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn connections_within_a_container_are_kept_by_a_gpusnap_that_knows_no_others() {
+        let timeline = Timeline::start(runtime::Phase::Freeze);
+        for tcp in [Tcp::Auto, Tcp::Refuse, Tcp::Keep, Tcp::Close] {
+            let allow = Allow { tcp, ..Allow::default() };
+            let manifest = Manifest::new("c", "runc".into(), allow, None, None, None, &timeline);
+            let text = serde_json::to_value(&manifest).unwrap();
+            assert_eq!(text["tcp"] == "keep", matches!(tcp, Tcp::Auto | Tcp::Keep), "{text}");
+            assert_eq!(serde_json::from_value::<Manifest>(text).unwrap().allow(), allow);
+        }
+    }
 
     #[test]
     fn the_golden_file_is_understood() {

@@ -72,8 +72,11 @@ pub fn allow(
             allow.tcp = Tcp::Refuse;
         }
     }
-    if let Some(tcp) = annotations.tcp()? {
-        allow.tcp = tcp;
+    match annotations.tcp()? {
+        // CRIU has closed all in the images, and wants to be told again.
+        Some(Tcp::Auto) if allow.tcp == Tcp::Close => {}
+        None => {}
+        Some(tcp) => allow.tcp = tcp,
     }
     Ok(allow)
 }

@@ -22,7 +22,8 @@ use crate::notify::{BoxError, NotifyDump, Stage};
 use crate::options::{CgroupRoot, External, ExternalMount, Options, Place, cgroup_root, to_rpc};
 use crate::plugin::DevicePlugin;
 use crate::residue::{self, Residue};
-use crate::swrk::Swrk;
+use crate::sparse::{Preload, Sparse};
+use crate::swrk::{Loaded, Swrk};
 
 /// Name of the log in the work directory, as in runc: containerd copies the log from there.
 const LOG: &str = "dump.log";
@@ -53,6 +54,8 @@ pub struct DumpRequest {
     pub external_mounts: Vec<ExternalMount>,
     /// Other things outside the tree.
     pub external: Vec<External>,
+    /// Files in memory whose data is saved elsewhere in part.
+    pub sparse: Vec<Sparse>,
     /// Accept descriptors and mappings of the NVIDIA driver's device nodes. Only after
     /// [`images::replace_devices`] the images can be restored then.
     pub devices: bool,
@@ -99,7 +102,9 @@ impl Criu {
         let plugin = plugin.map_err(at("put a plugin into", work_path))?;
         let plugins = plugin.as_ref().map(DevicePlugin::folder);
         let marker = residue::marker();
-        let swrk = Swrk::start(self, plugins, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
+        let preload = preload(&request.sparse);
+        let loaded = Loaded { plugins, preload: preload.as_ref() };
+        let swrk = Swrk::start(self, loaded, work_path, &marker, vec![], Reaper::spawn).map_err(failed)?;
         let log = work_path.join(LOG);
         let place = Place { images_dir_fd: images.as_raw_fd(), work_dir_fd: work.as_raw_fd(), log_file: LOG };
         let message = message(&request, place);
@@ -113,6 +118,7 @@ impl Criu {
             freezer,
             stands: false,
             open: (images, work),
+            _preload: preload,
         };
         let mut call = Call::new(swrk, undo, log.clone());
         match call.converse(message, &mut AnswersDump { notify }).await {
@@ -126,6 +132,15 @@ impl Criu {
             }
         }
     }
+}
+
+/// Returns the library that hides data from criu, if any is to be hidden.
+fn preload(files: &[Sparse]) -> Option<Preload> {
+    if files.is_empty() {
+        return None;
+    }
+    let preload = Preload::of(files);
+    preload.inspect_err(|error| tracing::warn!(%error, "criu writes all shared memory, which is saved already")).ok()
 }
 
 fn message(request: &DumpRequest, place: Place<'_>) -> Criu_req {
@@ -194,6 +209,8 @@ struct UndoDump {
     stands: bool,
     /// The images and the work directory. CRIU opens both by number during the whole run.
     open: (File, File),
+    /// Answers criu's questions for shared memory.
+    _preload: Option<Preload>,
 }
 
 #[async_trait]

@@ -42,6 +42,7 @@ mod plugin;
 mod probe;
 mod residue;
 mod restore;
+mod sparse;
 mod swrk;
 #[allow(unsafe_code)]
 mod sys;
@@ -64,5 +65,6 @@ pub use orphan::end_orphans;
 pub use plugin::DevicePlugin;
 pub use residue::remove_cgroup_mounts;
 pub use restore::{RestoreRequest, Restored};
+pub use sparse::Sparse;
 pub use transport::{Packet, announced, receive_packet, with_other_folders};
 pub use version::{MINIMUM, Version};

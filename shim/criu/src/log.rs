@@ -163,6 +163,10 @@ pub(crate) fn cause(errors: &[String]) -> Option<String> {
     errors.iter().find_map(|error| sentence(error))
 }
 
+/// The way out for programs that use what a preparation refuses.
+const PREPARED: &str = "start the program in a container that is prepared (gpusnap.dev/prepare: seccomp), in which it \
+                        does without";
+
 fn sentence(error: &str) -> Option<String> {
     let has = |text: &str| error.contains(text);
     let between = |start: &str, end: &str| {
@@ -197,9 +201,14 @@ fn sentence(error: &str) -> Option<String> {
         format!("process {pid} is traced by another process (a debugger)")
     } else if let Some(pid) = between("Unable to detach from ", ": No such process") {
         format!("there is no process {pid}")
-    } else if has("send_fds failed (-22)") {
+    } else if has("send_fds failed (-22)") || has("anon_inode:[io_uring]") {
         // Of all files, the kernel refuses only rings in this way (scm_fp_copy in net/core/scm.c).
-        "the process uses io_uring, which CRIU cannot dump".to_owned()
+        format!("the process uses io_uring, which CRIU cannot dump: {PREPARED}")
+    } else if has("Unsupported proto 262") {
+        format!(
+            "the process has a socket of MPTCP, which CRIU cannot dump: {PREPARED}; or switch MPTCP off (for Go \
+             GODEBUG=multipathtcp=0, for the container sysctl net.mptcp.enabled=0)"
+        )
     } else if has("criu itself is within dumped tree") {
         "criu runs inside the tree that it is to dump".to_owned()
     } else if has("Missing required plugin: gpusnap") {

@@ -36,7 +36,7 @@ impl DevicePlugin {
         let folder = directory.join(FOLDER);
         remove(&folder);
         fs::create_dir(&folder)?;
-        let plugin = Self { folder, library: library };
+        let plugin = Self { folder, library };
         let target = format!("/proc/{}/fd/{}", std::process::id(), plugin.library.as_raw_fd());
         std::os::unix::fs::symlink(target, plugin.folder.join(LINK))?;
         Ok(plugin)

@@ -12,7 +12,7 @@ use crate::call::{Answers, Call, Notification, Undo};
 use crate::client::Criu;
 use crate::error::CallError;
 use crate::notify::BoxError;
-use crate::swrk::{self, Swrk};
+use crate::swrk::{self, Loaded, Swrk};
 use crate::version::{MINIMUM, Version};
 
 /// Limit for `criu check`, which tries the kernel's features one by one: about 0.1 s, more on a
@@ -47,7 +47,7 @@ impl Criu {
     async fn ask(&self, kind: Criu_req_type) -> Result<Criu_resp, CallError> {
         let mut message = Criu_req::new();
         message.set_type(kind);
-        let swrk = Swrk::start(self, None, Path::new("/"), "", vec![], Reaper::spawn)?;
+        let swrk = Swrk::start(self, Loaded::default(), Path::new("/"), "", vec![], Reaper::spawn)?;
         // No log is written; errors come with criu's output.
         let mut call = Call::new(swrk, Nothing, Path::new("").to_owned());
         match call.converse(message, &mut Nothing).await {

@@ -19,7 +19,7 @@ use crate::options::{
     CgroupRoots, ExternalMount, Inherit, JoinNamespace, Options, Place, cgroup_root, join_namespace, to_rpc,
 };
 use crate::residue::{self, Residue};
-use crate::swrk::{FIRST_INHERITED, Swrk};
+use crate::swrk::{FIRST_INHERITED, Loaded, Swrk};
 
 /// Name of the log in the work directory, as in runc.
 const LOG: &str = "restore.log";
@@ -98,7 +98,8 @@ impl Criu {
         // Before anything can become this process's child.
         let adoption = self.reaper.adoption();
         let inherited: Vec<OwnedFd> = request.inherit.into_iter().map(|inherit| inherit.fd).collect();
-        let swrk = Swrk::start(self, None, &work_path, &marker, inherited, Reaper::spawn_lasting).map_err(failed)?;
+        let swrk = Swrk::start(self, Loaded::default(), &work_path, &marker, inherited, Reaper::spawn_lasting)
+            .map_err(failed)?;
         let criu = swrk.child.clone();
         let since = Identity::of(criu.process()).map_or(u64::MAX, |criu| criu.start_time);
         let residue = Residue { adoption, root: None, marker, dumped_pid, since };

@@ -16,6 +16,7 @@ use crate::client::Criu;
 use crate::error::CallError;
 use crate::plugin::DevicePlugin;
 use crate::residue::MARKER;
+use crate::sparse::Preload;
 use crate::sys;
 use crate::transport::{Channel, Received};
 
@@ -35,6 +36,14 @@ const MAX_OUTPUT: u64 = 64 << 10;
 /// [`Reaper::spawn`] or [`Reaper::spawn_lasting`].
 pub(crate) type SpawnBy = fn(&Reaper, &mut Command) -> io::Result<Child>;
 
+/// Code of ours that criu loads.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Loaded<'a> {
+    /// Folder of plugins.
+    pub(crate) plugins: Option<&'a Path>,
+    pub(crate) preload: Option<&'a Preload>,
+}
+
 /// A running criu, or one that has ended alone.
 #[derive(Debug)]
 pub(crate) struct Swrk {
@@ -47,11 +56,11 @@ pub(crate) struct Swrk {
 }
 
 impl Swrk {
-    /// Starts criu in `directory`, with the plugins of a folder, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
+    /// Starts criu in `directory`, with `inherited` as descriptors from [`FIRST_INHERITED`] on.
     /// `spawn_by` decides on criu's parent, also the parent of restored trees.
     pub(crate) fn start(
         criu: &Criu,
-        plugins: Option<&Path>,
+        loaded: Loaded<'_>,
         directory: &Path,
         marker: &str,
         inherited: Vec<OwnedFd>,
@@ -59,7 +68,10 @@ impl Swrk {
     ) -> Result<Self, CallError> {
         let failed = |source| CallError::Start { path: criu.path.clone(), source };
         let (channel, theirs) = Channel::pair().map_err(failed)?;
-        let mut command = command(criu, plugins);
+        let mut command = command(criu, loaded.plugins);
+        if let Some(preload) = loaded.preload {
+            preload.add_to(&mut command);
+        }
         command.args(["swrk", &SOCKET.to_string()]).env(MARKER, marker).current_dir(directory);
         let mut mappings = vec![FdMapping { parent_fd: theirs, child_fd: SOCKET }];
         for (fd, child_fd) in inherited.into_iter().zip(FIRST_INHERITED..) {

@@ -43,6 +43,21 @@ pub(crate) fn enter_network(command: &mut Command, namespace: OwnedFd) {
     unsafe { command.pre_exec(enter) };
 }
 
+#[cfg(test)]
+pub(crate) const DATA: i32 = libc::SEEK_DATA;
+#[cfg(test)]
+pub(crate) const HOLE: i32 = libc::SEEK_HOLE;
+
+/// Calls the C library's `lseek`, as criu does.
+#[cfg(test)]
+pub(crate) fn seek(file: &std::fs::File, offset: u64, whence: i32) -> Result<u64, rustix::io::Errno> {
+    use std::os::fd::AsRawFd;
+    let offset = i64::try_from(offset).unwrap();
+    // SAFETY: lseek takes numbers only.
+    let at = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    u64::try_from(at).map_err(|_| rustix::io::Errno::from_io_error(&io::Error::last_os_error()).unwrap())
+}
+
 /// Returns descriptor `fd`, open since this process's start.
 #[cfg(test)]
 pub(crate) fn inherited(fd: std::os::fd::RawFd) -> OwnedFd {

@@ -24,8 +24,12 @@ pub const UNMARKED_PREFIX: &str = ".gpusnap-images-";
 const PLUGINS: u32 = 12;
 const NAME: u32 = 12;
 
-/// Marks images, before any memory is taken out.
-pub(crate) fn mark(images: &Path) -> Result<(), RewriteError> {
+/// Marks images whose memory is elsewhere in part, before any is taken out. From then on CRIU alone
+/// refuses the images.
+///
+/// # Errors
+/// Fails if the inventory cannot be read or replaced.
+pub fn mark(images: &Path) -> Result<(), RewriteError> {
     let path = images.join(INVENTORY);
     let image = inspect(images)?;
     if image.is_cut() {

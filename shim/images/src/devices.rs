@@ -53,6 +53,8 @@ const REGULAR_MOUNT: u32 = 7;
 
 /// `O_RDWR | O_LARGEFILE` of x86-64, as CRIU writes it.
 const READ_WRITE: u64 = 0o2 | 0o100_000;
+/// The position of a file that has none: the driver's devices refuse to seek, and CRIU would fail.
+const NO_POSITION: u64 = u64::MAX;
 /// The mount of a file whose mount nobody has noted: CRIU then opens the file below the root.
 const NO_MOUNT: i32 = -1;
 
@@ -74,6 +76,9 @@ pub struct Devices {
 /// # Errors
 /// Fails if a file is damaged, or cannot be read or written. The images are useless then.
 pub fn replace_devices(images: &Path, devices: &[Devices]) -> Result<(), RewriteError> {
+    if devices.is_empty() {
+        return Ok(());
+    }
     let mut files = BTreeMap::new();
     for of in devices {
         // Processes may share a table: a second look changes nothing.
@@ -210,7 +215,7 @@ fn regular_file(id: u64, name: &Path, owner: &[u8]) -> Vec<u8> {
     let mut file = vec![];
     put_number(&mut file, REGULAR_ID, id);
     put_number(&mut file, REGULAR_FLAGS, READ_WRITE);
-    put_number(&mut file, REGULAR_POSITION, 0);
+    put_number(&mut file, REGULAR_POSITION, NO_POSITION);
     put_message(&mut file, OWNER, owner);
     put_message(&mut file, REGULAR_NAME, name.as_os_str().as_encoded_bytes());
     put_signed(&mut file, REGULAR_MOUNT, NO_MOUNT);

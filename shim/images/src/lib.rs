@@ -20,7 +20,7 @@ mod tree;
 mod vma;
 mod wire;
 
-pub use cut::{PrivateCopy, UNMARKED_PREFIX, Unmarked};
+pub use cut::{PrivateCopy, UNMARKED_PREFIX, Unmarked, mark};
 pub use devices::{Devices, NULL, replace_devices};
 pub use files::OpenFiles;
 pub use format::{INVENTORY, ImageError, MARK};

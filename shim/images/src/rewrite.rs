@@ -71,8 +71,8 @@ pub enum RewriteError {
     },
 }
 
-/// Takes memory out of a directory of images, after marking it: from then on CRIU alone refuses the
-/// images. Only the remaining memory is copied, into new files of pages.
+/// Takes memory out of a directory of images, after [marking](mark) it. Only the remaining memory is
+/// copied, into new files of pages.
 ///
 /// # Errors
 /// Fails if a range does not fit the images, or a file cannot be read or written. Then some

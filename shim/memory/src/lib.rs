@@ -1,11 +1,13 @@
 //! The bulk memory engine: memory of processes in packs of checksummed chunks, saved and filled by many threads.
 //!
 //! ```text
-//!   save_processes ─┐                ┌─ Pack, verify
-//!   save_files ─────┴─► packs, table ┴─ fill, prefetch
+//!   save_processes ──────────┐
+//!   Shared ─► save_together ─┤                ┌─ Pack, verify
+//!   save_files ──────────────┴─► packs, table ┴─ fill, prefetch
 //! ```
 //!
-//! [`save_processes`] reads ranges of stopped processes, [`save_files`] takes what is in files already. Both write packs
+//! [`save_processes`] reads ranges of stopped processes, [`save_together`] the memory that they share, and [`save_files`]
+//! takes what is in files already. All write packs
 //! into a folder and say in a [`SegmentTable`] which memory of which process is where in them. [`fill`] writes it all
 //! into processes again. What is written depends on the memory alone, not on the number of threads: equal memory gives
 //! equal packs.
@@ -27,6 +29,7 @@ mod layout;
 mod pack;
 mod remote;
 mod save;
+mod shared;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -37,5 +40,6 @@ pub use error::{FillError, PackError, SaveError, VerifyError};
 pub use fill::{Destination, fill, prefetch};
 pub use layout::{Layout, ProcessLayout, Regions};
 pub use pack::{CHUNK, MAX_PACK_DATA, PAGE, Pack, Trailer, TrailerError, verify};
-pub use save::{Draft, FileSource, Saved, save_files, save_processes};
+pub use save::{Draft, FileSource, Saved, save_files, save_processes, save_together};
+pub use shared::{Shared, SharedFile};
 pub use table::{MAX_TABLE, Place, Process, Segment, SegmentTable, Statistics, TableError};

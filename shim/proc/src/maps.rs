@@ -47,6 +47,10 @@ pub struct Mapping {
     pub range: Range,
     /// `r-xp` and the like.
     pub access: [u8; 4],
+    /// Offset of the first address in the mapped file, in bytes.
+    pub offset: u64,
+    /// Device of the mapped file's filesystem, as in `st_dev`; 0 without a file.
+    pub device: u64,
     /// Inode of the mapped file; 0 without a file.
     pub inode: u64,
     /// A path, with " (deleted)" behind a deleted file's; a name in brackets; or nothing.
@@ -58,6 +62,13 @@ impl Mapping {
     #[must_use]
     pub fn is_executable(&self) -> bool {
         self.access[2] == b'x'
+    }
+
+    /// Returns whether processes that map the same part of the file share it, and this one reads and
+    /// writes it.
+    #[must_use]
+    pub fn is_shared_memory(&self) -> bool {
+        self.access.starts_with(b"rw") && self.access[3] == b's'
     }
 
     /// Returns whether the mapping is writable.
@@ -75,11 +86,15 @@ impl Mapping {
         let (start, end) = range.split_once('-')?;
         let range = Range { start: u64::from_str_radix(start, 16).ok()?, end: u64::from_str_radix(end, 16).ok()? };
         let access = fields.next()?.try_into().ok()?;
-        let inode = std::str::from_utf8(fields.nth(2)?).ok()?.parse().ok()?;
+        let offset = u64::from_str_radix(std::str::from_utf8(fields.next()?).ok()?, 16).ok()?;
+        let (major, minor) = std::str::from_utf8(fields.next()?).ok()?.split_once(':')?;
+        let number = |text| u32::from_str_radix(text, 16).ok();
+        let device = rustix::fs::makedev(number(major)?, number(minor)?);
+        let inode = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
         let path = fields.next().unwrap_or_default();
         let blanks = path.iter().take_while(|byte| **byte == b' ').count();
         let path = PathBuf::from(OsString::from_vec(path.get(blanks..)?.to_vec()));
-        Some(Self { range, access, inode, path })
+        Some(Self { range, access, offset, device, inode, path })
     }
 }
 
@@ -102,10 +117,12 @@ mod tests {
     #[test]
     fn a_line_of_maps_is_read_with_whatever_is_in_its_path() {
         let line =
-            b"7f2b40000000-7f2b40200000 rw-s 00000000 00:05 381                        /dev/nvidia-uvm (deleted)";
+            b"7f2b40000000-7f2b40200000 rw-s 00201000 103:05 381                        /dev/nvidia-uvm (deleted)";
         let expected = Mapping {
             range: Range { start: 0x7f2b_4000_0000, end: 0x7f2b_4020_0000 },
             access: *b"rw-s",
+            offset: 0x20_1000,
+            device: rustix::fs::makedev(0x103, 5),
             inode: 381,
             path: PathBuf::from("/dev/nvidia-uvm (deleted)"),
         };

@@ -67,6 +67,9 @@ pub struct CheckpointRequest {
     /// Mapped files outside the container. Like `review`, only for a runtime that [drives CRIU
     /// here](crate::OciRuntime::drives_criu).
     pub external_files: Vec<PathBuf>,
+    /// Memory that processes share and that is saved elsewhere. Like `review`, only for a runtime
+    /// that drives CRIU here.
+    pub sparse: Vec<criu::Sparse>,
     /// Accept descriptors and mappings of the NVIDIA driver's devices. Only after
     /// [`images::replace_devices`] the images can be restored then.
     pub devices: bool,

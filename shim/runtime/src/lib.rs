@@ -25,6 +25,7 @@ use cgroup::Cgroup;
 use oci_spec::runtime::{Features, LinuxResources, Process};
 use proc::HostPid;
 use reaper::Child;
+use serde::{Deserialize, Serialize};
 
 pub use checkpoint::{Allow, CheckpointRequest, Privileges, RestoreRequest, Review, Tcp};
 pub use choice::{Choice, Kind};
@@ -65,6 +66,39 @@ pub struct CreateRequest {
     pub no_pivot_root: bool,
     /// Do not make a session keyring for the container.
     pub no_new_keyring: bool,
+    /// Preparation for a checkpoint; only by the embedded runtime.
+    pub prepare: Prepare,
+}
+
+/// Preparation of a container at its creation, so that it can be saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prepare {
+    /// The container is what its specification says.
+    #[default]
+    Nothing,
+    /// A filter refuses system calls that make what CRIU cannot save, as a kernel without them does.
+    Seccomp,
+}
+
+impl Prepare {
+    /// Variable of the shim's environment with a preparation.
+    pub const VARIABLE: &str = "GPUSNAP_PREPARE";
+
+    /// Returns the name of a preparation: in annotations, runtime options and the environment.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "none",
+            Self::Seccomp => "seccomp",
+        }
+    }
+
+    /// Returns the preparation of a name.
+    #[must_use]
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::Nothing, Self::Seccomp].into_iter().find(|prepare| prepare.name() == name)
+    }
 }
 
 /// A process to start in a running container.
@@ -80,6 +114,8 @@ pub struct ExecRequest {
     pub process: Process,
     /// Standard input and output of the new process.
     pub io: ProcessIo,
+    /// Preparation of the container.
+    pub prepare: Prepare,
 }
 
 /// An OCI runtime, as used by the shim. Every call is one whole operation: a failure undoes what

@@ -15,7 +15,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use reaper::Reaper;
-use runtime::Choice;
+use runtime::{Choice, Prepare};
 use serde::Deserialize;
 use session::{NodeStore, Sessions};
 use tokio::signal::unix::{SignalKind, signal};
@@ -38,6 +38,18 @@ const STORE: &str = "GPUSNAP_STORE";
 const QUOTA: &str = "GPUSNAP_QUOTA";
 /// Environment variable for the repository from which missing snapshots are pulled.
 const REGISTRY: &str = "GPUSNAP_REGISTRY";
+/// Returns the preparation of containers without an annotation: by the environment, else the one of a runtime name. Under
+/// runc's name containers are what their specifications say. A wrong setting is logged and must not keep containers
+/// from starting.
+fn preparation(runtime: &str) -> Prepare {
+    let usual = if runtime == crate::RUNC_RUNTIME { Prepare::Nothing } else { Prepare::Seccomp };
+    let Some(name) = std::env::var(Prepare::VARIABLE).ok().filter(|name| !name.is_empty()) else { return usual };
+    Prepare::parse(&name).unwrap_or_else(|| {
+        tracing::error!("{} is {name:?}, neither \"none\" nor \"seccomp\"", Prepare::VARIABLE);
+        usual
+    })
+}
+
 /// Type of the features in a RuntimeInfo.
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
@@ -52,6 +64,8 @@ fn quota() -> Option<u64> {
 /// A run of the binary.
 pub(crate) struct GpusnapShim {
     flags: Arc<Invocation>,
+    /// Preparation of containers without an annotation.
+    prepare: Prepare,
     exit: Arc<ExitSignal>,
     /// Set once the service runs.
     events: std::sync::OnceLock<Events>,
@@ -79,7 +93,7 @@ fn failed(message: impl std::fmt::Display) -> Error {
 impl Shim for GpusnapShim {
     type T = TaskService;
 
-    async fn new(_runtime_id: &str, flags: &Flags, _config: &mut Config) -> Self {
+    async fn new(runtime_id: &str, flags: &Flags, _config: &mut Config) -> Self {
         // containerd runs every action in the bundle; only `delete` may name another.
         let bundle =
             if flags.bundle.is_empty() { std::env::current_dir().unwrap_or_default() } else { (&flags.bundle).into() };
@@ -89,7 +103,12 @@ impl Shim for GpusnapShim {
             socket: flags.socket.clone(),
             bundle,
         };
-        Self { flags: Arc::new(flags), exit: Arc::default(), events: std::sync::OnceLock::new() }
+        Self {
+            flags: Arc::new(flags),
+            prepare: preparation(runtime_id),
+            exit: Arc::default(),
+            events: std::sync::OnceLock::new(),
+        }
     }
 
     async fn start_shim(&mut self, mut opts: StartOpts) -> Result<String> {
@@ -97,10 +116,12 @@ impl Shim for GpusnapShim {
             return Err(Error::InvalidArgument("start needs -namespace and -id".into()));
         }
         // The shim's own cgroup is set where runc's options are understood: translate TOML first.
-        let decoded = options::decode(opts.extensions.first()).map_err(|error| failed(chain(&error)))?;
+        let extension = opts.extensions.first();
+        let decoded = options::decode(extension).map_err(|error| failed(chain(&error)))?;
+        let prepare = options::preparation(extension).map_err(|error| failed(chain(&error)))?.unwrap_or(self.prepare);
         opts.extensions = vec![convert_to_any(Box::new(decoded))?];
         let group = group(&self.flags.bundle)?.unwrap_or_else(|| opts.id.clone());
-        let address = containerd_shim::spawn(opts, &group, Vec::new()).await?;
+        let address = containerd_shim::spawn(opts, &group, vec![(Prepare::VARIABLE, prepare.name())]).await?;
         std::fs::write(self.flags.bundle.join("address"), &address)
             .map_err(|err| Error::IoError { context: "write the shim's address".into(), err })?;
         Ok(address)
@@ -164,7 +185,8 @@ impl Shim for GpusnapShim {
         let registry = std::env::var(REGISTRY).ok().filter(|registry| !registry.is_empty());
         let store = NodeStore { root, quota: quota(), registry };
         let conductor = Arc::new(Sessions::new(reaper.clone()));
-        let context = Context { namespace, bundle, logs, store, reaper, events, runtime_of, conductor };
+        let prepare = self.prepare;
+        let context = Context { namespace, bundle, logs, store, reaper, prepare, events, runtime_of, conductor };
         TaskService::new(context, Arc::clone(&self.exit))
     }
 

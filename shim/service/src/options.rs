@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{CodedInputStream, Message};
 use containerd_shim_protos::shim::oci::Options;
-use runtime::{Choice, Kind};
+use runtime::{Choice, Kind, Prepare};
 use serde::Deserialize;
 
 const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
@@ -42,6 +42,9 @@ pub(crate) enum OptionsError {
         #[source]
         source: std::io::Error,
     },
+    /// A preparation that does not exist.
+    #[error("runtime option Prepare is {name:?}, neither \"none\" nor \"seccomp\"")]
+    Prepare { name: String },
     /// Malformed TOML, or keys of no runtime option.
     #[error("malformed runtime options in TOML")]
     Toml(#[source] toml::de::Error),
@@ -61,6 +64,8 @@ struct TomlOptions {
     systemd_cgroup: bool,
     criu_image_path: String,
     criu_work_path: String,
+    /// gpusnap's own: preparation of containers, `none` or `seccomp`.
+    prepare: Option<String>,
     #[serde(flatten)]
     unknown: toml::Table,
 }
@@ -77,6 +82,15 @@ pub(crate) fn decode(any: Option<&Any>) -> Result<Options, OptionsError> {
         }
         _ => Err(OptionsError::Type { type_url: any.type_url.clone() }),
     }
+}
+
+/// Returns the preparation that runtime options name, in TOML only.
+pub(crate) fn preparation(any: Option<&Any>) -> Result<Option<Prepare>, OptionsError> {
+    let is_ours = |any: &&Any| any.type_url.rsplit('/').next() == Some(RUNTIME_OPTIONS);
+    let Some(any) = any.filter(is_ours) else { return Ok(None) };
+    let malformed = |source| OptionsError::Message { type_url: any.type_url.clone(), source };
+    let Some(name) = RuntimeOptions::parse(&any.value).map_err(malformed)?.toml()?.prepare else { return Ok(None) };
+    Prepare::parse(&name).map(Some).ok_or(OptionsError::Prepare { name })
 }
 
 /// `runtimeoptions.v1.Options`, a message missing from containerd-shim-protos.
@@ -106,16 +120,20 @@ impl RuntimeOptions {
         Ok(options)
     }
 
-    /// Converts the TOML. The body wins over the file, as with containerd's other shims.
-    fn into_options(self) -> Result<Options, OptionsError> {
+    /// Reads the TOML. The body wins over the file, as with containerd's other shims.
+    fn toml(self) -> Result<TomlOptions, OptionsError> {
         let text = if !self.config_body.is_empty() {
             String::from_utf8_lossy(&self.config_body).into_owned()
         } else if !self.config_path.is_empty() {
             read_limited(Path::new(&self.config_path))?
         } else {
-            return Ok(Options::default());
+            return Ok(TomlOptions::default());
         };
-        let toml: TomlOptions = toml::from_str(&text).map_err(OptionsError::Toml)?;
+        toml::from_str(&text).map_err(OptionsError::Toml)
+    }
+
+    fn into_options(self) -> Result<Options, OptionsError> {
+        let toml = self.toml()?;
         for key in toml.unknown.keys() {
             tracing::warn!("runtime option {key} is not known and has no effect");
         }
@@ -179,6 +197,16 @@ mod tests {
             }
         }
         any(RUNTIME_OPTIONS, value)
+    }
+
+    #[test]
+    fn a_preparation_is_named_in_toml_only() {
+        let named = |text: &str| preparation(Some(&toml_any("", text)));
+        assert_eq!(named("Prepare = \"none\"").unwrap(), Some(Prepare::Nothing));
+        assert_eq!(named("Prepare = \"seccomp\"").unwrap(), Some(Prepare::Seccomp));
+        assert_eq!(named("BinaryName = \"runc\"").unwrap(), None);
+        assert_eq!(preparation(None).unwrap(), None);
+        assert!(named("Prepare = \"all\"").unwrap_err().to_string().contains("\"all\""));
     }
 
     #[test]

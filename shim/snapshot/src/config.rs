@@ -25,6 +25,9 @@ pub struct Config {
     pub spec_digest: Option<Digest>,
     /// Runtime that made the dump.
     pub runtime: String,
+    /// Preparations of the container at its creation: `seccomp`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prepared: Vec<String>,
     /// Machine and programs that made the snapshot.
     pub host: Host,
     /// GPUs that the container could use.
@@ -151,6 +154,7 @@ impl Config {
             image: None,
             spec_digest: None,
             runtime: runtime.to_owned(),
+            prepared: Vec::new(),
             host,
             gpus: Vec::new(),
             processes: Vec::new(),

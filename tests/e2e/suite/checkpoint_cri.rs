@@ -11,7 +11,6 @@ use e2e::{Case, Cmd, IMAGE, PYTHON, Skip, Test, case, cgroup, ensure_eq, ensure_
 use serde_json::{Value, json};
 
 use crate::checkpoint_ctr::ticking;
-use crate::checkpoint_sockets::AT_OWN_ADDRESS;
 use crate::checkpoint_workloads::TELL;
 use crate::cri_pods::own_processes;
 use crate::ctr_exit::IDLE;
@@ -228,6 +227,36 @@ fn a_server_in_a_pod_answers_after_its_restore(t: &Test) -> Result<()> {
         Ok(())
     })
 }
+
+/// A listener, a connection of its own to itself, a connected UDP socket, and a connection that was reset, all at the
+/// container's own address.
+const AT_OWN_ADDRESS: &str = "
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(('192.0.2.1', 53))
+me = udp.getsockname()[0]
+server = socket.create_server((me, 8080))
+server.setblocking(False)
+to_itself = socket.create_server((me, 0))
+a, reset = [socket.create_connection(to_itself.getsockname()) for _ in range(2)]
+b, other = [to_itself.accept()[0] for _ in range(2)]
+other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+other.close()
+count = 0
+while True:
+    count += 1
+    a.sendall(b'%08d' % count)
+    assert b.recv(8) == b'%08d' % count
+    try:
+        client = server.accept()[0]
+        client.sendall(b'hello')
+        client.close()
+    except BlockingIOError:
+        pass
+    tell(udp.getsockname()[0], '/address')
+    tell(count)
+    time.sleep(0.02)
+";
 
 fn sockets_at_a_pods_address_are_at_the_next_pods_address(t: &Test) -> Result<()> {
     let script = format!("exec python3 -c \"{TELL}{AT_OWN_ADDRESS}\"");

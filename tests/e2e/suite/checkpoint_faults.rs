@@ -34,6 +34,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(an_established_connection_is_named_and_the_container_runs_on),
         case!(an_external_unix_socket_is_named_and_the_container_runs_on),
         case!(io_uring_is_refused_and_the_container_runs_on),
+        case!(a_prepared_container_does_without_what_cannot_be_saved)
+            .except(Shim::Stock, "runc's shim prepares nothing")
+            .except(Shim::GpusnapRunc, "runc reads the configuration itself: nothing is prepared"),
         case!(an_image_folder_that_cannot_be_made_is_named_and_the_container_runs_on),
         case!(without_criu_a_checkpoint_says_so_and_the_container_runs_on).alone(),
         case!(a_criu_that_is_too_old_is_named_and_the_container_runs_on)
@@ -302,7 +305,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))
 with open('/ring', 'w') as file:
     file.write(str(ring if ring >= 0 else -ctypes.get_errno()))";
-    t.ctr().start_python(&id, &[], &counting(setup))?;
+    t.ctr().start_python(&id, &["--annotation", "gpusnap.dev/prepare=none"], &counting(setup))?;
     counts_past(t, &id, 3)?;
     let ring: i64 = t.ctr().exec_prints(&id, "cat /ring")?.parse()?;
     if ring < 0 {
@@ -310,6 +313,43 @@ with open('/ring', 'w') as file:
     }
     clear_error(t, t.ctr().checkpoint_task(&id, &[]).run()?, "io_uring")?;
     runs_on(t, &id)
+}
+
+/// As libuv does: a ring if there are rings, and a server by MPTCP, as Go does.
+const WITH_FALLBACKS: &str = "
+import ctypes, errno, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *arguments):
+    found = libc.syscall(number, *arguments)
+    return found if found >= 0 else -ctypes.get_errno()
+answers = [call(425, 8, ctypes.create_string_buffer(120)), call(426, 0, 0, 0, 0, 0, 0), call(447, 0)]
+try:
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+except OSError as error:
+    answers.append(-error.errno)
+    server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+server.bind(('0.0.0.0', 0))
+server.listen()
+with open('/answers', 'w') as file:
+    file.write(' '.join(map(str, answers)))";
+
+fn a_prepared_container_does_without_what_cannot_be_saved(t: &Test) -> Result<()> {
+    let (id, to) = (t.id("c"), t.id("c"));
+    // Under runc's name only on demand.
+    let prepared: &[&str] = match t.target().shim {
+        Shim::AsRunc => &["--annotation", "gpusnap.dev/prepare=seccomp"],
+        _ => &[],
+    };
+    t.ctr().start_python(&id, prepared, &counting(WITH_FALLBACKS))?;
+    counts_past(t, &id, 3)?;
+    // ENOSYS, and EPROTONOSUPPORT.
+    ensure_eq!(t.ctr().exec_prints(&id, "cat /answers")?, "-38 -38 -38 -93");
+    let in_exec = "python3 -c 'import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.syscall(425, 8, \
+                   ctypes.create_string_buffer(120)); print(ctypes.get_errno())'";
+    ensure_eq!(t.ctr().exec_prints(&id, in_exec)?, "38");
+    t.ctr().moves(&id, &to)?;
+    counts_past(t, &to, 3)?;
+    Ok(())
 }
 
 fn an_image_folder_that_cannot_be_made_is_named_and_the_container_runs_on(t: &Test) -> Result<()> {

@@ -16,6 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case!(big_memory_goes_to_the_node_store_and_comes_back),
         case!(memory_can_be_kept_beside_the_images),
         case!(memory_can_be_left_in_the_images),
+        case!(memory_that_processes_share_goes_to_the_node_store_and_comes_back),
         case!(a_session_that_is_killed_leaves_the_container_running).alone(),
         case!(a_checkpoint_whose_snapshot_is_gone_says_so).alone(),
         case!(a_checkpoint_that_cannot_be_put_in_its_place_leaves_no_snapshot),
@@ -85,6 +86,27 @@ fn memory_can_be_left_in_the_images(t: &Test) -> Result<()> {
     ensure_eq!(manifest["version"], 3);
     ensure!(bytes > u64::from(MEGABYTES) << 20, "{bytes} bytes are in the folder");
     survives(t, &id)
+}
+
+fn memory_that_processes_share_goes_to_the_node_store_and_comes_back(t: &Test) -> Result<()> {
+    let (id, to) = (t.id("c"), t.id("c"));
+    // A filter of the container must not matter to criu.
+    t.ctr().start_python(&id, &["--seccomp"], include_str!("../../programs/shared_memory.py"))?;
+    let before = counts_past(t, &id, 1)?;
+    let (manifest, bytes) = checkpointed(t, &id)?;
+    let memory = manifest["memory"]["memory"].as_u64().context("no memory is outside the images")?;
+    // What two processes map, less holes; what only a descriptor leads to or is sealed stays.
+    let (shared, images) = ((32 + 3 + 24 + 8) << 20, 32 << 20);
+    ensure!(memory > shared - (1 << 20), "{memory} bytes are outside the images");
+    ensure!(bytes < images, "{bytes} bytes are in the folder");
+    // The source goes on, and its memory is as it was.
+    let before = counts_past(t, &id, before + 2)?;
+    t.ctr().moves(&id, &to)?;
+    ensure!(count(t, &to)? >= before, "it began again");
+    let before = counts_past(t, &to, before + 2)?;
+    // Another generation: CRIU's own files in memory have taken the place of the first ones.
+    t.ctr().moves(&to, &id)?;
+    counts_past(t, &id, before + 2).map(drop)
 }
 
 fn a_session_that_is_killed_leaves_the_container_running(t: &Test) -> Result<()> {

@@ -1,179 +1,168 @@
-//! Sockets of the internet protocols in a checkpoint.
+//! Connections of a container through a checkpoint and a restore.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::target::Shim;
-use e2e::{Case, Cmd, PYTHON, Test, case, ensure_eq, ensure_has, eventually};
 
-use crate::checkpoint_ctr::{count, counts_past};
-use crate::checkpoint_workloads::TELL;
+use e2e::target::Shim;
+use e2e::{Case, PYTHON, Test, case, ensure_eq, eventually};
+
+use crate::nerdctl_life::nerdctl_cases;
 
 pub(crate) fn cases() -> Vec<Case> {
-    vec![
-        case!(connections_within_go_on_and_clients_outside_stay_with_the_source)
-            .except(Shim::Stock, "runc's shim saves no connections unless told to")
-            .except(Shim::GpusnapRunc, "runc leaves the loopback device of a restored container down"),
-        case!(sockets_at_the_containers_own_address_are_there_at_another_address)
-            .except(Shim::Stock, "CRIU cannot bind a socket to an address that is gone")
-            .except(Shim::GpusnapRunc, "runc leaves the loopback device of a restored container down"),
-    ]
+    let refused = "runc drives CRIU, which takes all connections or none";
+    nerdctl_cases(vec![
+        case!(connections_within_a_container_go_on_and_those_to_elsewhere_are_closed_when_restored)
+            .except(Shim::Stock, refused)
+            .except(Shim::GpusnapRunc, refused),
+        case!(the_other_end_of_a_connection_hears_of_the_end_of_a_saved_container)
+            .except(Shim::Stock, refused)
+            .except(Shim::GpusnapRunc, refused),
+    ])
 }
 
-/// A server with a connection of its own to itself, an echo to its first client, and numbers for its second one, which
-/// sends nothing more. Later clients are accepted on demand. The fate of the first two is in /fates.
-const SERVER: &str = "
-import socket
-to_itself = socket.create_server(('127.0.0.1', 0))
-a = socket.create_connection(to_itself.getsockname())
-b = to_itself.accept()[0]
-server = socket.create_server(('127.0.0.1', 18083))
-tell('listens', '/listens')
-echoed, told = [server.accept()[0] for _ in range(2)]
-echoed.setblocking(False)
-count, fates = 0, {}
-def tried(name, work):
+/// Talks to itself over the loopback and over its own address, counting; echoes what is sent to port 8080, and to port
+/// 8082 of its own address; accepts on port 8081 only when told. A connection to an address that nobody has is half
+/// open. A datagram socket is bound to its own address and connected to the gateway.
+const PROGRAM: &str = "
+import os, socket, threading, time
+def note(name, text):
+    with open(name + '.new', 'w') as file:
+        file.write(str(text))
+    os.rename(name + '.new', name)
+def serve(port, address='0.0.0.0'):
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind((address, port))
+    server.listen(8)
+    return server
+def echo(connection):
     try:
-        work()
-    except BlockingIOError:
-        pass
+        while data := connection.recv(100):
+            connection.sendall(data)
+        note('/ended', 'by the end of the stream')
     except OSError as error:
-        fates.setdefault(name, error.strerror)
-def echo():
-    data = echoed.recv(100)
-    echoed.sendall(data) if data else fates.setdefault('echoed', 'end')
-while True:
-    count += 1
-    a.sendall(b'%08d' % count)
-    assert b.recv(8) == b'%08d' % count
-    tried('echoed', echo)
-    tried('told', lambda: told.sendall(b'%08d' % count))
-    if os.path.exists('/accept'):
-        client = server.accept()[0]
-        client.sendall(b'welcome')
-        client.close()
-        os.remove('/accept')
-    tell(fates, '/fates')
-    tell(count)
-    time.sleep(0.02)
-";
-
-/// The server's clients, the third of which is not accepted. Prints their progress, and who was told of an end.
-const CLIENTS: &str = "
-import socket
-echoed, told, waiting = [socket.create_connection(('127.0.0.1', 18083)) for _ in range(3)]
-told.shutdown(socket.SHUT_WR)
-number = 0
-while True:
-    number += 1
-    try:
-        echoed.sendall(b'%08d' % number)
-        answer = echoed.recv(8, socket.MSG_WAITALL)
-        if not answer:
-            break
-        assert answer == b'%08d' % number, answer
-        assert len(told.recv(8, socket.MSG_WAITALL)) == 8
-    except ConnectionError:
-        break
-    print('exchanged', number, flush=True)
-for client in (told, waiting):
-    try:
-        while client.recv(100):
-            pass
-    except ConnectionError:
-        pass
-print('all told', flush=True)
-";
-
-fn connections_within_go_on_and_clients_outside_stay_with_the_source(t: &Test) -> Result<()> {
-    let (old, new, image) = (t.id("old"), t.id("new"), t.id("checkpoint"));
-    t.ctr().start_python(&old, &[], &format!("{TELL}{SERVER}"))?;
-    eventually("the server to listen", || t.ctr().exec_prints(&old, "cat /listens"))?;
-    let inside = |id: &str, program: &str| -> Result<Cmd> {
-        let pid = t.ctr().pid(id)?.to_string();
-        Ok(Cmd::new("nsenter").args(&["--net", "--target", &pid, "python3", "-c", program]).stdin_null())
-    };
-    let clients = inside(&old, CLIENTS)?.spawn()?;
-    clients.sees("exchanged 5\n")?;
-    t.ctr().checkpoint(&old, &image).ok()?;
-    // With the source, everything goes on.
-    let exchanged = || Ok::<_, anyhow::Error>(clients.stdout().lines().count());
-    let so_far = exchanged()?;
-    eventually("data to go both ways", || {
-        let now = exchanged()?;
-        ensure!(now > so_far + 5, "still {now}");
-        Ok(())
-    })?;
-    ensure_eq!(t.ctr().exec_prints(&old, "cat /fates")?, "{}");
-
-    t.ctr().checkpoint_task(&old, &["--exit"]).ok()?;
-    clients.sees("all told").context("the clients of a container that ends")?;
-    t.ctr().remove(&old)?;
-
-    t.ctr().restore(&new, &image).ok()?;
-    let now = count(t, &new)?;
-    counts_past(t, &new, now + 2)?;
-    let fates = t.ctr().exec_prints(&new, "cat /fates")?;
-    ensure_eq!(fates, "{'echoed': 'end', 'told': 'Broken pipe'}");
-    // Nobody waits to be accepted; the next client is.
-    let welcome = "import socket; print(socket.create_connection(('127.0.0.1', 18083)).recv(9))";
-    t.ctr().exec_prints(&new, "touch /accept")?;
-    ensure_has!(inside(&new, welcome)?.ok()?.text(), "welcome");
-    Ok(())
-}
-
-/// A listener, a connection of its own to itself, a connected UDP socket, and a connection that was reset, all at the
-/// container's own address.
-pub(crate) const AT_OWN_ADDRESS: &str = "
-import socket
-udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-udp.connect(('192.0.2.1', 53))
-me = udp.getsockname()[0]
-server = socket.create_server((me, 8080))
-server.setblocking(False)
-to_itself = socket.create_server((me, 0))
-a, reset = [socket.create_connection(to_itself.getsockname()) for _ in range(2)]
-b, other = [to_itself.accept()[0] for _ in range(2)]
-other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
-other.close()
+        note('/ended', repr(error))
+def accept(server):
+    while True:
+        threading.Thread(target=echo, args=(server.accept()[0],), daemon=True).start()
+threading.Thread(target=accept, args=(serve(8080),), daemon=True).start()
+late = serve(8081)
+def accept_late():
+    while not os.path.exists('/accept'):
+        time.sleep(0.02)
+    accept(late)
+threading.Thread(target=accept_late, daemon=True).start()
+inner = socket.create_server(('127.0.0.1', 0))
+near = socket.create_connection(inner.getsockname())
+far = inner.accept()[0]
+me = socket.gethostbyname(socket.gethostname())
+threading.Thread(target=accept, args=(serve(8082, me),), daemon=True).start()
+own = socket.create_connection((me, 8082))
+datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+datagrams.bind((me, 0))
+datagrams.connect((me.rsplit('.', 1)[0] + '.1', 53))
+half = socket.socket()
+half.setblocking(False)
+half.connect_ex((os.environ['NOBODY'], 9))
 count = 0
 while True:
     count += 1
-    a.sendall(b'%08d' % count)
-    assert b.recv(8) == b'%08d' % count
+    near.sendall(b'%08d' % count)
+    assert far.recv(8) == b'%08d' % count
+    far.sendall(b'ok')
+    assert near.recv(2) == b'ok'
+    own.sendall(b'own')
+    assert own.recv(3) == b'own'
     try:
-        client = server.accept()[0]
-        client.sendall(b'hello')
-        client.close()
-    except BlockingIOError:
+        datagrams.send(b'nobody listens')
+    except ConnectionRefusedError:
         pass
-    tell(udp.getsockname()[0], '/address')
-    tell(count)
+    note('/count', count)
     time.sleep(0.02)
 ";
 
-fn sockets_at_the_containers_own_address_are_there_at_another_address(t: &Test) -> Result<()> {
+/// An address of the bridge's network that nobody has, in the bed's own range (testbed's README).
+const NOBODY: &str = "NOBODY=10.4.0.251";
+
+fn start(t: &Test, name: &str) -> Result<()> {
+    let options = [t.nerdctl().ends_on_checkpoint(), &["--detach", "--net", "bridge", "--env", NOBODY]].concat();
+    t.nerdctl().run_image(PYTHON, name, &options, &["python3", "-c", PROGRAM]).ok()?;
+    counts(t, name)
+}
+
+/// Waits until the connection of the container with itself has gone on.
+fn counts(t: &Test, name: &str) -> Result<()> {
+    let count = || -> Result<u64> { Ok(t.nerdctl().exec_prints(name, "cat /count")?.parse()?) };
+    let mut from = None;
+    eventually("the container to talk to itself", || {
+        let now = count()?;
+        let from = *from.get_or_insert(now);
+        ensure!(now > from + 3, "{now} rounds, after {from}");
+        Ok(())
+    })
+}
+
+fn connect(t: &Test, name: &str, port: u16) -> Result<TcpStream> {
+    let all = t.nerdctl().inspect(name)?;
+    let address = all.pointer("/NetworkSettings/IPAddress").and_then(|a| a.as_str()).context("no address")?;
+    let stream = eventually("a connection", || Ok(TcpStream::connect((address, port))?))?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    Ok(stream)
+}
+
+fn echoes(stream: &mut TcpStream, text: &str) -> Result<()> {
+    stream.write_all(text.as_bytes())?;
+    let mut answer = vec![0; text.len()];
+    stream.read_exact(&mut answer)?;
+    ensure_eq!(String::from_utf8(answer)?, text);
+    Ok(())
+}
+
+fn connections_within_a_container_go_on_and_those_to_elsewhere_are_closed_when_restored(t: &Test) -> Result<()> {
     let name = t.id("c");
-    let options = [&["--detach", "--net", "bridge"], t.nerdctl().ends_on_checkpoint()].concat();
-    let program = format!("{TELL}{AT_OWN_ADDRESS}");
-    t.nerdctl().run_image(PYTHON, &name, &options, &["python3", "-c", &program]).ok()?;
-    let counts = || -> Result<u64> {
-        eventually("a number in /count", || Ok(t.nerdctl().exec_prints(&name, "cat /count")?.parse()?))
-    };
-    let before = counts()?;
+    start(t, &name)?;
+    let mut client = connect(t, &name, 8080)?;
+    echoes(&mut client, "before")?;
+    let _waits = connect(t, &name, 8081)?;
+    // The source keeps what it has, whichever way data was under way.
+    client.write_all(b"mean")?;
+    t.ctr().checkpoint_task(&t.nerdctl().id(&name)?, &[]).ok()?;
+    client.write_all(b"while")?;
+    let mut answer = [0; 9];
+    client.read_exact(&mut answer)?;
+    ensure_eq!(&answer, b"meanwhile");
+    counts(t, &name)?;
+
     t.nerdctl().checkpoint(&name, "one", &[])?.ok()?;
     t.nerdctl().becomes(&name, "exited")?;
     t.nerdctl().restored(&name, "one")?;
-    let address = || -> Result<String> {
-        let all = t.nerdctl().inspect(&name)?;
-        Ok(all.pointer("/NetworkSettings/IPAddress").and_then(|a| a.as_str()).context("no address")?.to_owned())
-    };
-    eventually("further counts", || {
-        let now = counts()?;
-        ensure!(now > before + 3, "still {now}");
+    counts(t, &name)?;
+    eventually("the connection to be closed", || {
+        ensure_eq!(t.nerdctl().exec_prints(&name, "cat /ended")?, "by the end of the stream");
         Ok(())
     })?;
-    let address = address()?;
-    ensure_eq!(t.nerdctl().exec_prints(&name, "cat /address")?, address);
-    let client = format!("exec 3<>/dev/tcp/{address}/8080; cat <&3");
-    ensure_eq!(Cmd::new("bash").args(&["-c", &client]).stdin_null().ok()?.trimmed(), "hello");
-    Ok(())
+    echoes(&mut connect(t, &name, 8080)?, "afterwards")?;
+    // nerdctl gives another address at each start.
+    echoes(&mut connect(t, &name, 8082)?, "on the new address")?;
+    let mut waits = connect(t, &name, 8081)?;
+    t.nerdctl().exec_prints(&name, "touch /accept")?;
+    echoes(&mut waits, "late")
+}
+
+fn the_other_end_of_a_connection_hears_of_the_end_of_a_saved_container(t: &Test) -> Result<()> {
+    let name = t.id("c");
+    start(t, &name)?;
+    let mut client = connect(t, &name, 8080)?;
+    echoes(&mut client, "before")?;
+    t.nerdctl().checkpoint(&name, "one", &[])?.ok()?;
+    let told = match client.read(&mut [0; 10]) {
+        Ok(0) => Ok(()),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(()),
+        other => Err(anyhow::anyhow!("the client hears {other:?}")),
+    };
+    let _ = client.shutdown(Shutdown::Both);
+    told
 }

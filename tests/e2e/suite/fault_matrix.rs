@@ -35,7 +35,7 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// Memory on the GPU, and memory of a forked process, both stored through the store.
-const PROGRAM: [&str; 6] = ["--size", "32", "--fork", "1", "--ballast", "32"];
+const PROGRAM: [&str; 8] = ["--size", "32", "--fork", "1", "--ballast", "32", "--pinned", "4"];
 
 /// Fate of the container in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

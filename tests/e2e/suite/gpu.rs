@@ -83,7 +83,8 @@ fn a_gpu_program_whose_gpu_comes_by_cdi_is_restored(t: &Test) -> Result<()> {
 
 fn a_restored_gpu_program_can_be_checkpointed_again(t: &Test) -> Result<()> {
     let (gpu, mut id) = (Gpu::one(t)?, t.id("g"));
-    gpu.start(&id, &[])?;
+    // Pinned memory is shared memory: from the second generation on CRIU's own.
+    gpu.start(&id, &["--pinned", "4"])?;
     for _ in 0..4 {
         let to = t.id("g");
         t.ctr().moves(&id, &to)?;

@@ -203,7 +203,8 @@ fn allocate(size: usize, place: Place, state: &mut State) -> Result<u64> {
             }
             Region::device(size)?
         }
-        Place::Managed | Place::Pinned => Region::anonymous(size)?,
+        Place::Managed => Region::anonymous(size)?,
+        Place::Pinned => Region::shared(size)?,
     };
     state.allocations.push(Allocation { region, size, place });
     state.publish();

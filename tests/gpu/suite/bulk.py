@@ -103,6 +103,18 @@ def bulk_zeros(suite):
     moved(suite, "zeros", {}, 0, "tensors.py", "0.25", "--zeros", "28")
 
 
+@case(150, alone=True, default=False)
+def bulk_pinned(suite):
+    """8 GiB of pinned tensors, as of a server that sleeps: in the store, in the images."""
+    compared(suite, 1, "slept.py", "8")
+
+
+@case(200, alone=True, default=False)
+def bulk_pinned_28g(suite):
+    """26 GiB of pinned tensors (28 GB), in the store."""
+    moved(suite, "pinned", {}, 0, "slept.py", "26")
+
+
 def scaled(suite, *sizes):
     for gib in sizes:
         took = moved(suite, f"{gib}-gib", {}, 0, "tensors.py", str(gib))

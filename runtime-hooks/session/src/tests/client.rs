@@ -8,7 +8,7 @@ use checkpoint::{CheckpointOptions, MemoryPlace};
 use phase::Phase;
 use proc::HostPid;
 use reaper::Reaper;
-use runtime::{Allow, Choice, Kind};
+use runtime::{Allow, Choice, Kind, Prepare};
 use tempfile::TempDir;
 
 use crate::client::{Conductor, Sessions, Stop};
@@ -32,6 +32,7 @@ pub(super) fn order() -> CheckpointOrder {
         bundle: "/nowhere".into(),
         logs: "/nowhere".into(),
         runtime: Choice::new(Kind::Libcontainer, "/nowhere".into(), false),
+        prepare: Prepare::Nothing,
         store,
     };
     let options = CheckpointOptions {

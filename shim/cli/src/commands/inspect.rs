@@ -102,6 +102,8 @@ fn about(names: &[Name], manifest: &Manifest, config: &Config, listed: Option<&L
     let host = &config.host;
     let machine = format!("{}, kernel {}, CRIU {}", host.architecture, host.kernel, host.criu);
     rows.push(["Made by:".to_owned(), clean(&format!("{} on {machine}", config.runtime))]);
+    let prepared = Some(config.prepared.join(", ")).filter(|prepared| !prepared.is_empty());
+    rows.push(["Prepared by:".to_owned(), clean(prepared.as_deref().unwrap_or("nothing"))]);
     rows.extend(host.driver.iter().map(|driver| ["GPU driver:".to_owned(), clean(driver)]));
     rows.push(["Size:".to_owned(), format!("{}, {} unique", bytes(manifest.size()), bytes(unique))]);
     let memory = format!("{} of GPUs, {} of the host", bytes(sizes.gpu_memory), bytes(sizes.host_memory));

@@ -114,6 +114,7 @@ fn a_descriptor_of_a_device_is_opened_by_path_and_one_without_a_path_is_null() {
             assert!(bytes(&path, entry, 15).is_empty());
             let regular = bytes(&path, entry, 3).pop().unwrap_or_default();
             let name = bytes(&path, &regular, 6).pop().unwrap_or_default();
+            assert!(number(&path, &regular, 3).is_none_or(|position| position == u64::MAX));
             (number(&path, entry, 2).unwrap(), String::from_utf8(name).unwrap())
         })
         .collect();

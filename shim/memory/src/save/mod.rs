@@ -11,7 +11,7 @@ use crate::error::SaveError;
 use crate::pack::{CHUNK, PAGE};
 use crate::table::SegmentTable;
 pub use files::{FileSource, save_files};
-pub use process::save_processes;
+pub use process::{save_processes, save_together};
 
 /// Where packs are written: files `PREFIX-000000`, `PREFIX-000001`, ... of their owner alone. The caller removes the
 /// folder if saving fails.

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use proc::{ContainerPid, ProcessIds};
+use proc::{ContainerPid, ProcessIds, Range};
 
 use super::{Draft, Saved, check_range};
 use crate::buffer::{Buffer, SIZE};
@@ -12,17 +12,22 @@ use crate::checksum::{Checksum, is_zero};
 use crate::control::Control;
 use crate::error::SaveError;
 use crate::layout::Regions;
-use crate::pack::{CHUNK_BYTES, MAX_PACK_DATA, PackWriter};
+use crate::pack::{CHUNK, CHUNK_BYTES, MAX_PACK_DATA, PackWriter};
 use crate::remote::Remote;
 use crate::table::{Place, Process, Segment, SegmentTable, push};
 use crate::units;
 
-/// What becomes one pack at most.
+/// Memory that becomes one pack at most.
 struct Window {
     process: Arc<Remote>,
     pid: ContainerPid,
-    address: u64,
-    length: u64,
+    ranges: Vec<Range>,
+}
+
+impl Window {
+    fn length(&self) -> u64 {
+        self.ranges.iter().map(Range::len).sum()
+    }
 }
 
 /// What a window has become: segments whose pack has number 0, as nobody knows yet how many are before it.
@@ -47,10 +52,36 @@ pub fn save_processes(
     draft: &Draft,
     control: &Control,
 ) -> Result<Saved, SaveError> {
-    let windows = windows(targets)?;
+    save_windows(&windows(targets)?, zero_run, draft, control)
+}
+
+/// Saves memory of processes that are frozen or held: the ranges of each target follow one another in one pack, of at most
+/// [`MAX_PACK_DATA`] bytes and of whole chunks each. No chunk of zeros is stored.
+///
+/// # Errors
+/// As for [`save_processes`].
+pub fn save_together(targets: &[Regions], draft: &Draft, control: &Control) -> Result<Saved, SaveError> {
+    let mut windows = Vec::new();
+    for Regions { process: ProcessIds { host, container }, ranges } in targets {
+        let Some(first) = ranges.first() else { continue };
+        let mut left = MAX_PACK_DATA;
+        for Range { start, end } in ranges {
+            let length = end.saturating_sub(*start);
+            check_range(*container, *start, length)?;
+            let fits = left.checked_sub(length).filter(|_| length.is_multiple_of(CHUNK));
+            let range = SaveError::Range { pid: *container, address: *start, length };
+            left = fits.ok_or(range)?;
+        }
+        let remote = Remote::open(*host, first.start).map_err(|error| SaveError::process(*host, error))?;
+        windows.push(Window { process: Arc::new(remote), pid: *container, ranges: ranges.clone() });
+    }
+    save_windows(&windows, 0, draft, control)
+}
+
+fn save_windows(windows: &[Window], zero_run: u64, draft: &Draft, control: &Control) -> Result<Saved, SaveError> {
     // The largest first, so that no thread begins one when all others are about to end.
     let mut order: Vec<usize> = (0..windows.len()).collect();
-    order.sort_by_key(|index| Reverse(windows[*index].length));
+    order.sort_by_key(|index| Reverse(windows[*index].length()));
     let zero_run = units::bytes(zero_run).div_ceil(CHUNK_BYTES);
     let mut copied = control.gather(order.len(), Buffer::new, |buffer, index| {
         let number = order[index];
@@ -89,7 +120,8 @@ fn windows(targets: &[Regions]) -> Result<Vec<Window>, SaveError> {
             let mut address = range.start;
             while address < end {
                 let length = MAX_PACK_DATA.min(end - address);
-                windows.push(Window { process: Arc::clone(&remote), pid: *container, address, length });
+                let ranges = vec![Range { start: address, end: address + length }];
+                windows.push(Window { process: Arc::clone(&remote), pid: *container, ranges });
                 address += length;
             }
         }
@@ -106,30 +138,30 @@ struct Copy<'a> {
     path: PathBuf,
     pack: Option<PackWriter>,
     segments: Vec<Segment>,
-    /// Bytes of the window that are dealt with.
-    done: u64,
+    /// Address of what comes next.
+    at: u64,
     /// Bytes of zeros that come next, of which it is not known yet how long they go on.
     zeros: usize,
 }
 
 impl<'a> Copy<'a> {
     fn new(window: &'a Window, zero_run: usize, path: PathBuf) -> Self {
-        Self { window, zero_run, path, pack: None, segments: Vec::new(), done: 0, zeros: 0 }
+        Self { window, zero_run, path, pack: None, segments: Vec::new(), at: 0, zeros: 0 }
     }
 
     fn run(mut self, buffer: &mut Buffer, control: &Control) -> Result<Copied, SaveError> {
-        let Window { process, address, .. } = self.window;
-        let length = units::bytes(self.window.length);
-        for begin in (0..length).step_by(SIZE) {
-            control.check()?;
-            let bytes = &mut buffer[..SIZE.min(length - begin)];
-            process
-                .read(address + units::wide(begin), bytes)
-                .map_err(|error| SaveError::process(process.pid(), error))?;
-            self.take(bytes)?;
-            control.add(units::wide(bytes.len()));
+        let process = &self.window.process;
+        for range in &self.window.ranges {
+            self.at = range.start;
+            for begin in (range.start..range.end).step_by(SIZE) {
+                control.check()?;
+                let bytes = &mut buffer[..SIZE.min(units::bytes(range.end - begin))];
+                process.read(begin, bytes).map_err(|error| SaveError::process(process.pid(), error))?;
+                self.take(bytes)?;
+                control.add(units::wide(bytes.len()));
+            }
+            self.leave_out();
         }
-        self.leave_out();
         let pack = self.pack.map(PackWriter::finish).transpose()?;
         Ok(Copied { segments: self.segments, pack })
     }
@@ -185,8 +217,8 @@ impl<'a> Copy<'a> {
 
     fn say(&mut self, length: usize, place: Place) {
         let length = units::wide(length);
-        push(&mut self.segments, Segment { address: self.window.address + self.done, length, place });
-        self.done += length;
+        push(&mut self.segments, Segment { address: self.at, length, place });
+        self.at += length;
     }
 }
 

@@ -3,6 +3,7 @@
 mod fill;
 mod pack;
 mod save;
+mod shared;
 #[allow(unsafe_code)]
 mod sys;
 mod table;

@@ -23,8 +23,23 @@ impl Holder {
         let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::NORESERVE);
         // SAFETY: the kernel chooses the place, so that no other mapping is replaced.
         let mapping = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, protection, flags) }.unwrap();
+        Self::fork(mapping, bytes, contents)
+    }
+
+    /// Forks one that shares a part of a file.
+    pub(crate) fn sharing(file: &std::fs::File, offset: u64, length: u64) -> Self {
+        let bytes = usize::try_from(length).unwrap();
+        let (protection, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
+        // SAFETY: the kernel chooses the place, so that no other mapping is replaced.
+        let mapping = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, flags, file, offset) };
+        Self::fork(mapping.unwrap(), bytes, &[])
+    }
+
+    /// Writes the contents into a mapping, forks a process that keeps it, and gives it up here.
+    fn fork(mapping: *mut std::ffi::c_void, bytes: usize, contents: &[(u64, &[u8])]) -> Self {
+        let length = u64::try_from(bytes).unwrap();
         let memory = NonNull::slice_from_raw_parts(NonNull::new(mapping.cast::<u8>()).unwrap(), bytes);
-        // SAFETY: the mapping is as long, was zeroed by the kernel, and nothing else knows of it.
+        // SAFETY: the mapping is as long, and nothing else knows of it.
         let slice = unsafe { &mut *memory.as_ptr() };
         for (offset, content) in contents {
             let offset = usize::try_from(*offset).unwrap();

@@ -113,7 +113,7 @@ impl Command {
     }
 
     async fn create_now(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
-        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
+        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring, prepare: _ } = request;
         let call = self.call(Operation::Create, &id);
         // Checked here too, not only by the runtime: an existing container must not be undone
         // below.
@@ -138,7 +138,7 @@ impl Command {
     }
 
     async fn exec_now(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
-        let ExecRequest { id, exec_id: _, bundle: _, mut process, io } = request;
+        let ExecRequest { id, exec_id: _, bundle: _, mut process, io, prepare: _ } = request;
         let call = self.call(Operation::Exec, &id);
         let scratch = call.scratch()?;
         // Runtimes refuse a terminal without a socket, and a socket without a terminal, with

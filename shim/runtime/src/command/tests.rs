@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use oci_spec::runtime::{LinuxMemoryBuilder, LinuxResourcesBuilder, ProcessBuilder};
 
 use super::*;
+use crate::Prepare;
 
 /// A runtime made of the shell script `script`, after a preamble that parses runc's global options.
 struct Bench {
@@ -89,12 +90,19 @@ fn null() -> OwnedFd {
 }
 
 fn create(io: ProcessIo) -> CreateRequest {
-    CreateRequest { id: "web".into(), bundle: "/b".into(), io, no_pivot_root: false, no_new_keyring: false }
+    CreateRequest {
+        id: "web".into(),
+        bundle: "/b".into(),
+        io,
+        no_pivot_root: false,
+        no_new_keyring: false,
+        prepare: Prepare::Nothing,
+    }
 }
 
 fn exec(io: ProcessIo) -> ExecRequest {
     let process = ProcessBuilder::default().args(["true".to_owned()]).build().unwrap();
-    ExecRequest { id: "web".into(), exec_id: "e".into(), bundle: "/b".into(), process, io }
+    ExecRequest { id: "web".into(), exec_id: "e".into(), bundle: "/b".into(), process, io, prepare: Prepare::Nothing }
 }
 
 fn nulls() -> ProcessIo {
@@ -315,6 +323,7 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         allow: crate::Allow::default(),
         cancel: crate::Cancel::default(),
         external_files: vec![],
+        sparse: Vec::new(),
         devices: false,
         review: None,
     };

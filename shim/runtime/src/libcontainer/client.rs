@@ -100,7 +100,7 @@ impl Client {
     }
 
     pub(super) async fn create(&self, request: CreateRequest) -> Result<Child, RuntimeError> {
-        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring } = request;
+        let CreateRequest { id, bundle, io, no_pivot_root, no_new_keyring, prepare } = request;
         let client = self.clone();
         detached(Subject { operation: Operation::Create, id: &id.clone() }, async move {
             let subject = Subject { operation: Operation::Create, id: &id };
@@ -113,7 +113,7 @@ impl Client {
                 Err(error) => return Err(subject.file("read", state, error)),
             }
             let console_socket = console_socket(&io);
-            let step = Step::Create(Create { bundle, console_socket, no_pivot_root, no_new_keyring });
+            let step = Step::Create(Create { bundle, console_socket, no_pivot_root, no_new_keyring, prepare });
             let result = client.process(subject, step, io).await;
             if result.is_err()
                 && let Err(error) = client.run(Operation::Delete, &id, Step::Delete).await
@@ -126,12 +126,12 @@ impl Client {
     }
 
     pub(super) async fn exec(&self, request: ExecRequest) -> Result<Child, RuntimeError> {
-        let ExecRequest { id, exec_id: _, bundle, process, io } = request;
+        let ExecRequest { id, exec_id: _, bundle, process, io, prepare } = request;
         let client = self.clone();
         detached(Subject { operation: Operation::Exec, id: &id.clone() }, async move {
             let subject = Subject { operation: Operation::Exec, id: &id };
             let console_socket = console_socket(&io);
-            let step = Step::Exec(Box::new(Exec { bundle, process, console_socket }));
+            let step = Step::Exec(Box::new(Exec { bundle, process, console_socket, prepare }));
             client.process(subject, step, io).await
         })
         .await

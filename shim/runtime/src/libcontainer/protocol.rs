@@ -14,6 +14,8 @@ use rustix::fs::MemfdFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::Prepare;
+
 /// Longest reply, in bytes: a pid, or a few lines of text.
 const REPLY_LIMIT: u64 = 256 << 10;
 /// Longest request, in bytes: a process description, from a containerd message of at most 16 MiB.
@@ -57,6 +59,7 @@ pub(super) struct Create {
     pub(super) console_socket: Option<PathBuf>,
     pub(super) no_pivot_root: bool,
     pub(super) no_new_keyring: bool,
+    pub(super) prepare: Prepare,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -64,6 +67,7 @@ pub(super) struct Exec {
     pub(super) bundle: PathBuf,
     pub(super) process: Process,
     pub(super) console_socket: Option<PathBuf>,
+    pub(super) prepare: Prepare,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,6 +127,7 @@ mod tests {
                 console_socket: Some("/tty".into()),
                 no_pivot_root: false,
                 no_new_keyring: true,
+                prepare: Prepare::Seccomp,
             }),
         };
         let mut file = memory_file(Some(&request)).unwrap();

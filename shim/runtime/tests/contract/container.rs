@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use oci_spec::runtime::{Capability, Process, Spec};
 use reaper::Child;
-use runtime::{CreateRequest, ExecRequest, ProcessIo, RuntimeError};
+use runtime::{CreateRequest, ExecRequest, Prepare, ProcessIo, RuntimeError};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::Signal;
 use tokio::io::AsyncReadExt;
@@ -79,7 +79,7 @@ impl<'bed> Bundle<'bed> {
 
     pub(crate) fn request(&self, io: ProcessIo) -> CreateRequest {
         let (id, bundle) = (self.id.clone(), self.folder.clone());
-        CreateRequest { id, bundle, io, no_pivot_root: false, no_new_keyring: false }
+        CreateRequest { id, bundle, io, no_pivot_root: false, no_new_keyring: false, prepare: Prepare::Seccomp }
     }
 
     /// Creates and starts the container.
@@ -102,6 +102,7 @@ impl<'bed> Bundle<'bed> {
             bundle: self.folder.clone(),
             process: process.clone(),
             io,
+            prepare: Prepare::Seccomp,
         };
         self.bed.runtime.exec(request).await
     }

@@ -79,6 +79,7 @@ impl Bundle<'_> {
             allow: Allow::default(),
             cancel: Cancel::default(),
             external_files: vec![],
+            sparse: Vec::new(),
             devices: false,
             review: None,
         };

@@ -31,6 +31,7 @@ impl Actor {
             bundle: self.bundle.clone(),
             logs: self.context.logs.clone(),
             runtime: self.choice.clone(),
+            prepare: self.config.prepare,
             store: self.context.store.clone(),
         }
     }

@@ -8,7 +8,7 @@ use containerd_shim_protos::api::CreateTaskRequest;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::shim::oci::Options;
 use reaper::Child;
-use runtime::{CreateRequest, OciRuntime, ProcessIo};
+use runtime::{CreateRequest, OciRuntime, Prepare, ProcessIo};
 use serde::Deserialize;
 
 use super::freezer::Freezer;
@@ -19,7 +19,7 @@ use crate::error::{BundleError, TaskError};
 use crate::stdio::{Copies, Owner, Prepared, Stdio};
 use crate::table::Registration;
 use crate::{options, pod, rootfs};
-use checkpoint::{Annotations, DeviceNode, Shm};
+use checkpoint::{AnnotationError, Annotations, DeviceNode, Shm};
 
 /// Parts of a config.json for the shim's own use; the runtime reads the rest.
 #[derive(Default, Deserialize)]
@@ -84,16 +84,23 @@ impl Spec {
     /// Returns the container's annotations about checkpoints. A typing error is reported at the
     /// creation, not at the checkpoint days later.
     fn annotations(&self, container: &str) -> Result<Annotations, TaskError> {
-        Annotations::parse(&self.annotations).map_err(|error| TaskError::BadRequest {
-            container: container.to_owned(),
-            field: "annotation",
-            message: error.to_string(),
-        })
+        Annotations::parse(&self.annotations).map_err(|error| bad_annotation(container, &error))
     }
 
-    fn into_config(self, annotations: Annotations) -> Config {
-        Config { shm: self.shm(), annotations, pids: self.pids(), devices: self.linux.unwrap_or_default().devices }
+    /// Returns the preparation of the container: by its annotation, else that of the node.
+    fn prepare(&self, container: &str, annotations: &Annotations, node: Prepare) -> Result<Prepare, TaskError> {
+        let own = annotations.prepare().map_err(|error| bad_annotation(container, &error))?;
+        Ok(own.unwrap_or(node))
     }
+
+    fn into_config(self, annotations: Annotations, prepare: Prepare) -> Config {
+        let (shm, pids) = (self.shm(), self.pids());
+        Config { shm, annotations, prepare, pids, devices: self.linux.unwrap_or_default().devices }
+    }
+}
+
+fn bad_annotation(container: &str, error: &AnnotationError) -> TaskError {
+    TaskError::BadRequest { container: container.to_owned(), field: "annotation", message: error.to_string() }
 }
 
 /// Makes the container of `request`. A failure leaves only containerd's own bundle.
@@ -106,6 +113,7 @@ pub(crate) async fn create(
     let options = options::decode(request.options.as_ref())?;
     let spec = Spec::read(&request.id, &bundle)?;
     let annotations = spec.annotations(&request.id)?;
+    let prepare = spec.prepare(&request.id, &annotations, context.prepare)?;
     let cgroups_path = spec.linux.as_ref().and_then(|linux| linux.cgroups_path.as_deref());
     let choice = options::choose_runtime(&options, &context.namespace, cgroups_path);
     let saved = choice.save(&bundle).and_then(|()| pod::join(&context.bundle, &bundle, &choice));
@@ -118,7 +126,7 @@ pub(crate) async fn create(
     rootfs::mount(&request.id, &request.rootfs, &target).await.inspect_err(|_| pod::leave(&context.bundle, &bundle))?;
     let runtime = (context.runtime_of)(&choice, &context.reaper);
     let stdio = stdio(&request);
-    let new = NewContainer { context, request: &request, bundle, options, stdio: &stdio, runtime: &*runtime };
+    let new = NewContainer { context, request: &request, bundle, options, prepare, stdio: &stdio, runtime: &*runtime };
     let made = match new.make_or_wait().await {
         Ok(made) => made,
         Err(error) => {
@@ -142,7 +150,7 @@ pub(crate) async fn create(
             runtime,
             owner: owner(context, &request.id, &options),
             choice,
-            config: spec.into_config(annotations),
+            config: spec.into_config(annotations, prepare),
             accounts: cgroup.map(Accounts::new),
             checkpoint: FromCheckpoint::of(&request, &options),
             freezer: Freezer::default(),
@@ -196,6 +204,7 @@ struct NewContainer<'a> {
     request: &'a CreateTaskRequest,
     bundle: PathBuf,
     options: Options,
+    prepare: Prepare,
     stdio: &'a Stdio,
     runtime: &'a dyn OciRuntime,
 }
@@ -245,6 +254,7 @@ impl NewContainer<'_> {
             io,
             no_pivot_root: self.options.no_pivot_root,
             no_new_keyring: self.options.no_new_keyring,
+            prepare: self.prepare,
         };
         Ok(self.runtime.create(request).await?)
     }

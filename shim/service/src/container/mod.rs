@@ -47,7 +47,7 @@ use std::sync::Arc;
 use cgroup::Cgroup;
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use reaper::{Child, Exit, Reaper};
-use runtime::{Choice, OciRuntime, Operation};
+use runtime::{Choice, OciRuntime, Operation, Prepare};
 use rustix::process::Signal;
 use session::{Conductor, NodeStore, Stop};
 use tokio::sync::{mpsc, oneshot};
@@ -79,6 +79,8 @@ pub(crate) struct Context {
     pub(crate) store: NodeStore,
     pub(crate) reaper: Reaper,
     pub(crate) events: Events,
+    /// Preparation of containers without an annotation about it.
+    pub(crate) prepare: Prepare,
     /// Makes the runtime chosen for a container.
     pub(crate) runtime_of: RuntimeOf,
     /// Takes checkpoints and restores from them.
@@ -222,6 +224,8 @@ struct Config {
     /// Source of /dev/shm, if mounted from outside.
     shm: Option<Shm>,
     annotations: Annotations,
+    /// Preparation of each process at its creation.
+    prepare: Prepare,
     /// Devices of the container.
     devices: Vec<DeviceNode>,
     pids: PidNamespace,

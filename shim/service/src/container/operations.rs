@@ -114,11 +114,12 @@ impl Actor {
         self.exec_mut(&exec)?.starting();
         let (runtime, reaper, owner) = (self.runtime.clone(), self.context.reaper.clone(), self.owner.clone());
         let (id, bundle, name) = (self.id.clone(), self.bundle.clone(), reference.name(&self.id));
+        let prepare = self.config.prepare;
         Ok(async move {
             let failed = |source| TaskError::Stdio { process: name.clone(), source };
             let started: Result<(Child, Copies), TaskError> = async {
                 let (io, prepared) = stdio.prepare(&owner, &reaper).await.map_err(failed)?;
-                let request = ExecRequest { id, exec_id: exec.clone().into(), bundle, process: spec, io };
+                let request = ExecRequest { id, exec_id: exec.clone().into(), bundle, process: spec, io, prepare };
                 let child = match runtime.exec(request).await {
                     Ok(child) => child,
                     Err(error) => {

@@ -21,7 +21,8 @@ use containerd_shim_protos::ttrpc::{self, Code};
 use oci_spec::runtime::{Features, LinuxResources};
 use reaper::{Child, Reaper};
 use runtime::{
-    CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, ProcessIo, RestoreRequest, RuntimeError,
+    CheckpointRequest, CreateRequest, ExecRequest, OciRuntime, Operation, Prepare, ProcessIo, RestoreRequest,
+    RuntimeError,
 };
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -203,6 +204,7 @@ impl Bench {
             logs: logs.path().to_owned(),
             store: NodeStore { root: logs.path().join("store"), quota: None, registry: None },
             reaper,
+            prepare: Prepare::Nothing,
             events: publisher,
             conductor: Arc::new(sessions::FakeConductor(Arc::clone(&runtime))),
             runtime_of: Arc::new(move |_, _| Arc::clone(&fake) as Arc<dyn OciRuntime>),

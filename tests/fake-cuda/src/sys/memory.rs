@@ -72,6 +72,12 @@ impl Region {
         map(None, pages(length)?, READ_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
     }
 
+    /// Memory that the process shares with children forked from it.
+    pub(crate) fn shared(length: usize) -> Result<Self> {
+        // Like the driver: "/dev/zero (deleted)" in the maps, also after a checkpoint.
+        map(None, pages(length)?, READ_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1)
+    }
+
     /// Ordinary memory that the kernel does not join with neighbours: maps show the exact size,
     /// between two pages without access.
     pub(crate) fn alone(length: usize) -> Result<Self> {

@@ -42,6 +42,7 @@ use super::program::{Program, words};
 use super::rootfs::Root;
 use super::seccomp::Filter;
 use super::state::read_json;
+use crate::Prepare;
 use crate::libcontainer::capability;
 use crate::spec::drop_unknown_capabilities;
 
@@ -119,7 +120,12 @@ pub(super) fn cgroup_path(linux: &Linux, systemd: bool, id: &str) -> PathBuf {
 }
 
 /// Completes the specification of a new container. Returns the last step of the creation.
-pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec<String>) -> Result<Program> {
+pub(super) fn for_init(
+    spec: &mut Spec,
+    cgroup_path: PathBuf,
+    prepare: Prepare,
+    warnings: &mut Vec<String>,
+) -> Result<Program> {
     let mut process = process(spec)?.clone();
     let mut linux = linux(spec)?.clone();
     let rootfs = Root::open(spec.root().as_ref().ok_or_else(|| Failure::new("the specification has no root"))?.path())?;
@@ -150,7 +156,7 @@ pub(super) fn for_init(spec: &mut Spec, cgroup_path: PathBuf, warnings: &mut Vec
     devices::complete(linux.resources_mut().get_or_insert_default())?;
     devices::list_once(&mut linux);
     let program =
-        Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: true, stdio: None, hooks: None };
+        Program { seccomp: Filter::take(&mut process, &mut linux, prepare)?, complain: true, stdio: None, hooks: None };
     spec.set_process(Some(process));
     spec.set_linux(Some(linux));
     Ok(program)
@@ -185,6 +191,7 @@ pub(super) fn for_exec(
     mut process: Process,
     init: HostPid,
     cgroup_path: PathBuf,
+    prepare: Prepare,
     warnings: &mut Vec<String>,
 ) -> Result<Program> {
     let first = self::process(spec)?;
@@ -235,8 +242,12 @@ pub(super) fn for_exec(
             "the container's seccomp filter reports to a listener, and libcontainer cannot give it a second process",
         ));
     }
-    let program =
-        Program { seccomp: Filter::take(&mut process, &mut linux)?, complain: false, stdio: None, hooks: None };
+    let program = Program {
+        seccomp: Filter::take(&mut process, &mut linux, prepare)?,
+        complain: false,
+        stdio: None,
+        hooks: None,
+    };
     spec.set_process(Some(process)).set_linux(Some(linux)).set_hooks(None).set_mounts(None);
     Ok(program)
 }
@@ -428,7 +439,7 @@ mod tests {
         let (root, mut spec) = container();
         spec.process_mut().as_mut().unwrap().set_no_new_privileges(Some(false));
         spec.linux_mut().as_mut().unwrap().set_rootfs_propagation(Some("rslave".into()));
-        let program = for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        let program = for_init(&mut spec, "/c".into(), Prepare::Nothing, &mut Vec::new()).unwrap();
         assert!(program.seccomp.is_none() && program.complain);
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.env().as_ref().unwrap(), &["PATH=/bin", "A=2", "HOME=/home/me"]);
@@ -460,7 +471,7 @@ mod tests {
         let (root, mut spec) = container();
         std::os::unix::fs::symlink("/run", root.path().join("var")).unwrap();
         spec.set_mounts(Some(vec![mount("/var/secret", &["rbind", "nosymfollow"])]));
-        for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        for_init(&mut spec, "/c".into(), Prepare::Nothing, &mut Vec::new()).unwrap();
         let mount = &spec.mounts().as_ref().unwrap()[0];
         assert_eq!(mount.destination(), Path::new("/run/secret"));
         assert_eq!(mount.options().as_ref().unwrap(), &["rbind", "rnosymfollow"]);
@@ -474,7 +485,7 @@ mod tests {
         volumes.set_source(Some(volume.path().to_owned()));
         spec.set_mounts(Some(vec![volumes]));
         spec.process_mut().as_mut().unwrap().set_cwd("/work/a/b".into());
-        for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap();
+        for_init(&mut spec, "/c".into(), Prepare::Nothing, &mut Vec::new()).unwrap();
         assert!(volume.path().join("a/b").is_dir());
         assert!(!root.path().join("work").exists());
     }
@@ -484,7 +495,7 @@ mod tests {
         let refusal = |change: fn(&mut Process)| {
             let (_root, mut spec) = container();
             change(spec.process_mut().as_mut().unwrap());
-            for_init(&mut spec, "/c".into(), &mut Vec::new()).unwrap_err().to_string()
+            for_init(&mut spec, "/c".into(), Prepare::Nothing, &mut Vec::new()).unwrap_err().to_string()
         };
         let without_arguments = refusal(|process| {
             process.set_args(Some(Vec::new()));
@@ -517,7 +528,7 @@ mod tests {
         spec.linux_mut().as_mut().unwrap().set_namespaces(Some(vec![namespace]));
         let process: Process =
             serde_json::from_str(r#"{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0},"env":["HOME=/x"]}"#).unwrap();
-        for_exec(&mut spec, process, own_pid(), "/c/d".into(), &mut Vec::new()).unwrap();
+        for_exec(&mut spec, process, own_pid(), "/c/d".into(), Prepare::Nothing, &mut Vec::new()).unwrap();
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.oom_score_adj(), Some(5));
         assert_eq!(process.env().as_ref().unwrap(), &["HOME=/x"]);
@@ -541,7 +552,7 @@ mod tests {
             let mut spec = spec.clone();
             let mut process = process;
             process.set_cwd("/".into());
-            for_exec(&mut spec, process, own_pid(), "/c".into(), &mut Vec::new())
+            for_exec(&mut spec, process, own_pid(), "/c".into(), Prepare::Nothing, &mut Vec::new())
         };
         assert!(exec(LinuxSeccompAction::ScmpActAllow).unwrap().seccomp.is_some());
         assert!(exec(LinuxSeccompAction::ScmpActNotify).unwrap_err().to_string().contains("listener"));
@@ -552,7 +563,8 @@ mod tests {
         let (_root, mut spec) = container();
         let mut process = spec.process().clone().unwrap();
         process.set_cwd("/no/such/directory".into());
-        let failure = for_exec(&mut spec, process, own_pid(), "/c".into(), &mut Vec::new()).unwrap_err();
+        let failure =
+            for_exec(&mut spec, process, own_pid(), "/c".into(), Prepare::Nothing, &mut Vec::new()).unwrap_err();
         let expected = r#"chdir to cwd ("/no/such/directory") set in config.json failed: no such file or directory"#;
         assert_eq!(failure.to_string(), expected);
     }

@@ -50,7 +50,7 @@ fn build(
     state.annotations = spec.annotations().clone();
     // The path of the cgroup is written down before the cgroup exists.
     helper.directory.save_state(&state)?;
-    let mut program = adapt::for_init(&mut spec, place.path().to_owned(), &mut helper.warnings)?;
+    let mut program = adapt::for_init(&mut spec, place.path().to_owned(), request.prepare, &mut helper.warnings)?;
     let cgroups = v1_mounts::expand(&mut spec, place)?;
     helper.directory.save_config(&YoukiConfig::from_spec(&spec, &helper.id)?)?;
 

@@ -52,6 +52,7 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
         cgroup_roots: cgroup_roots(&place, init.pid)?,
         external_mounts: external_mounts(&spec, &place, &root)?,
         external,
+        sparse: request.sparse.clone(),
         devices: request.devices,
         options: criu_options(request.allow),
     })

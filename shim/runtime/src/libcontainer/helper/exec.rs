@@ -21,7 +21,7 @@ use crate::libcontainer::protocol::Exec;
 const WORDS_LIMIT: u64 = 64 << 10;
 
 pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> Result<HostPid> {
-    let Exec { bundle, process, console_socket } = request;
+    let Exec { bundle, process, console_socket, prepare } = request;
     let allowed = [ContainerStatus::Created, ContainerStatus::Running];
     let (state, init) = helper.directory.expect("exec in", &allowed)?;
     let place = helper.place()?;
@@ -33,7 +33,8 @@ pub(super) fn exec(helper: &mut Helper, request: Exec, stdio: Option<Stdio>) -> 
     let place = place.for_exec(init.pid)?;
     let mut spec = adapt::load(&bundle)?;
     let uid_mappings = adapt::linux(&spec)?.uid_mappings().clone();
-    let mut program = adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), &mut helper.warnings)?;
+    let mut program =
+        adapt::for_exec(&mut spec, process, init.pid, place.path().to_owned(), prepare, &mut helper.warnings)?;
     check_terminal(&spec, console_socket.is_some())?;
     let uid = spec.process().as_ref().map_or(0, |process| process.user().uid());
     let uid = adapt::host_id(uid_mappings.as_deref(), uid);

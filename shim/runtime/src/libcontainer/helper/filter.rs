@@ -240,12 +240,6 @@ fn has_unknowns(profile: &LinuxSeccomp, newest: u32) -> bool {
 
 /// Returns the beginning of a program: ENOSYS for newer calls, else on to the following code.
 fn unknown(newest: u32) -> Vec<u64> {
-    /// Mark of x32 numbers, otherwise equal to those of x86-64.
-    const X32: u32 = 0x4000_0000;
-    const LOAD: u16 = 0x20; // BPF_LD | BPF_W | BPF_ABS
-    const AND: u16 = 0x54; // BPF_ALU | BPF_AND | BPF_K
-    const JUMP_IF_GREATER: u16 = 0x25; // BPF_JMP | BPF_JGT | BPF_K
-    const RETURN: u16 = 0x06; // BPF_RET | BPF_K
     vec![
         // The number is the first member of struct seccomp_data.
         instruction(LOAD, 0, 0, 0),
@@ -255,31 +249,52 @@ fn unknown(newest: u32) -> Vec<u64> {
     ]
 }
 
+/// Mark of x32 numbers, otherwise equal to those of x86-64.
+pub(super) const X32: u32 = 0x4000_0000;
+/// BPF_LD | BPF_W | BPF_ABS
+pub(super) const LOAD: u16 = 0x20;
+/// BPF_ALU | BPF_AND | BPF_K
+pub(super) const AND: u16 = 0x54;
+/// BPF_JMP | BPF_JEQ | BPF_K
+pub(super) const JUMP_IF_EQUAL: u16 = 0x15;
+/// BPF_JMP | BPF_JGT | BPF_K
+pub(super) const JUMP_IF_GREATER: u16 = 0x25;
+/// BPF_JMP | BPF_JGE | BPF_K
+pub(super) const JUMP_IF_AT_LEAST: u16 = 0x35;
+/// BPF_RET | BPF_K
+pub(super) const RETURN: u16 = 0x06;
+
 /// Returns a `struct sock_filter` (linux/filter.h) in memory order. Jumps count the following
 /// instructions.
-fn instruction(code: u16, if_true: u8, if_false: u8, operand: u32) -> u64 {
+pub(super) fn instruction(code: u16, if_true: u8, if_false: u8, operand: u32) -> u64 {
     let [c0, c1] = code.to_ne_bytes();
     let [k0, k1, k2, k3] = operand.to_ne_bytes();
     u64::from_ne_bytes([c0, c1, if_true, if_false, k0, k1, k2, k3])
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use oci_spec::runtime::{LinuxSeccompArgBuilder, LinuxSeccompBuilder, LinuxSyscall, LinuxSyscallBuilder};
 
     use super::*;
 
-    const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+    pub(in super::super) const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
     const REFUSE: u32 = libc::SECCOMP_RET_ERRNO | 1;
     const UNKNOWN: u32 = libc::SECCOMP_RET_ERRNO | 38;
 
     /// Runs a program as the kernel would, for a system call of this machine.
     fn run(program: &[u64], number: i64, argument: u64) -> u32 {
         let architecture: u32 = if cfg!(target_arch = "x86_64") { 0xc000_003e } else { 0xc000_00b7 };
+        run_call(program, architecture, u32::try_from(number).unwrap(), [argument, 0, 0])
+    }
+
+    pub(in super::super) fn run_call(program: &[u64], architecture: u32, number: u32, arguments: [u64; 3]) -> u32 {
         let mut data = [0u8; 64];
-        data[..4].copy_from_slice(&u32::try_from(number).unwrap().to_ne_bytes());
+        data[..4].copy_from_slice(&number.to_ne_bytes());
         data[4..8].copy_from_slice(&architecture.to_ne_bytes());
-        data[16..24].copy_from_slice(&argument.to_ne_bytes());
+        for (place, argument) in data[16..].chunks_mut(8).zip(arguments) {
+            place.copy_from_slice(&argument.to_ne_bytes());
+        }
         let mut accumulator = 0u32;
         let mut next = 0;
         loop {

@@ -20,6 +20,7 @@ mod id_maps;
 mod launch;
 mod lifecycle;
 mod log;
+mod preparation;
 mod program;
 pub(super) mod restore;
 mod rootfs;

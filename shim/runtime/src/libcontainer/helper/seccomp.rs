@@ -10,6 +10,8 @@
 //! filter with a listener is left to libcontainer, with the values exchanged: the listener's
 //! descriptor comes from another process.
 
+use std::path::Path;
+
 use libcontainer::capabilities::drop_privileges;
 use libcontainer::seccomp::is_notify;
 use libcontainer::syscall::syscall::create_syscall;
@@ -19,17 +21,20 @@ use oci_spec::runtime::{
 };
 
 use super::error::{Result, chain};
-use super::filter;
+use super::{filter, preparation};
+use crate::Prepare;
 use crate::libcontainer::sys;
 
+/// Folder of a kernel with seccomp filters.
+const SECCOMP: &str = "/proc/sys/kernel/seccomp";
 /// Capabilities for loading a filter, and for dropping that capability from the bounding set.
 const TO_LOAD: [Capability; 2] = [Capability::SysAdmin, Capability::Setpcap];
 
-/// A filter, and the moment of the load.
+/// Filters of a process, and the moment of their load.
 #[derive(Clone, Debug)]
 pub(super) struct Filter {
-    program: Vec<u64>,
-    flags: u64,
+    /// In the order of the load: programs, with their flags.
+    programs: Vec<(Vec<u64>, u64)>,
     moment: Moment,
 }
 
@@ -42,12 +47,23 @@ enum Moment {
 }
 
 impl Filter {
-    /// Takes the filter out of the specification, and gives the process the capabilities for the
-    /// load.
-    pub(super) fn take(process: &mut Process, linux: &mut Linux) -> Result<Option<Self>> {
-        let Some(profile) = linux.seccomp().clone() else { return Ok(None) };
-        if is_notify(&profile) {
-            linux.set_seccomp(Some(exchanged(&profile)?));
+    /// Takes the filter out of the specification, adds that of the preparation, and gives the process
+    /// the capabilities for the load. A profile with a listener stays alone: libcontainer loads it
+    /// before, and it may refuse another.
+    pub(super) fn take(process: &mut Process, linux: &mut Linux, prepare: Prepare) -> Result<Option<Self>> {
+        let profile = linux.seccomp().clone();
+        if let Some(profile) = profile.as_ref().filter(|profile| is_notify(profile)) {
+            linux.set_seccomp(Some(exchanged(profile)?));
+            return Ok(None);
+        }
+        let mut programs = Vec::new();
+        if prepare == Prepare::Seccomp && Path::new(SECCOMP).exists() {
+            programs.push((preparation::program(), libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW));
+        }
+        if let Some(profile) = profile {
+            programs.push((filter::program(&profile)?, flags(&profile)));
+        }
+        if programs.is_empty() {
             return Ok(None);
         }
         linux.set_seccomp(None);
@@ -67,7 +83,7 @@ impl Filter {
             process.set_capabilities(Some(until_loaded));
             Moment::Privileged(Box::new(last))
         };
-        Ok(Some(Self { program: filter::program(&profile)?, flags: flags(&profile), moment }))
+        Ok(Some(Self { programs, moment }))
     }
 
     /// Loads a privileged filter. Called just before the process waits for its start.
@@ -87,7 +103,8 @@ impl Filter {
     }
 
     fn load(&self) -> std::result::Result<(), String> {
-        sys::load_filter(&self.program, self.flags).map_err(|error| format!("cannot load the seccomp filter: {error}"))
+        let load = |(program, flags): &(Vec<u64>, u64)| sys::load_filter(program, *flags);
+        self.programs.iter().try_for_each(load).map_err(|error| format!("cannot load the seccomp filter: {error}"))
     }
 }
 
@@ -158,7 +175,19 @@ mod tests {
             .build()
             .unwrap();
         let mut linux = LinuxBuilder::default().seccomp(profile).build().unwrap();
-        (Filter::take(&mut process, &mut linux).unwrap(), process, linux)
+        (Filter::take(&mut process, &mut linux, Prepare::Seccomp).unwrap(), process, linux)
+    }
+
+    #[test]
+    fn a_prepared_container_has_a_filter_of_its_own_before_the_profiles() {
+        let (filter, ..) = take(Some(true), LinuxSeccompAction::ScmpActAllow);
+        let programs = filter.unwrap().programs;
+        assert_eq!((programs.len(), &programs[0].0), (2, &preparation::program()));
+        let (mut process, mut linux) = (Process::default(), Linux::default());
+        linux.set_seccomp(None);
+        let mut alone = |prepare| Filter::take(&mut process, &mut linux, prepare).unwrap();
+        assert!(alone(Prepare::Nothing).is_none());
+        assert_eq!(alone(Prepare::Seccomp).unwrap().programs.len(), 1);
     }
 
     #[test]

@@ -101,3 +101,75 @@ fn end_repair(socket: &OwnedFd, shares_address: bool) {
         tracing::warn!("a TCP connection is not as it was before the checkpoint: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    /// Returns both ends of a connection.
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    fn held(socket: &TcpStream) -> Connection {
+        let socket = OwnedFd::from(socket.try_clone().unwrap());
+        Connection { shares_address: socket_reuseaddr(&socket).unwrap(), socket }
+    }
+
+    /// Does to a socket what CRIU does for a dump. Returns whether this process may.
+    fn repair(socket: &TcpStream) -> bool {
+        let is_set = setsockopt(socket, sockopt::TcpRepair, &1).is_ok();
+        if !is_set {
+            eprintln!("skipped: repair mode needs CAP_NET_ADMIN");
+        }
+        is_set
+    }
+
+    #[test]
+    fn a_connection_that_criu_left_in_repair_mode_goes_on_as_it_was() {
+        let (mut client, mut server) = pair();
+        let shares = socket_reuseaddr(&server).unwrap();
+        let connections = Connections(vec![held(&server)]);
+        if !repair(&server) {
+            return;
+        }
+        connections.go_on();
+        server.write_all(b"hello").unwrap();
+        let mut read = [0; 5];
+        client.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"hello");
+        assert_eq!(socket_reuseaddr(&server).unwrap(), shares);
+    }
+
+    #[test]
+    fn the_other_end_outside_is_told_of_a_containers_end() {
+        let (mut client, server) = pair();
+        let connections = Connections(vec![held(&server)]);
+        if !repair(&server) {
+            return;
+        }
+        drop(server);
+        connections.close();
+        assert_eq!(client.read(&mut [0; 5]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_connection_of_the_container_with_itself_leaves_nothing_at_its_addresses() {
+        let (client, server) = pair();
+        let connections = Connections(vec![held(&server), held(&client)]);
+        if !repair(&server) || !repair(&client) {
+            return;
+        }
+        let ports = [&client, &server].map(|end| end.local_addr().unwrap().port());
+        drop((client, server));
+        connections.close();
+        let left = fs::read_to_string("/proc/net/tcp").unwrap();
+        let of_both = |line: &&str| ports.iter().all(|port| line.contains(&format!(":{port:04X} ")));
+        assert_eq!(left.lines().find(of_both), None);
+    }
+}

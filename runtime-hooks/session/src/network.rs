@@ -91,8 +91,7 @@ fn kind(of: &Address) -> (bool, bool) {
 
 /// Returns whether the network of this thread has a route to an address.
 fn is_reachable(target: SocketAddr) -> bool {
-    let any: IpAddr =
-        if target.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let any: IpAddr = if target.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
     UdpSocket::bind((any, 0)).and_then(|socket| socket.connect(target)).is_ok()
 }
 

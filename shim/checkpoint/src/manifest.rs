@@ -171,6 +171,17 @@ mod tests {
     }
 
     #[test]
+    fn addresses_are_noted_up_to_a_limit() {
+        let timeline = Timeline::start(runtime::Phase::Freeze);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, None, &timeline);
+        assert!(serde_json::to_value(&manifest).unwrap().get("addresses").is_none());
+        let address = |last: u32| Address { interface: "eth0".into(), address: IpAddr::V4(last.into()) };
+        let noted = manifest.with_addresses((0..300).map(address).collect());
+        let read: Manifest = serde_json::from_value(serde_json::to_value(&noted).unwrap()).unwrap();
+        assert_eq!(read.addresses(), (0..256).map(address).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn the_golden_file_is_understood() {
         for golden in [include_str!("testdata/gpusnap.json"), include_str!("testdata/gpusnap-complete.json")] {
             let manifest: Manifest = serde_json::from_str(golden).unwrap();

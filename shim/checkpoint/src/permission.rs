@@ -141,6 +141,9 @@ mod tests {
         let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: false };
         let tcp = |network, value| allowed(Some(saved), network, &[("gpusnap.dev/tcp", value)]).tcp;
         assert_eq!(tcp(Network::Hosts, "keep"), Tcp::Keep);
+        assert_eq!(tcp(OWN, "auto"), Tcp::Auto);
+        let closed = Allow { tcp: Tcp::Close, ..saved };
+        assert_eq!(allowed(Some(closed), OWN, &[("gpusnap.dev/tcp", "auto")]).tcp, Tcp::Close);
         assert_eq!(tcp(OWN, "close"), Tcp::Close);
         assert_eq!(tcp(OWN, "refuse"), Tcp::Refuse);
         let snapshot = [("gpusnap.dev/restore-privileges", "snapshot")];
@@ -158,7 +161,10 @@ mod tests {
         assert_eq!(network(r#"{"type":"pid"}"#), Network::Hosts);
         assert_eq!(network(r#"{"type":"pid"},{"type":"network"}"#), OWN);
         assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/net"}"#), Network::Hosts);
-        assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/mnt"}"#), Network::Joined("/proc/self/ns/mnt".into()));
+        assert_eq!(
+            network(r#"{"type":"network","path":"/proc/self/ns/mnt"}"#),
+            Network::Joined("/proc/self/ns/mnt".into())
+        );
         assert_eq!(Network::of_bundle(&bundle.path().join("none")), Network::Hosts);
     }
 

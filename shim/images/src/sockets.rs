@@ -248,11 +248,7 @@ impl OpenFiles {
     ///
     /// # Errors
     /// Fails if a file is damaged.
-    pub fn move_sockets(
-        &mut self,
-        moves: &Moves,
-        is_reachable: &dyn Fn(SocketAddr) -> bool,
-    ) -> Result<(), ImageError> {
+    pub fn move_sockets(&mut self, moves: &Moves, is_reachable: &dyn Fn(SocketAddr) -> bool) -> Result<(), ImageError> {
         for (at, socket) in self.sockets()? {
             let Some(moved) = socket.moved(moves, is_reachable) else { continue };
             self.entries[at] = with_socket(&self.path, &self.entries[at], |message| moved.put(&self.path, message))?;

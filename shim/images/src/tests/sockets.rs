@@ -5,9 +5,9 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::{Moves, OpenFiles, PrivateCopy, RewriteError};
 use crate::tests::devices::{FILES, bytes, entries, number, numbers, write};
 use crate::wire::{Value, fields, put_message, put_number};
+use crate::{Moves, OpenFiles, PrivateCopy, RewriteError};
 
 const STREAM: [u32; 2] = [0x5456_4319, 0x5146_5506];
 const ESTABLISHED: u64 = 1;

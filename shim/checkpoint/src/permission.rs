@@ -116,38 +116,38 @@ mod tests {
 
     const OWN: Network = Network::New { has_hooks: false };
 
-    fn allowed(saved: Option<Allow>, network: Network, all: &[(&str, &str)]) -> Allow {
+    fn allowed(saved: Option<Allow>, network: &Network, all: &[(&str, &str)]) -> Allow {
         let timeline = Timeline::start(Phase::Freeze);
         let manifest = saved.map(|allow| Manifest::new("c", "runc".into(), allow, None, None, None, &timeline));
-        allow(&Image::default(), manifest.as_ref(), &annotations(all), &network).unwrap()
+        allow(&Image::default(), manifest.as_ref(), &annotations(all), network).unwrap()
     }
 
     #[test]
     fn what_a_checkpoint_says_is_allowed_where_it_reaches_no_further_than_the_container() {
         let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: true };
-        assert_eq!(allowed(Some(saved), OWN, &[]), saved);
+        assert_eq!(allowed(Some(saved), &OWN, &[]), saved);
         let hosts = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: true };
-        assert_eq!(allowed(Some(saved), Network::Hosts, &[]), hosts);
+        assert_eq!(allowed(Some(saved), &Network::Hosts, &[]), hosts);
         let closes = Allow { tcp: Tcp::Close, ..saved };
-        assert_eq!(allowed(Some(closes), Network::Hosts, &[]).tcp, Tcp::Close);
+        assert_eq!(allowed(Some(closes), &Network::Hosts, &[]).tcp, Tcp::Close);
         let auto = Allow { tcp: Tcp::Auto, ..saved };
-        assert_eq!(allowed(Some(auto), Network::Hosts, &[]).tcp, Tcp::Auto);
+        assert_eq!(allowed(Some(auto), &Network::Hosts, &[]).tcp, Tcp::Auto);
         let foreign = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: false };
-        assert_eq!(allowed(None, Network::Hosts, &[]), foreign);
+        assert_eq!(allowed(None, &Network::Hosts, &[]), foreign);
     }
 
     #[test]
     fn the_container_has_the_last_word() {
         let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: false };
         let tcp = |network, value| allowed(Some(saved), network, &[("gpusnap.dev/tcp", value)]).tcp;
-        assert_eq!(tcp(Network::Hosts, "keep"), Tcp::Keep);
-        assert_eq!(tcp(OWN, "auto"), Tcp::Auto);
+        assert_eq!(tcp(&Network::Hosts, "keep"), Tcp::Keep);
+        assert_eq!(tcp(&OWN, "auto"), Tcp::Auto);
         let closed = Allow { tcp: Tcp::Close, ..saved };
-        assert_eq!(allowed(Some(closed), OWN, &[("gpusnap.dev/tcp", "auto")]).tcp, Tcp::Close);
-        assert_eq!(tcp(OWN, "close"), Tcp::Close);
-        assert_eq!(tcp(OWN, "refuse"), Tcp::Refuse);
+        assert_eq!(allowed(Some(closed), &OWN, &[("gpusnap.dev/tcp", "auto")]).tcp, Tcp::Close);
+        assert_eq!(tcp(&OWN, "close"), Tcp::Close);
+        assert_eq!(tcp(&OWN, "refuse"), Tcp::Refuse);
         let snapshot = [("gpusnap.dev/restore-privileges", "snapshot")];
-        assert_eq!(allowed(Some(saved), Network::Hosts, &snapshot), saved);
+        assert_eq!(allowed(Some(saved), &Network::Hosts, &snapshot), saved);
     }
 
     #[test]

@@ -19,13 +19,10 @@ use super::filter::{AND, JUMP_IF_AT_LEAST, JUMP_IF_EQUAL, JUMP_IF_GREATER, LOAD,
 const IO_URING: (u32, u32) = (425, 427);
 /// Likewise, since Linux 5.14.
 const MEMFD_SECRET: u32 = 447;
-/// The number of `socket` is the architecture's own.
-const SOCKET: u32 = libc::SYS_socket as u32;
-/// AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of linux/audit.h.
-#[cfg(target_arch = "x86_64")]
-const ARCHITECTURE: u32 = 0xc000_003e;
-#[cfg(target_arch = "aarch64")]
-const ARCHITECTURE: u32 = 0xc000_00b7;
+/// The number of `socket`, and the architecture with that number: AUDIT_ARCH_X86_64 and AUDIT_ARCH_AARCH64 of
+/// linux/audit.h.
+const SOCKET: u32 = if cfg!(target_arch = "x86_64") { 41 } else { 198 };
+const ARCHITECTURE: u32 = if cfg!(target_arch = "x86_64") { 0xc000_003e } else { 0xc000_00b7 };
 
 /// Places in `struct seccomp_data` (linux/seccomp.h). Both architectures are little-endian.
 const NUMBER: u32 = 0;
@@ -64,8 +61,8 @@ mod tests {
         run_call(&program(), ARCHITECTURE, u32::try_from(number).unwrap(), arguments)
     }
 
-    const TCP: u64 = libc::IPPROTO_TCP.unsigned_abs() as u64;
-    const MPTCP: u64 = libc::IPPROTO_MPTCP.unsigned_abs() as u64;
+    const TCP: u64 = 6;
+    const MPTCP: u64 = 262;
     const UNKNOWN: u32 = libc::SECCOMP_RET_ERRNO | 38;
     const NO_PROTOCOL: u32 = libc::SECCOMP_RET_ERRNO | 93;
 

@@ -63,7 +63,7 @@ struct Socket {
     namespace: Option<u64>,
 }
 
-/// One direction of a connection: its network namespace, and both addresses.
+/// Direction of a connection: network namespace, own address and the other end's.
 type Route = (Option<u64>, SocketAddr, SocketAddr);
 
 impl Socket {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use e2e::target::Shim;
 use e2e::{Case, Skip, Test, case, ensure_eq, ensure_has, lines, proc};
 
 use crate::ctr_exit::IDLE;
@@ -94,9 +95,18 @@ fn seccomp_can_be_turned_off(t: &Test) -> Result<()> {
     let script = format!("{NEW_USER_NAMESPACE}; {STATUS}");
     for text in init_and_exec(t, &["--security-opt", "seccomp=unconfined"], &script)? {
         ensure_has!(text, "allowed");
+        ensure_eq!(proc::status_line(&text, "Seccomp_filters")?, of_preparation(t));
+    }
+    let unprepared = ["--security-opt", "seccomp=unconfined", "--annotation", "gpusnap.dev/prepare=none"];
+    for text in init_and_exec(t, &unprepared, &script)? {
         ensure_eq!(proc::status_line(&text, "Seccomp")?, "0");
     }
     Ok(())
+}
+
+/// Number of filters in a container without a profile: the preparation's, with which our own name comes.
+fn of_preparation(t: &Test) -> &'static str {
+    if t.target().shim == Shim::Gpusnap { "1" } else { "0" }
 }
 
 fn a_profile_of_ones_own_is_obeyed_in_init_and_exec(t: &Test) -> Result<()> {
@@ -198,7 +208,7 @@ fn a_privileged_container_has_it_all(t: &Test) -> Result<()> {
     let script =
         format!("{STATUS}; mount -t tmpfs none /mnt 2>&1 || mkdir /mnt && mount -t tmpfs none /mnt && echo mounted");
     let text = t.nerdctl().prints(&["--privileged"], &script)?;
-    ensure_eq!(proc::status_line(&text, "Seccomp")?, "0");
+    ensure_eq!(proc::status_line(&text, "Seccomp_filters")?, of_preparation(t));
     // The machine's full set: a test machine may lack some.
     ensure_eq!(proc::status_line(&text, "CapEff")?, proc::status(std::process::id(), "CapBnd")?);
     ensure_has!(text, "mounted");

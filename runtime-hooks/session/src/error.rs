@@ -60,8 +60,11 @@ pub enum SessionError {
     /// The container has an id or namespace that names no snapshot.
     #[error("the container has a name that a snapshot cannot have")]
     Name(#[from] snapshot::NameError),
-    /// The images of a dump could not be rewritten.
-    #[error("cannot rewrite the images")]
+    /// The images cannot be read.
+    #[error(transparent)]
+    Damaged(#[from] images::ImageError),
+    /// The images could not be rewritten.
+    #[error("cannot rewrite devices and sockets in the images")]
     Images(#[from] images::RewriteError),
     /// The client, a Kill or a Delete ended the operation.
     #[error(transparent)]

@@ -30,6 +30,7 @@ mod halt;
 mod limits;
 mod machine;
 mod memory;
+mod network;
 mod order;
 mod orphans;
 mod process;

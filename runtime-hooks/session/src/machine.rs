@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use ::memory::Regions;
 use bulk::Published;
 use cgroup::Cgroup;
-use checkpoint::{Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
+use checkpoint::{Address, Draft, LogFolder, Manifest, MemoryPlace, SavedGpus};
 use criu::Criu;
 use gpu::Keeper;
-use images::{Connections, Devices, RewriteError, Sockets};
+use images::{Devices, OpenFiles, RewriteError};
 use phase::{Cancel, Phase, Timeline};
 use proc::{HostPid, Status};
 use reaper::{Child, Reaper};
@@ -22,10 +22,11 @@ use rustix::process::Signal;
 use tokio::runtime::Runtime;
 
 use crate::checkpoint::{Actions, After};
-use crate::connections;
+use crate::connections::Connections;
 use crate::error::SessionError;
 use crate::limits::GPU;
 use crate::memory::{self, BigMemory, Described, Publication};
+use crate::network;
 use crate::order::CheckpointOrder;
 use crate::undo::{Step, Undo};
 
@@ -69,6 +70,10 @@ pub(crate) struct Machine<'a> {
     gpu: Option<SavedGpus>,
     /// Devices of the driver that processes have beside the state that was moved.
     devices: Vec<Devices>,
+    /// TCP connections, held during the dump and up to the container's end.
+    connections: Option<Connections>,
+    /// Addresses in the container's network.
+    addresses: Vec<Address>,
     staging: Vec<Regions>,
     memory: Option<BigMemory>,
     /// Memory goes to the node store, or beside the images.
@@ -111,6 +116,8 @@ impl<'a> Machine<'a> {
             log: None,
             gpu: None,
             devices: Vec::new(),
+            connections: None,
+            addresses: Vec::new(),
             staging: Vec::new(),
             memory: None,
             is_saving: false,
@@ -219,16 +226,6 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Returns the images of the dump, to be rewritten.
-    fn dumped(&self) -> Dumped {
-        let is_auto = self.order.options.allow.tcp == Tcp::Auto;
-        let sockets = Sockets {
-            close_outside: is_auto && self.runtime.drives_criu(),
-            free_addresses: is_auto && !is_in_network_of_host(self.order.init),
-        };
-        Dumped { folder: self.folder.clone(), devices: self.devices.clone(), sockets }
-    }
-
     fn record(&self) -> Record {
         let order = self.order;
         Record {
@@ -237,30 +234,9 @@ impl<'a> Machine<'a> {
             allow: order.options.allow,
             gpu: self.gpu.clone(),
             resident: self.resident,
+            addresses: self.addresses.clone(),
             timeline: self.services.timeline.clone(),
         }
-    }
-}
-
-/// Images as CRIU has written them, for the rewriting of what a restore could not use.
-struct Dumped {
-    folder: PathBuf,
-    devices: Vec<Devices>,
-    sockets: Sockets,
-}
-
-impl Dumped {
-    fn rewrite(&self) -> Result<(), RewriteError> {
-        images::replace_devices(&self.folder, &self.devices)?;
-        if self.sockets != Sockets::default() {
-            let Connections { kept, closed } = images::rewrite_sockets(&self.folder, self.sockets)?;
-            if kept + closed > 0 {
-                tracing::info!(
-                    "of its TCP connections, {kept} ends are kept, and {closed} to elsewhere closed when restored"
-                );
-            }
-        }
-        Ok(())
     }
 }
 
@@ -271,13 +247,15 @@ struct Record {
     allow: runtime::Allow,
     gpu: Option<SavedGpus>,
     resident: Option<u64>,
+    addresses: Vec<Address>,
     timeline: Timeline,
 }
 
 impl Record {
     fn complete(self, published: Option<Published>, draft: &Mutex<Option<Draft>>) -> Result<(), SessionError> {
-        let Self { id, runtime, allow, gpu, resident, timeline } = self;
+        let Self { id, runtime, allow, gpu, resident, addresses, timeline } = self;
         let manifest = Manifest::new(&id, runtime, allow, gpu, published, resident, &timeline);
+        let manifest = manifest.with_addresses(addresses);
         let mut draft = lock(draft);
         let draft = draft.as_mut().ok_or(SessionError::Bug("the draft of a checkpoint"))?;
         let folder = draft.folder().to_owned();
@@ -358,6 +336,8 @@ impl Actions for Machine<'_> {
 
     fn dump(&mut self) -> Result<(), SessionError> {
         let (order, services) = (self.order, self.services);
+        let addresses = network::addresses(order.init);
+        self.addresses = addresses.map_err(file("look into the network", &order.init.path("ns/net")))?;
         let images = self.folder.clone();
         let memory = self.memory.as_ref();
         let (external_files, sparse) =
@@ -387,10 +367,11 @@ impl Actions for Machine<'_> {
             let (publication, record, draft) = (self.publication.take(), self.record(), Arc::clone(&self.draft));
             let (cancel, timeline) = (services.cancel.clone(), services.timeline.clone());
             let committed = Arc::clone(&self.is_committed);
-            let (dumped, cgroup) = (self.dumped(), self.cgroup.clone());
+            let (devices, folder) = (std::mem::take(&mut self.devices), images.clone());
+            let tcp = order.options.allow.tcp;
             Review::new(move || {
                 cancel.check()?;
-                dumped.rewrite()?;
+                make_restorable(&folder, &devices, tcp)?;
                 let published = publication.map(|publication| publication.run(&timeline)).transpose()?.flatten();
                 // Told before the commit: whatever fails after it, the snapshot is withdrawn.
                 let _ = tell.send(published.clone());
@@ -398,7 +379,6 @@ impl Actions for Machine<'_> {
                 timeline.enter(Phase::Publish);
                 record.complete(published, &draft)?;
                 timeline.enter(Phase::Dump);
-                connections::end_repair(&cgroup);
                 committed.store(true, Ordering::Release);
                 Ok(())
             })
@@ -421,7 +401,13 @@ impl Actions for Machine<'_> {
             cancel: services.cancel.clone(),
             review,
         };
+        let connections = Connections::of(&self.cgroup);
         let dumped = services.tokio.block_on(self.runtime.checkpoint(request));
+        if dumped.is_ok() && self.after() == After::Exit {
+            self.connections = Some(connections);
+        } else {
+            connections.go_on();
+        }
         self.published = told.try_recv().ok().flatten();
         if dumped.is_err() {
             // runc's shim leaves the log there, and its users look for it there.
@@ -431,7 +417,7 @@ impl Actions for Machine<'_> {
         }
         dumped?;
         if !is_reviewed {
-            self.dumped().rewrite()?;
+            make_restorable(&self.folder, &self.devices, order.options.allow.tcp)?;
         }
         Ok(())
     }
@@ -475,7 +461,11 @@ impl Actions for Machine<'_> {
         }
         let init = self.init.clone();
         let ended = async move { tokio::time::timeout(END, init.wait()).await };
-        match self.services.tokio.block_on(ended) {
+        let ended = self.services.tokio.block_on(ended);
+        if let Some(connections) = self.connections.take().filter(|_| self.order.options.allow.tcp == Tcp::Auto) {
+            connections.close();
+        }
+        match ended {
             Ok(_) => Ok(()),
             Err(_) => Err(SessionError::DoesNotEnd { pid: self.order.init }),
         }
@@ -490,10 +480,19 @@ impl Actions for Machine<'_> {
     }
 }
 
-/// Returns whether a process is in this process's network namespace. One that cannot be asked counts as such.
-fn is_in_network_of_host(pid: HostPid) -> bool {
-    let namespace = |path: PathBuf| std::fs::read_link(path).ok();
-    namespace(pid.path("ns/net")).is_none_or(|of| Some(of) == namespace("/proc/self/ns/net".into()))
+/// Rewrites what CRIU has saved and cannot restore, or not elsewhere. A second call changes nothing.
+fn make_restorable(images: &Path, devices: &[Devices], tcp: Tcp) -> Result<(), RewriteError> {
+    images::replace_devices(images, devices)?;
+    let mut files = OpenFiles::read(images)?;
+    if tcp == Tcp::Auto {
+        let closed = files.close_outside()?;
+        if closed > 0 {
+            tracing::info!("{closed} TCP connections lead outside: a restored container finds them closed");
+        }
+    } else {
+        files.close_ended()?;
+    }
+    files.write(images)
 }
 
 /// Returns whether a process has ended, or will as soon as it is thawed: SIGKILL is pending.

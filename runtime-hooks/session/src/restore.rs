@@ -12,6 +12,7 @@
 //! `go-on`. Memory is filled meanwhile.
 
 use std::cmp::Reverse;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,9 +21,10 @@ use std::time::Duration;
 
 use bulk::{Node, Restoring, Source};
 use cgroup::Cgroup;
-use checkpoint::{DeviceNode, Folder, FolderError, LogFolder, Manifest, Network, SavedGpus, Shm};
+use checkpoint::{DeviceNode, Folder, LogFolder, Manifest, Network, SavedGpus, Shm};
 use cuda::{Inventory, Pair};
 use gpu::Keeper;
+use images::{ImageError, OpenFiles, PrivateCopy};
 use memory::Layout;
 use phase::Phase;
 use proc::{HostPid, ProcessIds};
@@ -35,6 +37,7 @@ use snapshot::Scope;
 use crate::error::{Failed, SessionError};
 use crate::limits::GPU;
 use crate::machine::Services;
+use crate::network;
 use crate::order::RestoreOrder;
 
 /// CRIU's name for its log of a restore.
@@ -59,6 +62,8 @@ struct Inspected {
     memory: Option<Source>,
     /// Bytes of memory that the container had, if that is known.
     resident: Option<u64>,
+    /// Open files, changed for this node and this network; `None` in the format of very old CRIUs.
+    files: Option<OpenFiles>,
 }
 
 /// One restore of one container.
@@ -110,7 +115,7 @@ impl<'a> Restore<'a> {
     ) -> Result<(), SessionError> {
         let (services, order) = (self.services, self.order);
         let images = order.images.as_path();
-        let Inspected { allow, gpu, memory, resident } = self.inspect(images)?;
+        let Inspected { allow, gpu, memory, resident, files } = self.inspect(images)?;
         if memory.is_some() && !self.runtime.drives_criu() {
             return Err(SessionError::Fill);
         }
@@ -121,6 +126,8 @@ impl<'a> Restore<'a> {
         let subject = &order.subject;
         let log = LogFolder::make(&subject.logs, order.work.as_deref(), &subject.namespace, &subject.id, LOG);
         let log = log.map_err(file("make a folder for the log of", images))?;
+        // Removed when the container runs.
+        let copy = files.map(|files| private(images, log.path(), files)).transpose()?.flatten();
         self.load_shm()?;
         services.cancel.check()?;
         services.timeline.enter(Phase::Prepare);
@@ -129,7 +136,7 @@ impl<'a> Restore<'a> {
         let request = RestoreRequest {
             id: subject.id.clone(),
             bundle: subject.bundle.clone(),
-            images: images.to_owned(),
+            images: copy.as_ref().map_or(images, PrivateCopy::path).to_owned(),
             work: log.path().to_owned(),
             io: io(streams, order.console_socket.clone())?,
             no_pivot_root: order.no_pivot_root,
@@ -204,16 +211,24 @@ impl<'a> Restore<'a> {
         let memory = manifest.as_ref().and_then(Manifest::memory).map(|memory| memory.source.clone());
         let resident = manifest.as_ref().and_then(Manifest::resident);
         let network = Network::of_bundle(&self.order.subject.bundle);
-        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, network);
+        let allow = checkpoint::allow(&image, manifest.as_ref(), &self.order.annotations, &network);
         let mut allow = allow.map_err(|error| SessionError::Annotation(error.to_string()))?;
-        // Elsewhere a connection of the images might be another program's.
-        if allow.tcp == Tcp::Auto
-            && network == Network::Hosts
-            && !images::is_closed_outside(images).map_err(FolderError::Image)?
-        {
-            allow.tcp = Tcp::Refuse;
+        let mut files = match OpenFiles::read(images) {
+            Err(ImageError::Read { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+            files => Some(files?),
+        };
+        match (&mut files, allow.tcp) {
+            // What the checkpoint says of itself is no permission.
+            (Some(files), Tcp::Auto) => drop(files.close_outside()?),
+            (Some(files), _) => files.close_ended()?,
+            (None, Tcp::Auto) => allow.tcp = Tcp::Refuse,
+            (None, _) => {}
         }
-        Ok(Inspected { allow, gpu, memory, resident })
+        if let Some(files) = &mut files {
+            let old = manifest.as_ref().map(Manifest::addresses).unwrap_or_default();
+            network::move_sockets(files, old, &network)?;
+        }
+        Ok(Inspected { allow, gpu, memory, resident, files })
     }
 
     /// Writes the pid file and returns the container's cgroup, or `None` if init has ended by now: the last step of its life
@@ -347,6 +362,16 @@ impl Filling {
         let staging = if gpu.is_some() { memory.staging(&processes)?.unwrap_or_default() } else { Layout::default() };
         Ok(Self { memory, processes, first, staging })
     }
+}
+
+/// Returns a copy of the images with changed open files, if any was changed.
+fn private(images: &Path, work: &Path, files: OpenFiles) -> Result<Option<PrivateCopy>, SessionError> {
+    if !files.is_changed() {
+        return Ok(None);
+    }
+    let copy = PrivateCopy::of(images, work)?;
+    files.write(copy.path())?;
+    Ok(Some(copy))
 }
 
 fn io(streams: Option<[OwnedFd; 3]>, console_socket: Option<PathBuf>) -> Result<ProcessIo, SessionError> {

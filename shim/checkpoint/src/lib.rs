@@ -25,7 +25,7 @@ pub use annotations::{AnnotationError, Annotations, MemoryPlace};
 pub use draft::Draft;
 pub use gpu::{DeviceNode, SavedGpus};
 pub use log::{LogFolder, ROOT as LOGS};
-pub use manifest::Manifest;
+pub use manifest::{Address, Manifest};
 pub use options::{CheckpointOptions, RequestError};
 pub use permission::{Network, allow, registry};
 pub use record::{Folder, FolderError, Record};

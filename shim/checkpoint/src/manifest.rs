@@ -1,5 +1,6 @@
 //! Contents of `gpusnap.json`: origin of a checkpoint. Format: docs/format.md.
 
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use runtime::{Allow, Tcp, Timeline};
@@ -33,8 +34,23 @@ pub struct Manifest {
     /// left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     resident: Option<u64>,
+    /// Addresses in the container's network; empty in the host's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    addresses: Vec<Address>,
     /// Durations of the steps, in seconds.
     phases: Vec<Step>,
+}
+
+/// Most addresses in a record: room for it is reserved.
+const MAX_ADDRESSES: usize = 256;
+
+/// An address in a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Address {
+    /// Name of the interface.
+    pub interface: String,
+    /// The address.
+    pub address: IpAddr,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,10 +95,25 @@ impl Manifest {
             gpu,
             memory,
             resident,
+            addresses: Vec::new(),
             phases: phases
                 .map(|(phase, duration)| Step { phase: phase.name().to_owned(), seconds: duration.as_secs_f64() })
                 .collect(),
         }
+    }
+
+    /// Notes the addresses in the container's network.
+    #[must_use]
+    pub fn with_addresses(mut self, mut addresses: Vec<Address>) -> Self {
+        addresses.truncate(MAX_ADDRESSES);
+        self.addresses = addresses;
+        self
+    }
+
+    /// Returns the addresses that the container's network had, but for those of the loopback.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
     }
 
     /// Returns the GPU state.
@@ -137,6 +168,17 @@ mod tests {
             assert_eq!(text["tcp"] == "keep", matches!(tcp, Tcp::Auto | Tcp::Keep), "{text}");
             assert_eq!(serde_json::from_value::<Manifest>(text).unwrap().allow(), allow);
         }
+    }
+
+    #[test]
+    fn addresses_are_noted_up_to_a_limit() {
+        let timeline = Timeline::start(runtime::Phase::Freeze);
+        let manifest = Manifest::new("c", "runc".into(), Allow::default(), None, None, None, &timeline);
+        assert!(serde_json::to_value(&manifest).unwrap().get("addresses").is_none());
+        let address = |last: u32| Address { interface: "eth0".into(), address: IpAddr::V4(last.into()) };
+        let noted = manifest.with_addresses((0..300).map(address).collect());
+        let read: Manifest = serde_json::from_value(serde_json::to_value(&noted).unwrap()).unwrap();
+        assert_eq!(read.addresses(), (0..256).map(address).collect::<Vec<_>>());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! namespace CRIU would reach the host's abstract sockets as root, and other programs' connections:
 //! the container's annotations have to allow that.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use images::Image;
 use runtime::{Allow, Privileges, Tcp};
@@ -15,10 +15,15 @@ use crate::annotations::{AnnotationError, Annotations};
 use crate::manifest::Manifest;
 
 /// The network namespace of a container.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// A namespace of the container or the pod.
-    Own,
+    /// A namespace of the container, made with it.
+    New {
+        /// Hooks may put interfaces into it.
+        has_hooks: bool,
+    },
+    /// A namespace made before, such as the pod's.
+    Joined(PathBuf),
     /// The host's namespace, or an unknown one.
     Hosts,
 }
@@ -28,14 +33,14 @@ impl Network {
     /// unless it is this process's.
     #[must_use]
     pub fn of_bundle(bundle: &Path) -> Self {
-        let spec = oci_spec::runtime::Spec::load(bundle.join("config.json")).ok();
-        let namespaces = spec.and_then(|spec| spec.linux().as_ref()?.namespaces().clone()).unwrap_or_default();
+        let Ok(spec) = oci_spec::runtime::Spec::load(bundle.join("config.json")) else { return Self::Hosts };
+        let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
         let network = namespaces.iter().find(|of| of.typ() == oci_spec::runtime::LinuxNamespaceType::Network);
         match network.map(|of| of.path().as_deref()) {
             None => Self::Hosts,
-            Some(None) => Self::Own,
+            Some(None) => Self::New { has_hooks: spec.hooks().is_some() },
             Some(Some(path)) if is_mine(path) => Self::Hosts,
-            Some(Some(_)) => Self::Own,
+            Some(Some(path)) => Self::Joined(path.to_owned()),
         }
     }
 }
@@ -55,20 +60,22 @@ pub fn allow(
     image: &Image,
     manifest: Option<&Manifest>,
     annotations: &Annotations,
-    network: Network,
+    network: &Network,
 ) -> Result<Allow, AnnotationError> {
     let tcp = if image.tcp_close { Tcp::Close } else { Tcp::Keep };
     let other = Allow { tcp, external_unix_sockets: true, shell_job: false };
     let mut allow = manifest.map_or(other, Manifest::allow);
-    if network == Network::Hosts && annotations.privileges()? == Privileges::Container {
+    if *network == Network::Hosts && annotations.privileges()? == Privileges::Container {
         allow.external_unix_sockets = false;
+        // By [`Tcp::Auto`] the restore closes all that leads outside.
         if allow.tcp == Tcp::Keep {
             allow.tcp = Tcp::Refuse;
         }
     }
     match annotations.tcp()? {
-        // Says what is saved, and nothing of what was.
-        None | Some(Tcp::Auto) => {}
+        // CRIU has closed all in the images, and wants to be told again.
+        Some(Tcp::Auto) if allow.tcp == Tcp::Close => {}
+        None => {}
         Some(tcp) => allow.tcp = tcp,
     }
     Ok(allow)
@@ -107,7 +114,9 @@ mod tests {
         Annotations::parse(&all).unwrap()
     }
 
-    fn allowed(saved: Option<Allow>, network: Network, all: &[(&str, &str)]) -> Allow {
+    const OWN: Network = Network::New { has_hooks: false };
+
+    fn allowed(saved: Option<Allow>, network: &Network, all: &[(&str, &str)]) -> Allow {
         let timeline = Timeline::start(Phase::Freeze);
         let manifest = saved.map(|allow| Manifest::new("c", "runc".into(), allow, None, None, None, &timeline));
         allow(&Image::default(), manifest.as_ref(), &annotations(all), network).unwrap()
@@ -116,24 +125,29 @@ mod tests {
     #[test]
     fn what_a_checkpoint_says_is_allowed_where_it_reaches_no_further_than_the_container() {
         let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: true };
-        assert_eq!(allowed(Some(saved), Network::Own, &[]), saved);
+        assert_eq!(allowed(Some(saved), &OWN, &[]), saved);
         let hosts = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: true };
-        assert_eq!(allowed(Some(saved), Network::Hosts, &[]), hosts);
+        assert_eq!(allowed(Some(saved), &Network::Hosts, &[]), hosts);
         let closes = Allow { tcp: Tcp::Close, ..saved };
-        assert_eq!(allowed(Some(closes), Network::Hosts, &[]).tcp, Tcp::Close);
+        assert_eq!(allowed(Some(closes), &Network::Hosts, &[]).tcp, Tcp::Close);
+        let auto = Allow { tcp: Tcp::Auto, ..saved };
+        assert_eq!(allowed(Some(auto), &Network::Hosts, &[]).tcp, Tcp::Auto);
         let foreign = Allow { tcp: Tcp::Refuse, external_unix_sockets: false, shell_job: false };
-        assert_eq!(allowed(None, Network::Hosts, &[]), foreign);
+        assert_eq!(allowed(None, &Network::Hosts, &[]), foreign);
     }
 
     #[test]
     fn the_container_has_the_last_word() {
         let saved = Allow { tcp: Tcp::Keep, external_unix_sockets: true, shell_job: false };
         let tcp = |network, value| allowed(Some(saved), network, &[("gpusnap.dev/tcp", value)]).tcp;
-        assert_eq!(tcp(Network::Hosts, "keep"), Tcp::Keep);
-        assert_eq!(tcp(Network::Own, "close"), Tcp::Close);
-        assert_eq!(tcp(Network::Own, "refuse"), Tcp::Refuse);
+        assert_eq!(tcp(&Network::Hosts, "keep"), Tcp::Keep);
+        assert_eq!(tcp(&OWN, "auto"), Tcp::Auto);
+        let closed = Allow { tcp: Tcp::Close, ..saved };
+        assert_eq!(allowed(Some(closed), &OWN, &[("gpusnap.dev/tcp", "auto")]).tcp, Tcp::Close);
+        assert_eq!(tcp(&OWN, "close"), Tcp::Close);
+        assert_eq!(tcp(&OWN, "refuse"), Tcp::Refuse);
         let snapshot = [("gpusnap.dev/restore-privileges", "snapshot")];
-        assert_eq!(allowed(Some(saved), Network::Hosts, &snapshot), saved);
+        assert_eq!(allowed(Some(saved), &Network::Hosts, &snapshot), saved);
     }
 
     #[test]
@@ -145,9 +159,12 @@ mod tests {
             Network::of_bundle(bundle.path())
         };
         assert_eq!(network(r#"{"type":"pid"}"#), Network::Hosts);
-        assert_eq!(network(r#"{"type":"pid"},{"type":"network"}"#), Network::Own);
+        assert_eq!(network(r#"{"type":"pid"},{"type":"network"}"#), OWN);
         assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/net"}"#), Network::Hosts);
-        assert_eq!(network(r#"{"type":"network","path":"/proc/self/ns/mnt"}"#), Network::Own);
+        assert_eq!(
+            network(r#"{"type":"network","path":"/proc/self/ns/mnt"}"#),
+            Network::Joined("/proc/self/ns/mnt".into())
+        );
         assert_eq!(Network::of_bundle(&bundle.path().join("none")), Network::Hosts);
     }
 

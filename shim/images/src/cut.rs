@@ -85,26 +85,24 @@ fn write(path: &Path, entry: &[u8]) -> Result<(), RewriteError> {
     })
 }
 
-/// A folder with the same images and an inventory without the mark, acceptable to CRIU. Removed on
-/// drop.
+/// A folder with the same images, in which some can be replaced. Removed on drop.
 ///
 /// The files are hard links: CRIU opens images also from within the restored tree's own root, where
 /// a link by path would lead astray.
 #[derive(Debug)]
-pub struct Unmarked {
+pub struct PrivateCopy {
     folder: TempDir,
     /// Shared lock, held while in use: the leftovers of a killed restore have none.
     _lock: File,
 }
 
-impl Unmarked {
+impl PrivateCopy {
     /// Makes the folder inside the images' folder; if nothing can be made there, inside `work`, by
-    /// copies.
+    /// copies. Records beside the images are shared likewise.
     ///
     /// # Errors
     /// Fails if the images cannot be read, or the folder cannot be made.
     pub fn of(images: &Path, work: &Path) -> Result<Self, RewriteError> {
-        let entry = unmarked(&images.join(INVENTORY))?;
         let place = |place: &Path| tempfile::Builder::new().prefix(UNMARKED_PREFIX).tempdir_in(place);
         let folder = place(images).or_else(|_| place(work)).map_err(|source| RewriteError::File {
             action: "make a folder in",
@@ -117,12 +115,13 @@ impl Unmarked {
         let _ = lock.lock_shared();
         for found in fs::read_dir(images).map_err(failed(images.to_owned()))? {
             let found = found.map_err(failed(images.to_owned()))?;
-            let is_image = Path::new(&found.file_name()).extension().is_some_and(|extension| extension == "img");
-            if is_image && found.file_name() != INVENTORY {
-                share(&found.path(), &folder.path().join(found.file_name())).map_err(failed(found.path()))?;
+            let name = found.file_name();
+            let is_image = Path::new(&name).extension().is_some_and(|extension| extension == "img");
+            let is_record = Path::new(&name).extension().is_some_and(|extension| extension == "json");
+            if is_image || is_record {
+                share(&found.path(), &folder.path().join(name)).map_err(failed(found.path()))?;
             }
         }
-        write(&folder.path().join(INVENTORY), &entry)?;
         Ok(Self { folder, _lock: lock })
     }
 
@@ -130,6 +129,29 @@ impl Unmarked {
     #[must_use]
     pub fn path(&self) -> &Path {
         self.folder.path()
+    }
+}
+
+/// A copy with an inventory without the mark, acceptable to CRIU. Removed on drop.
+#[derive(Debug)]
+pub struct Unmarked(PrivateCopy);
+
+impl Unmarked {
+    /// Makes the copy as [`PrivateCopy::of`] does.
+    ///
+    /// # Errors
+    /// Fails if the images cannot be read, or the folder cannot be made.
+    pub fn of(images: &Path, work: &Path) -> Result<Self, RewriteError> {
+        let entry = unmarked(&images.join(INVENTORY))?;
+        let copy = PrivateCopy::of(images, work)?;
+        write(&copy.path().join(INVENTORY), &entry)?;
+        Ok(Self(copy))
+    }
+
+    /// Returns the folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.0.path()
     }
 }
 

@@ -9,15 +9,18 @@ use std::path::{Path, PathBuf};
 
 use proc::ContainerPid;
 
-use crate::format::{COMMON_MAGIC, FDINFO_MAGIC, IDS_MAGIC, ImageError, damaged};
+use crate::files::OpenFiles;
+use crate::format::{COMMON_MAGIC, FDINFO_MAGIC, FILES_MAGIC, IDS_MAGIC, ImageError, damaged};
 use crate::rewrite::{RewriteError, replace};
-use crate::sockets::{FILES, FILES_START};
 use crate::vma::{self, VMAS, Vma, mm_path, read_mm, vmas};
 use crate::wire::{
     MAX_ENTRY, Reader, Value, fields, first_entry, put_message, put_number, put_signed, with_numbers, write_entry,
     write_magic,
 };
 
+/// The file of all open files of all processes.
+pub(crate) const FILES: &str = "files.img";
+pub(crate) const FILES_START: [u32; 2] = [COMMON_MAGIC, FILES_MAGIC];
 const FDINFO_START: [u32; 2] = [COMMON_MAGIC, FDINFO_MAGIC];
 const IDS_START: [u32; 2] = [COMMON_MAGIC, IDS_MAGIC];
 
@@ -34,7 +37,7 @@ const FD_TYPE: u32 = 3;
 const FD_NUMBER: u32 = 4;
 
 /// Fields of an open file, in images/fdinfo.proto.
-const FILE_TYPE: u32 = 1;
+pub(crate) const FILE_TYPE: u32 = 1;
 const FILE_ID: u32 = 2;
 const FILE_REGULAR: u32 = 3;
 const FILE_EXTERNAL: u32 = 15;
@@ -83,6 +86,42 @@ pub fn replace_devices(images: &Path, devices: &[Devices]) -> Result<(), Rewrite
     }
     replace_files(images, &files)?;
     devices.iter().try_for_each(|of| replace_mappings(images, of.pid))
+}
+
+/// Beginning of the paths of the NVIDIA driver's devices.
+const DRIVER: &str = "/dev/nvidia";
+
+impl OpenFiles {
+    /// Replaces devices of the NVIDIA driver that `is_missing` by [`NULL`].
+    ///
+    /// # Errors
+    /// Fails if a file is damaged.
+    pub fn replace_missing_devices(&mut self, is_missing: &dyn Fn(&Path) -> bool) -> Result<(), ImageError> {
+        for entry in &mut self.entries {
+            let (mut id, mut name, mut owner) = (0, None, None);
+            fields(&self.path, entry, |field| {
+                match (field.number, field.value) {
+                    (FILE_ID, Value::Number(value)) => id = value,
+                    (FILE_REGULAR, Value::Bytes(file)) => fields(&self.path, file, |field| {
+                        match (field.number, field.value) {
+                            (OWNER, Value::Bytes(bytes)) => owner = Some(bytes.to_vec()),
+                            (REGULAR_NAME, Value::Bytes(bytes)) => name = std::str::from_utf8(bytes).ok(),
+                            _ => {}
+                        }
+                        Ok(())
+                    })?,
+                    _ => {}
+                }
+                Ok(())
+            })?;
+            let (Some(name), Some(owner)) = (name, owner) else { continue };
+            if name.starts_with(DRIVER) && is_missing(Path::new(name)) {
+                *entry = open_file(id, Path::new(NULL), &owner);
+                self.is_changed = true;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Returns the number of a process's table of descriptors.
@@ -158,13 +197,18 @@ fn replace_files(images: &Path, files: &BTreeMap<u64, PathBuf>) -> Result<(), Re
         changed = true;
         let owner = owner.ok_or_else(|| damaged(&path, "an open file has no owner"))?;
         let name = files.get(&id).map_or(Path::new(NULL), PathBuf::as_path);
-        let mut message = vec![];
-        put_number(&mut message, FILE_TYPE, REGULAR);
-        put_number(&mut message, FILE_ID, id);
-        put_message(&mut message, FILE_REGULAR, &regular_file(id, name, &owner));
-        entries.push(message);
+        entries.push(open_file(id, name, &owner));
     }
     if changed { write(&path, &FILES_START, &entries) } else { Ok(()) }
+}
+
+/// Returns an open file to be opened by its path.
+fn open_file(id: u64, name: &Path, owner: &[u8]) -> Vec<u8> {
+    let mut message = vec![];
+    put_number(&mut message, FILE_TYPE, REGULAR);
+    put_number(&mut message, FILE_ID, id);
+    put_message(&mut message, FILE_REGULAR, &regular_file(id, name, owner));
+    message
 }
 
 fn regular_file(id: u64, name: &Path, owner: &[u8]) -> Vec<u8> {
@@ -200,7 +244,7 @@ fn replace_mappings(images: &Path, pid: ContainerPid) -> Result<(), RewriteError
     write(&path, &vma::MAGIC, &[entry])
 }
 
-fn write(path: &Path, magic: &[u32], entries: &[Vec<u8>]) -> Result<(), RewriteError> {
+pub(crate) fn write(path: &Path, magic: &[u32], entries: &[Vec<u8>]) -> Result<(), RewriteError> {
     replace(path, |out| {
         write_magic(out, magic)?;
         entries.iter().try_for_each(|entry| write_entry(out, entry))

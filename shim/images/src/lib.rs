@@ -6,6 +6,7 @@
 
 mod cut;
 mod devices;
+mod files;
 mod format;
 mod inspect;
 mod memory;
@@ -19,12 +20,13 @@ mod tree;
 mod vma;
 mod wire;
 
-pub use cut::{UNMARKED_PREFIX, Unmarked, mark};
+pub use cut::{PrivateCopy, UNMARKED_PREFIX, Unmarked, mark};
 pub use devices::{Devices, NULL, replace_devices};
+pub use files::OpenFiles;
 pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};
 pub use pages::check_pages;
 pub use rewrite::{Changes, RewriteError, Staging, rewrite};
-pub use sockets::{Connections, Sockets, is_closed_outside, rewrite_sockets};
+pub use sockets::Moves;
 pub use tree::root_pid;

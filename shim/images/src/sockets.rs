@@ -1,32 +1,29 @@
-//! Sockets in images: connections of the container with itself are kept, others closed, and addresses freed.
+//! TCP connections whose other end is not in the images.
 //!
-//! CRIU takes all connections of a dump or none. A connection whose other end is not among the images
-//! cannot go on in a restored container: its entry becomes that of a socket that was never connected
-//! and is shut down. A program then reads the end of the stream and cannot write, as when the other
-//! side has gone away.
-//!
-//! A restored container may have another address, and CRIU cannot bind the old one. So a socket on the
-//! container's own address gets the wildcard address. A connection of the container with itself over
-//! its own address gets the loopback's.
+//! CRIU saves every connection of the tree alike, and at a restore puts each one together again. The
+//! other end of a connection to the outside still talks to the saved container, or is gone. Here such
+//! a connection becomes a socket that was shut down: a reader finds its end, a writer a broken pipe,
+//! as when the other end goes away. Connections of the container with itself stay.
 
-use std::collections::BTreeSet;
-use std::io;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
-use crate::format::{COMMON_MAGIC, FILES_MAGIC, ImageError, damaged};
-use crate::rewrite::{RewriteError, replace};
-use crate::wire::{MAX_ENTRY, Reader, Value, fields, put_message, put_number, write_entry, write_magic};
+use crate::devices::FILE_TYPE;
+use crate::files::OpenFiles;
+use crate::format::{COMMON_MAGIC, ImageError, damaged};
+use crate::wire::{MAX_ENTRY, Value, fields, first_entry, put_message, put_number, with_numbers};
 
-/// The file of all open files of all processes.
-pub(crate) const FILES: &str = "files.img";
-pub(crate) const FILES_START: [u32; 2] = [COMMON_MAGIC, FILES_MAGIC];
+const STREAM_START: [u32; 2] = [COMMON_MAGIC, 0x5146_5506];
 
-/// `isk` of an open file, in images/fdinfo.proto.
-const SOCKET: u32 = 4;
+/// The kind of an open file, and its field, in images/fdinfo.proto.
+const INET: u64 = 4;
+const FILE_INET: u32 = 4;
 
 /// Fields of a socket, in images/sk-inet.proto.
 const INODE: u32 = 2;
 const FAMILY: u32 = 3;
+const TYPE: u32 = 4;
 const PROTOCOL: u32 = 5;
 const STATE: u32 = 6;
 const SOURCE_PORT: u32 = 7;
@@ -36,266 +33,319 @@ const TARGET: u32 = 12;
 const NAMESPACE: u32 = 18;
 const SHUTDOWN: u32 = 19;
 
-/// `IPPROTO_TCP`.
+/// Fields of a connection, in images/tcp-stream.proto.
+const RECEIVED: u32 = 2;
+const UNSENT: u32 = 3;
+const WRITTEN: u32 = 4;
+
+/// Numbers of Linux.
+const STREAM: u64 = 1;
+const DATAGRAM: u64 = 2;
 const TCP: u64 = 6;
-/// `AF_INET6`.
 const INET6: u64 = 10;
-/// `TCP_CLOSE` and `TCP_LISTEN` of include/net/tcp_states.h.
 const CLOSED: u64 = 7;
 const LISTENS: u64 = 10;
-/// `BOTH` of images/sk-opts.proto.
-const BOTH_WAYS: u64 = 3;
-/// Third word of an IPv4 address in IPv6: `::ffff:0:0/96` in network order.
-const MAPPED: u64 = 0xffff_0000;
-/// 127.0.0.1 and the last word of `::1`, in network order.
-const LOOPBACK: u64 = 0x0100_007f;
-const LOOPBACK_6: u64 = 0x0100_0000;
 
-/// End of a connection.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct End {
-    /// Words of the address; one for IPv4, in IPv6 or not.
-    address: Vec<u64>,
-    port: u64,
-}
+/// Both directions, in images/sk-opts.proto.
+const BOTH: u64 = 3;
 
-impl End {
-    fn new(address: &[u64], port: u64) -> Self {
-        let address = match address {
-            [0, 0, MAPPED, v4] => vec![*v4],
-            address => address.to_vec(),
-        };
-        Self { address, port }
-    }
-}
-
-/// A TCP connection: the namespace, the own end, and the other one.
-type Connection = (u64, End, End);
-
-/// A socket among the open files.
-#[derive(Default)]
+/// A socket of the internet protocols in the images.
+#[derive(Clone, Debug)]
 struct Socket {
     inode: u64,
-    family: u64,
-    protocol: u64,
+    is_tcp: bool,
+    is_udp: bool,
+    /// The family, also with an IPv4 address inside.
+    is_ipv6: bool,
     state: u64,
-    ports: [u64; 2],
-    source: Vec<u64>,
-    target: Vec<u64>,
-    namespace: u64,
+    source: SocketAddr,
+    target: SocketAddr,
+    namespace: Option<u64>,
 }
 
+/// Direction of a connection: network namespace, own address and the other end's.
+type Route = (Option<u64>, SocketAddr, SocketAddr);
+
 impl Socket {
-    fn of(path: &Path, message: &[u8]) -> Result<Self, ImageError> {
-        let mut socket = Self::default();
-        fields(path, message, |field| {
-            let Value::Number(value) = field.value else { return Ok(()) };
-            match field.number {
-                INODE => socket.inode = value,
-                FAMILY => socket.family = value,
-                PROTOCOL => socket.protocol = value,
-                STATE => socket.state = value,
-                SOURCE_PORT => socket.ports[0] = value,
-                TARGET_PORT => socket.ports[1] = value,
-                SOURCE => socket.source.push(value),
-                TARGET => socket.target.push(value),
-                NAMESPACE => socket.namespace = value,
+    /// Reads the socket of an open file; `None` for any other kind of file.
+    fn of(path: &Path, entry: &[u8]) -> Result<Option<Self>, ImageError> {
+        let (mut kind, mut socket) = (0, None);
+        fields(path, entry, |field| {
+            match (field.number, field.value) {
+                (FILE_TYPE, Value::Number(value)) => kind = value,
+                (FILE_INET, Value::Bytes(message)) => socket = Some(message),
                 _ => {}
             }
             Ok(())
         })?;
-        let words = if socket.family == INET6 { 4 } else { 1 };
-        if socket.source.len() > words || socket.target.len() > words {
-            return Err(damaged(path, "a socket has an address of another family"));
+        socket.filter(|_| kind == INET).map(|message| Self::parse(path, message)).transpose()
+    }
+
+    fn parse(path: &Path, message: &[u8]) -> Result<Self, ImageError> {
+        let mut numbers = BTreeMap::new();
+        let (mut source, mut target) = (vec![], vec![]);
+        fields(path, message, |field| {
+            if let Value::Number(value) = field.value {
+                match field.number {
+                    SOURCE => source.push(value),
+                    TARGET => target.push(value),
+                    number => drop(numbers.insert(number, value)),
+                }
+            }
+            Ok(())
+        })?;
+        let number = |number| numbers.get(&number).copied().unwrap_or_default();
+        let address = |words: &[u64], port: u32| {
+            let port = u16::try_from(number(port)).ok();
+            let address = address(number(FAMILY), words).zip(port);
+            address.map(SocketAddr::from).ok_or_else(|| damaged(path, "a socket has no address"))
+        };
+        Ok(Self {
+            inode: number(INODE),
+            is_tcp: number(TYPE) == STREAM && number(PROTOCOL) == TCP,
+            is_udp: number(TYPE) == DATAGRAM,
+            is_ipv6: number(FAMILY) == INET6,
+            state: number(STATE),
+            source: address(&source, SOURCE_PORT)?,
+            target: address(&target, TARGET_PORT)?,
+            namespace: numbers.get(&NAMESPACE).copied(),
+        })
+    }
+
+    /// Returns whether CRIU takes the socket for a connection: one that the other end has reset, too.
+    fn is_connection(&self) -> bool {
+        self.is_tcp && self.state != LISTENS && (self.state != CLOSED || self.target.port() != 0)
+    }
+
+    fn route(&self) -> Route {
+        (self.namespace, self.source, self.target)
+    }
+
+    fn way_back(&self) -> Route {
+        (self.namespace, self.target, self.source)
+    }
+}
+
+/// Returns the address in words of the images; an IPv4 address mapped into IPv6 as the former.
+fn address(family: u64, words: &[u64]) -> Option<IpAddr> {
+    let mut bytes = [0; 16];
+    let size = if family == INET6 { 16 } else { 4 };
+    if words.len() * 4 < size {
+        return None;
+    }
+    for (place, word) in bytes.chunks_exact_mut(4).zip(words) {
+        place.copy_from_slice(&u32::try_from(*word).ok()?.to_ne_bytes());
+    }
+    Some(if family == INET6 {
+        Ipv6Addr::from(bytes).to_canonical()
+    } else {
+        Ipv4Addr::new(bytes[0], bytes[1], bytes[2], bytes[3]).into()
+    })
+}
+
+/// Progress of a connection, by the numbers of its bytes.
+struct Stream {
+    received: u32,
+    acknowledged: u32,
+}
+
+impl Stream {
+    fn of(images: &Path, socket: &Socket) -> Result<Self, ImageError> {
+        let path = images.join(stream_name(socket));
+        let (mut received, mut unsent, mut written) = (0, 0, 0);
+        fields(&path, &first_entry(&path, &STREAM_START, MAX_ENTRY)?, |field| {
+            let Value::Number(value) = field.value else { return Ok(()) };
+            let value = || u32::try_from(value).map_err(|_| damaged(&path, "a number is too large"));
+            match field.number {
+                RECEIVED => received = value()?,
+                UNSENT => unsent = value()?,
+                WRITTEN => written = value()?,
+                _ => {}
+            }
+            Ok(())
+        })?;
+        Ok(Self { received, acknowledged: written.wrapping_sub(unsent) })
+    }
+
+    /// Returns whether the other end has all that it told to have. CRIU saves the two ends one after
+    /// the other, and the kernel moves data meanwhile.
+    fn is_whole_at(&self, other: &Self) -> bool {
+        // The end of the data counts as one more byte, which CRIU does not always count.
+        const END: u32 = 1;
+        let ahead = self.acknowledged.wrapping_sub(other.received);
+        ahead <= END || ahead > u32::MAX / 2
+    }
+}
+
+fn stream_name(socket: &Socket) -> String {
+    format!("tcp-stream-{:x}.img", socket.inode)
+}
+
+impl OpenFiles {
+    /// Closes the TCP connections that lead out of the images. Returns the number of closed ones. A second
+    /// call changes nothing.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged, or cannot be read.
+    pub fn close_outside(&mut self) -> Result<usize, ImageError> {
+        let sockets = self.sockets()?;
+        let connections = sockets.iter().map(|(_, socket)| socket);
+        let connections = connections.filter(|socket| socket.is_connection() && socket.state != CLOSED);
+        let connections: BTreeMap<_, _> = connections.map(|socket| (socket.route(), socket)).collect();
+        let mut inner = BTreeMap::new();
+        for (route, socket) in &connections {
+            let Some(other) = connections.get(&socket.way_back()) else { continue };
+            let (this, that) = (Stream::of(&self.images, socket)?, Stream::of(&self.images, other)?);
+            if this.is_whole_at(&that) && that.is_whole_at(&this) {
+                inner.insert(*route, socket.inode);
+            }
         }
+        let mut closed = 0;
+        for (at, socket) in &sockets {
+            if socket.is_connection() && inner.get(&socket.route()) != Some(&socket.inode) {
+                self.close(*at, socket)?;
+                closed += 1;
+            }
+        }
+        Ok(closed)
+    }
+
+    /// Closes the TCP connections that are over, such as those reset by the other end. CRIU takes them for
+    /// established ones at a restore.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged.
+    pub fn close_ended(&mut self) -> Result<(), ImageError> {
+        let sockets = self.sockets()?;
+        let mut ended = sockets.iter().filter(|(_, socket)| socket.is_connection() && socket.state == CLOSED);
+        ended.try_for_each(|(at, socket)| self.close(*at, socket))
+    }
+
+    fn close(&mut self, at: usize, socket: &Socket) -> Result<(), ImageError> {
+        self.entries[at] = without_connection(&self.path, &self.entries[at])?;
+        self.unused.push(stream_name(socket));
+        self.is_changed = true;
+        Ok(())
+    }
+
+    /// Returns the sockets, with the places of their open files.
+    fn sockets(&self) -> Result<Vec<(usize, Socket)>, ImageError> {
+        let mut sockets = vec![];
+        for (at, entry) in self.entries.iter().enumerate() {
+            sockets.extend(Socket::of(&self.path, entry)?.map(|socket| (at, socket)));
+        }
+        Ok(sockets)
+    }
+}
+
+/// Fates of the addresses of a network that is left: successors, or none.
+pub type Moves = BTreeMap<IpAddr, Option<IpAddr>>;
+
+impl OpenFiles {
+    /// Moves sockets to another network. An address without a successor becomes the loopback address in a
+    /// connection of the container with itself, and any address in other sockets. A connection to elsewhere
+    /// does not move: its other end knows the address. A UDP socket is connected only to what `is_reachable`.
+    ///
+    /// # Errors
+    /// Fails if a file is damaged.
+    pub fn move_sockets(&mut self, moves: &Moves, is_reachable: &dyn Fn(SocketAddr) -> bool) -> Result<(), ImageError> {
+        for (at, socket) in self.sockets()? {
+            let Some(moved) = socket.moved(moves, is_reachable) else { continue };
+            self.entries[at] = with_socket(&self.path, &self.entries[at], |message| moved.put(&self.path, message))?;
+            self.is_changed = true;
+        }
+        Ok(())
+    }
+}
+
+impl Socket {
+    /// Returns the socket in another network; `None` if nothing changes.
+    fn moved(&self, moves: &Moves, is_reachable: &dyn Fn(SocketAddr) -> bool) -> Option<Self> {
+        let to = |old: SocketAddr, other: fn(&IpAddr) -> IpAddr| {
+            let new = moves.get(&old.ip()).map(|new| new.unwrap_or_else(|| other(&old.ip())));
+            SocketAddr::new(new.unwrap_or(old.ip()), old.port())
+        };
+        let leads_out = !self.target.ip().is_loopback() && !moves.contains_key(&self.target.ip());
+        if self.is_connection() && leads_out {
+            return None;
+        }
+        let mut moved = self.clone();
+        moved.source = to(self.source, if self.is_connection() { loopback } else { any });
+        moved.target = to(self.target, loopback);
+        if self.is_udp && self.target.port() != 0 && !is_reachable(moved.target) {
+            moved.state = CLOSED;
+            moved.target = SocketAddr::new(any(&self.target.ip()), 0);
+        }
+        ((moved.source, moved.target) != (self.source, self.target)).then_some(moved)
+    }
+
+    /// Returns the message of a socket with this one's state and addresses.
+    fn put(&self, path: &Path, message: &[u8]) -> Result<Vec<u8>, ImageError> {
+        let changed = [(STATE, self.state), (TARGET_PORT, self.target.port().into())];
+        let mut bytes = vec![];
+        fields(path, &with_numbers(path, message, &changed)?, |field| {
+            if ![SOURCE, TARGET].contains(&field.number) {
+                bytes.extend_from_slice(field.raw);
+            }
+            Ok(())
+        })?;
+        for (field, address) in [(SOURCE, self.source), (TARGET, self.target)] {
+            words(address.ip(), self.is_ipv6).into_iter().for_each(|word| put_number(&mut bytes, field, word));
+        }
+        Ok(bytes)
+    }
+}
+
+fn any(address: &IpAddr) -> IpAddr {
+    if address.is_ipv6() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
+}
+
+fn loopback(address: &IpAddr) -> IpAddr {
+    if address.is_ipv6() { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() }
+}
+
+/// Returns an address in words of the images.
+fn words(address: IpAddr, is_ipv6: bool) -> Vec<u64> {
+    let octets = match address {
+        IpAddr::V4(address) if is_ipv6 => address.to_ipv6_mapped().octets().to_vec(),
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let word = |octets: &[u8]| octets.try_into().map_or(0, u32::from_ne_bytes).into();
+    octets.chunks_exact(4).map(word).collect()
+}
+
+/// Returns an open file with its connection closed: a socket that was never bound, and shut down.
+fn without_connection(path: &Path, entry: &[u8]) -> Result<Vec<u8>, ImageError> {
+    let changed = [(STATE, CLOSED), (SOURCE_PORT, 0), (TARGET_PORT, 0)];
+    with_socket(path, entry, |message| {
+        let mut socket = vec![];
+        fields(path, &with_numbers(path, message, &changed)?, |field| {
+            if field.number != SHUTDOWN {
+                socket.extend_from_slice(field.raw);
+            }
+            Ok(())
+        })?;
+        put_number(&mut socket, SHUTDOWN, BOTH);
         Ok(socket)
-    }
-
-    /// Returns the connection; `None` for a socket that is not connected by TCP. A socket whose
-    /// connection was reset has still the other end's port, and CRIU would connect it again.
-    fn connection(&self) -> Option<Connection> {
-        let is_reset = self.state == CLOSED && self.ports[1] != 0;
-        let is_connected = self.protocol == TCP && (is_reset || !matches!(self.state, CLOSED | LISTENS));
-        let [own, other] = [(&self.source, self.ports[0]), (&self.target, self.ports[1])]
-            .map(|(address, port)| End::new(address, port));
-        is_connected.then_some((self.namespace, own, other))
-    }
+    })
 }
 
-/// Treatment of sockets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sockets {
-    /// Close TCP connections whose other end is not in the images.
-    pub close_outside: bool,
-    /// Free sockets of the container's own addresses. Not in the host's network, whose addresses stay.
-    pub free_addresses: bool,
-}
-
-/// Numbers of a container's TCP connections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Connections {
-    /// Ends whose other end is in the images as well.
-    pub kept: usize,
-    /// Connections to elsewhere.
-    pub closed: usize,
-}
-
-/// Rewrites the sockets of all processes.
-///
-/// # Errors
-/// Fails if a file is damaged, or cannot be read or written. The images are useless then.
-pub fn rewrite_sockets(images: &Path, sockets: Sockets) -> Result<Connections, RewriteError> {
-    let path = images.join(FILES);
-    let all = connections(&path)?;
-    let mut told = Connections::default();
-    let (mut entries, mut closed, mut is_changed) = (vec![], vec![], false);
-    let mut reader = Reader::open(&path, &FILES_START)?;
-    while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        let Some(found) = socket(&path, &entry)? else {
-            entries.push(entry);
-            continue;
-        };
-        let change = match found.connection() {
-            Some(connection) if is_inside(&connection, &all) => {
-                told.kept += 1;
-                let is_own =
-                    sockets.free_addresses && is_own(&found.source) && connection.1.address == connection.2.address;
-                is_own.then_some(Change::Loopback)
-            }
-            Some(_) if sockets.close_outside => {
-                told.closed += 1;
-                closed.push(found.inode);
-                Some(Change::Close)
-            }
-            Some(_) => None,
-            None => (sockets.free_addresses && is_own(&found.source)).then_some(Change::Free),
-        };
-        is_changed |= change.is_some();
-        entries.push(change.map_or(Ok(entry.clone()), |change| with_socket(&path, &entry, change))?);
-    }
-    if !is_changed {
-        return Ok(told);
-    }
-    replace(&path, |out| {
-        write_magic(out, &FILES_START)?;
-        entries.iter().try_for_each(|entry| write_entry(out, entry))
-    })?;
-    for inode in closed {
-        let stream = images.join(format!("tcp-stream-{inode:x}.img"));
-        match std::fs::remove_file(&stream) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(RewriteError::File { action: "remove", path: stream, source });
-            }
-            _ => {}
-        }
-    }
-    Ok(told)
-}
-
-/// Returns whether an address is one of the container's interfaces: no wildcard, loopback or multicast address. A program
-/// can be bound to no others.
-fn is_own(address: &[u64]) -> bool {
-    // The first byte of an address is the lowest of its word.
-    let is_own_v4 = |word: u64| word != 0 && word & 0xff != 127 && word & 0xff < 224;
-    match address {
-        [word] | [0, 0, MAPPED, word] => is_own_v4(*word),
-        [0, 0, 0, 0 | LOOPBACK_6] => false,
-        // ff00::/8 is multicast; fe80::/10 is bound by an interface, whose name CRIU has.
-        [first, ..] => first & 0xff != 0xff && first & 0xc0ff != 0x80fe,
-        [] => false,
-    }
-}
-
-/// Returns whether every TCP connection has both ends in the images.
-///
-/// # Errors
-/// Fails if the file is damaged or cannot be read.
-pub fn is_closed_outside(images: &Path) -> Result<bool, ImageError> {
-    let path = images.join(FILES);
-    let all = connections(&path)?;
-    Ok(all.iter().all(|connection| is_inside(connection, &all)))
-}
-
-fn is_inside((namespace, own, other): &Connection, all: &BTreeSet<Connection>) -> bool {
-    all.contains(&(*namespace, other.clone(), own.clone()))
-}
-
-fn connections(path: &Path) -> Result<BTreeSet<Connection>, ImageError> {
-    let mut all = BTreeSet::new();
-    let mut reader = Reader::open(path, &FILES_START)?;
-    while let Some(entry) = reader.entry(MAX_ENTRY)? {
-        all.extend(socket(path, &entry)?.and_then(|socket| socket.connection()));
-    }
-    Ok(all)
-}
-
-/// Returns the socket of an open file.
-fn socket(path: &Path, entry: &[u8]) -> Result<Option<Socket>, ImageError> {
-    let mut found = None;
+/// Returns an open file with its socket changed.
+fn with_socket(
+    path: &Path,
+    entry: &[u8],
+    mut change: impl FnMut(&[u8]) -> Result<Vec<u8>, ImageError>,
+) -> Result<Vec<u8>, ImageError> {
+    let mut changed = vec![];
     fields(path, entry, |field| {
-        if let (SOCKET, Value::Bytes(message)) = (field.number, field.value) {
-            found = Some(Socket::of(path, message)?);
-        }
-        Ok(())
-    })?;
-    Ok(found)
-}
-
-/// Change to a socket.
-#[derive(Clone, Copy)]
-enum Change {
-    /// The socket was never connected, and is shut down.
-    Close,
-    /// The socket is bound to all addresses.
-    Free,
-    /// The connection goes over the loopback.
-    Loopback,
-}
-
-/// Returns the entry with a changed socket.
-fn with_socket(path: &Path, entry: &[u8], change: Change) -> Result<Vec<u8>, ImageError> {
-    let mut bytes = vec![];
-    fields(path, entry, |field| {
-        match (field.number, field.value) {
-            (SOCKET, Value::Bytes(message)) => put_message(&mut bytes, SOCKET, &changed(path, message, change)?),
-            _ => bytes.extend_from_slice(field.raw),
-        }
-        Ok(())
-    })?;
-    Ok(bytes)
-}
-
-fn changed(path: &Path, socket: &[u8], change: Change) -> Result<Vec<u8>, ImageError> {
-    let Socket { source, target, .. } = Socket::of(path, socket)?;
-    let [mut source, mut target] = [source, target].map(|address| match change {
-        Change::Loopback => loopback(&address).into_iter(),
-        Change::Close | Change::Free => vec![0; address.len()].into_iter(),
-    });
-    let mut bytes = vec![];
-    fields(path, socket, |field| {
-        match (field.number, change) {
-            (STATE, Change::Close) => put_number(&mut bytes, STATE, CLOSED),
-            (SOURCE_PORT | TARGET_PORT, Change::Close) => put_number(&mut bytes, field.number, 0),
-            (SHUTDOWN, Change::Close) => {}
-            (SOURCE, _) => source.next().into_iter().for_each(|word| put_number(&mut bytes, SOURCE, word)),
-            (TARGET, Change::Close | Change::Loopback) => {
-                target.next().into_iter().for_each(|word| put_number(&mut bytes, TARGET, word));
+        match field.value {
+            Value::Bytes(message) if field.number == FILE_INET => {
+                put_message(&mut changed, FILE_INET, &change(message)?);
             }
-            _ => bytes.extend_from_slice(field.raw),
+            _ => changed.extend_from_slice(field.raw),
         }
         Ok(())
     })?;
-    if matches!(change, Change::Close) {
-        put_number(&mut bytes, SHUTDOWN, BOTH_WAYS);
-    }
-    Ok(bytes)
-}
-
-/// Returns the loopback's address of the same family.
-fn loopback(address: &[u64]) -> Vec<u64> {
-    match address {
-        [_] => vec![LOOPBACK],
-        [0, 0, MAPPED, _] => vec![0, 0, MAPPED, LOOPBACK],
-        _ => vec![0, 0, 0, LOOPBACK_6],
-    }
+    Ok(changed)
 }

@@ -13,8 +13,7 @@ use crate::{ProcessIo, Timeline};
 /// Treatment of established TCP connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Tcp {
-    /// Connections of the container with itself are saved, and all others are closed in the restored
-    /// container. A runtime that drives CRIU itself refuses them.
+    /// Connections of the container with itself are kept, others closed in the restored container.
     #[default]
     Auto,
     /// Established connections make a checkpoint fail.
@@ -60,7 +59,8 @@ pub struct CheckpointRequest {
     pub work: PathBuf,
     /// True: the container goes on. False: the processes are killed once the images are complete.
     pub leave_running: bool,
-    /// Contents allowed in the images.
+    /// Contents allowed in the images. With [`Tcp::Auto`] the images can be restored only after
+    /// [`images::OpenFiles::close_outside`].
     pub allow: Allow,
     /// Checked before the container goes on or ends: a cancelled checkpoint fails.
     pub cancel: Cancel,

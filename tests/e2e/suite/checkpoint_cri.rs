@@ -11,6 +11,7 @@ use e2e::{Case, Cmd, IMAGE, PYTHON, Skip, Test, case, cgroup, ensure_eq, ensure_
 use serde_json::{Value, json};
 
 use crate::checkpoint_ctr::ticking;
+use crate::checkpoint_workloads::TELL;
 use crate::cri_pods::own_processes;
 use crate::ctr_exit::IDLE;
 
@@ -25,6 +26,8 @@ pub(crate) fn cases() -> Vec<Case> {
         restoring(case!(a_restored_pods_container_can_be_checkpointed_and_restored_again)),
         restoring(case!(the_files_of_a_pods_container_are_restored)),
         restoring(case!(a_server_in_a_pod_answers_after_its_restore)),
+        restoring(case!(sockets_at_a_pods_address_are_at_the_next_pods_address))
+            .except(Shim::Stock, "CRIU cannot bind a socket to an address that is gone"),
         restoring(case!(dev_shm_of_a_pod_is_restored)).except(Shim::Stock, loses),
         restoring(case!(a_file_mapped_from_a_pods_dev_shm_survives)).except(Shim::Stock, loses),
         restoring(case!(an_archive_without_images_is_refused_and_the_pod_works)),
@@ -217,14 +220,61 @@ fn a_server_in_a_pod_answers_after_its_restore(t: &Test) -> Result<()> {
     let script = format!("(while :; do echo hello | nc -l -p 8080; done) & {COUNT}");
     let (pod, id) = moves(t, IMAGE, &ticking(&script))?;
     counts_past(t, &id, 3)?;
-    let text = t.cri().cmd(&["inspectp", "--output", "json", &pod.id]).ok()?.text();
-    let all: Value = serde_json::from_str(&text)?;
-    let address = all.pointer("/status/network/ip").and_then(Value::as_str).context("the pod's address")?.to_owned();
+    let address = address(t, &pod)?;
     eventually("the server to answer", || {
         let client = format!("exec 3<>/dev/tcp/{address}/8080; cat <&3");
         ensure_eq!(Cmd::new("bash").args(&["-c", &client]).stdin_null().ok()?.trimmed(), "hello");
         Ok(())
     })
+}
+
+/// A listener, a connection of its own to itself, a connected UDP socket, and a connection that was reset, all at the
+/// container's own address.
+const AT_OWN_ADDRESS: &str = "
+import socket
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.connect(('192.0.2.1', 53))
+me = udp.getsockname()[0]
+server = socket.create_server((me, 8080))
+server.setblocking(False)
+to_itself = socket.create_server((me, 0))
+a, reset = [socket.create_connection(to_itself.getsockname()) for _ in range(2)]
+b, other = [to_itself.accept()[0] for _ in range(2)]
+other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes((1, 0, 0, 0, 0, 0, 0, 0)))
+other.close()
+count = 0
+while True:
+    count += 1
+    a.sendall(b'%08d' % count)
+    assert b.recv(8) == b'%08d' % count
+    try:
+        client = server.accept()[0]
+        client.sendall(b'hello')
+        client.close()
+    except BlockingIOError:
+        pass
+    tell(udp.getsockname()[0], '/address')
+    tell(count)
+    time.sleep(0.02)
+";
+
+fn sockets_at_a_pods_address_are_at_the_next_pods_address(t: &Test) -> Result<()> {
+    let script = format!("exec python3 -c \"{TELL}{AT_OWN_ADDRESS}\"");
+    let (pod, id) = moves(t, PYTHON, &script)?;
+    let now = counts_past(t, &id, 3)?;
+    counts_past(t, &id, now)?;
+    let address = address(t, &pod)?;
+    ensure_eq!(t.cri().exec_prints(&id, "cat /address")?, address);
+    let client = format!("exec 3<>/dev/tcp/{address}/8080; cat <&3");
+    ensure_eq!(Cmd::new("bash").args(&["-c", &client]).stdin_null().ok()?.trimmed(), "hello");
+    Ok(())
+}
+
+/// The pod's address.
+fn address(t: &Test, pod: &Pod<'_>) -> Result<String> {
+    let text = t.cri().cmd(&["inspectp", "--output", "json", &pod.id]).ok()?.text();
+    let all: Value = serde_json::from_str(&text)?;
+    Ok(all.pointer("/status/network/ip").and_then(Value::as_str).context("the pod's address")?.to_owned())
 }
 
 fn dev_shm_of_a_pod_is_restored(t: &Test) -> Result<()> {

@@ -37,7 +37,7 @@ pub(crate) fn cases() -> Vec<Case> {
 const LIMIT: &str = "runc leaves CRIU's limit for deleted files at 1 MB";
 
 /// Function that records progress in a file, never half-written for a reader.
-const TELL: &str = "import os, time
+pub(crate) const TELL: &str = "import os, time
 def tell(value, name='/count'):
     with open('/new', 'w') as file:
         file.write(str(value))

@@ -8,15 +8,15 @@ use tempfile::TempDir;
 
 use crate::tests::formats::file;
 use crate::wire::{Reader, Value, fields, first_entry, put_message, put_number};
-use crate::{Devices, replace_devices};
+use crate::{Devices, OpenFiles, replace_devices};
 
 const COMMON: u32 = 0x5456_4319;
 const IDS: [u32; 2] = [COMMON, 0x5443_2030];
 const FDINFO: [u32; 2] = [COMMON, 0x5621_3732];
-const FILES: [u32; 2] = [COMMON, 0x5630_3138];
+pub(super) const FILES: [u32; 2] = [COMMON, 0x5630_3138];
 const MM: [u32; 2] = [COMMON, 0x5749_2820];
 
-fn numbers(numbers: &[(u32, u64)]) -> Vec<u8> {
+pub(super) fn numbers(numbers: &[(u32, u64)]) -> Vec<u8> {
     let mut message = vec![];
     numbers.iter().for_each(|(number, value)| put_number(&mut message, *number, *value));
     message
@@ -30,7 +30,7 @@ fn external(id: u64) -> Vec<u8> {
     message
 }
 
-fn write(folder: &Path, name: &str, magic: &[u32], entries: &[Vec<u8>]) {
+pub(super) fn write(folder: &Path, name: &str, magic: &[u32], entries: &[Vec<u8>]) {
     file(&folder.join(name), magic, &entries.iter().map(Vec::as_slice).collect::<Vec<_>>());
 }
 
@@ -67,7 +67,7 @@ fn devices(pid: i32, paths: &[(u32, &str)]) -> Devices {
     Devices { pid: ContainerPid::new(pid).unwrap(), paths: paths.collect::<BTreeMap<_, _>>() }
 }
 
-fn number(path: &Path, message: &[u8], wanted: u32) -> Option<u64> {
+pub(super) fn number(path: &Path, message: &[u8], wanted: u32) -> Option<u64> {
     let mut found = None;
     fields(path, message, |field| {
         if let (true, Value::Number(value)) = (field.number == wanted, field.value) {
@@ -79,7 +79,7 @@ fn number(path: &Path, message: &[u8], wanted: u32) -> Option<u64> {
     found
 }
 
-fn bytes(path: &Path, message: &[u8], wanted: u32) -> Vec<Vec<u8>> {
+pub(super) fn bytes(path: &Path, message: &[u8], wanted: u32) -> Vec<Vec<u8>> {
     let mut found = vec![];
     fields(path, message, |field| {
         if let (true, Value::Bytes(value)) = (field.number == wanted, field.value) {
@@ -91,7 +91,7 @@ fn bytes(path: &Path, message: &[u8], wanted: u32) -> Vec<Vec<u8>> {
     found
 }
 
-fn entries(path: &Path, magic: &[u32]) -> Vec<Vec<u8>> {
+pub(super) fn entries(path: &Path, magic: &[u32]) -> Vec<Vec<u8>> {
     let mut reader = Reader::open(path, magic).unwrap();
     std::iter::from_fn(|| reader.entry(1 << 20).unwrap()).collect()
 }
@@ -144,4 +144,23 @@ fn images_without_devices_are_left_as_they_are() {
     replace_devices(folder.path(), &[]).unwrap();
     let error = replace_devices(folder.path(), &[devices(3, &[])]).unwrap_err().to_string();
     assert!(error.contains("ids-3.img"), "{error}");
+}
+
+#[test]
+fn a_device_of_the_driver_that_is_missing_becomes_null() {
+    let folder = images();
+    let images = folder.path();
+    let paths = [devices(1, &[(9, "/dev/nvidiactl")]), devices(2, &[(9, "/dev/nvidia0"), (10, "/dev/kvm")])];
+    replace_devices(images, &paths).unwrap();
+    let mut files = OpenFiles::read(images).unwrap();
+    files.replace_missing_devices(&|path| path != Path::new("/dev/nvidiactl")).unwrap();
+    assert!(files.is_changed());
+    files.write(images).unwrap();
+    let path = images.join("files.img");
+    let name = |entry: &Vec<u8>| bytes(&path, &bytes(&path, entry, 3).pop()?, 6).pop();
+    let names: Vec<_> = entries(&path, &FILES).iter().filter_map(name).collect();
+    assert_eq!(names, [b"/dev/nvidiactl".to_vec(), b"/dev/null".to_vec(), b"/dev/kvm".to_vec()]);
+    let mut files = OpenFiles::read(images).unwrap();
+    files.replace_missing_devices(&|_| false).unwrap();
+    assert!(!files.is_changed());
 }

@@ -1,217 +1,307 @@
-//! Connections in images.
+//! Sockets in images.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use tempfile::TempDir;
 
-use crate::tests::formats::file;
-use crate::wire::{Reader, Value, fields, put_message, put_number};
-use crate::{Connections, Sockets, is_closed_outside, rewrite_sockets};
+use crate::tests::devices::{FILES, bytes, entries, number, numbers, write};
+use crate::wire::{Value, fields, put_message, put_number};
+use crate::{Moves, OpenFiles, PrivateCopy, RewriteError};
 
-const FILES: [u32; 2] = [0x5456_4319, 0x5630_3138];
+const STREAM: [u32; 2] = [0x5456_4319, 0x5146_5506];
 const ESTABLISHED: u64 = 1;
 const CLOSED: u64 = 7;
 const LISTENS: u64 = 10;
 const TCP: u64 = 6;
-const CLOSE: Sockets = Sockets { close_outside: true, free_addresses: false };
-const ALL: Sockets = Sockets { close_outside: true, free_addresses: true };
 const UDP: u64 = 17;
 
-/// An end: address and port. `Six` is an address of IPv6, `Mapped` one of IPv4 in it.
-#[derive(Clone, Copy)]
-enum At {
-    Four(u64, u64),
-    Six(u64, u64),
-    Mapped(u64, u64),
-}
-
-impl At {
-    fn words(self) -> (Vec<u64>, u64) {
-        match self {
-            Self::Four(address, port) => (vec![address], port),
-            Self::Six(address, port) => (vec![0x20, 0, 0, address], port),
-            Self::Mapped(address, port) => (vec![0, 0, 0xffff_0000, address], port),
-        }
+fn put_address(message: &mut Vec<u8>, number: u32, address: IpAddr) {
+    let octets = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    for word in octets.chunks_exact(4) {
+        put_number(message, number, u32::from_ne_bytes(word.try_into().unwrap()).into());
     }
 }
 
-fn socket(inode: u64, protocol: u64, state: u64, own: At, other: At) -> Vec<u8> {
-    let family = if matches!(own, At::Four(..)) { 2 } else { 10 };
-    let ((source, source_port), (target, target_port)) = (own.words(), other.words());
-    let mut socket = vec![];
-    let head = [(1, inode + 500), (2, inode), (3, family), (4, 1), (5, protocol), (6, state)];
-    for (number, value) in head.into_iter().chain([(7, source_port), (8, target_port), (9, 2), (10, 0)]) {
-        put_number(&mut socket, number, value);
-    }
-    source.into_iter().for_each(|word| put_number(&mut socket, 11, word));
-    target.into_iter().for_each(|word| put_number(&mut socket, 12, word));
-    put_message(&mut socket, 13, &[8, 5]);
-    put_number(&mut socket, 18, 9);
-    let mut entry = vec![];
-    put_number(&mut entry, 1, 4);
-    put_number(&mut entry, 2, inode + 500);
-    put_message(&mut entry, 4, &socket);
-    entry
+/// An open file `id`, of a socket with inode `id`.
+fn socket(id: u64, protocol: u64, state: u64, source: &str, target: &str) -> Vec<u8> {
+    let (source, target): (SocketAddr, SocketAddr) = (source.parse().unwrap(), target.parse().unwrap());
+    let (family, kind) = (if source.is_ipv6() { 10 } else { 2 }, if protocol == TCP { 1 } else { 2 });
+    let mut socket = numbers(&[(1, id), (2, id), (3, family), (4, kind), (5, protocol), (6, state)]);
+    put_number(&mut socket, 7, source.port().into());
+    put_number(&mut socket, 8, target.port().into());
+    put_number(&mut socket, 9, 2);
+    put_number(&mut socket, 10, 0);
+    put_address(&mut socket, 11, source.ip());
+    put_address(&mut socket, 12, target.ip());
+    put_number(&mut socket, 18, 3);
+    let mut file = numbers(&[(1, 4), (2, id)]);
+    put_message(&mut file, 4, &socket);
+    file
 }
 
+fn tcp(id: u64, source: &str, target: &str) -> Vec<u8> {
+    socket(id, TCP, ESTABLISHED, source, target)
+}
+
+/// Writes the stream of socket `id`: the number of the next byte to come, unacknowledged bytes, and the number after the
+/// last one written.
+fn stream(folder: &Path, id: u64, received: u64, unsent: u64, written: u64) {
+    let entry = numbers(&[(1, 0), (2, received), (3, unsent), (4, written), (5, 0)]);
+    write(folder, &format!("tcp-stream-{id:x}.img"), &STREAM, &[entry]);
+}
+
+/// Writes sockets, and a stream for each that is no listener.
 fn images(sockets: &[Vec<u8>]) -> TempDir {
     let folder = TempDir::new().unwrap();
-    file(&folder.path().join("files.img"), &FILES, &sockets.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    for inode in 1..20 {
-        std::fs::write(folder.path().join(format!("tcp-stream-{inode:x}.img")), b"queue").unwrap();
+    write(folder.path(), "files.img", &FILES, sockets);
+    for file in sockets {
+        let id = number(Path::new(""), file, 2).unwrap();
+        stream(folder.path(), id, 100, 0, 100);
     }
     folder
 }
 
-/// State, ports and shutdown of each socket.
-fn states(folder: &Path) -> Vec<(u64, u64, u64, Option<u64>)> {
+/// Returns each socket: the file's number, state, ports, shutdown, and whether there is a stream.
+fn found(folder: &Path) -> Vec<(u64, [Option<u64>; 4], bool)> {
     let path = folder.join("files.img");
-    let mut reader = Reader::open(&path, &FILES).unwrap();
-    let mut states = vec![];
-    while let Some(entry) = reader.entry(1 << 20).unwrap() {
-        let (mut state, mut ports, mut shutdown) = (0, [0, 0], None);
-        fields(&path, &entry, |field| {
-            let (4, Value::Bytes(socket)) = (field.number, field.value) else { return Ok(()) };
-            fields(&path, socket, |field| {
-                match (field.number, field.value) {
-                    (6, Value::Number(value)) => state = value,
-                    (7, Value::Number(value)) => ports[0] = value,
-                    (8, Value::Number(value)) => ports[1] = value,
-                    (19, Value::Number(value)) => shutdown = Some(value),
-                    _ => {}
-                }
-                Ok(())
-            })
-        })
-        .unwrap();
-        states.push((state, ports[0], ports[1], shutdown));
+    let of = |entry: &Vec<u8>| {
+        let socket = bytes(&path, entry, 4).pop().unwrap();
+        let id = number(&path, entry, 2).unwrap();
+        let values = [6, 7, 8, 19].map(|field| number(&path, &socket, field));
+        (id, values, folder.join(format!("tcp-stream-{id:x}.img")).exists())
+    };
+    entries(&path, &FILES).iter().map(of).collect()
+}
+
+fn close_outside(folder: &Path) -> Result<usize, RewriteError> {
+    let mut files = OpenFiles::read(folder)?;
+    let closed = files.close_outside()?;
+    files.write(folder)?;
+    Ok(closed)
+}
+
+/// Returns the numbers of sockets that were closed.
+fn closed(folder: &Path) -> Vec<u64> {
+    assert_eq!(close_outside(folder).unwrap(), found(folder).iter().filter(|(.., exists)| !exists).count());
+    let sockets = found(folder);
+    for (id, values, exists) in &sockets {
+        let is_closed = *values == [Some(CLOSED), Some(0), Some(0), Some(3)];
+        assert_eq!(is_closed, !exists, "{id}: {values:?}");
     }
-    states
+    assert_eq!(close_outside(folder).unwrap(), 0);
+    sockets.into_iter().filter_map(|(id, _, exists)| (!exists).then_some(id)).collect()
 }
 
 #[test]
-fn connections_within_the_container_stay_and_others_are_shut_down() {
-    use At::{Four, Mapped, Six};
-    let (local, peer) = (0x0100_007f, 0x0808_0808);
+fn a_connection_to_the_outside_is_closed_and_one_within_stays() {
     let folder = images(&[
-        socket(1, TCP, LISTENS, Four(0, 80), Four(0, 0)),
-        socket(2, TCP, ESTABLISHED, Four(local, 80), Four(local, 4000)),
-        socket(3, TCP, ESTABLISHED, Four(local, 4000), Four(local, 80)),
-        socket(10, TCP, ESTABLISHED, Four(local, 80), Four(peer, 4000)),
-        socket(11, TCP, 2, Four(local, 4001), Four(peer, 443)),
-        socket(12, UDP, ESTABLISHED, Four(local, 53), Four(peer, 53)),
-        socket(13, TCP, 4, Mapped(local, 90), Six(7, 1)),
-        socket(14, TCP, ESTABLISHED, Mapped(local, 90), Mapped(local, 91)),
-        socket(15, TCP, 8, Four(local, 91), Four(local, 90)),
-        socket(16, TCP, ESTABLISHED, Six(1, 80), Six(2, 81)),
+        socket(16, TCP, LISTENS, "10.4.0.2:80", "0.0.0.0:0"),
+        tcp(17, "10.4.0.2:80", "10.4.0.1:40000"),
+        tcp(18, "127.0.0.1:5000", "127.0.0.1:6000"),
+        tcp(19, "127.0.0.1:6000", "127.0.0.1:5000"),
+        // Nobody has accepted it: the other end is in no process.
+        tcp(20, "127.0.0.1:6001", "127.0.0.1:5000"),
+        socket(21, UDP, ESTABLISHED, "10.4.0.2:5353", "10.4.0.1:53"),
+        socket(22, TCP, CLOSED, "10.4.0.2:5001", "0.0.0.0:0"),
     ]);
-    let path = folder.path();
-    assert!(!is_closed_outside(path).unwrap());
-    assert_eq!(rewrite_sockets(path, CLOSE).unwrap(), Connections { kept: 4, closed: 4 });
-    let shut = (CLOSED, 0, 0, Some(3));
-    let kept = |state, own, other| (state, own, other, None);
-    let expected = [
-        kept(LISTENS, 80, 0),
-        kept(ESTABLISHED, 80, 4000),
-        kept(ESTABLISHED, 4000, 80),
-        shut,
-        shut,
-        kept(ESTABLISHED, 53, 53),
-        shut,
-        kept(ESTABLISHED, 90, 91),
-        kept(8, 91, 90),
-        shut,
-    ];
-    assert_eq!(states(path), expected);
-    let has_stream = |inode: u64| path.join(format!("tcp-stream-{inode:x}.img")).exists();
-    assert!([2, 3, 14, 15].into_iter().all(has_stream) && ![10, 11, 13, 16].into_iter().any(has_stream));
-    assert!(is_closed_outside(path).unwrap());
-    assert_eq!(rewrite_sockets(path, CLOSE).unwrap(), Connections { kept: 4, closed: 0 });
+    assert_eq!(closed(folder.path()), [17, 20]);
 }
 
 #[test]
-fn a_connection_in_another_network_namespace_is_another_one() {
-    let mut other = vec![];
-    let path = Path::new("files.img");
-    fields(path, &socket(2, TCP, ESTABLISHED, At::Four(1, 2), At::Four(1, 1)), |field| {
-        match (field.number, field.value) {
-            (4, Value::Bytes(socket)) => {
-                put_message(&mut other, 4, &crate::wire::with_numbers(path, socket, &[(18, 10)]).unwrap());
+fn the_rest_of_a_closed_socket_stays_as_it_was() {
+    let folder = images(&[tcp(17, "10.4.0.2:80", "10.4.0.1:40000")]);
+    let path = folder.path().join("files.img");
+    let rest = || {
+        let socket = bytes(&path, &entries(&path, &FILES)[0], 4).pop().unwrap();
+        let mut rest = vec![];
+        fields(&path, &socket, |field| {
+            if let (Value::Number(value), false) = (field.value, [6, 7, 8, 19].contains(&field.number)) {
+                rest.push((field.number, value));
             }
-            _ => other.extend_from_slice(field.raw),
-        }
-        Ok(())
-    })
-    .unwrap();
-    let folder = images(&[socket(1, TCP, ESTABLISHED, At::Four(1, 1), At::Four(1, 2)), other]);
-    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections { kept: 0, closed: 2 });
+            Ok(())
+        })
+        .unwrap();
+        rest
+    };
+    let before = rest();
+    closed(folder.path());
+    assert_eq!(rest(), before);
 }
 
 #[test]
-fn images_without_connections_are_left_as_they_are() {
-    let folder = images(&[socket(1, TCP, LISTENS, At::Four(0, 80), At::Four(0, 0))]);
-    let before = std::fs::read(folder.path().join("files.img")).unwrap();
-    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections::default());
-    assert_eq!(std::fs::read(folder.path().join("files.img")).unwrap(), before);
-    std::fs::remove_file(folder.path().join("files.img")).unwrap();
-    assert!(rewrite_sockets(folder.path(), ALL).is_err());
+fn ipv4_in_ipv6_is_the_same_address() {
+    let folder = images(&[
+        tcp(17, "[::ffff:127.0.0.1]:80", "[::ffff:127.0.0.1]:6000"),
+        tcp(18, "127.0.0.1:6000", "127.0.0.1:80"),
+        tcp(19, "[fd00::2]:80", "[fd00::1]:6000"),
+        tcp(20, "[::1]:80", "[::1]:6000"),
+        tcp(21, "[::1]:6000", "[::1]:80"),
+    ]);
+    assert_eq!(closed(folder.path()), [19]);
 }
 
-/// Source and target of each socket.
-fn addresses(folder: &Path) -> Vec<(Vec<u64>, Vec<u64>)> {
-    let path = folder.join("files.img");
-    let mut reader = Reader::open(&path, &FILES).unwrap();
-    let mut all = vec![];
-    while let Some(entry) = reader.entry(1 << 20).unwrap() {
-        let (mut source, mut target) = (vec![], vec![]);
-        fields(&path, &entry, |field| {
-            let (4, Value::Bytes(socket)) = (field.number, field.value) else { return Ok(()) };
-            fields(&path, socket, |field| {
-                match (field.number, field.value) {
-                    (11, Value::Number(value)) => source.push(value),
-                    (12, Value::Number(value)) => target.push(value),
-                    _ => {}
+#[test]
+fn a_connection_that_was_reset_is_closed_whatever_has_its_addresses_now() {
+    let folder = images(&[
+        socket(17, TCP, CLOSED, "127.0.0.1:80", "127.0.0.1:6000"),
+        tcp(18, "127.0.0.1:80", "127.0.0.1:6000"),
+        tcp(19, "127.0.0.1:6000", "127.0.0.1:80"),
+        socket(20, TCP, CLOSED, "127.0.0.1:80", "127.0.0.1:6001"),
+    ]);
+    assert_eq!(closed(folder.path()), [17, 20]);
+}
+
+#[test]
+fn a_connection_that_is_over_is_closed_without_any_other() {
+    let folder = images(&[
+        socket(17, TCP, CLOSED, "10.4.0.2:80", "10.4.0.1:6000"),
+        tcp(18, "10.4.0.2:80", "10.4.0.1:6001"),
+        socket(19, TCP, CLOSED, "10.4.0.2:81", "0.0.0.0:0"),
+    ]);
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.close_ended().unwrap();
+    files.write(folder.path()).unwrap();
+    let ports: Vec<_> = found(folder.path()).iter().map(|(_, values, exists)| (values[1], *exists)).collect();
+    assert_eq!(ports, [(Some(0), false), (Some(80), true), (Some(81), true)]);
+}
+
+#[test]
+fn the_same_addresses_in_another_network_are_another_connection() {
+    let mut other = tcp(18, "127.0.0.1:6000", "127.0.0.1:80");
+    let inner = bytes(Path::new(""), &other, 4).pop().unwrap();
+    let inner = crate::wire::with_numbers(Path::new(""), &inner, &[(18, 4)]).unwrap();
+    other = numbers(&[(1, 4), (2, 18)]);
+    put_message(&mut other, 4, &inner);
+    let folder = images(&[tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), other]);
+    assert_eq!(closed(folder.path()), [17, 18]);
+}
+
+#[test]
+fn a_pair_that_has_lost_bytes_between_its_two_dumps_is_closed() {
+    let pair = [tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), tcp(18, "127.0.0.1:6000", "127.0.0.1:80")];
+    let folder = images(&pair);
+    // Bytes on the way are sent again; numbers may wrap around.
+    stream(folder.path(), 17, 5, 0, 100);
+    stream(folder.path(), 18, 100, 20, 15);
+    assert_eq!(closed(folder.path()), [0_u64; 0]);
+    // The end of the data counts, too.
+    stream(folder.path(), 18, 99, 20, 15);
+    assert_eq!(closed(folder.path()), [0_u64; 0]);
+    // Socket 17 has been told that 18 has bytes up to 100, and 18 was saved without ten of them.
+    stream(folder.path(), 18, 90, 20, 15);
+    assert_eq!(closed(folder.path()), [17, 18]);
+}
+
+#[test]
+fn a_damaged_socket_is_an_error() {
+    let folder = images(&[tcp(17, "127.0.0.1:80", "127.0.0.1:6000"), tcp(18, "127.0.0.1:6000", "127.0.0.1:80")]);
+    std::fs::remove_file(folder.path().join("tcp-stream-12.img")).unwrap();
+    let error = close_outside(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("tcp-stream-12.img"), "{error}");
+    let mut file = numbers(&[(1, 4), (2, 17)]);
+    put_message(&mut file, 4, &numbers(&[(3, 10), (11, 1)]));
+    write(folder.path(), "files.img", &FILES, &[file]);
+    let error = close_outside(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("no address"), "{error}");
+}
+
+fn moves(all: &[(&str, &str)]) -> Moves {
+    let address = |text: &str| text.parse().unwrap();
+    all.iter().map(|(old, new)| (address(old), (!new.is_empty()).then(|| address(new)))).collect()
+}
+
+/// Returns the addresses of the sockets after a move.
+fn moved(sockets: &[Vec<u8>], to: &Moves, is_reachable: bool) -> Vec<[SocketAddr; 2]> {
+    let folder = images(sockets);
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.move_sockets(to, &|_| is_reachable).unwrap();
+    files.write(folder.path()).unwrap();
+    let path = folder.path().join("files.img");
+    let of = |entry: &Vec<u8>| {
+        let socket = bytes(&path, entry, 4).pop().unwrap();
+        [(7, 11), (8, 12)].map(|(port, address)| {
+            let mut octets = vec![];
+            fields(&path, &socket, |field| {
+                if let (true, Value::Number(value)) = (field.number == address, field.value) {
+                    octets.extend(u32::try_from(value).unwrap().to_ne_bytes());
                 }
                 Ok(())
             })
+            .unwrap();
+            let address = match <[u8; 4]>::try_from(&octets[..]) {
+                Ok(octets) => IpAddr::from(octets),
+                Err(_) => IpAddr::from(<[u8; 16]>::try_from(&octets[..]).unwrap()),
+            };
+            SocketAddr::new(address, number(&path, &socket, port).unwrap().try_into().unwrap())
         })
-        .unwrap();
-        all.push((source, target));
-    }
-    all
+    };
+    entries(&path, &FILES).iter().map(of).collect()
+}
+
+fn addresses(all: &[[&str; 2]]) -> Vec<[SocketAddr; 2]> {
+    all.iter().map(|both| both.map(|address| address.parse().unwrap())).collect()
+}
+
+/// A listener, a connected UDP socket, both ends of a connection, a listener on IPv6 with an IPv4 address, and one that is
+/// bound to any address.
+fn of_every_kind() -> [Vec<u8>; 6] {
+    [
+        socket(16, TCP, LISTENS, "10.4.0.2:80", "0.0.0.0:0"),
+        socket(17, UDP, ESTABLISHED, "10.4.0.2:5353", "10.4.0.1:53"),
+        tcp(18, "10.4.0.2:6000", "10.4.0.2:5000"),
+        tcp(19, "10.4.0.2:5000", "10.4.0.2:6000"),
+        socket(20, TCP, LISTENS, "[::ffff:10.4.0.2]:81", "[::]:0"),
+        socket(21, UDP, CLOSED, "0.0.0.0:82", "0.0.0.0:0"),
+    ]
 }
 
 #[test]
-fn sockets_on_the_containers_own_address_are_freed_of_it() {
-    use At::{Four, Mapped, Six};
-    // 10.4.0.5, 127.0.0.1, 8.8.8.8 and 224.0.0.1 in network order.
-    let (own, local, peer, group) = (0x0500_040a, 0x0100_007f, 0x0808_0808, 0x0100_00e0);
-    let folder = images(&[
-        socket(1, TCP, LISTENS, Four(own, 80), Four(0, 0)),
-        socket(2, UDP, ESTABLISHED, Four(own, 53), Four(peer, 53)),
-        socket(3, TCP, LISTENS, Four(local, 80), Four(0, 0)),
-        socket(4, UDP, CLOSED, Four(group, 5), Four(0, 0)),
-        socket(5, TCP, ESTABLISHED, Four(own, 80), Four(own, 90)),
-        socket(6, TCP, ESTABLISHED, Four(own, 90), Four(own, 80)),
-        socket(7, TCP, LISTENS, Mapped(own, 81), Six(0, 0)),
-        socket(8, TCP, LISTENS, Six(9, 82), Six(0, 0)),
-        // Its connection was reset.
-        socket(9, TCP, CLOSED, Four(own, 91), Four(peer, 80)),
+fn sockets_follow_an_address_to_its_successor() {
+    let expected = addresses(&[
+        ["10.9.0.7:80", "0.0.0.0:0"],
+        ["10.9.0.7:5353", "10.4.0.1:53"],
+        ["10.9.0.7:6000", "10.9.0.7:5000"],
+        ["10.9.0.7:5000", "10.9.0.7:6000"],
+        ["[::ffff:10.9.0.7]:81", "[::]:0"],
+        ["0.0.0.0:82", "0.0.0.0:0"],
     ]);
-    let before = addresses(folder.path());
-    assert_eq!(rewrite_sockets(folder.path(), ALL).unwrap(), Connections { kept: 2, closed: 1 });
-    let after = addresses(folder.path());
-    let loopback = || (vec![local], vec![local]);
-    let expected = [
-        (vec![0], vec![0]),
-        (vec![0], vec![peer]),
-        before[2].clone(),
-        before[3].clone(),
-        loopback(),
-        loopback(),
-        (vec![0; 4], before[6].1.clone()),
-        (vec![0; 4], before[7].1.clone()),
-        (vec![0], vec![0]),
-    ];
-    assert_eq!(after, expected);
+    assert_eq!(moved(&of_every_kind(), &moves(&[("10.4.0.2", "10.9.0.7")]), true), expected);
+}
+
+#[test]
+fn without_a_successor_sockets_are_at_any_address_and_inner_connections_on_the_loopback() {
+    let expected = addresses(&[
+        ["0.0.0.0:80", "0.0.0.0:0"],
+        ["0.0.0.0:5353", "0.0.0.0:0"],
+        ["127.0.0.1:6000", "127.0.0.1:5000"],
+        ["127.0.0.1:5000", "127.0.0.1:6000"],
+        ["[::ffff:0.0.0.0]:81", "[::]:0"],
+        ["0.0.0.0:82", "0.0.0.0:0"],
+    ]);
+    assert_eq!(moved(&of_every_kind(), &moves(&[("10.4.0.2", "")]), false), expected);
+    let ipv6 = [tcp(16, "[fd00::2]:80", "[fd00::2]:81"), socket(17, TCP, LISTENS, "[fd00::2]:80", "[::]:0")];
+    let expected = addresses(&[["[::1]:80", "[::1]:81"], ["[::]:80", "[::]:0"]]);
+    assert_eq!(moved(&ipv6, &moves(&[("fd00::2", "")]), true), expected);
+}
+
+#[test]
+fn sockets_at_other_addresses_stay_and_nothing_is_written() {
+    let folder = images(&of_every_kind());
+    let mut files = OpenFiles::read(folder.path()).unwrap();
+    files.move_sockets(&moves(&[("10.4.0.3", "")]), &|_| true).unwrap();
+    assert!(!files.is_changed());
+}
+
+#[test]
+fn a_private_copy_takes_changes_and_leaves_the_images_as_they_are() {
+    let folder = images(&[tcp(17, "10.4.0.2:80", "10.4.0.1:40000")]);
+    let before = std::fs::read(folder.path().join("files.img")).unwrap();
+    let copy = PrivateCopy::of(folder.path(), folder.path()).unwrap();
+    assert_eq!(closed(copy.path()), [17]);
+    assert_eq!(std::fs::read(folder.path().join("files.img")).unwrap(), before);
+    assert!(folder.path().join("tcp-stream-11.img").exists());
 }

@@ -7,7 +7,23 @@ use criu::DevicePlugin;
 use reaper::Child;
 
 use super::Command;
+use super::call::Call;
 use crate::{Allow, CheckpointRequest, Operation, Phase, RestoreRequest, RuntimeError, Tcp};
+
+/// Flag for connections in the images.
+const ESTABLISHED: &str = "--tcp-established";
+/// Flag, of runc since 1.3, to leave out connections that nobody has accepted.
+const SKIP_IN_FLIGHT: &str = "--tcp-skip-in-flight";
+
+impl Call<'_> {
+    /// Returns whether the runtime's dumps can leave out connections that nobody has accepted.
+    async fn skips_in_flight(&self) -> bool {
+        let Ok(scratch) = self.scratch() else { return false };
+        let asked = self.run(&scratch, vec!["checkpoint".into(), "--help".into()]).await;
+        let output = asked.and_then(|()| scratch.output(self)).unwrap_or_default();
+        String::from_utf8_lossy(&output).contains(SKIP_IN_FLIGHT)
+    }
+}
 
 impl Command {
     pub(super) async fn checkpoint_now(&self, request: CheckpointRequest) -> Result<(), RuntimeError> {
@@ -18,10 +34,14 @@ impl Command {
         if leave_running {
             arguments.push("--leave-running".into());
         }
-        // Connections to elsewhere would be saved as well, and fail the restore.
-        arguments.extend(flags(allow, allow.tcp == Tcp::Keep).map(OsString::from));
-        if allow.tcp == Tcp::Close {
-            return Err(call.refused("this runtime cannot be told to close TCP connections".into()));
+        arguments.extend(flags(allow).map(OsString::from));
+        match allow.tcp {
+            Tcp::Close => return Err(call.refused("this runtime cannot be told to close TCP connections".into())),
+            // Otherwise the dump refuses connections, and the images have none.
+            Tcp::Auto if call.skips_in_flight().await => {
+                arguments.extend([ESTABLISHED.into(), SKIP_IN_FLIGHT.into()]);
+            }
+            _ => {}
         }
         arguments.push(id.clone().into());
         let scratch = call.scratch()?;
@@ -57,7 +77,10 @@ impl Command {
         if no_pivot_root {
             arguments.push("--no-pivot".into());
         }
-        arguments.extend(flags(allow, matches!(allow.tcp, Tcp::Keep | Tcp::Auto)).map(OsString::from));
+        arguments.extend(flags(allow).map(OsString::from));
+        if allow.tcp == Tcp::Auto {
+            arguments.push(ESTABLISHED.into());
+        }
         // crun keeps its own process in the container's cgroup until criu is done. A freeze would
         // catch that process, and crun wait for ever.
         let is_crun = self.inner.binary.file_name().is_some_and(|name| name == "crun");
@@ -92,9 +115,9 @@ impl Command {
 }
 
 /// Returns the flags common to all runtimes and both directions.
-fn flags(allow: Allow, has_connections: bool) -> impl Iterator<Item = &'static str> {
+fn flags(allow: Allow) -> impl Iterator<Item = &'static str> {
     let flags = [
-        (has_connections, "--tcp-established"),
+        (allow.tcp == Tcp::Keep, ESTABLISHED),
         (allow.external_unix_sockets, "--ext-unix-sk"),
         (allow.shell_job, "--shell-job"),
         (true, "--file-locks"),

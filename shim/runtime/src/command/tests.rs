@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use oci_spec::runtime::{LinuxMemoryBuilder, LinuxResourcesBuilder, ProcessBuilder};
 
@@ -130,6 +131,7 @@ async fn a_runtime_that_is_a_program_is_called_and_understood() {
     what_is_printed_as_features_is_parsed(&reaper).await;
     a_runtime_is_not_told_what_systemd_told_the_shim(&reaper).await;
     a_criu_that_a_killed_runtime_has_left_is_waited_for(&reaper).await;
+    connections_are_allowed_to_a_runtime_that_leaves_out_those_not_accepted(&reaper).await;
 }
 
 async fn the_process_of_a_creation_gets_the_descriptors_and_is_adopted(reaper: &Reaper) {
@@ -313,12 +315,31 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
     let script = "FOLDER/criu & until [ -e FOLDER/started ]; do :; done; kill -9 $$";
     let script = script.replace("FOLDER", folder.path().to_str().unwrap());
     let bench = Bench::new(reaper, &script);
-    let work = folder.path().to_owned();
-    let request = CheckpointRequest {
+    bench.command.checkpoint(request(folder.path())).await.unwrap_err();
+    assert!(ended.exists());
+}
+
+async fn connections_are_allowed_to_a_runtime_that_leaves_out_those_not_accepted(reaper: &Reaper) {
+    let folder = tempfile::tempdir().unwrap();
+    let help = r#"tail -n 1 "$0.calls" | grep -q -- --help && echo "   --tcp-skip-in-flight  skip" ; exit 0"#;
+    for (script, is_allowed) in [(help, true), ("exit 0", false)] {
+        let bench = Bench::new(reaper, script);
+        bench.command.checkpoint(request(folder.path())).await.unwrap();
+        let calls = bench.calls();
+        let call = calls.last().unwrap();
+        for flag in ["--tcp-established", "--tcp-skip-in-flight"] {
+            assert_eq!(call.contains(flag), is_allowed, "{call}");
+        }
+    }
+}
+
+/// A request to save a container that goes on, with the images in `work`.
+fn request(work: &Path) -> CheckpointRequest {
+    CheckpointRequest {
         id: "web".into(),
         init: proc::HostPid::own(),
-        images: work.clone(),
-        work,
+        images: work.to_owned(),
+        work: work.to_owned(),
         leave_running: true,
         allow: crate::Allow::default(),
         cancel: crate::Cancel::default(),
@@ -326,7 +347,5 @@ async fn a_criu_that_a_killed_runtime_has_left_is_waited_for(reaper: &Reaper) {
         sparse: Vec::new(),
         devices: false,
         review: None,
-    };
-    bench.command.checkpoint(request).await.unwrap_err();
-    assert!(ended.exists());
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use cgroup::Cgroup;
-use runtime::{Allow, Cancel, Tcp};
+use runtime::{Allow, Cancel, CheckpointRequest, Tcp};
 
 use crate::bed::{Bed, sentences};
 use crate::container::{Bundle, Running};
@@ -136,7 +136,11 @@ async fn a_failed_checkpoint_leaves_the_container_running(bed: &Bed) {
     for leave_running in [true, false] {
         let before = bed.traces();
         let image = Image::new(bed);
-        let error = bundle.checkpoint_to(&image, &running.child, |request| request.leave_running = leave_running).await;
+        let error = bundle.checkpoint_to(&image, &running.child, |request| {
+            request.leave_running = leave_running;
+            request.allow.tcp = Tcp::Refuse;
+        });
+        let error = error.await;
         let error = chain(&error.unwrap_err());
         assert!(error.contains("TCP"), "{error}");
         assert!(error.contains("dump.log"), "{error}");
@@ -154,7 +158,8 @@ async fn a_failed_checkpoint_leaves_the_container_running(bed: &Bed) {
 async fn a_failed_checkpoint_leaves_a_paused_container_paused(bed: &Bed) {
     let (bundle, running) = connected(bed).await;
     bed.runtime.pause(&bundle.id).await.unwrap();
-    bundle.checkpoint_to(&Image::new(bed), &running.child, |_| {}).await.unwrap_err();
+    let refuse = |request: &mut CheckpointRequest| request.allow.tcp = Tcp::Refuse;
+    bundle.checkpoint_to(&Image::new(bed), &running.child, refuse).await.unwrap_err();
     assert!(is_frozen(&running));
     bed.runtime.resume(&bundle.id).await.unwrap();
     running.tell("second");

@@ -61,11 +61,10 @@ pub(super) fn request(helper: &Helper, request: &CheckpointRequest) -> Result<Du
 /// Returns the options common to a dump and a restore.
 pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
     Options {
-        // The session closes those to elsewhere in the images.
-        tcp_established: matches!(allow.tcp, Tcp::Keep | Tcp::Auto),
+        tcp_established: matches!(allow.tcp, Tcp::Auto | Tcp::Keep),
         tcp_close: allow.tcp == Tcp::Close,
-        // Connections still to be accepted are closed like the rest.
-        tcp_skip_in_flight: matches!(allow.tcp, Tcp::Close | Tcp::Auto),
+        // Connections still to be accepted are closed like others that lead outside.
+        tcp_skip_in_flight: matches!(allow.tcp, Tcp::Auto | Tcp::Close),
         ext_unix_sk: allow.external_unix_sockets,
         shell_job: allow.shell_job,
         file_locks: true,
@@ -75,8 +74,8 @@ pub(in crate::libcontainer) fn criu_options(allow: Allow) -> Options {
         // The creator of a container makes its network: hooks, or the CRI.
         empty_network_namespace: true,
         // CRIU blocks a network by four runs of iptables-restore, 70 ms each way, to hide the
-        // missing ends of connections for a while. Without surviving connections nobody would
-        // notice.
+        // missing ends of connections for a while. Without surviving connections to the outside
+        // nobody would notice.
         network_lock: (allow.tcp != Tcp::Keep).then_some(criu::NetworkLock::Skip),
         manage_cgroups: Some(criu::CgroupMode::Default),
         config_file: Some("/etc/criu/gpusnap.conf".into()),

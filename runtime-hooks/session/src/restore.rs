@@ -227,8 +227,19 @@ impl<'a> Restore<'a> {
         if let Some(files) = &mut files {
             let old = manifest.as_ref().map(Manifest::addresses).unwrap_or_default();
             network::move_sockets(files, old, &network)?;
+            self.replace_missing_devices(files)?;
         }
         Ok(Inspected { allow, gpu, memory, resident, files })
+    }
+
+    /// Replaces devices of the driver that the new container may not open, such as those of another GPU. Without any in the
+    /// configuration a hook brings them, and nobody knows which.
+    fn replace_missing_devices(&self, files: &mut OpenFiles) -> Result<(), SessionError> {
+        let given: Vec<&Path> = self.order.devices.iter().map(DeviceNode::path).collect();
+        if given.iter().any(|path| cuda::process::is_device(path)) {
+            files.replace_missing_devices(&|path| !given.contains(&path))?;
+        }
+        Ok(())
     }
 
     /// Writes the pid file and returns the container's cgroup, or `None` if init has ended by now: the last step of its life

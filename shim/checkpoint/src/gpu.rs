@@ -140,6 +140,12 @@ pub struct DeviceNode {
 }
 
 impl DeviceNode {
+    /// The path in the container.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// N of every `/dev/nvidiaN` among the nodes.
     #[must_use]
     pub fn gpu_minors(nodes: &[Self]) -> Vec<u32> {

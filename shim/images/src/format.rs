@@ -20,6 +20,7 @@ pub(crate) const MM_MAGIC: u32 = 0x5749_2820;
 pub(crate) const CORE_MAGIC: u32 = 0x5505_3847;
 pub(crate) const IDS_MAGIC: u32 = 0x5443_2030;
 pub(crate) const FDINFO_MAGIC: u32 = 0x5621_3732;
+pub(crate) const SECCOMP_MAGIC: u32 = 0x6441_3049;
 pub(crate) const FILES_MAGIC: u32 = 0x5630_3138;
 
 /// Fault of a directory of images.

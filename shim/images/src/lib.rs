@@ -7,6 +7,7 @@
 mod cut;
 mod devices;
 mod files;
+mod filters;
 mod format;
 mod inspect;
 mod memory;
@@ -23,6 +24,7 @@ mod wire;
 pub use cut::{PrivateCopy, UNMARKED_PREFIX, Unmarked, mark};
 pub use devices::{Devices, NULL, replace_devices};
 pub use files::OpenFiles;
+pub use filters::filters;
 pub use format::{INVENTORY, ImageError, MARK};
 pub use inspect::{Image, check, check_threads, inspect};
 pub use memory::{Inherited, Run, present, runs};

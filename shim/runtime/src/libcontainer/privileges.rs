@@ -19,6 +19,7 @@ use oci_spec::runtime::{Linux, LinuxCapabilities, LinuxIdMapping, LinuxNamespace
 use proc::{Capabilities, HostPid, Seccomp, Status};
 
 use super::capability;
+use super::helper::is_preparation;
 
 /// Annotation that asks for the saved container's rights.
 const ANNOTATION: &str = "gpusnap.dev/restore-privileges: snapshot";
@@ -30,6 +31,8 @@ pub(super) struct Allowed {
     /// Limit of the other sets: given by the specification, or gained by executing a program.
     others: u64,
     needs_filter: bool,
+    /// The images have filters, and none but the preparation's.
+    has_preparation_only: bool,
     needs_no_new_privileges: bool,
     /// Normalized; `None` if the container gets no new user namespace.
     maps: Option<[Vec<[u64; 3]>; 2]>,
@@ -96,6 +99,7 @@ impl Allowed {
             bounding,
             others,
             needs_filter: linux.is_some_and(|linux| linux.seccomp().is_some()),
+            has_preparation_only: false,
             needs_no_new_privileges: no_new_privileges,
             maps: None,
             own: Vec::new(),
@@ -115,6 +119,13 @@ impl Allowed {
                 linux.map(|linux: &Linux| [maps(linux.uid_mappings().as_ref()), maps(linux.gid_mappings().as_ref())]);
         }
         Ok(allowed)
+    }
+
+    /// Notes the filters of the images: the preparation's is no profile.
+    pub(super) fn look_at_filters(&mut self, images: &Path) -> Result<(), images::ImageError> {
+        let filters = images::filters(images)?;
+        self.has_preparation_only = !filters.is_empty() && filters.iter().all(|filter| is_preparation(filter));
+        Ok(())
     }
 
     /// Returns the profile for CRIU, in place of the images' own.
@@ -164,7 +175,7 @@ impl Allowed {
         if let Some((name, set, allowed)) = sets.into_iter().find(|(_, set, allowed)| set & !allowed != 0) {
             return Some(format!("has {} in its {name} set", names(set & !allowed)));
         }
-        if self.needs_filter && found.seccomp != Some(Seccomp::Filter) {
+        if self.needs_filter && (found.seccomp != Some(Seccomp::Filter) || self.has_preparation_only) {
             return Some("has no seccomp filter".into());
         }
         if self.needs_no_new_privileges && !found.no_new_privileges {
@@ -372,6 +383,9 @@ mod tests {
         found.seccomp = Some(Seccomp::Disabled);
         assert_eq!(allowed.excess(&found, &host(), true).unwrap(), "has no seccomp filter");
         let mut found = thread(&allowed);
+        allowed.has_preparation_only = true;
+        assert_eq!(allowed.excess(&found, &host(), true).unwrap(), "has no seccomp filter");
+        allowed.has_preparation_only = false;
         found.no_new_privileges = false;
         assert!(allowed.excess(&found, &host(), true).unwrap().contains("no_new_privs"));
         allowed.needs_no_new_privileges = false;

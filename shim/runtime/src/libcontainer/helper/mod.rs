@@ -48,6 +48,11 @@ use program::Stdio;
 use restore::{Prepared, Streams};
 use state::StateDirectory;
 
+/// Returns whether a program, in the kernel's form, is the filter of a prepared container.
+pub(super) fn is_preparation(filter: &[u8]) -> bool {
+    preparation::program().iter().flat_map(|instruction| instruction.to_ne_bytes()).eq(filter.iter().copied())
+}
+
 /// Context of every step.
 struct Helper {
     id: String,

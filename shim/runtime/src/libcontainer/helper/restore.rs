@@ -94,7 +94,7 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
         Ok(Prepared {
             external_mounts: external_mounts(&spec, &place, bundle)?,
             host_name: host_name(&joined)?,
-            allowed: Allowed::by(&spec).context(|| "find what the container may do")?,
+            allowed: allowed(&spec, images)?,
             joined: joined.into_iter().map(|(kind, path)| JoinNamespace { kind, path }).collect(),
             inherited,
             streams,
@@ -116,6 +116,13 @@ pub(super) fn prepare(helper: &mut Helper, bundle: &Path, images: &Path, termina
 fn host_name(joined: &[(Namespace, PathBuf)]) -> Result<Option<Arc<HostName>>> {
     let path = joined.iter().find_map(|(kind, path)| (*kind == Namespace::Uts).then_some(path));
     path.map(|path| HostName::of(path).map(Arc::new)).transpose()
+}
+
+/// Returns the rights of the new container's processes.
+fn allowed(spec: &Spec, images: &Path) -> Result<Allowed> {
+    let mut allowed = Allowed::by(spec).context(|| "find what the container may do")?;
+    allowed.look_at_filters(images).context(|| "read the seccomp filters of the images")?;
+    Ok(allowed)
 }
 
 /// Returns the images' mounts, under the names given by [`dump`](super::dump) and runc.
